@@ -1,0 +1,270 @@
+"""The whole way from a source to tokenised training and held-out examples, with a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxmoo.data.example import Example, normalise
+from jaxmoo.data.sources import read_examples
+from jaxmoo.data.split import deduplicate, split_examples
+from jaxmoo.data.table import text_table
+from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class LanguageReport:
+    """What became of one language's records.
+
+    Attributes:
+      language: its code.
+      seen: whether it is trained on.
+      records: prompts and replies in the source.
+      skipped: entries of the source that are not a prompt and a reply.
+      duplicates: records dropped because prompt and reply had occurred before.
+      leaked: held-out examples dropped because they, or others of their group, are among the
+        training examples of another language.
+      train: examples to train on.
+      held_out: examples to evaluate.
+      reserve: held out but beyond the evaluation's limit, and not used.
+      replies_in_train: how many of `held_out` have a reply that occurs in `train` too.
+      truncated: examples of `train` and `held_out` whose reply lost its end.
+      dropped: examples of both that had no reply within the sequence length, not counted in
+        `train` and `held_out`.
+      tokens_min, tokens_median, tokens_p95, tokens_max: lengths of the rendered examples of both
+        (and the dropped ones) before truncation.
+    """
+
+    language: str
+    seen: bool
+    records: int
+    skipped: int
+    duplicates: int
+    leaked: int
+    train: int
+    held_out: int
+    reserve: int
+    replies_in_train: int
+    truncated: int
+    dropped: int
+    tokens_min: int
+    tokens_median: float
+    tokens_p95: float
+    tokens_max: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised examples per language.
+
+    Attributes:
+      train: per seen language the examples to train on.
+      held_out: per seen and unseen language the examples to evaluate.
+      report: per seen and unseen language what became of its records.
+    """
+
+    train: dict[str, list[Tokenized]]
+    held_out: dict[str, list[Tokenized]]
+    report: dict[str, LanguageReport]
+
+    def table(self) -> str:
+        """Return the report as an aligned table."""
+        header = ["language", "records", "duplicates", "train", "held-out", "truncated"]
+        header += ["dropped", "tokens median", "95 %", "max"]
+        rows = [
+            [
+                r.language if r.seen else f"{r.language} (unseen)",
+                r.records,
+                r.duplicates,
+                r.train,
+                r.held_out,
+                r.truncated,
+                r.dropped,
+                f"{r.tokens_median:.0f}",
+                f"{r.tokens_p95:.0f}",
+                r.tokens_max,
+            ]
+            for r in self.report.values()
+        ]
+        return text_table(header, rows)
+
+
+def load_corpus(
+    source: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seen: Sequence[str],
+    unseen: Sequence[str] = (),
+    sequence_length: int,
+    held_out: float = 0.1,
+    max_held_out: int | None = None,
+    disjoint_replies: bool = False,
+    columns: Mapping[str, str | None] | None = None,
+    codes: Mapping[str, str] | None = None,
+    language_column: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    cache_dir: Path | None = None,
+) -> Corpus:
+    """Read, deduplicate, split and tokenise the examples of a run.
+
+    Seen languages are split by a hash of their prompts (`split_examples`); of unseen languages
+    every example may be evaluated. A held-out example that occurs, prompt and reply, among the
+    training examples of any language is dropped, and so is one whose group is trained on.
+
+    Args:
+      source: as in `read_examples`, and so are `columns`, `codes`, `language_column`, `subset`,
+        `split` and `cache_dir`.
+      tokenizer: a fast tokenizer with a chat template.
+      seen: codes of the languages to train on.
+      unseen: codes of the languages that are only evaluated.
+      sequence_length: the most tokens of an example; the ends of longer replies are cut.
+      held_out: the fraction of each seen language's prompts that is kept from training.
+      max_held_out: the most examples to evaluate per language; None for all.
+      disjoint_replies: keep every reply on one side of the split, as in `split_examples`. Wanted
+        for the built-in corpus, many of whose prompts paraphrase one another.
+
+    Returns:
+      The tokenised examples and the report.
+
+    Raises:
+      ConfigError: arguments that contradict each other.
+      DataError: the source cannot be used, or a language is left without examples.
+      DownloadError: the built-in corpus could not be fetched.
+    """
+    if both := sorted(set(seen) & set(unseen)):
+        raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
+    limit = getattr(tokenizer, "model_max_length", None)
+    if sequence_length < 2 or (limit is not None and sequence_length > limit):
+        raise ConfigError(
+            f"sequence_length is {sequence_length}; expected at least 2 and at most {limit}, the "
+            "longest sequence of the tokenizer's model."
+        )
+    if max_held_out is not None and max_held_out < 1:
+        raise ConfigError(f"max_held_out is a positive number or null, found {max_held_out}.")
+    loaded = read_examples(
+        source,
+        [*seen, *unseen],
+        columns=columns,
+        codes=codes,
+        language_column=language_column,
+        subset=subset,
+        split=split,
+        cache_dir=cache_dir,
+    )
+    distinct = {language: deduplicate(examples) for language, (examples, _) in loaded.items()}
+    sides = {
+        language: split_examples(
+            examples,
+            held_out if language in seen else 1.0,
+            disjoint_replies=disjoint_replies,
+        )
+        for language, examples in distinct.items()
+    }
+    trained = {key for language in seen for e in sides[language][0] for key in (e.key, e.group)}
+    trained.discard(None)
+
+    train: dict[str, list[Tokenized]] = {}
+    evaluated: dict[str, list[Tokenized]] = {}
+    report: dict[str, LanguageReport] = {}
+    for language, (examples, skipped) in loaded.items():
+        candidates = sides[language][1]
+        clean = [e for e in candidates if e.key not in trained and e.group not in trained]
+        # The limit leaves the rest unused, so that what is trained on does not depend on how much
+        # is evaluated.
+        parts = {"train": sides[language][0], "held_out": clean[:max_held_out]}
+        tokens = {
+            use: tokenize_all(part, tokenizer, sequence_length) for use, part in parts.items()
+        }
+        usable = {use: [t for t in part if t.loss_mask.any()] for use, part in tokens.items()}
+        if language in seen:
+            train[language] = _usable(language, "train", parts, usable, held_out, sequence_length)
+        if held_out > 0 or language not in seen:
+            evaluated[language] = _usable(
+                language, "held_out", parts, usable, held_out, sequence_length
+            )
+        report[language] = _report(
+            language,
+            language in seen,
+            parts,
+            tokens,
+            usable,
+            records=len(examples),
+            skipped=skipped,
+            duplicates=len(examples) - len(distinct[language]),
+            leaked=len(candidates) - len(clean),
+            reserve=len(clean) - len(parts["held_out"]),
+        )
+    return Corpus(train, evaluated, report)
+
+
+def _usable(
+    language: str,
+    use: str,
+    parts: Mapping[str, list[Example]],
+    usable: Mapping[str, list[Tokenized]],
+    held_out: float,
+    sequence_length: int,
+) -> list[Tokenized]:
+    """The examples for one use, or an error that says why there are none."""
+    if usable[use]:
+        return usable[use]
+    if parts[use]:
+        raise DataError(
+            f"Language {language!r} has no usable reply tokens: none of its {len(parts[use])} "
+            f"{use} examples has a reply that begins within {sequence_length} tokens. The first "
+            f"reply is {parts[use][0].reply[:60]!r}. Check the columns, or raise sequence_length."
+        )
+    advice = "lower held_out" if use == "train" else "raise held_out, or set it to 0"
+    raise DataError(
+        f"Language {language!r} has no {use} examples at held_out={held_out}: its other part has "
+        f"{sum(map(len, parts.values()))}. Give it more data, or {advice}."
+    )
+
+
+def _report(
+    language: str,
+    seen: bool,
+    parts: Mapping[str, list[Example]],
+    tokens: Mapping[str, list[Tokenized]],
+    usable: Mapping[str, list[Tokenized]],
+    **counts: int,
+) -> LanguageReport:
+    everything = [t for part in tokens.values() for t in part]
+    kept = [t for part in usable.values() for t in part]
+    lengths = np.array([t.length for t in everything])
+    replies = {
+        use: [
+            normalise(example.reply)
+            for example, t in zip(parts[use], tokens[use], strict=True)
+            if t.loss_mask.any()
+        ]
+        for use in parts
+    }
+    trained_replies = set(replies["train"])
+    return LanguageReport(
+        language=language,
+        seen=seen,
+        train=len(usable["train"]),
+        held_out=len(usable["held_out"]),
+        replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
+        truncated=sum(t.truncated for t in kept),
+        dropped=len(everything) - len(kept),
+        tokens_min=int(lengths.min()),
+        tokens_median=float(np.median(lengths)),
+        tokens_p95=float(np.percentile(lengths, 95)),
+        tokens_max=int(lengths.max()),
+        **counts,
+    )

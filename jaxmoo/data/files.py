@@ -1,0 +1,126 @@
+"""Reading records from local files, with the file and line in every complaint."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoo.errors import DataError
+
+# A record and where it was found: "data/en.jsonl:12" or "data/en.parquet: row 12".
+Record = tuple[str, Mapping[str, Any]]
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of one local file.
+
+    JSON Lines, JSON (a list of objects) and CSV (with a header) are parsed here, so that a
+    malformed record is reported by file and line; Parquet is read by ``datasets``, which keeps it
+    on disk in its cache.
+
+    Args:
+      path: a file whose suffix is one of `READERS`.
+
+    Yields:
+      Pairs of a place ("file:line") and a record.
+
+    Raises:
+      DataError: the file is not what its suffix says, or a record is not an object.
+    """
+    return READERS[path.suffix.lower()](path)
+
+
+def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # Only the first line may carry a byte order mark.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not UTF-8 text ({error.reason}). Convert the file to UTF-8."
+                ) from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    for number, line in _decoded_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{number}: expected one JSON object per line, found invalid JSON "
+                f"({error.msg} at column {error.colno}): {line.strip()[:80]!r}"
+            ) from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}:{number}: expected a JSON object, found {type(record).__name__}"
+            )
+        yield f"{path}:{number}", record
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    text = "".join(line for _, line in _decoded_lines(path))
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = " Is it JSON Lines? Then name it .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: invalid JSON ({error.msg}).{hint}") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a JSON list of objects, found {type(records).__name__}")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}: record {number}: expected a JSON object, found {type(record).__name__}"
+            )
+        yield f"{path}: record {number}", record
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    # One field may hold a whole document; the module's own limit is 128 KiB.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _decoded_lines(path)), strict=True)
+    header: list[str] = []
+    while True:
+        # Where the record begins; a quoted field may hold line breaks.
+        place = f"{path}:{reader.line_num + 1}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{place}: invalid CSV ({error})") from None
+        if not header:
+            header = row
+        elif len(row) == len(header):
+            yield place, dict(zip(header, row, strict=True))
+        elif row:
+            raise DataError(
+                f"{place}: expected {len(header)} fields as in the header, found {len(row)}"
+            )
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import datasets
+    import pyarrow
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path))
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: not a readable Parquet file ({error.__cause__ or error})"
+        ) from None
+    for number, record in enumerate(table, start=1):
+        yield f"{path}: row {number}", record
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}

@@ -1,0 +1,330 @@
+"""Where examples come from: the built-in corpus, local files or a hub dataset."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmoo.data.chatterbot import read_chatterbot
+from jaxmoo.data.example import Example
+from jaxmoo.data.files import READERS, Record, read_records
+from jaxmoo.data.languages import nearest_language
+from jaxmoo.data.split import deduplicate
+from jaxmoo.errors import ConfigError, DataError, did_you_mean
+
+BUILT_IN = "chatterbot"
+COLUMN_KEYS = ("prompt", "completion", "messages", "group")
+
+
+def load_examples(
+    source: str,
+    languages: Sequence[str],
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    codes: Mapping[str, str] | None = None,
+    language_column: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    cache_dir: Path | None = None,
+) -> dict[str, list[Example]]:
+    """Load each language's examples, without duplicates.
+
+    `read_examples` takes the same arguments and describes them; this function then drops every
+    example whose normalised prompt and reply occurred before in the language.
+
+    Returns:
+      Per language its distinct examples, in the order of the source.
+
+    Raises:
+      ConfigError: arguments that contradict each other.
+      DataError: the source, a language of it or a record cannot be used.
+    """
+    loaded = read_examples(
+        source,
+        languages,
+        columns=columns,
+        codes=codes,
+        language_column=language_column,
+        subset=subset,
+        split=split,
+        cache_dir=cache_dir,
+    )
+    return {language: deduplicate(examples) for language, (examples, _) in loaded.items()}
+
+
+def read_examples(
+    source: str,
+    languages: Sequence[str],
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    codes: Mapping[str, str] | None = None,
+    language_column: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    cache_dir: Path | None = None,
+) -> dict[str, tuple[list[Example], int]]:
+    """Read each language's examples as the source holds them.
+
+    Args:
+      source: one of
+
+        - ``"chatterbot"``, the built-in corpus;
+        - a path with ``{language}`` in it, such as ``"data/{language}.jsonl"`` (also ``.json``,
+          ``.parquet``, ``.csv``);
+        - a directory of files named by language, such as ``en.jsonl``;
+        - one such file of all languages, told apart by `language_column`;
+        - the id of a hub dataset, ``"owner/name"``.
+      languages: the codes to load.
+      columns: which column of a record holds what. Keys: ``prompt`` and ``completion``, or
+        ``messages`` (a list of ``{"role", "content"}``), and ``group`` (see `Example`). By
+        default ``messages`` where a record has it, else ``prompt`` and ``completion``.
+      codes: the source's own names of languages, ``{"pt": "por_Latn"}``; the code itself where
+        absent.
+      language_column: the column that names a record's language.
+      subset: a hub dataset's subset (configuration); ``{language}`` stands for the language.
+        Default: the one named as the language is, unless `language_column` or `split` tell
+        languages apart.
+      split: a hub dataset's split; ``{language}`` stands for the language.
+      cache_dir: where the built-in corpus is kept.
+
+    Returns:
+      Per language, in the order of `languages`, its examples (duplicates included) and the number
+      of entries skipped as malformed. Only the built-in corpus, whose faults are known, skips; in
+      other sources a malformed record is an error.
+
+    Raises:
+      ConfigError: arguments that contradict each other.
+      DataError: the source, a language of it or a record cannot be used.
+    """
+    languages = _check_languages(languages)
+    columns = _check_columns(columns)
+    names = {language: (codes or {}).get(language, language) for language in languages}
+    path = Path(source).expanduser()
+
+    if source == BUILT_IN:
+        loaded = read_chatterbot(languages, cache_dir=cache_dir)
+    else:
+        if "{language}" in source or path.is_dir():
+            records = _pattern_records(source, names)
+        elif path.is_file():
+            records = _file_records(path, names, language_column)
+        else:
+            records = hub_records(_check_hub_id(source), names, subset, split, language_column)
+        loaded = {
+            language: ([to_example(record, language, columns) for record in found], 0)
+            for language, found in records.items()
+        }
+    for language, (examples, _) in loaded.items():
+        if not examples:
+            raise DataError(f"{source}: language {language!r} has no examples.")
+    return loaded
+
+
+def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
+    """Turn a record into an example.
+
+    Args:
+      record: where it was found, and its columns.
+      language: the record's language.
+      columns: as in `read_examples`.
+
+    Returns:
+      The example.
+
+    Raises:
+      DataError: naming the place, when a column is missing or does not hold what it should.
+    """
+    place, values = record
+
+    def column(key: str) -> Any:
+        name = columns.get(key, key)
+        if name not in values:
+            raise DataError(
+                f"{place}: no column {name!r} for the {key}. Columns: "
+                f"{', '.join(map(str, values))}.{did_you_mean(name, values)} "
+                "Name the right ones in `columns`."
+            )
+        return values[name]
+
+    group = str(column("group")) if "group" in columns else None
+    try:
+        if "messages" in columns or (
+            "messages" in values and not {"prompt", "completion"} & set(columns)
+        ):
+            return Example.from_messages(language, column("messages"), group=group)
+        return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
+
+
+def _check_languages(languages: Sequence[str]) -> list[str]:
+    if isinstance(languages, str) or not languages:
+        raise ConfigError(f"Expected a list of language codes, found {languages!r}.")
+    repeated = [language for language, count in Counter(languages).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
+    return list(languages)
+
+
+def _check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
+    columns = {key: name for key, name in (columns or {}).items() if name is not None}
+    for key in columns:
+        if key not in COLUMN_KEYS:
+            raise ConfigError(
+                f"Unknown key {key!r} in columns; expected {', '.join(COLUMN_KEYS)}."
+                f"{did_you_mean(key, COLUMN_KEYS)}"
+            )
+    if "messages" in columns and {"prompt", "completion"} & set(columns):
+        raise ConfigError("Columns take either messages, or prompt and completion, not both.")
+    return columns
+
+
+def _check_hub_id(source: str) -> str:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in READERS:
+        return source
+    if "/" in source or Path(source).suffix in READERS:
+        raise DataError(f"No file or directory {source!r}.")
+    raise DataError(
+        f"Unknown data source {source!r}.{did_you_mean(source, [BUILT_IN])} Expected "
+        f"{BUILT_IN!r}, a path such as 'data/{{language}}.jsonl', a directory, or a hub dataset "
+        "'owner/name'."
+    )
+
+
+def _missing_language(source: str | Path, name: str, available: Iterable[str]) -> DataError:
+    available = sorted(available)
+    return DataError(
+        f"{source} has no language {name!r}. Available: {', '.join(available) or 'none'}."
+        f"{nearest_language(name, available)}"
+    )
+
+
+def _pattern_records(source: str, names: Mapping[str, str]) -> dict[str, Iterator[Record]]:
+    """Records of one file per language."""
+    path = Path(source).expanduser()
+    found: dict[str, list[Path]] = {}
+    if path.is_dir() and "{language}" not in source:
+        for file in sorted(path.iterdir()):
+            if file.suffix.lower() in READERS:
+                found.setdefault(file.stem, []).append(file)
+    else:
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"{source}: expected a file name ending in {', '.join(READERS)}, "
+                f"found {path.suffix or 'no suffix'!r}."
+            )
+        # The name between the braces may occur several times, "data/{language}/{language}.csv".
+        first, *rest = re.escape(str(path)).split(re.escape("{language}"))
+        pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
+        wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
+        for file in sorted(glob.glob(wildcard)):
+            if match := pattern.fullmatch(file):
+                found.setdefault(match[1], []).append(Path(file))
+    for name in names.values():
+        if name not in found:
+            raise _missing_language(source, name, found)
+        if len(found[name]) > 1:
+            raise DataError(
+                f"{source}: several files for language {name!r}: "
+                f"{', '.join(file.name for file in found[name])}. Keep one, or give a pattern "
+                "such as 'data/{language}.jsonl'."
+            )
+    return {language: read_records(found[name][0]) for language, name in names.items()}
+
+
+def _by_column(
+    source: str | Path, records: Iterable[Record], names: Mapping[str, str], column: str
+) -> dict[str, list[Record]]:
+    """Records of one table, sorted into languages by a column."""
+    table: dict[str, list[Record]] = {name: [] for name in names.values()}
+    available = set()
+    for place, values in records:
+        if column not in values:
+            raise DataError(
+                f"{place}: no column {column!r} for the language. Columns: "
+                f"{', '.join(map(str, values))}.{did_you_mean(column, values)}"
+            )
+        name = str(values[column])
+        available.add(name)
+        if name in table:
+            table[name].append((place, values))
+    for name, found in table.items():
+        if not found:
+            raise _missing_language(source, name, available)
+    return {language: table[name] for language, name in names.items()}
+
+
+def _file_records(
+    path: Path, names: Mapping[str, str], language_column: str | None
+) -> dict[str, list[Record]]:
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path}: expected a file ending in {', '.join(READERS)}.")
+    if language_column is None:
+        raise ConfigError(
+            f"{path} is one file: say which column names the language (language_column), or give "
+            "one file per language, 'data/{language}.jsonl'."
+        )
+    return _by_column(path, read_records(path), names, language_column)
+
+
+def hub_records(
+    dataset: str,
+    names: Mapping[str, str],
+    subset: str | None,
+    split: str,
+    language_column: str | None,
+) -> dict[str, Iterable[Record]]:
+    """Read a hub dataset whose languages are subsets, splits or values of a column.
+
+    Args:
+      dataset: its id, or a directory laid out as a hub dataset.
+      names: per language the dataset's name of it.
+      subset: as in `read_examples`, and so are `split` and `language_column`.
+      split: the split.
+      language_column: the column of the language.
+
+    Returns:
+      Per language its records.
+
+    Raises:
+      DataError: the dataset cannot be loaded, or has no such language.
+    """
+    import datasets
+
+    def call(function: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"Cannot load {dataset!r} from the Hugging Face hub ({error}). Expected a hub "
+                f"dataset id, {BUILT_IN!r}, or local files such as 'data/{{language}}.jsonl'."
+            ) from error
+
+    def rows(subset: str | None, split: str) -> Iterator[Record]:
+        table = call(datasets.load_dataset, dataset, subset, split=split)
+        for number, values in enumerate(table, start=1):
+            yield f"{dataset} ({subset or 'default'}, {split}): row {number}", values
+
+    if language_column is not None:
+        return _by_column(dataset, rows(subset, split), names, language_column)
+    if subset is None and "{language}" not in split:
+        subset = "{language}"
+    if subset is not None and "{language}" in subset:
+        available = call(datasets.get_dataset_config_names, dataset)
+        for name in names.values():
+            if subset.replace("{language}", name) not in available:
+                raise DataError(
+                    f"{_missing_language(dataset, name, available)} If its languages are told "
+                    "apart by a column, name it in language_column."
+                )
+    return {
+        language: rows(
+            subset and subset.replace("{language}", name), split.replace("{language}", name)
+        )
+        for language, name in names.items()
+    }

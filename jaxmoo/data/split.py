@@ -1,0 +1,110 @@
+"""Which examples are trained on and which are held out: duplicates, leaks and the split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from jaxmoo.data.example import Example, normalise
+from jaxmoo.errors import ConfigError
+
+_HASH_BYTES = 6  # 48 bits: exact in a float, so that the fraction below stays under 1
+
+
+def deduplicate(examples: Iterable[Example]) -> list[Example]:
+    """Keep the first of all examples with the same normalised prompt and reply.
+
+    Args:
+      examples: of one language.
+
+    Returns:
+      The distinct examples in their order.
+
+    Example:
+      >>> pairs = [("Hi", "Hello"), ("Hi ", "Hello"), ("Hi", "Hey")]
+      >>> [e.reply for e in deduplicate(Example.from_pair("en", *pair) for pair in pairs)]
+      ['Hello', 'Hey']
+    """
+    distinct: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        distinct.setdefault(example.key, example)
+    return list(distinct.values())
+
+
+def hash_fraction(text: str) -> float:
+    """Map a text to a number in [0, 1) that is the same on every machine and in every run.
+
+    Args:
+      text: any text.
+
+    Returns:
+      The first bytes of its SHA-256 as a fraction.
+
+    Example:
+      >>> round(hash_fraction("user:Hello"), 6)
+      0.836952
+    """
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:_HASH_BYTES], "big") / 2 ** (8 * _HASH_BYTES)
+
+
+def split_examples(
+    examples: Sequence[Example], held_out: float, *, disjoint_replies: bool = False
+) -> tuple[list[Example], list[Example]]:
+    """Split one language's examples into training and held-out ones.
+
+    The side of an example is a hash of its normalised *prompt*, so all examples of one prompt
+    fall on the same side, whatever their order, the seed, the machine, the other languages of the
+    run, or the examples added later. Examples of one `Example.group` stay together too, and with
+    `disjoint_replies` so do those that share a reply: linked examples go where the smallest of
+    their groups or prompts goes.
+
+    Args:
+      examples: of one language.
+      held_out: the fraction of prompts to hold out, in [0, 1].
+      disjoint_replies: keep every reply on one side. Right where many prompts paraphrase one
+        another, wrong where replies are labels or numbers that both sides need.
+
+    Returns:
+      The training examples in the given order, and the held-out ones in the order of their
+      hashes, so that the first n of them are the same n whatever the order of `examples`.
+
+    Raises:
+      ConfigError: `held_out` is not a fraction.
+    """
+    if not 0 <= held_out <= 1:
+        raise ConfigError(f"held_out is a fraction between 0 and 1, found {held_out}.")
+    train: list[Example] = []
+    held: list[Example] = []
+    for example, key in zip(examples, _linked_keys(examples, disjoint_replies), strict=True):
+        (held if hash_fraction(key) < held_out else train).append(example)
+    # By the example's own hash, or else the first n would be a few sets of linked examples.
+    held.sort(key=lambda example: hash_fraction("\x1e".join(example.key)))
+    return train, held
+
+
+def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:
+    """One key per example, the same for all examples that must stay together (union-find)."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    own = []
+    for example in examples:
+        # A group replaces the prompt as the name of the side, so that parallel translations,
+        # whose prompts differ, go to the same side in every language.
+        keys = [example.prompt_key]
+        if example.group is not None:
+            keys.insert(0, f"\x00group:{example.group}")
+        if disjoint_replies:
+            keys.append(f"\x7freply:{normalise(example.reply)}")
+        own.append(keys[0])
+        for key in keys[1:]:
+            first, second = sorted((root(keys[0]), root(key)))
+            parent[second] = first  # the smallest key of a set is its name
+    return [root(key) for key in own]

@@ -1,0 +1,227 @@
+"""A decoder-only language model with stacked, scanned layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.layers import DecoderLayer, Linear, RMSNorm, rope_tables
+
+__all__ = ["REMAT", "Decoder"]
+
+
+def _checkpoint(policy: Any) -> Callable[[Callable], Callable]:
+    # Inside a scan the compiler cannot merge the recomputation with the forward pass, so the
+    # barrier against that (prevent_cse) would only cost time.
+    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
+
+
+# What the backward pass of a layer recomputes: everything; all but matrix products with
+# parameters; nothing.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "full": _checkpoint(None),
+    "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "none": lambda f: f,
+}
+
+
+class Decoder(nnx.Module):
+    """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    Parameter paths follow Hugging Face's names with Flax's leaf names (``kernel`` [in, out],
+    ``scale``, ``bias``, ``embedding`` [V, D]). Layers are stored in *segments*: runs of
+    consecutive layers whose leaves are stacked along a leading axis and scanned over. A segment
+    is named by the number of its first layer, so ``segments=(0, 22)`` of a model of 30 layers has
+    leaves ``layers.0.*`` of shape [22, ...] and ``layers.22.*`` of shape [8, ...]. Segments do not
+    change what is computed; they let a trainer split off the layers it trains, and what lies
+    before the first of those costs no backward pass.
+
+    Matrix products use JAX's default precision. On devices whose default for float32 is
+    lower than float32 (TPU, NVIDIA's TF32), set ``jax_default_matmul_precision`` to "highest" to
+    reproduce float32 results.
+
+    Args:
+      config: sizes.
+      segments: first layer of each segment; increasing, beginning with 0.
+      dtype: dtype of the computation; norms, softmax and logits are always float32.
+      param_dtype: dtype of the parameters.
+      remat: what the backward pass recomputes: "full" keeps only each layer's input (least
+        memory), "dots" also the products with parameters, "none" everything (fastest).
+      attention: "xla", or "auto" for the best of the available ones.
+      rngs: random initial values; see `abstract` to have none.
+
+    Raises:
+      ConfigError: on segments, remat or attention that make no sense.
+
+    Example:
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((3, 5), jnp.int32)).shape
+      (3, 5, 64)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        segments: tuple[int, ...] = (0,),
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: str = "full",
+        attention: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT:
+            raise ConfigError(
+                f"remat must be one of {', '.join(REMAT)}, got {remat!r}."
+                f"{did_you_mean(remat, REMAT)}"
+            )
+        self.config = config
+        self.segments = _check_segments(segments, config.num_hidden_layers)
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(param_dtype)}
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
+        ends = (*self.segments[1:], config.num_hidden_layers)
+        self.layers = nnx.Dict(
+            {
+                str(first): DecoderLayer(
+                    config, stack=(end - first,), attention=attention, rngs=rngs, **kw
+                )
+                for first, end in zip(self.segments, ends, strict=True)
+            }
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs, **kw)
+
+    @classmethod
+    def abstract(cls, config: DecoderConfig, **kwargs: Any) -> Decoder:
+        """Make a Decoder whose parameters are shapes and dtypes only.
+
+        Args:
+          config: sizes.
+          **kwargs: as for the constructor, without ``rngs``.
+
+        Returns:
+          A Decoder with `jax.ShapeDtypeStruct` leaves.
+        """
+        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **kwargs))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Compute the hidden states that the head reads.
+
+        Attention is causal, so padding on the right needs no mask.
+
+        Args:
+          tokens: int32 [B, S].
+          positions: int32 [B, S], for rows in which several texts are packed; 0 ... S - 1 by
+            default.
+          segment_ids: int32 [B, S]; tokens attend only to tokens with their own number.
+
+        Returns:
+          [B, S, D] after the final norm, in the dtype of the computation.
+
+        Raises:
+          ConfigError: when S exceeds the model's longest sequence.
+        """
+        length = tokens.shape[-1]
+        if length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"sequence of {length} tokens, but the model was made for at most "
+                f"{self.config.max_position_embeddings} (max_position_embeddings)"
+            )
+        cos, sin = rope_tables(self.config, jnp.arange(length) if positions is None else positions)
+        h_BSD = self.embed_tokens(tokens)
+        for first in self.segments:
+            h_BSD = _scan_layers(
+                self.layers[str(first)], REMAT[self.remat], h_BSD, cos, sin, segment_ids
+            )
+        return self.norm(h_BSD)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Compute logits.
+
+        Args:
+          tokens: int32 [B, S].
+          positions: see `hidden`.
+          segment_ids: see `hidden`.
+
+        Returns:
+          float32 [B, S, V]. For losses see `token_nll`, which never holds an array of this size.
+        """
+        h_BSD = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        kernel_DV = self.head_kernel().astype(self.dtype)
+        return jnp.matmul(h_BSD, kernel_DV, preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> jax.Array:
+        """Return the head's matrix [D, V] in the parameters' dtype; tied: the embedding's view."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+
+class Embedding(nnx.Module):
+    """One vector per token."""
+
+    def __init__(self, num_tokens: int, size: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        self.dtype = dtype
+        init = jax.nn.initializers.normal(0.02)
+        self.embedding = nnx.Param(init(rngs.params(), (num_tokens, size), param_dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens].astype(self.dtype)
+
+
+def _scan_layers(
+    segment: DecoderLayer,
+    remat: Callable[[Callable], Callable],
+    h_BSD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """Run a stack of layers, one at a time."""
+    graphdef, stacked = nnx.split(segment)
+
+    @remat
+    def layer(params: nnx.State, h_BSD: jax.Array, *context: jax.Array | None) -> jax.Array:
+        return nnx.merge(graphdef, params)(h_BSD, *context)
+
+    def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        return layer(params, h_BSD, cos, sin, segment_ids), None
+
+    return jax.lax.scan(body, h_BSD, stacked)[0]
+
+
+def _check_segments(segments: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    segments = tuple(segments)
+    increasing = all(a < b for a, b in zip(segments, (*segments[1:], num_layers), strict=True))
+    if not segments or segments[0] != 0 or not increasing:
+        raise ConfigError(
+            f"segments must increase from 0 and stay below the {num_layers} layers, got {segments}"
+        )
+    return segments

@@ -1,0 +1,221 @@
+"""The parts of a decoder layer.
+
+A layer's parameters are declared once, with an optional leading axis for a stack of layers; the
+computation is written for one layer and takes modules whose leaves have no such axis.
+
+Shape suffixes: B batch, S sequence, D hidden, F MLP width, N query heads, G key/value heads,
+H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models.config import DecoderConfig
+
+__all__ = ["Attention", "DecoderLayer", "Linear", "MLP", "RMSNorm", "rope_tables"]
+
+_normal = jax.nn.initializers.normal(0.02)
+
+
+def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, in float32.
+
+    Args:
+      config: gives head_dim, rope_theta and rope_scaling.
+      positions: int32 [..., S].
+
+    Returns:
+      (cos, sin), each [..., S, H / 2].
+    """
+    # Constants of the program. In float32 throughout, as the reference implementation has them:
+    # a last-bit difference here is multiplied by the position.
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.power(np.float32(config.rope_theta), exponents)
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        turns = s.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)
+        keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        keep = np.clip(keep, 0, 1).astype(np.float32)
+        frequencies = (1 - keep) * frequencies / np.float32(s.factor) + keep * frequencies
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BSNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate each pair (i, i + H / 2), the layout of Hugging Face's weights."""
+    a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BSNH.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), computed in ``dtype``."""
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        stack: tuple[int, ...] = (),
+        bias: bool = False,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype))
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(
+        self,
+        size: int,
+        epsilon: float,
+        *,
+        stack: tuple[int, ...] = (),
+        dtype: Any,
+        param_dtype: Any,
+    ):
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((*stack, size), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        stack: tuple[int, ...] = (),
+        attention: str = "auto",
+        rngs: nnx.Rngs,
+        **kw: Any,
+    ):
+        if attention not in ("auto", "xla"):
+            raise ConfigError(f"attention must be 'auto' or 'xla', got {attention!r}")
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        kw_in = dict(stack=stack, bias=config.attention_bias, rngs=rngs, **kw)
+        self.q_proj = Linear(config.hidden_size, width, **kw_in)
+        self.k_proj = Linear(config.hidden_size, kv_width, **kw_in)
+        self.v_proj = Linear(config.hidden_size, kv_width, **kw_in)
+        self.o_proj = Linear(width, config.hidden_size, stack=stack, rngs=rngs, **kw)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, stack=stack, **kw)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, stack=stack, **kw)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        heads = (*x_BSD.shape[:2], -1, self.head_dim)
+        q_BSNH = self.q_proj(x_BSD).reshape(heads)
+        k_BSGH = self.k_proj(x_BSD).reshape(heads)
+        v_BSGH = self.v_proj(x_BSD).reshape(heads)
+        if self.q_norm is not None:
+            q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
+        mask = None
+        if segment_ids is not None:
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        out_BSNH = jax.nn.dot_product_attention(
+            _rotate(q_BSNH, cos, sin),
+            _rotate(k_BSGH, cos, sin),
+            v_BSGH,
+            mask=mask,
+            is_causal=True,
+            implementation="xla",
+        )
+        return self.o_proj(out_BSNH.reshape(*x_BSD.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, **kw: Any):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kw)
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each on a normalised input and added to the residual stream.
+
+    Args:
+      config: sizes.
+      stack: leading axis of every parameter: ``(n,)`` declares n layers at once, ``()`` one.
+        A stack is storage; only a module without the axis can be called.
+      attention: attention implementation.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+      rngs: source of random initial values.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        stack: tuple[int, ...] = (),
+        attention: str = "auto",
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw: dict[str, Any] = {"stack": stack, "dtype": dtype, "param_dtype": param_dtype}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.self_attn = Attention(config, attention=attention, rngs=rngs, **kw)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.mlp = MLP(config, rngs=rngs, **kw)
+
+    def __call__(
+        self,
+        h_BSD: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Apply one layer.
+
+        Args:
+          h_BSD: residual stream.
+          cos: from `rope_tables`, [S, H / 2] or [B, S, H / 2].
+          sin: as cos.
+          segment_ids: int32 [B, S]; tokens attend only within their own segment.
+
+        Returns:
+          The residual stream after the layer, [B, S, D].
+        """
+        h_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), cos, sin, segment_ids)
+        return h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))

@@ -1,0 +1,156 @@
+"""Parameters by name: which layers a regular expression means, and how to split them off.
+
+The *logical path* of a parameter has the true number of its layer, whatever the model's segments:
+``layers.25.mlp.up_proj.kernel``. Users' expressions are searched for in logical paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.decoder import Decoder
+
+__all__ = ["logical_paths", "named_leaves", "parameter_paths", "segments_for", "trainable_filter"]
+
+
+def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:
+    """Names of the parameters held by one leaf of a `Decoder`.
+
+    Args:
+      path: the leaf's path in the NNX state.
+      shape: the leaf's shape; a stack of n layers holds n parameters.
+
+    Returns:
+      Dotted names, one per layer of a stack, else one.
+
+    Example:
+      >>> logical_paths(("layers", "22", "mlp", "up_proj", "kernel"), (2, 16, 32))
+      ['layers.22.mlp.up_proj.kernel', 'layers.23.mlp.up_proj.kernel']
+      >>> logical_paths(("norm", "scale"), (16,))
+      ['norm.scale']
+    """
+    if path[0] != "layers":
+        return [".".join(map(str, path))]
+    first, rest = int(path[1]), ".".join(map(str, path[2:]))
+    return [f"layers.{first + i}.{rest}" for i in range(shape[0])]
+
+
+def named_leaves(state: nnx.State) -> list[tuple[tuple[str, ...], Any]]:
+    """Paths and values of a state's leaves, in the order of `jax.tree.leaves`.
+
+    Args:
+      state: NNX state of a `Decoder`, or part of one; its leaves may be abstract.
+
+    Returns:
+      Pairs of a path, as `logical_paths` takes it, and a value with a shape.
+    """
+    return [
+        # An NNX variable adds a key of its own, which is no part of the path.
+        (tuple(str(key.key) for key in path if hasattr(key, "key")), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    ]
+
+
+def parameter_paths(config: DecoderConfig) -> list[str]:
+    """Logical paths of all parameters of a model, in no particular order."""
+    return [
+        name
+        for path, leaf in named_leaves(nnx.state(Decoder.abstract(config)))
+        for name in logical_paths(path, leaf.shape)
+    ]
+
+
+def segments_for(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
+    """Choose the segments that let an expression's parameters be split from the others.
+
+    Args:
+      config: the model's sizes.
+      pattern: regular expression, searched for in logical paths.
+
+    Returns:
+      First layers of maximal runs of layers of which the same parameters match; give them to
+      `Decoder`, and the expression to `trainable_filter`.
+
+    Raises:
+      ConfigError: when the expression is invalid or matches no parameter.
+
+    Example:
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=30,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> segments_for(config, r"^layers\\.(2[2-9])\\.")
+      (0, 22)
+    """
+    regex = _compile(pattern)
+    names = parameter_paths(config)
+    matched = [name for name in names if regex.search(name)]
+    if not matched:
+        shown = sorted({re.sub(r"^layers\.\d+\.", "layers.0.", name) for name in names})
+        raise ConfigError(
+            f"no parameter's path matches {pattern!r}. Paths are, for layers 0 to "
+            f"{config.num_hidden_layers - 1}: {', '.join(shown)}"
+        )
+    per_layer: list[set[str]] = [set() for _ in range(config.num_hidden_layers)]
+    for name in matched:
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            per_layer[int(number)].add(rest)
+    return tuple(
+        i for i in range(config.num_hidden_layers) if i == 0 or per_layer[i] != per_layer[i - 1]
+    )
+
+
+def trainable_filter(pattern: str) -> Callable[[tuple[Any, ...], Any], bool]:
+    """Make an NNX filter that selects the parameters an expression matches.
+
+    Args:
+      pattern: regular expression, searched for in logical paths.
+
+    Returns:
+      A filter for `nnx.split` and `nnx.state` of a `Decoder` built with the segments that
+      `segments_for` chooses. Used on other segments, it raises ConfigError when a stack holds
+      both matching and other layers.
+
+    Raises:
+      ConfigError: when the expression is invalid.
+
+    Example:
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> pattern = r"layers\\.2\\..*norm"
+      >>> model = Decoder(config, segments=segments_for(config, pattern), rngs=nnx.Rngs(0))
+      >>> graph, trainable, frozen = nnx.split(model, trainable_filter(pattern), ...)
+      >>> [".".join(path) for path, _ in nnx.to_flat_state(trainable)]
+      ['layers.2.input_layernorm.scale', 'layers.2.post_attention_layernorm.scale']
+    """
+    regex = _compile(pattern)
+
+    def select(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = logical_paths(path, leaf.shape)
+        matches = [bool(regex.search(name)) for name in names]
+        if any(matches) and not all(matches):
+            raise ConfigError(
+                f"{pattern!r} matches {sum(matches)} of the {len(names)} layers stacked in "
+                f"{'.'.join(map(str, path))}; build the model with "
+                "segments=segments_for(config, pattern)"
+            )
+        return all(matches)
+
+    return select
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"invalid regular expression {pattern!r}: {error}") from None

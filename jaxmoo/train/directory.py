@@ -1,0 +1,102 @@
+"""The directory of a run: what lies where, and to which run it belongs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.evaluate import LanguageScore
+from jaxmoo.train.config import Config, differences, load_config, to_yaml
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """The output directory of one run.
+
+    ::
+
+        config.yaml      the settings it was started with
+        metrics.jsonl    one row per step
+        tensorboard/     the same as TensorBoard events
+        checkpoints/     by step
+        evaluation/      held-out scores by step
+        report/          plots and a page that shows them
+        export/          the trained model in Hugging Face format
+
+    Args:
+      path: the directory; need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluation = self.path / "evaluation"
+        self.report = self.path / "report"
+        self.export = self.path / "export"
+
+    def check(self, config: Config) -> None:
+        """Raise unless a run with these settings may start, or resume, here.
+
+        Raises:
+          ConfigError: the directory belongs to a run with other settings, or to something else.
+        """
+        if self.path.is_file():
+            raise ConfigError(f"output: {self.path} is a file; name a directory.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise ConfigError(
+                f"output: {self.path} is not empty and holds no run (no config.yaml). Choose "
+                "another directory with output=..."
+            )
+        changed = differences(load_config(self.config), config)
+        if changed:
+            raise ConfigError(
+                f"output: {self.path} holds a run with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nGo on with that run's settings, or start a new one with output=..."
+            )
+
+    def claim(self, config: Config) -> None:
+        """Make the directory that of a run with these settings."""
+        self.check(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.config, to_yaml(config))
+
+    def scores(self, step: int) -> dict[str, LanguageScore] | None:
+        """Return the held-out scores stored for a step, or None."""
+        file = self.evaluation / f"step_{step:08d}.json"
+        if not file.exists():
+            return None
+        try:
+            stored = json.loads(file.read_text())
+            return {code: LanguageScore.from_dict(values) for code, values in stored.items()}
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}); remove it to evaluate again."
+            ) from error
+
+    def store_scores(self, step: int, scores: Mapping[str, LanguageScore]) -> None:
+        """Store held-out scores of a step."""
+        self.evaluation.mkdir(exist_ok=True)
+        text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
+        _write(self.evaluation / f"step_{step:08d}.json", text + "\n")
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a small JSON file of the run."""
+        _write(self.path / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a file's contents at once: a reader sees the old or the new, never a part."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)

@@ -1,0 +1,293 @@
+"""What a run writes down while it goes: metrics.jsonl, TensorBoard events and a progress bar.
+
+A *row* is a mapping with an integer ``step`` and any of these, as far as they are known then::
+
+    {"step": 12,
+     "loss": {"en": 2.31, ...},             # mean per target token, before the step's update
+     "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
+     "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
+     "weights": {"en": 0.11, ...},          # mean over blocks
+     "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
+     "blocks": {"layers.22": {"conflict_share": 0.29, "update_norm": 0.1}, ...}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxmoo.errors import ConfigError, DataError
+
+__all__ = ["MetricsWriter", "Progress", "read_metrics"]
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` and, if asked, to TensorBoard events.
+
+    Every row is on disk when :meth:`write` returns. A resumed run goes on behind the rows up to
+    its checkpoint; those an interrupted run wrote after it are removed first, in one step, so
+    that no row occurs twice.
+
+    Args:
+      directory: the run's directory; made if need be.
+      tensorboard: also write TensorBoard events to ``directory/tensorboard``.
+      resume_step: last step whose rows are kept; None starts afresh.
+
+    Raises:
+      ConfigError: TensorBoard events are wanted and the package tensorboardX is missing.
+      DataError: the rows that are there cannot be read.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, tensorboard: bool = True, resume_step: int | None = None
+    ):
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._events = _summary_writer(directory, first_step) if tensorboard else None
+        _keep_until(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row; values may be numbers, NumPy or JAX arrays, mappings and lists."""
+        plain = _plain(row)
+        if not isinstance(plain.get("step"), int):
+            raise DataError(f"A row of metrics needs an integer step, found {plain.get('step')!r}.")
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for tag, value in _scalars(plain):
+                self._events.add_scalar(tag, value, plain["step"])
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics file.
+
+    A last line that a killed run left incomplete is ignored.
+
+    Args:
+      path: ``metrics.jsonl``, or the directory it lies in.
+
+    Returns:
+      The rows; what was not a finite number is None.
+
+    Raises:
+      DataError: another line is not a row.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= "metrics.jsonl"
+    return [row for _, row in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no integer step")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                return
+            raise DataError(
+                f"{path}:{number}: expected one JSON object with a step per line, found "
+                f"{line.strip()[:60]!r} ({error})."
+            ) from error
+        yield line.rstrip("\n") + "\n", row
+
+
+def _keep_until(path: Path, step: int | None) -> None:
+    """Cut a metrics file behind a step; the old file stays until the new one is complete."""
+    if not path.exists():
+        return
+    kept = [] if step is None else [line for line, row in _lines(path) if row["step"] <= step]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON holds. Numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(item) for item in array]
+    if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
+        return array.item()
+    # Through text: the shortest decimal that is this float32, not its expansion to 17 digits.
+    number = float(str(array.astype(np.float64 if array.dtype == np.float64 else np.float32)))
+    return number if math.isfinite(number) else None
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield TensorBoard tags, one chart group per quantity, and values of a plain row."""
+    for key, value in row.items():
+        if key == "step":
+            continue
+        if key == "blocks":
+            for block, quantities in value.items():
+                for name, number in quantities.items():
+                    yield f"block_{name}/{block}", _number(number)
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}/{name}", _number(item)) for name, item in _flat(value))
+        elif value is None or isinstance(value, int | float):
+            yield f"train/{key}", _number(value)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{name}/")
+        elif item is None or isinstance(item, int | float):
+            yield prefix + name, item
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _summary_writer(directory: Path, first_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard is true, but the package tensorboardX is not installed. Install "
+            "'jaxmoo[train]' or tensorboardX, or set tensorboard=false."
+        ) from error
+    # TensorBoard drops what earlier event files hold from the purge step on. Their names count
+    # seconds; the suffix keeps two starts within one second apart.
+    return SummaryWriter(
+        str(directory / "tensorboard"),
+        purge_step=first_step,
+        filename_suffix=f".{time.time_ns()}",
+    )
+
+
+class Progress:
+    """Shows a run's progress: on a terminal as a bar over a line of per-language losses.
+
+    Where the output is not a terminal (a log file, a batch job) it writes a plain line every few
+    steps instead.
+
+    Args:
+      steps: steps of the whole run.
+      start: steps already done when a run is resumed.
+      every: steps between the lines where there is no terminal.
+      file: where to; standard error by default.
+    """
+
+    def __init__(self, steps: int, *, start: int = 0, every: int = 10, file: TextIO | None = None):
+        self._file = sys.stderr if file is None else file
+        self._steps, self._every = steps, every
+        self._start, self._begun = start, time.monotonic()
+        self._bar = self._losses = None
+        if self._file.isatty():
+            layout = "{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}]  {desc}"
+            common = {"file": self._file, "dynamic_ncols": True, "miniters": 1}
+            self._bar = tqdm(total=steps, initial=start, bar_format=layout, **common)
+            self._losses = tqdm(total=0, position=1, bar_format="{desc}", **common)
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show a training row; its ``step`` counts the steps done."""
+        row = _plain(row)
+        step = row["step"]
+        losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
+        summary = _summary(row, losses)
+        if self._bar is not None:
+            width = os.get_terminal_size(self._file.fileno()).columns
+            self._losses.set_description_str(_compact(losses, width - 1), refresh=False)
+            self._bar.set_description_str(summary, refresh=False)
+            if self._bar.update(step - self._bar.n):
+                self._losses.refresh()
+        elif step % self._every == 0 or step in (self._start + 1, self._steps):
+            elapsed = time.monotonic() - self._begun
+            left = elapsed / max(step - self._start, 1) * (self._steps - step)
+            self._print(
+                f"step {step}/{self._steps} [{tqdm.format_interval(elapsed)}<"
+                f"{tqdm.format_interval(left)}]  {summary}  | {_compact(losses)}"
+            )
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            tqdm.write(text, file=self._file)
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Leave the bar as it is and let other output follow."""
+        for bar in (self._bar, self._losses):
+            if bar is not None:
+                bar.close()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _summary(row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
+    parts = []
+    if losses:
+        worst = max(losses, key=lambda code: (math.isnan(losses[code]), losses[code]))
+        parts.append(f"loss {sum(losses.values()) / len(losses):.3f}")
+        if len(losses) > 1:
+            parts.append(f"worst {worst} {losses[worst]:.3f}")
+    if row.get("conflict_share") is not None:
+        parts.append(f"conflict {100 * row['conflict_share']:.0f}%")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def _compact(losses: Mapping[str, float], width: int | None = None) -> str:
+    """Losses in one line; those of the highest loss where not all of them fit."""
+    entries = [f"{code} {loss:.2f}" for code, loss in losses.items()]
+    if width is None or len("  ".join(entries)) <= width:
+        return "  ".join(entries)
+    worst = sorted(losses, key=lambda code: (math.isnan(losses[code]), losses[code]), reverse=True)
+    line = ""
+    for code in worst:
+        entry = f"{code} {losses[code]:.2f}  "
+        if len(line) + len(entry) + len("...") > width:
+            break
+        line += entry
+    return line + "..."

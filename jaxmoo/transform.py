@@ -1,0 +1,227 @@
+"""``resolve_conflicts``: block-wise multi-objective gradients as an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmoo import aggregators
+from jaxmoo.aggregators import Aggregator
+from jaxmoo.blocks import Blocks, partition, path_string
+from jaxmoo.blocks import get as get_blocks
+from jaxmoo.errors import ConfigError
+from jaxmoo.resolve import conflict_share, group_blocks, resolve
+
+__all__ = ["ResolveConflictsState", "resolve_conflicts"]
+
+
+class ResolveConflictsState(NamedTuple):
+    """State and last diagnostics of :func:`resolve_conflicts`; read them with ``optax.tree.get``.
+
+    B blocks, K objectives. ``gram``, ``weights`` and ``skipped`` are None unless
+    ``num_objectives`` was given.
+    """
+
+    step: jax.Array  # int32 []: updates so far
+    key: jax.Array  # PRNG key; step t uses fold_in(key, t)
+    aggregator: Any  # one pytree per distinct aggregator, leaves [its blocks, ...]
+    gram: jax.Array | None  # float32 [B, K, K]: inner products of the objectives' gradients
+    weights: jax.Array | None  # float32 [B, K]: weight given to each objective
+    conflict: jax.Array  # float32 [B]: share of pairs of objectives with negative inner product
+    update_norm: jax.Array  # float32 [B]: norm of the resolved gradient
+    mean_norm: jax.Array  # float32 [B]: norm of the objectives' (preference-weighted) mean
+    skipped: jax.Array | None  # int32 [K]: steps in which the objective was non-finite somewhere
+
+
+def resolve_conflicts(
+    aggregator: str | Aggregator | Mapping[str, str | Aggregator] = "cagrad",
+    blocks: str | Blocks | Callable[[str], Hashable] = "layer",
+    *,
+    stacked: str | None = None,
+    num_objectives: int | None = None,
+    preference: Sequence[float] | jax.Array | None = None,
+    match_norm: bool = False,
+    nonfinite: Literal["skip", "raise"] = "skip",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Resolve conflicts between per-objective gradients, block by block.
+
+    Takes updates whose every array carries a leading objective axis ``[K, ...]`` (see
+    :func:`jaxmoo.stacked_value_and_grad`) and returns updates shaped like the parameters. Place
+    it first in an ``optax.chain``. All blocks' Gram matrices are formed array by array, solved as
+    one batch, and each array is combined once; nothing is concatenated.
+
+    ``update`` takes one optional extra argument, ``active``: bool [K], False for objectives that
+    are absent from this step. An absent objective, or one whose gradient in a block is not
+    finite, has no part in the solve.
+
+    Args:
+      aggregator: a name, an :class:`~jaxmoo.aggregators.Aggregator`, or a mapping from regular
+        expressions over block names to either; the first that matches (``re.search``) is used.
+      blocks: how parameters are cut into blocks; see :func:`jaxmoo.blocks.get`.
+      stacked: which arrays stack the layers of a scanned model; see
+        :func:`jaxmoo.blocks.partition`.
+      num_objectives: K. Needed by aggregators that keep state, and for the state to hold each
+        block's Gram matrix and weights.
+      preference: how much each objective matters [K]; normalised to sum 1. Equal by default.
+      match_norm: rescale every block's result to the norm of its mean gradient, so that methods
+        and block sizes can be compared at equal step lengths.
+      nonfinite: ``"skip"`` leaves a non-finite objective out of its block and counts it;
+        ``"raise"`` stops the program.
+      seed: seed of aggregators that draw random numbers.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`ResolveConflictsState`.
+
+    Raises:
+      ConfigError: an option is unknown or contradicts another; a pattern matches no block; or, on
+        update, the updates carry no objective axis.
+
+    References:
+      Hoang et al., *Multilingual Fine-Tuning via Localized Gradient Conflict Resolution*,
+      `arXiv:2606.05613 <https://arxiv.org/abs/2606.05613>`_.
+
+    Example:
+      >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+      >>> tx = optax.chain(resolve_conflicts("mgda", blocks="leaf"), optax.sgd(1.0))
+      >>> state = tx.init(params)
+      >>> updates = {"w": jnp.array([[2.0, 0.0], [0.0, 2.0]]), "b": jnp.array([[1.0], [-1.0]])}
+      >>> updates, state = tx.update(updates, state, params)
+      >>> [[round(float(x), 4) + 0.0 for x in updates[name]] for name in ("w", "b")]
+      [[-1.0, -1.0], [0.0]]
+      >>> optax.tree.get(state, "conflict").tolist()
+      [1.0, 0.0]
+    """
+    rule = get_blocks(blocks)
+    if nonfinite not in ("skip", "raise"):
+        raise ConfigError(f"nonfinite: expected 'skip' or 'raise', found {nonfinite!r}.")
+    if isinstance(aggregator, Mapping):
+        choices: Any = {pattern: aggregators.get(a) for pattern, a in aggregator.items()}
+        chosen = list(choices.values())
+    else:
+        choices = aggregators.get(aggregator)
+        chosen = [choices]
+    for each in chosen:
+        if num_objectives is None and jax.tree.leaves(each.init(2)):
+            raise ConfigError(
+                f"{each.name} keeps state per objective: pass num_objectives=K, the length of "
+                "the objective axis."
+            )
+    share = None if preference is None else _normalised(preference, num_objectives)
+
+    def init(params: Any) -> ResolveConflictsState:
+        part = partition(rule, params, stacked=stacked)
+        b, k = len(part), num_objectives
+        return ResolveConflictsState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key(seed),
+            aggregator=tuple(
+                aggregators.init_blocks(group.aggregator, len(group.blocks), k or 0)
+                for group in group_blocks(part, choices)
+            ),
+            gram=None if k is None else jnp.zeros((b, k, k), jnp.float32),
+            weights=None if k is None else jnp.zeros((b, k), jnp.float32),
+            conflict=jnp.zeros(b, jnp.float32),
+            update_norm=jnp.zeros(b, jnp.float32),
+            mean_norm=jnp.zeros(b, jnp.float32),
+            skipped=None if k is None else jnp.zeros(k, jnp.int32),
+        )
+
+    def update(
+        updates: Any,
+        state: ResolveConflictsState,
+        params: Any = None,
+        *,
+        active: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ResolveConflictsState]:
+        del extra_args
+        k = _objective_axis(updates, params, num_objectives)
+        leaves, treedef = jax.tree.flatten(updates)
+        part = partition(
+            rule,
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates),
+            stacked=stacked,
+        )
+        resolved = resolve(
+            part,
+            group_blocks(part, choices),
+            leaves,
+            state=state.aggregator,
+            key=jax.random.fold_in(state.key, state.step),
+            active=jnp.ones(k, bool) if active is None else jnp.asarray(active, bool),
+            preference=share,
+            match_norm=match_norm,
+        )
+        if nonfinite == "raise":
+            jax.debug.callback(_raise_nonfinite, resolved.nonfinite)
+        keep = num_objectives is not None
+        return jax.tree.unflatten(treedef, resolved.updates), ResolveConflictsState(
+            step=optax.safe_increment(state.step),
+            key=state.key,
+            aggregator=resolved.state,
+            gram=resolved.gram if keep else None,
+            weights=resolved.weights if keep else None,
+            conflict=conflict_share(resolved.gram),
+            update_norm=resolved.update_norm,
+            mean_norm=resolved.mean_norm,
+            skipped=state.skipped + resolved.nonfinite if keep else None,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Array:
+    share = np.asarray(preference, np.float32)
+    wrong_length = k is not None and share.shape != (k,)
+    if share.ndim != 1 or wrong_length or not (share >= 0).all() or not share.sum() > 0:
+        raise ConfigError(
+            f"preference: expected {'K' if k is None else k} weights >= 0, not all zero; found "
+            f"{preference!r}."
+        )
+    return jnp.asarray(share / share.sum())
+
+
+def _raise_nonfinite(nonfinite: np.ndarray) -> None:
+    if nonfinite.any():
+        raise FloatingPointError(
+            f"Non-finite gradient of objective(s) {np.flatnonzero(nonfinite).tolist()}. Lower the "
+            "learning rate, check the data, or leave them out with nonfinite='skip'."
+        )
+
+
+def _objective_axis(updates: Any, params: Any, expected: int | None) -> int:
+    """Check that every array of the updates starts with the same objective axis; return K."""
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    shapes = (
+        [x.shape for x in jax.tree.leaves(params)]
+        if params is not None and jax.tree.structure(params) == jax.tree.structure(updates)
+        else [None] * len(leaves)
+    )
+    hint = "Take per-objective gradients with jaxmoo.stacked_value_and_grad."
+    lengths: dict[int, str] = {}
+    for (path, x), shape in zip(leaves, shapes, strict=True):
+        name = path_string(path)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ConfigError(f"Update {name!r}: expected floating point, found {x.dtype}.")
+        if x.ndim == 0 or (shape is not None and x.shape[1:] != shape):
+            wanted = "[K, ...]" if shape is None else f"[K, {', '.join(map(str, shape))}]"
+            raise ConfigError(
+                f"Update {name!r} carries no objective axis: expected shape {wanted}, found "
+                f"{list(x.shape)}. {hint}"
+            )
+        lengths.setdefault(x.shape[0], name)
+    if len(lengths) > 1:
+        found = ", ".join(f"{k} in {name!r}" for k, name in lengths.items())
+        raise ConfigError(f"Objective axes disagree: found lengths {found}. {hint}")
+    k = next(iter(lengths), None)
+    if k is None:
+        raise ConfigError("There are no updates to resolve: the tree has no arrays.")
+    if expected is not None and k != expected:
+        raise ConfigError(f"num_objectives={expected}, but the updates hold {k} objectives.")
+    return k

@@ -1,0 +1,250 @@
+"""Sources: the same examples from every kind of file, and errors that name file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import datasets
+import pytest
+
+from jaxmoo.data.example import Example
+from jaxmoo.data.files import read_records
+from jaxmoo.data.sources import hub_records, load_examples, read_examples
+from jaxmoo.errors import ConfigError, DataError
+
+ROWS = {
+    "en": [
+        {"prompt": "Hello,\nyou?", "completion": 'Hi "there"'},
+        {"prompt": "a", "completion": "b"},
+    ],
+    "fa": [{"prompt": "سلام", "completion": "خوبم"}],
+}
+
+
+def expected(language):
+    return [Example.from_pair(language, r["prompt"], r["completion"]) for r in ROWS[language]]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), "utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("layout", ["{language}", "{language}/part-{language}", "train.{language}"])
+def test_one_file_per_language(suffix, layout, tmp_path):
+    pattern = str(tmp_path / (layout + suffix))
+    for language, rows in ROWS.items():
+        write(tmp_path / (layout.replace("{language}", language) + suffix), rows)
+    loaded = load_examples(pattern, ["fa", "en"])
+    assert list(loaded) == ["fa", "en"]
+    assert loaded == {language: expected(language) for language in ("fa", "en")}
+
+
+def test_a_directory_of_files_named_by_language(tmp_path):
+    write(tmp_path / "en.jsonl", ROWS["en"])
+    write(tmp_path / "fa.csv", ROWS["fa"])
+    (tmp_path / "README.md").write_text("not data")
+    assert load_examples(str(tmp_path), ["en", "fa"]) == {
+        language: expected(language) for language in ROWS
+    }
+
+
+def test_two_files_of_one_language_are_ambiguous(tmp_path):
+    write(tmp_path / "en.jsonl", ROWS["en"])
+    write(tmp_path / "en.csv", ROWS["en"])
+    with pytest.raises(DataError, match=r"several files for language 'en': en\.csv, en\.jsonl"):
+        load_examples(str(tmp_path), ["en"])
+
+
+def test_one_file_with_a_column_of_languages(tmp_path):
+    file = tmp_path / "all.jsonl"
+    write(file, [row | {"lang": language} for language, rows in ROWS.items() for row in rows])
+    assert load_examples(str(file), ["fa"], language_column="lang") == {"fa": expected("fa")}
+    with pytest.raises(DataError, match=r"no language 'fr'. Available: en, fa"):
+        load_examples(str(file), ["fr"], language_column="lang")
+    with pytest.raises(DataError, match=r"all.jsonl:1: no column 'long'.*Did you mean 'lang'"):
+        load_examples(str(file), ["fa"], language_column="long")
+    with pytest.raises(ConfigError, match="which column names the language"):
+        load_examples(str(file), ["fa"])
+
+
+def test_codes_translate_the_sources_names(tmp_path):
+    write(tmp_path / "pes_Arab.jsonl", ROWS["fa"])
+    assert load_examples(str(tmp_path), ["fa"], codes={"fa": "pes_Arab"}) == {"fa": expected("fa")}
+
+
+def test_columns_are_mapped(tmp_path):
+    rows = [{"id": 7, "question": "2+2", "answer": 4, "prompt": "no", "messages": "no"}]
+    write(tmp_path / "en.jsonl", rows)
+    columns = {"prompt": "question", "completion": "answer", "group": "id", "messages": None}
+    loaded = load_examples(str(tmp_path), ["en"], columns=columns)
+    assert loaded == {"en": [Example.from_pair("en", "2+2", "4", group="7")]}
+
+
+@pytest.mark.parametrize("columns", [None, {"messages": "chat"}])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_conversations_in_messages(columns, suffix, tmp_path):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    write(tmp_path / f"en{suffix}", [{columns["messages"] if columns else "messages": messages}])
+    assert load_examples(str(tmp_path), ["en"], columns=columns) == {
+        "en": [Example.from_messages("en", messages)]
+    }
+
+
+def test_duplicates_are_dropped_when_loading_and_kept_when_reading(tmp_path):
+    write(tmp_path / "en.jsonl", [*ROWS["en"], {"prompt": " a ", "completion": "b\n"}])
+    assert load_examples(str(tmp_path), ["en"]) == {"en": expected("en")}
+    examples, skipped = read_examples(str(tmp_path), ["en"])["en"]
+    assert (len(examples), skipped) == (3, 0)
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("en.jsonl", GOOD + "{'prompt': 1}", r"en\.jsonl:2: expected one JSON object per line"),
+        ("en.jsonl", GOOD + "\n[1]", r"en\.jsonl:3: expected a JSON object, found list"),
+        ("en.jsonl", GOOD + '{"prompt": "a"}', r"en\.jsonl:2: no column 'completion'"),
+        (
+            "en.jsonl",
+            '{"prompt": "a", "completions": "b"}',
+            r"en\.jsonl:1: no column 'completion'.*Columns: prompt, completions\. Did you mean "
+            "'completions'",
+        ),
+        (
+            "en.jsonl",
+            '{"prompt": "a", "completion": null}',
+            r"en\.jsonl:1: message 1 \(assistant\): expected text, found NoneType",
+        ),
+        ("en.jsonl", '{"messages": []}', r"en\.jsonl:1: expected at least one message"),
+        ("en.jsonl", GOOD.encode() + b'{"prompt": "\xff"}', r"en\.jsonl:2: not UTF-8 text"),
+        ("en.jsonl", "", "language 'en' has no examples"),
+        ("en.json", GOOD + GOOD, r"en\.json:2: invalid JSON \(Extra data\). Is it JSON Lines"),
+        ("en.json", '{"data": []}', r"en\.json: expected a JSON list of objects, found dict"),
+        ("en.json", "[1]", r"en\.json: record 1: expected a JSON object, found int"),
+        (
+            "en.csv",
+            "prompt,completion\na,b\nc\n",
+            r"en\.csv:3: expected 2 fields as in the header, found 1",
+        ),
+        ("en.csv", "prompt,completion\na,b,c\n", r"en\.csv:2: expected 2 fields"),
+        ("en.csv", 'prompt,completion\na,"b\n', r"en\.csv:2: invalid CSV"),
+        ("en.parquet", "PAR1 but not really", r"en\.parquet: not a readable Parquet file"),
+    ],
+)
+def test_malformed_files_are_named_with_the_line(name, content, complaint, tmp_path):
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=complaint):
+        load_examples(str(tmp_path), ["en"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    (tmp_path / "en.csv").write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,b\r\n")
+    assert load_examples(str(tmp_path), ["en"])["en"] == expected("en")[1:]
+
+
+def test_long_csv_fields_are_read(tmp_path):
+    write(tmp_path / "en.csv", [{"prompt": "x " * 100_000, "completion": "y"}])
+    assert len(next(read_records(tmp_path / "en.csv"))[1]["prompt"]) == 200_000
+
+
+def test_a_missing_language_names_the_nearest(tmp_path):
+    for language in ("en", "ja", "pt"):
+        write(tmp_path / f"{language}.jsonl", ROWS["en"])
+    for source in (str(tmp_path), str(tmp_path / "{language}.jsonl")):
+        with pytest.raises(DataError, match=r"no language 'jp'. Available: en, ja, pt. .*'ja'"):
+            load_examples(source, ["en", "jp"])
+    with pytest.raises(DataError, match=r"chatterbot.*no language 'jp'.*Did you mean 'ja'"):
+        load_examples("chatterbot", ["en", "jp"])
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("chaterbot", "Unknown data source 'chaterbot'. Did you mean 'chatterbot'"),
+        ("no/such/place/here", "No file or directory 'no/such/place/here'"),
+        ("nowhere/en.jsonl", "No file or directory"),
+        ("nowhere/{language}.txt", "ending in .jsonl, .json, .parquet, .csv, found '.txt'"),
+        ("nowhere/{language}.jsonl", "no language 'en'. Available: none"),
+    ],
+)
+def test_unknown_sources_are_refused(source, complaint):
+    with pytest.raises(DataError, match=complaint):
+        load_examples(source, ["en"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"languages": []}, "Expected a list of language codes"),
+        ({"languages": "en"}, "Expected a list of language codes, found 'en'"),
+        ({"languages": ["en", "fa", "en"]}, "named more than once: en"),
+        ({"columns": {"promt": "q"}}, "Unknown key 'promt'.*Did you mean 'prompt'"),
+        ({"columns": {"messages": "m", "prompt": "q"}}, "not both"),
+    ],
+)
+def test_contradictory_arguments_are_refused(arguments, complaint, tmp_path):
+    with pytest.raises(ConfigError, match=complaint):
+        load_examples(str(tmp_path), **({"languages": ["en"]} | arguments))
+
+
+@pytest.fixture
+def hub_dataset(tmp_path):
+    """A dataset laid out as on the hub: a subset per language, and one of all languages."""
+    folder = tmp_path / "dataset"
+    everything = []
+    for language, rows in ROWS.items():
+        write(folder / language / "train.jsonl", rows)
+        write(folder / language / "test.jsonl", rows[:1])
+        everything += [row | {"lang": language} for row in rows]
+    write(folder / "all" / "train.jsonl", everything)
+    subsets = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n"
+        + (f"  - split: test\n    path: {name}/test.jsonl\n" if name != "all" else "")
+        for name in ("en", "fa", "all")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n")
+    return str(folder)
+
+
+def test_hub_datasets_with_a_subset_per_language(hub_dataset):
+    def texts(subset=None, split="train", column=None):
+        names = {"fa": "fa", "en": "en"}
+        found = hub_records(hub_dataset, names, subset, split, column)
+        return {
+            language: [{key: values[key] for key in ("prompt", "completion")} for _, values in rows]
+            for language, rows in found.items()
+        }
+
+    assert texts() == texts(subset="{language}") == texts("all", column="lang") == ROWS
+    assert texts(split="test") == {language: rows[:1] for language, rows in ROWS.items()}
+
+
+def test_hub_datasets_without_the_language_say_what_there_is(hub_dataset):
+    with pytest.raises(DataError, match=r"no language 'fr'. Available: all, en, fa"):
+        hub_records(hub_dataset, {"fr": "fr"}, None, "train", None)
+    with pytest.raises(DataError, match=r"no language 'fr'. Available: en, fa"):
+        hub_records(hub_dataset, {"fr": "fr"}, "all", "train", "lang")
+    rows = hub_records(hub_dataset, {"en": "en"}, None, "validation", None)["en"]
+    with pytest.raises(DataError, match=r"Cannot load.*validation"):
+        list(rows)

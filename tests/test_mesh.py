@@ -1,0 +1,72 @@
+"""Meshes: sensible defaults, clear refusals, and shardings that leave nothing whole without need."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxmoo import mesh
+from jaxmoo.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("languages", "devices", "expected"),
+    [
+        (8, 1, (1, 1)),
+        (8, 8, (8, 1)),
+        (4, 8, (4, 2)),
+        (6, 8, (2, 4)),
+        (7, 8, (1, 8)),
+        (64, 8, (8, 1)),
+    ],
+)
+def test_languages_take_the_largest_axis_they_divide(languages, devices, expected):
+    assert mesh.mesh_shape(languages, devices) == expected
+
+
+def test_sizes_given_are_kept():
+    assert mesh.mesh_shape(8, 8, language=2) == (2, 4)
+    assert mesh.mesh_shape(8, 8, fsdp=4) == (2, 4)
+    assert mesh.mesh_shape(8, 8, language=4, fsdp=2) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"language": 2, "fsdp": 2}, "= 4, but there are 8 devices"),
+        ({"language": 16}, "but there are 8 devices"),
+        ({"fsdp": 3}, "but there are 8 devices"),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        mesh.mesh_shape(8, 8, **sizes)
+
+
+def test_languages_that_do_not_divide_are_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"must divide the number of languages.*1, 2, 3, 6"):
+        mesh.mesh_shape(6, 8, language=4)
+
+
+def test_parameters_are_cut_along_their_longest_divisible_axis():
+    one = mesh.make_mesh(8, devices=jax.devices()[:1])
+    tree = {
+        "layers": {"0": jnp.zeros((8, 4, 16))},
+        "embed": jnp.zeros((32, 4)),
+        "scalar": jnp.zeros(()),
+    }
+    found = jax.tree.map(
+        lambda s: s.spec, mesh.parameter_shardings(one, tree, stacked=r"^layers\.")
+    )
+    both = ("language", "fsdp")
+    assert found == {
+        "layers": {"0": P(None, None, both)},
+        "embed": P(both, None),
+        "scalar": P(),
+    }
+    gradients = jax.tree.map(
+        lambda s: s.spec, mesh.objective_shardings(one, tree, stacked=r"^layers\.")
+    )
+    assert gradients["embed"] == P("language", ("fsdp",), None)

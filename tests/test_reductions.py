@@ -1,0 +1,52 @@
+"""The two passes over the gradients agree with float64 NumPy, without copies of the gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoo.reductions import section_grams, weighted_sum
+
+SHAPES = [(3, 1, 5), (8, 4, 20_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_forms_equal_float64(shape, dtype, partitioned):
+    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    weights = jax.random.uniform(jax.random.key(1), (shape[1], shape[0]))
+    exact = np.asarray(x, np.float64).reshape(*shape[:2], -1)
+    grams = np.einsum("ksn,jsn->skj", exact, exact)
+    np.testing.assert_allclose(
+        section_grams(x, partitioned=partitioned), grams, rtol=1e-5, atol=1e-5 * np.abs(grams).max()
+    )
+    total = np.einsum("sk,ksn->sn", np.asarray(weights, np.float64), exact).reshape(shape[1:])
+    result = weighted_sum(x, weights, partitioned=partitioned)
+    assert result.dtype == dtype
+    precision = 1e-6 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), total, rtol=precision, atol=precision
+    )
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_what_is_not_finite_stays_with_its_objective(partitioned):
+    x = jnp.ones((3, 2, 4)).at[1, 0, 2].set(jnp.nan).at[1, 1, 0].set(jnp.inf)
+    grams = np.asarray(section_grams(x, partitioned=partitioned))
+    kept = np.ix_([0, 1], [0, 2], [0, 2])
+    assert np.array_equal(grams[kept], np.full((2, 2, 2), 4.0))
+    assert not np.isfinite(grams[:, 1]).any()
+    weights = jnp.array([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    assert np.array_equal(weighted_sum(x, weights, partitioned=partitioned), np.ones((2, 4)))
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
+def test_float32_gradients_are_not_copied_and_16_bits_never_widened(dtype, copies):
+    x = jax.ShapeDtypeStruct((8, 4, 500_000), dtype)
+    weights = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    size = 8 * 4 * 500_000 * jnp.dtype(dtype).itemsize
+    for function, arguments in ((section_grams, (x,)), (weighted_sum, (x, weights))):
+        compiled = jax.jit(lambda *a, f=function: f(*a, partitioned=False)).lower(*arguments)
+        temporary = compiled.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < (copies + 0.05) * size

@@ -1,0 +1,216 @@
+"""A run from config to exported weights: what it leaves, how it resumes, how it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from devices import ROOT, run_python
+from jaxmoo.train.cli import main
+from jaxmoo.train.metrics import read_metrics
+
+
+def weights(run):
+    return load_file(run / "export" / "model.safetensors")
+
+
+def largest_difference(a, b):
+    """Largest difference between two sets of weights, relative to the largest entry."""
+    assert a.keys() == b.keys()
+    return max(
+        np.abs(a[name].astype(np.float64) - b[name]).max() / np.abs(b[name]).max() for name in a
+    )
+
+
+def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path):
+    """The very script and config of the quick start, with fewer steps and languages."""
+    run = tmp_path / "run"
+    done = run_python(
+        [
+            "scripts/train.py", "--config", "configs/quickstart.yaml", f"output={run}",
+            "data.seen=[en, es]", "data.unseen=[de]", "data.batch_size=2", "data.max_held_out=6",
+            "train.steps=3", "optimizer.warmup_steps=1",
+        ]
+    )  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["before"]) == {"en", "es", "de"}
+    for language in ("en", "es"):
+        assert results["after"][language]["nll"] < results["before"][language]["nll"]
+    assert "seen mean" in done.stdout
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert set(rows[0]["blocks"]) == {f"layers.{i}" for i in range(22, 30)}
+    assert {p.name for p in (run / "report").iterdir()} >= {"index.html", "loss.png"}
+    assert any((run / "tensorboard").iterdir())
+
+    # Only the last 8 layers have changed, and what is exported is what was trained.
+    before, after = load_file(smollm2_dir / "model.safetensors"), weights(run)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    numbers = {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in changed}
+    assert numbers == set(range(22, 30))
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    chat = [{"role": "user", "content": "Hola"}, {"role": "assistant", "content": "Buenos días"}]
+    tokens = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits.numpy()
+    from jaxmoo.hf import load_model
+
+    found = np.asarray(load_model(run / "export")(np.array([tokens])))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
+    config = write_config(train__steps=6, train__checkpoint_every=2, report=False)
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert main(["--config", str(config), f"output={unbroken}"]) == 0
+
+    command = [sys.executable, "scripts/train.py", "--config", config, f"output={killed}"]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "results.json").exists()
+
+    assert main(["--config", str(config), f"output={killed}"]) == 0
+    for name, array in weights(unbroken).items():
+        assert np.array_equal(weights(killed)[name], array), name
+    steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
+    assert steps == list(range(1, 7))
+    losses = [
+        [row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (unbroken, killed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_saves_and_the_exit_code_says_so(write_config, tmp_path):
+    config = write_config(train__steps=10_000, train__checkpoint_every=0)
+    command = [sys.executable, "scripts/train.py", "--config", config]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"Stopped by SIGTERM after step (\d+) of 10000", errors)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+def test_a_finished_run_only_repeats_its_table(write_config, tmp_path, capsys):
+    config = write_config(train__steps=2)
+    assert main(["--config", str(config)]) == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    stamp = os.stat(tmp_path / "run" / "export" / "model.safetensors").st_mtime_ns
+    assert main(["--config", str(config)]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == table
+    assert os.stat(tmp_path / "run" / "export" / "model.safetensors").st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("languages", 4), ("languages and examples", 8), ("examples", 2)]
+)
+def test_a_sharded_run_equals_a_run_on_one_device(name, devices, write_config, tmp_path):
+    sizes = {"languages": [], "languages and examples": [], "examples": ["mesh.language=1"]}[name]
+    config = write_config(
+        report=False, tensorboard=False, resolve__aggregator="cagrad", train__steps=3
+    )
+    for count in (1, devices):
+        run_python(
+            ["scripts/train.py", "--config", config, f"output={tmp_path / str(count)}"]
+            + (sizes if count > 1 else []),
+            devices=count,
+        )
+    one, many = tmp_path / "1", tmp_path / str(devices)
+    assert largest_difference(weights(many), weights(one)) < 1e-5
+    first, last = (read_metrics(run / "metrics.jsonl") for run in (one, many))
+    for a, b in zip(first, last, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+# --- Bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resolve.agregator=mgda", "resolve.aggregator"),
+        ("resolve.aggregator=mgad", "Did you mean 'mgda'"),
+        ("resolve.blocks=layers", "Did you mean 'layer'"),
+        ("train.steps=many", "train.steps"),
+        ("data.seen=[en, xx]", "xx"),
+        ("data.sequence_length=512", "at most 256"),
+        ("model.trainable=^blocks", "match"),
+        ("mesh.language=3", "devices"),
+        ("model.source=nowhere/to/be/found", "nowhere"),
+    ],
+)
+def test_bad_settings_end_the_command_before_any_work(override, message, write_config, capsys):
+    config = write_config()
+    assert main(["--config", str(config), override]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_another_runs_directory_is_refused_and_left_as_it_was(write_config, tmp_path, capsys):
+    config = write_config(train__steps=2, report=False)
+    assert main(["--config", str(config)]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert main(["--config", str(config), "seed=1"]) == 2
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+    other = tmp_path / "documents"
+    other.mkdir()
+    (other / "thesis.tex").write_text("dear")
+    assert main(["--config", str(config), f"output={other}"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    write_config, tmp_path, capsys
+):
+    config = write_config(optimizer__learning_rate=1e30, optimizer__warmup_steps=0, train__steps=8)
+    assert main(["--config", str(config), "train.checkpoint_every=1"]) == 1
+    message = capsys.readouterr().err
+    assert "not finite in step" in message and "untouched" in message
+    latest = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"step {latest} " in message
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_truncated_weights_are_refused(tiny_model, write_config, tmp_path, capsys):
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert main(["--config", str(write_config(model__source=str(damaged)))]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "resolve.aggregator" in text and "optimizer.learning_rate" in text
