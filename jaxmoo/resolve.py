@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo import aggregators
-from jaxmoo.aggregators import Aggregator
+from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.reductions import section_grams, weighted_sum
@@ -81,7 +81,7 @@ def resolve(
     *,
     state: Sequence[Any],
     key: jax.Array,
-    active: jax.Array,
+    active: jax.Array | None = None,
     preference: jax.Array | None = None,
     match_norm: bool = False,
 ) -> Resolution:
@@ -92,10 +92,12 @@ def resolve(
       groups: aggregator of every block.
       leaves: per-objective gradients, each [K, ...].
       state: aggregator state, one pytree per group.
-      key: PRNG key of this step.
-      active: bool [K], False for objectives absent from this step.
+      key: PRNG key of this step; block b draws from ``fold_in(key, b)``.
+      active: bool [K], False for objectives absent from this step. By default, an objective whose
+        gradient is zero everywhere is absent.
       preference: weights of the objectives [K], or None for equal ones.
-      match_norm: rescale each block's result to the norm of its mean gradient.
+      match_norm: rescale each block's result to the norm of its mean gradient, unless it is
+        stationary to within rounding.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -105,49 +107,112 @@ def resolve(
     grams = jax.ops.segment_sum(
         jnp.concatenate([section_grams(x) for x in sections]), labels, len(part)
     )
-    finite = jnp.isfinite(jnp.diagonal(grams, axis1=1, axis2=2))  # [B, K]
-    used = finite & active
+    squares = jnp.diagonal(grams, axis1=1, axis2=2)  # [B, K]
+    present = (squares != 0).any(0) if active is None else active
+    finite = jnp.isfinite(squares)
+    used = finite & present
     grams = jnp.where(used[:, :, None] & used[:, None, :], grams, 0)
 
-    num_objectives = active.shape[0]
-    weights = jnp.zeros((len(part), num_objectives), jnp.float32)
+    weights = jnp.zeros(used.shape, jnp.float32)
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
-        blocks = np.array(group.blocks)
-        solved, group_state = aggregators.weigh_blocks(
-            group.aggregator,
-            grams[blocks],
-            state=group_state,
-            key=key,
-            active=used[blocks],
-            preference=preference,
-        )
-        new_state.append(group_state)
         if group.aggregator.combine is None:
-            weights = weights.at[blocks].set(solved)
-
-    share = jnp.ones(num_objectives) if preference is None else preference
-    share = jnp.where(used, share, 0)
-    share /= jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    mean_norm = _norms(grams, share)
+            numbers = np.array(group.blocks)
+            solved, group_state = jax.vmap(
+                lambda gram, state, number, active, method=group.aggregator: weigh_block(
+                    method,
+                    gram,
+                    state=state,
+                    key=key,
+                    block=number,
+                    active=active,
+                    preference=preference,
+                )
+            )(grams[numbers], group_state, numbers, used[numbers])
+            weights = weights.at[numbers].set(solved)
+        new_state.append(group_state)
+    mean_norm = _norms(grams, _share(used, preference))
     update_norm = _norms(grams, weights)
     if match_norm:
-        scale = _ratio(mean_norm, update_norm)
+        scale = _matching(mean_norm, update_norm, grams)
         weights, update_norm = weights * scale[:, None], update_norm * scale
-
-    updates = [
-        weighted_sum(x, weights[number]).reshape(leaf.shape[1:])
-        for x, number, leaf in zip(sections, part.labels, leaves, strict=True)
-    ]
+    updates = [weighted_sum(x, weights[n]) for x, n in zip(sections, part.labels, strict=True)]
+    for group in groups:
+        if group.aggregator.combine is not None:
+            updates = _combine_coordinates(
+                part, group, sections, updates, used, key=key, preference=preference
+            )
+            squares = jnp.concatenate([(u.reshape(len(u), -1) ** 2).sum(1) for u in updates])
+            norms = jnp.sqrt(jax.ops.segment_sum(squares, labels, len(part)))
+            if match_norm:
+                scale = _matching(mean_norm, norms, grams)
+                scale = jnp.where(_members(part, group), scale, 1)
+                updates, norms = _rescale(part, updates, scale), norms * scale
+            update_norm = jnp.where(_members(part, group), norms, update_norm)
     return Resolution(
-        updates=updates,
+        updates=[u.reshape(x.shape[1:]) for u, x in zip(updates, leaves, strict=True)],
         state=tuple(new_state),
         gram=grams,
         weights=weights,
         update_norm=update_norm,
         mean_norm=mean_norm,
-        nonfinite=(~finite & active).any(0),
+        nonfinite=(~finite & present).any(0),
     )
+
+
+def _combine_coordinates(
+    part: Partition,
+    group: Group,
+    sections: Sequence[jax.Array],
+    updates: Sequence[jax.Array],
+    used: jax.Array,
+    *,
+    key: jax.Array,
+    preference: jax.Array | None,
+) -> list[jax.Array]:
+    """Replace the updates of a group's blocks by those of its coordinate-wise rule."""
+    members = _members(part, group)
+    result = []
+    for index, (x, update, numbers) in enumerate(zip(sections, updates, part.labels, strict=True)):
+        if not members[numbers].any():
+            result.append(update)
+            continue
+        # Sections of one block draw independently.
+        places = index * 65_536 + np.arange(len(numbers))
+
+        def combine(section: jax.Array, number: Any, place: Any) -> jax.Array:
+            return combine_block(
+                group.aggregator,
+                section.reshape(section.shape[0], -1),
+                key=jax.random.fold_in(key, place),
+                block=number,
+                active=used[number],
+                preference=preference,
+            ).reshape(section.shape[1:])
+
+        ruled = jax.vmap(combine, in_axes=(1, 0, 0))(x, numbers, places)
+        mine = members[numbers].reshape(-1, *(1,) * (update.ndim - 1))
+        result.append(jnp.where(mine, ruled, update))
+    return result
+
+
+def _members(part: Partition, group: Group) -> np.ndarray:
+    """Which blocks belong to a group, bool [B]."""
+    return np.isin(np.arange(len(part)), group.blocks)
+
+
+def _rescale(part: Partition, updates: Sequence[jax.Array], scale: jax.Array) -> list[jax.Array]:
+    """Multiply every section by its block's factor."""
+    return [
+        u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
+        for u, n in zip(updates, part.labels, strict=True)
+    ]
+
+
+def _share(used: jax.Array, preference: jax.Array | None) -> jax.Array:
+    """Weights of the mean gradient over the objectives used, [B, K]."""
+    share = jnp.where(used, 1.0 if preference is None else preference, 0)
+    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def conflict_share(grams: jax.Array) -> jax.Array:
@@ -185,7 +250,10 @@ def _norms(grams: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Quotient that is 1 where the denominator is 0."""
-    safe = jnp.where(denominator > 0, denominator, 1)
-    return jnp.where(denominator > 0, numerator / safe, 1)
+def _matching(mean_norm: jax.Array, update_norm: jax.Array, grams: jax.Array) -> jax.Array:
+    """Factors that bring each block's update to its mean gradient's norm."""
+    # In float32 a norm this far below the gradients' is rounding: the block is stationary, and
+    # scaling it up would make a step of noise.
+    largest = jnp.diagonal(grams, axis1=1, axis2=2).max(1)
+    stationary = update_norm**2 <= 1e-5 * largest
+    return jnp.where(stationary, 1, mean_norm / jnp.where(stationary, 1, update_norm))

@@ -57,8 +57,8 @@ def resolve_conflicts(
     one batch, and each array is combined once; nothing is concatenated.
 
     ``update`` takes one optional extra argument, ``active``: bool [K], False for objectives that
-    are absent from this step. An absent objective, or one whose gradient in a block is not
-    finite, has no part in the solve.
+    are absent from this step; without it, objectives whose gradient is zero everywhere are. An
+    absent objective, or one whose gradient in a block is not finite, has no part in the solve.
 
     Args:
       aggregator: a name, an :class:`~jaxmoo.aggregators.Aggregator`, or a mapping from regular
@@ -70,7 +70,8 @@ def resolve_conflicts(
         block's Gram matrix and weights.
       preference: how much each objective matters [K]; normalised to sum 1. Equal by default.
       match_norm: rescale every block's result to the norm of its mean gradient, so that methods
-        and block sizes can be compared at equal step lengths.
+        and block sizes can be compared at equal step lengths. A block that is stationary to
+        within rounding is left as it is.
       nonfinite: ``"skip"`` leaves a non-finite objective out of its block and counts it;
         ``"raise"`` stops the program.
       seed: seed of aggregators that draw random numbers.
@@ -141,7 +142,7 @@ def resolve_conflicts(
         **extra_args: Any,
     ) -> tuple[Any, ResolveConflictsState]:
         del extra_args
-        k = _objective_axis(updates, params, num_objectives)
+        _check_objective_axis(updates, params, num_objectives)
         leaves, treedef = jax.tree.flatten(updates)
         part = partition(
             rule,
@@ -154,7 +155,7 @@ def resolve_conflicts(
             leaves,
             state=state.aggregator,
             key=jax.random.fold_in(state.key, state.step),
-            active=jnp.ones(k, bool) if active is None else jnp.asarray(active, bool),
+            active=None if active is None else jnp.asarray(active, bool),
             preference=share,
             match_norm=match_norm,
         )
@@ -195,8 +196,8 @@ def _raise_nonfinite(nonfinite: np.ndarray) -> None:
         )
 
 
-def _objective_axis(updates: Any, params: Any, expected: int | None) -> int:
-    """Check that every array of the updates starts with the same objective axis; return K."""
+def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> None:
+    """Check that every array of the updates starts with the same objective axis."""
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     shapes = (
         [x.shape for x in jax.tree.leaves(params)]
@@ -224,4 +225,3 @@ def _objective_axis(updates: Any, params: Any, expected: int | None) -> int:
         raise ConfigError("There are no updates to resolve: the tree has no arrays.")
     if expected is not None and k != expected:
         raise ConfigError(f"num_objectives={expected}, but the updates hold {k} objectives.")
-    return k

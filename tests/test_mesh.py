@@ -1,4 +1,4 @@
-"""Meshes: sensible defaults, clear refusals, and shardings that leave nothing whole without need."""
+"""Meshes: sensible defaults, clear refusals, and nothing left whole without need."""
 
 import re
 

@@ -88,7 +88,10 @@ def test_every_block_is_what_the_method_gives_on_its_own(method, rule, params, u
     alone, _ = jaxmoo.aggregators.weigh_blocks(
         jaxmoo.aggregators.get(method), new_state.gram, key=key
     )
-    np.testing.assert_allclose(weights, alone, rtol=1e-5, atol=1e-6)
+    # Weights need not be unique, what they combine to is.
+    for number, matrix in enumerate(block_matrices(part, updates)[0]):
+        found, wanted = weights[number] @ matrix, np.asarray(alone[number], np.float64) @ matrix
+        np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(matrix).max())
 
 
 def test_one_block_is_the_whole_model_method(params, updates):
@@ -133,18 +136,27 @@ def test_match_norm_keeps_the_direction_and_takes_the_mean_gradients_length(
     matched = jaxmoo.resolve_conflicts(method, "layer", stacked=STACKED, match_norm=True)
     first, _ = plain.update(updates, plain.init(params), params)
     second, state = matched.update(updates, matched.init(params), params)
-    np.testing.assert_allclose(state.update_norm, state.mean_norm, rtol=1e-5)
     part = blocks.partition("layer", params, stacked=STACKED)
+    # The scalar's gradients differ in sign: for MGDA that block is stationary, and noise is not
+    # blown up to a step.
+    stationary = part.names.index("scale") if method == "mgda" else None
+    if stationary is not None:
+        assert state.update_norm[stationary] < 1e-2 * state.mean_norm[stationary]
 
     def lift(tree):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (K, *x.shape)), tree)
 
-    for a, b, n in zip(
-        block_matrices(part, lift(first))[0],
-        block_matrices(part, lift(second))[0],
-        state.mean_norm,
-        strict=True,
+    for number, (a, b, n) in enumerate(
+        zip(
+            block_matrices(part, lift(first))[0],
+            block_matrices(part, lift(second))[0],
+            state.mean_norm,
+            strict=True,
+        )
     ):
+        if number == stationary:
+            continue
+        assert state.update_norm[number] == pytest.approx(float(n), rel=1e-4)
         cosine = a[0] @ b[0] / np.linalg.norm(a[0]) / np.linalg.norm(b[0])
         assert cosine == pytest.approx(1, abs=1e-5)
         assert np.linalg.norm(b[0]) == pytest.approx(float(n), rel=1e-4)

@@ -57,10 +57,10 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         ) from error
     # No pyplot: a figure of its own needs no display and leaves no global state behind.
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path)
 
 
 def title(figure: Figure, heading: str, explanation: str) -> None:

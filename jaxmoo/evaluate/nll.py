@@ -128,7 +128,7 @@ def evaluate_nll(
         total=sum(map(len, tokenized.values())),
         desc="evaluating",
         unit="reply",
-        disable=not progress,
+        disable=None if progress else True,  # None: only on a terminal
     ) as bar:
         for length, rows in batches:
             tokens = np.full((batch_size, length), pad_id, np.int32)

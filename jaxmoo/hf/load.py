@@ -191,5 +191,3 @@ def _read_slice(weights: Weights, tensor: HFTensor, index: tuple[slice, ...]) ->
     if tensor.transposed:
         return weights.read(tensor.name, index[::-1]).T
     return weights.read(tensor.name, index)
-
-

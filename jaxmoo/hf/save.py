@@ -149,6 +149,8 @@ def write_weights(
                 bar.update(tensor.nbytes)
             # Readers of the format want to know which framework's conventions the names follow.
             save_file(values, directory / name, metadata={"format": "pt"})
+            # The library makes files that only their owner can read.
+            (directory / name).chmod(directory.stat().st_mode & 0o666)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.models.config import DecoderConfig
-from jaxmoo.models.layers import DecoderLayer, Linear, RMSNorm, rope_tables
+from jaxmoo.models.layers import DecoderLayer, Linear, RMSNorm, at_least_float32, rope_tables
 
 __all__ = ["REMAT", "Decoder"]
 
@@ -49,7 +49,8 @@ class Decoder(nnx.Module):
     Args:
       config: sizes.
       segments: first layer of each segment; increasing, beginning with 0.
-      dtype: dtype of the computation; norms, softmax and logits are always float32.
+      dtype: dtype of the computation; norms, softmax and logits are float32
+        even where it is less.
       param_dtype: dtype of the parameters.
       remat: what the backward pass recomputes: "full" keeps only each layer's input (least
         memory), "dots" also the products with parameters, "none" everything (fastest).
@@ -175,7 +176,7 @@ class Decoder(nnx.Module):
         """
         h_BSD = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
         kernel_DV = self.head_kernel().astype(self.dtype)
-        return jnp.matmul(h_BSD, kernel_DV, preferred_element_type=jnp.float32)
+        return jnp.matmul(h_BSD, kernel_DV, preferred_element_type=at_least_float32(self.dtype))
 
     def head_kernel(self) -> jax.Array:
         """Return the head's matrix [D, V] in the parameters' dtype; tied: the embedding's view."""

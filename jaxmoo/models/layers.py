@@ -24,6 +24,11 @@ __all__ = ["Attention", "DecoderLayer", "Linear", "MLP", "RMSNorm", "rope_tables
 _normal = jax.nn.initializers.normal(0.02)
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype for steps that half precision would spoil."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary angles, in float32.
 
@@ -50,7 +55,7 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
 
 def _rotate(x_BSNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate each pair (i, i + H / 2), the layout of Hugging Face's weights."""
-    a, b = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x_BSNH.astype(at_least_float32(x_BSNH.dtype)), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BSNH.dtype)
 
@@ -82,7 +87,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, in float32."""
+    """Root-mean-square norm over the last axis, in at least float32."""
 
     def __init__(
         self,
@@ -98,9 +103,9 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*stack, size), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = x.astype(at_least_float32(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+        return (x * self.scale[...].astype(x.dtype)).astype(self.dtype)
 
 
 class Attention(nnx.Module):

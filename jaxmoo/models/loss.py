@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.layers import at_least_float32
 
 __all__ = ["language_loss", "target_mask", "token_nll"]
 
@@ -73,9 +74,7 @@ def token_nll(
         jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, fill)), constant_values=-1
     )
     front_nll = _front_nll(front_h, model.head_kernel(), front_targets, chunk)[:, :columns]
-    nll = jnp.put_along_axis(
-        jnp.zeros(targets.shape, jnp.float32), order, front_nll, axis=1, inplace=False
-    )
+    nll = jnp.put_along_axis(jnp.zeros_like(front_nll), order, front_nll, axis=1, inplace=False)
     return jnp.pad(nll, ((0, 0), (1, 0)))
 
 
@@ -125,7 +124,7 @@ def _num_chunks(targets_BT: jax.Array, chunk: int) -> jax.Array:
 def _chunk_logits(h_BTD: jax.Array, kernel_DV: jax.Array, start: jax.Array, chunk: int) -> Any:
     h_BCD = jax.lax.dynamic_slice_in_dim(h_BTD, start, chunk, 1)
     return h_BCD, jnp.matmul(
-        h_BCD, kernel_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32
+        h_BCD, kernel_DV.astype(h_BTD.dtype), preferred_element_type=at_least_float32(h_BTD.dtype)
     )
 
 
@@ -156,7 +155,7 @@ def _forward(
         nll = _put(nll, jnp.where(target >= 0, piece - label, 0), start)
         return nll, _put(lse, piece, start)
 
-    zeros = jnp.zeros(targets_BT.shape, jnp.float32)
+    zeros = jnp.zeros(targets_BT.shape, at_least_float32(h_BTD.dtype))
     return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, (zeros, zeros))
 
 
@@ -186,12 +185,13 @@ def _front_nll_bwd(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any
         dlogits = dlogits.astype(h_BTD.dtype)
         dh_BCD = jnp.einsum("bcv,dv->bcd", dlogits, kernel_DV.astype(h_BTD.dtype))
         dkernel = tuple(
-            total + jnp.einsum("bcd,bcv->dv", h_BCD, dlogits, preferred_element_type=jnp.float32)
+            total + jnp.einsum("bcd,bcv->dv", h_BCD, dlogits, preferred_element_type=total.dtype)
             for total in dkernel
         )
         return _put(dh_BTD, dh_BCD, start), dkernel
 
-    zeros = jnp.zeros_like(h_BTD), tuple(jnp.zeros(kernel_DV.shape, jnp.float32) for _ in wanted)
+    sum_dtype = at_least_float32(kernel_DV.dtype)
+    zeros = jnp.zeros_like(h_BTD), tuple(jnp.zeros(kernel_DV.shape, sum_dtype) for _ in wanted)
     dh_BTD, dkernel = jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, zeros)
     return dh_BTD, (dkernel[0].astype(kernel_DV.dtype) if wanted else None), None
 

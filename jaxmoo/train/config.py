@@ -290,6 +290,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def validate(config: Config) -> None:
     """Check settings that were put together by hand as strictly as those read from a file.
 
+    Args:
+      config: the settings.
+
     Raises:
       ConfigError: lists every value that is out of range, unknown or contradicts another.
     """

@@ -228,7 +228,7 @@ class Progress:
         losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
         summary = _summary(row, losses)
         if self._bar is not None:
-            width = os.get_terminal_size(self._file.fileno()).columns
+            width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
             self._losses.set_description_str(_compact(losses, width - 1), refresh=False)
             self._bar.set_description_str(summary, refresh=False)
             if self._bar.update(step - self._bar.n):

@@ -348,7 +348,7 @@ def _collect(
 def _override(schema: type, text: str, given: dict[str, _Given], problems: list[str]) -> None:
     where = f"override {text!r}: "
     name, equals, raw = text.partition("=")
-    name = name.strip()
+    name, raw = name.strip(), raw.strip()
     if not equals:
         problems.append(f"{where}expected section.key=value.")
         return

@@ -94,7 +94,12 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         sequence_length=data.sequence_length,
         held_out=data.held_out,
         max_held_out=data.max_held_out,
+        disjoint_replies=data.disjoint_replies,
         columns=dataclasses.asdict(data.columns),
+        codes=data.codes,
+        language_column=data.language_column,
+        subset=data.subset,
+        split=data.split,
     )
     say(corpus.table())
     batches = LanguageBatches(

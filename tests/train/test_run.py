@@ -150,7 +150,7 @@ def test_a_sharded_run_equals_a_run_on_one_device(name, devices, write_config, t
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("resolve.agregator=mgda", "resolve.aggregator"),
+        ("resolve.agregator=mgda", "Did you mean 'aggregator'"),
         ("resolve.aggregator=mgad", "Did you mean 'mgda'"),
         ("resolve.blocks=layers", "Did you mean 'layer'"),
         ("train.steps=many", "train.steps"),

@@ -1,0 +1,342 @@
+"""What an aggregator is, and the one place where the awkward inputs are dealt with.
+
+An aggregator turns the Gram matrix ``G = J J^T`` of one block's gradients into weights ``w``; the
+block's update is ``J^T w``. A method's own file holds only its mathematics. Everything below is
+done here once, the same for every method:
+
+* A row with a non-finite Gram diagonal is taken out and the preferences are renormalised.
+* An objective flagged absent is taken out and the preferences are renormalised.
+* An objective that is present but whose gradient in this block is exactly zero is indifferent
+  to the block: it cannot conflict, so the method never sees it. Its preference is *not* handed to
+  the others, which keeps the mean of a block equal to the block of the mean (see
+  :func:`weigh_blocks` for when a zero row means absent).
+* A block without any gradient gets weights of zero.
+* With one objective left the update is its gradient.
+* ``G`` is divided by a power of two so that its largest diagonal lies in [1, 2): no method has an
+  absolute threshold, and scaling all gradients by a power of two scales the update exactly.
+* The solve is float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmoo.errors import ConfigError
+
+State = Any  # a pytree of arrays
+
+# A gradient smaller than 1e-18 of the block's largest counts as zero: below that float32 cannot
+# hold its squared norm beside the others.
+_TINY = 1e-36
+
+
+def stateless(num_objectives: int) -> State:
+    """Return the empty state of an aggregator that keeps none.
+
+    Args:
+      num_objectives: ignored.
+
+    Returns:
+      ``()``.
+    """
+    del num_objectives
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregator:
+    """One conflict-resolution method with its parameters.
+
+    Attributes:
+      name: the method's name.
+      weigh: ``(gram [K, K], active [K], preference [K], state, key) -> (weights [K], state)`` for
+        one block. ``gram`` is float32, finite, zero on inactive rows, with a largest diagonal in
+        [1, 2) and a positive diagonal on every active row; ``preference`` is zero on inactive rows
+        and sums to 1 (all zero when nothing is active). Call it through :func:`weigh_block` or
+        :func:`weigh_blocks`, which establish this.
+      init: ``num_objectives -> state`` of one block, ``()`` when the method keeps none.
+      combine: ``(jacobian [K, n], active [K], preference [K], key) -> [n]`` of a coordinate-wise
+        rule, which replaces ``J^T w``; None for a method that is a function of the Gram matrix.
+        Inactive rows are zero.
+      stochastic: whether the method draws random numbers and therefore needs a key.
+      cross_gram: whether ``weigh`` expects ``J1 J2^T`` of two independent batches.
+      unit_scale: whether K equal gradients g give g (before ``summed``). False for a published
+        scale, which also switches off the identity for a single objective.
+      summed: whether the weights are multiplied by the number of objectives present.
+      gram_degree: the degree h of the weights in G, ``w(s G) = s^h w(G)``; 0 unless a published
+        scale is asked for.
+      importance: fixed importances ``[K]`` that multiply the caller's preferences; None: ones.
+    """
+
+    name: str
+    weigh: Callable[..., tuple[jax.Array, State]]
+    init: Callable[[int], State] = stateless
+    combine: Callable[..., jax.Array] | None = None
+    stochastic: bool = False
+    cross_gram: bool = False
+    unit_scale: bool = True
+    summed: bool = False
+    gram_degree: Any = 0.0
+    importance: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"Aggregator({self.name})"
+
+
+class Prepared(NamedTuple):
+    """A block's Gram matrix made safe for a method."""
+
+    gram: jax.Array  # [K, K] float32, normalised, zero where inactive
+    active: jax.Array  # [K] bool: present, finite and not zero
+    preference: jax.Array  # [K] float32, sums to 1 over active
+    share: jax.Array  # [] float32: preference of the active rows among those present
+    count: jax.Array  # [] float32: objectives present
+    scale: jax.Array  # [] float32: the power of two G was divided by
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two not above a positive normal float32; 1 for zero."""
+    exponent = lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return jnp.where(power > 0, power, 1.0)
+
+
+def prepare(
+    gram: jax.Array,
+    active: jax.Array | None = None,
+    preference: jax.Array | None = None,
+    *,
+    cross: bool = False,
+) -> Prepared:
+    """Mask, renormalise and rescale the Gram matrix of one block.
+
+    Args:
+      gram: ``[K, K]``; rows of failed objectives may be non-finite.
+      active: ``[K]`` bool, False for an absent objective. None: a zero row is absent.
+      preference: ``[K]`` positive importances of the objectives, any scale. None: all equal.
+      cross: whether ``gram`` is ``J1 J2^T``, whose diagonal may be of any sign.
+
+    Returns:
+      The block as :class:`Prepared`.
+    """
+    gram = jnp.asarray(gram, jnp.float32)
+    k = gram.shape[-1]
+    diagonal = jnp.diagonal(gram)
+    present = jnp.isfinite(diagonal)
+    if active is not None:
+        present = present & active
+    gram = jnp.where(present[:, None] & present[None, :], gram, 0.0)
+    size = jnp.max(jnp.abs(gram), axis=1) if cross else jnp.diagonal(gram)
+    scale = _power_of_two(jnp.max(size))
+    gram = gram / scale
+    touched = present & (size / scale > _TINY)
+    if active is None:
+        present = touched
+    gram = jnp.where(touched[:, None] & touched[None, :], gram, 0.0)
+
+    importance = jnp.ones(k, jnp.float32) if preference is None else preference
+    importance = jnp.where(present, jnp.asarray(importance, jnp.float32), 0.0)
+    seen = jnp.where(touched, importance, 0.0)
+    seen_total = jnp.sum(seen)
+    share = seen_total / jnp.where(seen_total > 0, jnp.sum(importance), 1.0)
+    return Prepared(
+        gram=gram,
+        active=touched,
+        preference=seen / jnp.where(seen_total > 0, seen_total, 1.0),
+        share=share,
+        count=jnp.sum(present).astype(jnp.float32),
+        scale=scale,
+    )
+
+
+def weigh_block(
+    aggregator: Aggregator,
+    gram: jax.Array,
+    *,
+    state: State | None = None,
+    key: jax.Array | None = None,
+    block: int | jax.Array = 0,
+    active: jax.Array | None = None,
+    preference: jax.Array | None = None,
+) -> tuple[jax.Array, State]:
+    """Weights of one block.
+
+    Args:
+      aggregator: the method.
+      gram: ``[K, K]`` Gram matrix of the block's gradients (``J1 J2^T`` when the method's
+        ``cross_gram`` is set).
+      state: the block's state; None starts a new one.
+      key: key shared by all blocks; block b draws from ``jax.random.fold_in(key, b)``.
+      block: the block's index b.
+      active: ``[K]`` bool, False for an objective absent from this step. None: an objective whose
+        gradient is zero is absent.
+      preference: ``[K]`` positive importances; None: all equal.
+
+    Returns:
+      ``(weights, state)`` with weights ``[K]`` float32, exactly 0 for every row taken out.
+
+    Raises:
+      ConfigError: if the method is stochastic and no key is given.
+    """
+    key = _block_key(aggregator, key, block)
+    if state is None:
+        state = aggregator.init(gram.shape[-1])
+    preference = _importance(aggregator, preference, gram.shape[-1])
+    ready = prepare(gram, active, preference, cross=aggregator.cross_gram)
+    weights, state = aggregator.weigh(ready.gram, ready.active, ready.preference, state, key)
+    if aggregator.unit_scale:
+        alone = jnp.sum(ready.active) == 1
+        weights = jnp.where(alone, 1.0, weights)
+    else:
+        weights = weights * ready.scale**aggregator.gram_degree
+    weights = weights * _mass(aggregator, ready)
+    return jnp.where(ready.active, weights, 0.0), state
+
+
+def weigh_blocks(
+    aggregator: Aggregator,
+    grams: jax.Array,
+    *,
+    state: State | None = None,
+    key: jax.Array | None = None,
+    active: jax.Array | None = None,
+    preference: jax.Array | None = None,
+) -> tuple[jax.Array, State]:
+    """Weights of many blocks, solved as one batch.
+
+    Block b gets exactly what :func:`weigh_block` gives it with ``block=b`` and the same key.
+
+    An objective whose gradient is zero in every block given is taken for absent, and the others
+    share its preference. One that is zero in some blocks only does not depend on these: there it
+    is left out of the solve and keeps its share, so the mean stays the mean. Pass ``active`` to
+    decide yourself.
+
+    Args:
+      aggregator: the method.
+      grams: ``[B, K, K]``.
+      state: state with leading axis ``[B]``; None starts a new one.
+      key: one key for all blocks; block b draws from ``jax.random.fold_in(key, b)``.
+      active: ``[K]`` or ``[B, K]`` bool, False for an absent objective.
+      preference: ``[K]`` positive importances; None: all equal.
+
+    Returns:
+      ``(weights, state)`` with weights ``[B, K]`` float32.
+
+    Raises:
+      ConfigError: if the method is stochastic and no key is given.
+    """
+    num_blocks, k, _ = grams.shape
+    if state is None:
+        state = init_blocks(aggregator, num_blocks, k)
+    if active is None:
+        diagonals = jnp.diagonal(grams, axis1=1, axis2=2)
+        active = jnp.any(diagonals != 0, axis=0)  # NaN counts: it is dealt with block by block
+    active = jnp.broadcast_to(active, (num_blocks, k))
+
+    def one(gram, state, active, block):
+        return weigh_block(
+            aggregator,
+            gram,
+            state=state,
+            key=key,
+            block=block,
+            active=active,
+            preference=preference,
+        )
+
+    return jax.vmap(one)(grams, state, active, jnp.arange(num_blocks))
+
+
+def init_blocks(aggregator: Aggregator, num_blocks: int, num_objectives: int) -> State:
+    """State of many blocks.
+
+    Args:
+      aggregator: the method.
+      num_blocks: number of blocks B.
+      num_objectives: number of objectives K.
+
+    Returns:
+      The method's state with a leading axis ``[B]`` on every leaf.
+    """
+    one = aggregator.init(num_objectives)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_blocks, *jnp.shape(leaf))), one)
+
+
+def combine_block(
+    aggregator: Aggregator,
+    jacobian: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    block: int | jax.Array = 0,
+    active: jax.Array | None = None,
+    preference: jax.Array | None = None,
+) -> jax.Array:
+    """Update of one block by a coordinate-wise rule.
+
+    The rows are dealt with as in :func:`weigh_block`. The rule looks at one coordinate at a time,
+    so it may be applied to any piece of a block's gradients, provided ``active`` is given: which
+    rows are finite must be decided for the whole block.
+
+    Args:
+      aggregator: a method with ``combine`` set.
+      jacobian: ``[K, n]``, any float type.
+      key: key shared by all blocks; block b draws from ``jax.random.fold_in(key, b)``.
+      block: the block's index b.
+      active: ``[K]`` bool, False for an absent objective. None: a zero gradient is absent.
+      preference: ``[K]`` positive importances; None: all equal.
+
+    Returns:
+      The update ``[n]`` in the gradients' type.
+
+    Raises:
+      ConfigError: if the method is stochastic and no key is given.
+    """
+    key = _block_key(aggregator, key, block)
+    rows = jacobian.astype(jnp.float32)
+    # Only zero and non-finite matter here, and a largest entry, unlike a sum of squares, cannot
+    # underflow.
+    size = jnp.max(jnp.abs(rows), axis=1)
+    preference = _importance(aggregator, preference, jacobian.shape[0])
+    ready = prepare(jnp.diag(size), active, preference)
+    rows = jnp.where(ready.active[:, None], rows, 0.0)
+    update = aggregator.combine(rows, ready.active, ready.preference, key)
+    update = jnp.where(jnp.any(ready.active), update * _mass(aggregator, ready), 0.0)
+    return update.astype(jacobian.dtype)
+
+
+def _block_key(
+    aggregator: Aggregator, key: jax.Array | None, block: int | jax.Array
+) -> jax.Array | None:
+    if not aggregator.stochastic:
+        return None
+    if key is None:
+        raise ConfigError(
+            f"Aggregator {aggregator.name!r} is stochastic: expected key=jax.random.key(seed), "
+            "found None. Pass a key, a new one at every step."
+        )
+    return jax.random.fold_in(key, block)
+
+
+def _importance(
+    aggregator: Aggregator, preference: jax.Array | None, num_objectives: int
+) -> jax.Array | None:
+    if aggregator.importance is None:
+        return preference
+    fixed = jnp.asarray(aggregator.importance, jnp.float32)
+    if fixed.shape != (num_objectives,):
+        raise ConfigError(
+            f"Aggregator {aggregator.name!r} was given {fixed.shape[0]} weights, but there are "
+            f"{num_objectives} objectives."
+        )
+    return fixed if preference is None else fixed * preference
+
+
+def _mass(aggregator: Aggregator, ready: Prepared) -> jax.Array:
+    """What the weights of an average are multiplied by; see the rules at the top."""
+    return ready.share * ready.count if aggregator.summed else ready.share

@@ -1,0 +1,117 @@
+"""Eigenvalues of Gram matrices in float32.
+
+Library routines are accurate relative to the *largest* eigenvalue: with gradients 1,000 times
+larger than others, whose Gram entries differ by a million, nothing is left of the small ones.
+Jacobi's method keeps the accuracy of each gradient's own scale.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_EPS = float(np.finfo(np.float32).eps)
+_MAX_SWEEPS = 12
+
+
+def _rounds(size: int) -> np.ndarray:
+    """All pairs of an even number of indices, in rounds of disjoint pairs (round robin)."""
+    ring = list(range(1, size))
+    rounds = []
+    for _ in range(size - 1):
+        table = [0, *ring]
+        half = size // 2
+        rounds.append([sorted((table[i], table[-1 - i])) for i in range(half)])
+        ring = ring[-1:] + ring[:-1]
+    return np.asarray(rounds)  # [size - 1, size / 2, 2]
+
+
+def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues and vectors of a Gram matrix whose rows differ in scale.
+
+    Two-sided Jacobi, all disjoint pairs of a round at once.
+
+    Args:
+      gram: ``[K, K]`` float32, symmetric, positive semi-definite up to rounding.
+
+    Returns:
+      ``(values [K], vectors [K, K], significant [K])``: vectors in columns, in no particular
+      order; ``significant`` is False for an eigenvalue that rounding of the Gram matrix alone
+      could produce, which is how rank is decided for rows of unequal scale.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> values, _, significant = eigh_graded(jnp.array([[1e6, 1e6], [1e6, 1e6]]))
+      >>> values.max().round().item(), significant.sum().item()
+      (2000000.0, 1)
+    """
+    k = gram.shape[0]
+    size = k + k % 2
+    a = jnp.pad(gram, ((0, size - k), (0, size - k)))
+    identity = jnp.eye(size, dtype=gram.dtype)
+    if k == 1:
+        return jnp.diagonal(gram), jnp.ones((1, 1), gram.dtype), jnp.diagonal(gram) > 0
+    rounds = jnp.asarray(_rounds(size))
+
+    def product(x, y):
+        return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+    def rotate(t, carry):
+        a, vectors = carry
+        p, q = rounds[t, :, 0], rounds[t, :, 1]
+        app, aqq, apq = a[p, p], a[q, q], a[p, q]
+        # The angle that zeroes a[p, q]; none when it is zero already.
+        nothing = apq == 0
+        ratio = (aqq - app) / (2 * jnp.where(nothing, 1.0, apq))
+        tangent = jnp.where(ratio < 0, -1.0, 1.0) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio**2))
+        tangent = jnp.where(nothing, 0.0, tangent)
+        cos = 1 / jnp.sqrt(1 + tangent**2)
+        sin = tangent * cos
+        rotation = identity.at[p, p].set(cos).at[q, q].set(cos)
+        rotation = rotation.at[p, q].set(sin).at[q, p].set(-sin)
+        a = product(rotation.T, product(a, rotation))
+        a = a.at[p, q].set(0.0).at[q, p].set(0.0)
+        return a, product(vectors, rotation)
+
+    def unfinished(carry):
+        a, _, sweeps = carry
+        diagonal = jnp.abs(jnp.diagonal(a))
+        scale = jnp.sqrt(diagonal[:, None] * diagonal[None, :])
+        off = jnp.abs(a) > _EPS * scale
+        return (sweeps < _MAX_SWEEPS) & jnp.any(off & (identity == 0))
+
+    def sweep(carry):
+        a, vectors, sweeps = carry
+        a, vectors = lax.fori_loop(0, size - 1, rotate, (a, vectors))
+        return a, vectors, sweeps + 1
+
+    a, vectors, _ = lax.while_loop(unfinished, sweep, (a, identity, jnp.zeros((), jnp.int32)))
+    values = jnp.diagonal(a)[:k]
+    vectors = vectors[:k, :k]
+    # Independent rounding errors of the entries, relative to |g_i| |g_j|, move the eigenvalue of v
+    # by about eps * sum_i v_i^2 |g_i|^2; sums over many parameters and the rotations add to it.
+    noise = _EPS * product(jnp.diagonal(gram), vectors**2)
+    return values, vectors, values > (16 + k) * noise
+
+
+def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
+    """Shortest least-squares solution of ``gram @ x = right``.
+
+    Args:
+      gram: ``[K, K]`` float32, symmetric, positive semi-definite up to rounding.
+      right: ``[K]``.
+
+    Returns:
+      ``gram^+ right``, ``[K]``, with the rank of :func:`eigh_graded`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pseudo_solve(jnp.ones((2, 2)), jnp.array([1.0, 1.0])).round(4).tolist()
+      [0.5, 0.5]
+    """
+    values, vectors, significant = eigh_graded(gram)
+    along = jnp.matmul(right, vectors, precision=lax.Precision.HIGHEST)
+    along = jnp.where(significant, along / jnp.where(significant, values, 1.0), 0.0)
+    return jnp.matmul(vectors, along, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,116 @@
+"""The equations of fair bargaining, which FairGrad and Nash-MTL share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmoo.aggregators.solvers import equilibrate, matvec
+
+# Two float32 units in the last place: bounds the weights where the gradients' hull reaches the
+# origin and the equations have no solution.
+_RIDGE = 2.4e-7
+_TOLERANCE = 1e-6
+
+
+def fair_shares(
+    cosine: jax.Array, log_target: jax.Array, alpha: float | jax.Array, iterations: int
+) -> jax.Array:
+    """Solve ``(C z)_i = target_i z_i^(-1/alpha)`` for ``z > 0``.
+
+    The solution is unique: it is where a strictly convex function of z is least. A primal-dual
+    Newton method on the logarithms of the equations finds it in about 8 steps.
+
+    Args:
+      cosine: ``[K, K]`` cosines between gradients, positive semi-definite with unit diagonal.
+      log_target: ``[K]`` natural logarithms of the targets.
+      alpha: exponent, positive.
+      iterations: most Newton steps to take.
+
+    Returns:
+      ``[K]`` z.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fair_shares(jnp.eye(2), jnp.log(jnp.array([4.0, 1.0])), 1.0, 20).round(4).tolist()
+      [2.0, 1.0]
+    """
+    k = cosine.shape[0]
+    identity = jnp.eye(k, dtype=cosine.dtype)
+    curvature = cosine + _RIDGE * identity
+    # Start at the solution for orthogonal gradients.
+    z = jnp.exp(log_target / (1 + 1 / alpha))
+
+    def errors(z, s):
+        return log_target - jnp.log(z) / alpha - jnp.log(s), s - matvec(curvature, z)
+
+    def unfinished(carry):
+        _, _, error, steps = carry
+        return (error > _TOLERANCE) & (steps < iterations)
+
+    def step(carry):
+        z, s, _, steps = carry
+        imbalance, slack = errors(z, s)
+        ratio = s / (alpha * z)
+        factor = jnp.linalg.cholesky(curvature + jnp.diag(ratio), symmetrize_input=False)
+        dz = jax.scipy.linalg.cho_solve((factor, True), slack + s * imbalance)
+        ds = s * imbalance - ratio * dz
+        reach = jnp.maximum(jnp.max(-dz / z), jnp.max(-ds / s))
+        reach = jnp.minimum(1.0, 0.9 / jnp.maximum(reach, 1e-30))
+        z, s = z + reach * dz, s + reach * ds
+        imbalance, slack = errors(z, s)
+        size = jnp.max(s) + jnp.max(z)
+        error = jnp.maximum(jnp.max(jnp.abs(imbalance)), jnp.max(jnp.abs(slack)) / size)
+        return z, s, error, steps + 1
+
+    # Strictly feasible in s whatever the signs of C z.
+    s = jnp.maximum(matvec(curvature, z), jnp.exp(log_target - jnp.log(z) / alpha))
+    first = (z, s, jnp.asarray(jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
+    return lax.while_loop(unfinished, step, first)[0]
+
+
+def fair_weights(
+    gram: jax.Array,
+    active: jax.Array,
+    preference: jax.Array,
+    alpha: float | jax.Array,
+    iterations: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Solve ``(G w)_i = (K p_i / w_i)^(1/alpha)`` for ``w > 0``.
+
+    Args:
+      gram: ``[K, K]`` with a positive diagonal on active rows and zeros elsewhere.
+      active: ``[K]`` bool.
+      preference: ``[K]``, sums to 1 over active.
+      alpha: exponent, positive.
+      iterations: most Newton steps to take.
+
+    Returns:
+      ``(weights [K], length [])``, ``length`` the norm of ``J^T weights``.
+    """
+    cosine, norm = equilibrate(gram, active)
+    share = preference * jnp.sum(active)
+    heard = active & (share > 0)
+    share = jnp.where(heard, share, 1.0)
+    # In variables z = w * norm.
+    log_target = jnp.log(share) / alpha + (1 / alpha - 1) * jnp.log(norm)
+    pairs = heard[:, None] & heard[None, :]
+    cosine = jnp.where(pairs | jnp.eye(active.shape[0], dtype=bool), cosine, 0.0)
+    z = jnp.where(heard, fair_shares(cosine, log_target, alpha, iterations), 0.0)
+    # With the ridge, which keeps a direction of pure rounding from being blown up.
+    length = jnp.sqrt(jnp.dot(z, matvec(cosine, z)) + _RIDGE * jnp.dot(z, z))
+    return z / norm, jnp.where(length > 0, length, 1.0)
+
+
+def mean_norm(gram: jax.Array, preference: jax.Array) -> jax.Array:
+    """Norm of the mean gradient ``J^T p``.
+
+    Args:
+      gram: ``[K, K]``.
+      preference: ``[K]``.
+
+    Returns:
+      The norm, a scalar.
+    """
+    return jnp.sqrt(jnp.maximum(jnp.dot(preference, matvec(gram, preference)), 0.0))

@@ -1,0 +1,19 @@
+"""Hugging Face directories: finding, loading and saving models and tokenizers."""
+
+from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.load import load_config, load_model
+from jaxmoo.hf.save import save_model
+from jaxmoo.hf.source import resolve_source
+from jaxmoo.hf.tokenizer import load_tokenizer
+from jaxmoo.hf.wheels import cache_directory, fetch_wheel
+
+__all__ = [
+    "cache_directory",
+    "convert_gguf",
+    "fetch_wheel",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_source",
+    "save_model",
+]

@@ -1,0 +1,41 @@
+"""The tokenizer of a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from jaxmoo.errors import CheckpointError
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model, chat template and special tokens included.
+
+    ``tokenizer.json`` is used as it is. (Some tokenizer classes of transformers 5 keep only its
+    vocabulary and build the rest themselves, which loses, for one, the splitting of numbers into
+    digits that SmolLM2 was trained with.)
+
+    Args:
+      path: a Hugging Face directory.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: when ``tokenizer.json`` is missing or unusable.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} has no tokenizer.json. Copy the base model's tokenizer files into it; a "
+            "directory with only tokenizer.model can be converted with "
+            "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    # The Rust library raises bare Exception on a file it cannot parse.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error

@@ -1,0 +1,148 @@
+"""Logits, losses and gradients against transformers on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from flax import nnx
+from tiny_models import VARIANTS, relative_error, tokens_and_mask
+from transformers import AutoModelForCausalLM
+
+from jaxmoo.hf import load_model
+from jaxmoo.hf.names import logical_path
+from jaxmoo.models import language_loss, logical_paths
+from jaxmoo.models.paths import named_leaves
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    # Elsewhere than on CPUs the default product of two float32 matrices is less than float32.
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def oracle_loss(model, tokens: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    """Mean NLL of the target tokens, from transformers' full logits."""
+    tokens, mask = torch.tensor(tokens).long(), torch.tensor(mask)[:, 1:].flatten()
+    # Flat, because over an inner axis PyTorch sums the vocabulary less exactly.
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    nll = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    return nll[mask].mean()
+
+
+def by_logical_path(state: nnx.State) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(leaf[i] if path[0] == "layers" else leaf)
+        for path, leaf in named_leaves(state)
+        for i, name in enumerate(logical_paths(path, leaf.shape))
+    }
+
+
+def oracle_gradients(model, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    # A padding token's embedding would get no gradient from its use as an input.
+    model.model.embed_tokens.padding_idx = None
+    oracle_loss(model, tokens, mask).backward()
+    gradients = {logical_path(n): p.grad.numpy() for n, p in model.named_parameters()}
+    return {n: g.T if n.endswith("kernel") else g for n, g in gradients.items()}
+
+
+def our_gradients(model, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    graphdef, state = nnx.split(model)
+    batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.asarray(mask)}
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        return language_loss(nnx.merge(graphdef, state), batch)
+
+    return by_logical_path(gradient(state))
+
+
+def worst_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert set(found) == set(expected)
+    return max(relative_error(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_loss_and_every_gradient_equal_transformers(variant: str, tmp_path: Path):
+    oracle = tiny_models.save(variant, tmp_path)
+    tokens, mask = tokens_and_mask(oracle.config.vocab_size, (3, 41))
+    model = load_model(tmp_path, segments=(0, 2))
+    with torch.no_grad():
+        logits = oracle(torch.tensor(tokens).long()).logits.numpy()
+        loss = oracle_loss(oracle, tokens, mask).item()
+    batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.asarray(mask)}
+    assert relative_error(model(batch["tokens"]), logits) < TOLERANCE
+    assert relative_error(language_loss(model, batch), loss) < TOLERANCE
+    expected = oracle_gradients(oracle, tokens, mask)
+    assert worst_error(our_gradients(model, tokens, mask), expected) < TOLERANCE
+
+
+def test_the_real_model_equals_transformers(smollm2_dir: Path):
+    """Logits in float32; gradients in float64, and in float32 as exactly as transformers'.
+
+    Its activations reach 1e4, so that float32 alone moves some gradients by more than the
+    tolerance, in transformers as well; what is computed is compared in float64.
+    """
+    tokens, mask = tokens_and_mask(49152, (2, 20))
+
+    def oracle(dtype):
+        return AutoModelForCausalLM.from_pretrained(
+            smollm2_dir, dtype=dtype, attn_implementation="eager"
+        )
+
+    single = oracle(torch.float32)
+    with torch.no_grad():
+        logits = single(torch.tensor(tokens).long()).logits.numpy()
+    model = load_model(smollm2_dir)
+    assert relative_error(jax.jit(model.__call__)(jnp.asarray(tokens)), logits) < TOLERANCE
+
+    exact = oracle_gradients(oracle(torch.float64), tokens, mask)
+    theirs = worst_error(oracle_gradients(single, tokens, mask), exact)
+    assert worst_error(our_gradients(model, tokens, mask), exact) < max(2 * theirs, TOLERANCE)
+    del single, model
+    with jax.enable_x64(True):
+        double = load_model(smollm2_dir, dtype=jnp.float64, param_dtype=jnp.float64)
+        assert worst_error(our_gradients(double, tokens, mask), exact) < TOLERANCE
+
+
+def test_angles_stay_exact_at_long_range(tmp_path: Path):
+    oracle = tiny_models.save("llama3_rope", tmp_path, max_position_embeddings=16384)
+    model = load_model(tmp_path)
+    tokens, _ = tokens_and_mask(oracle.config.vocab_size, (1, 64))
+    positions = 12000 + np.arange(64)[None]
+    with torch.no_grad():
+        expected = oracle(
+            torch.tensor(tokens).long(), position_ids=torch.tensor(positions)
+        ).logits.numpy()
+    found = model(jnp.asarray(tokens), positions=jnp.asarray(positions, jnp.int32))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path):
+    oracle = tiny_models.save("llama", tmp_path)
+    tokens, _ = tokens_and_mask(oracle.config.vocab_size, (2, 41))
+    with torch.no_grad():
+        exact = oracle(torch.tensor(tokens).long()).logits.numpy()
+        theirs = oracle.bfloat16()(torch.tensor(tokens).long()).logits.float().numpy()
+    model = load_model(tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    ours = model(jnp.asarray(tokens))
+    assert ours.dtype == jnp.float32
+    assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+
+
+def test_padding_on_the_right_changes_nothing_before_it(tmp_path: Path):
+    oracle = tiny_models.save("llama", tmp_path)
+    model = load_model(tmp_path)
+    tokens, _ = tokens_and_mask(oracle.config.vocab_size, (2, 20))
+    padded = np.pad(tokens, ((0, 0), (0, 13)), constant_values=7)
+    found, expected = model(jnp.asarray(padded))[:, :20], model(jnp.asarray(tokens))
+    assert relative_error(found, expected) < TOLERANCE

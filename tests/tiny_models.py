@@ -1,0 +1,83 @@
+"""Small random checkpoints made by transformers, the oracle of the model and conversion tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Every architecture and switch that is read from a config.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {"tie_word_embeddings": True},
+    "llama_one_head_per_group": {"num_key_value_heads": 6, "head_dim": 8},
+    "llama_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+}
+
+
+def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A randomly initialised transformers model; norms and biases are random too."""
+    model_type = variant.split("_")[0].replace("llama3", "llama")
+    settings = {**SIZES, **VARIANTS[variant], **overrides}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.15 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save(variant: str, path: Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    """Make a model, save it as a Hugging Face directory, return it."""
+    model = make(variant, **kwargs).to(dtype)
+    model.save_pretrained(path)
+    return model
+
+
+def tokens_and_mask(
+    vocab_size: int, shape: tuple[int, ...], *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and a random loss mask."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, shape).astype(np.int32)
+    return tokens, rng.random(shape) < 0.4
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
