@@ -26,7 +26,7 @@ __all__ = [
     "mesh_shape",
     "objective_shardings",
     "parameter_shardings",
-    "replicated",
+    "rows_sharding",
 ]
 
 LANGUAGE, FSDP = "language", "fsdp"
@@ -103,9 +103,9 @@ def make_mesh(
     return Mesh(grid, (LANGUAGE, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole."""
-    return NamedSharding(mesh, P())
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of rows [N, ...] that belong to no language axis: spread over all devices."""
+    return NamedSharding(mesh, P((LANGUAGE, FSDP)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -114,7 +114,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(mesh: Mesh, tree: Any, *, stacked: str | None = None) -> Any:
-    """Shard every array along its longest axis that the mesh divides.
+    """Shard every array along its first axis that the mesh divides.
 
     Args:
       mesh: from :func:`make_mesh`.
@@ -145,7 +145,7 @@ def _shardings(
         # The same axis is chosen for parameters and their gradients: the whole mesh divides it.
         candidates = [a for a in range(int(scanned), len(spec)) if x.shape[a] % mesh.size == 0]
         if candidates:
-            spec[max(candidates, key=lambda a: x.shape[a])] = axes
+            spec[candidates[0]] = axes
         return NamedSharding(mesh, P(*leading, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -30,7 +30,17 @@ def decoder_tree():
     }
 
 
-RULES = ["whole", "layer", "module", "leaf", "bytes:300", "bytes:1KiB", "random:5", "random:5:1"]
+RULES = [
+    "whole",
+    "layer",
+    "module",
+    "leaf",
+    "bytes:300",
+    "bytes:1KiB",
+    "random:5",
+    "random:5:1",
+    "shard:4",
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -89,6 +99,35 @@ def test_bytes_blocks_fill_up_in_backward_order_and_cut_what_is_larger():
     embedding = part.labels[leaf_of["embed_tokens"]]
     assert len(embedding) == 2  # 1,024 bytes in two parts
     assert embedding.max() == len(part) - 1
+
+
+def test_shard_blocks_are_what_each_device_holds():
+    tree = {"layers": {"0": np.zeros((3, 8, 2))}, "embed": np.zeros((16, 2)), "odd": np.zeros(5)}
+    part = blocks.partition("shard:4", tree, stacked=STACKED.replace(r"\.", r"\.?"))
+    assert part.names == ("replicated", "shard 0", "shard 1", "shard 2", "shard 3")
+    embed, layers, odd = part.labels
+    assert embed.tolist() == [1, 2, 3, 4]
+    assert layers.tolist() == [1, 2, 3, 4] * 3
+    assert odd.tolist() == [0]
+
+
+def test_rules_can_be_chosen_by_path_and_intersected():
+    tree = decoder_tree()
+    chosen = blocks.partition(
+        blocks.choose({"embed": "bytes:512", "norm": lambda path: "norms", ".*": "layer"}),
+        tree,
+        stacked=STACKED,
+    )
+    assert chosen.names == (
+        "bucket 0", "bucket 1", "layers.22", "layers.23", "layers.24", "layers.25", "norms",
+    )  # fmt: skip
+    both = blocks.partition(blocks.intersect("layer", "shard:2"), tree, stacked=STACKED)
+    assert both.names[-2:] == ("norm & shard 0", "norm & shard 1")
+    assert len(both) == 2 * 6
+    with pytest.raises(ConfigError, match="matches none of"):
+        blocks.partition(blocks.choose({"embed": "leaf"}), tree)
+    with pytest.raises(ConfigError, match="first match of no parameter"):
+        blocks.partition(blocks.choose({".*": "leaf", "embed": "layer"}), tree)
 
 
 def test_random_blocks_are_balanced_repeatable_and_change_with_the_seed():

@@ -50,7 +50,7 @@ def test_languages_that_do_not_divide_are_refused_with_those_that_do():
         mesh.mesh_shape(6, 8, language=4)
 
 
-def test_parameters_are_cut_along_their_longest_divisible_axis():
+def test_parameters_are_cut_along_their_first_divisible_axis():
     one = mesh.make_mesh(8, devices=jax.devices()[:1])
     tree = {
         "layers": {"0": jnp.zeros((8, 4, 16))},
@@ -62,7 +62,7 @@ def test_parameters_are_cut_along_their_longest_divisible_axis():
     )
     both = ("language", "fsdp")
     assert found == {
-        "layers": {"0": P(None, None, both)},
+        "layers": {"0": P(None, both, None)},
         "embed": P(both, None),
         "scalar": P(),
     }

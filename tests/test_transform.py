@@ -40,6 +40,12 @@ def updates(params):
     )
 
 
+def compiled_update(tx, updates, params, state=None, **extra):
+    """One update, compiled as users compile it."""
+    state = tx.init(params) if state is None else state
+    return jax.jit(tx.update)(updates, state, params, **extra)
+
+
 def block_matrices(part, tree):
     """Per block the float64 matrix [K, n] of what belongs to it, and where it lies."""
     columns, where = [[] for _ in part.names], [[] for _ in part.names]
@@ -85,7 +91,7 @@ def test_every_block_is_what_the_method_gives_on_its_own(method, rule, params, u
     for found, wanted in zip(jax.tree.leaves(resolved), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     key = jax.random.fold_in(state.key, 0)
-    alone, _ = jaxmoo.aggregators.weigh_blocks(
+    alone, _ = jax.jit(jaxmoo.aggregators.weigh_blocks, static_argnums=0)(
         jaxmoo.aggregators.get(method), new_state.gram, key=key
     )
     # Weights need not be unique, what they combine to is.
@@ -98,7 +104,7 @@ def test_one_block_is_the_whole_model_method(params, updates):
     flat = jnp.concatenate([x.reshape(K, -1) for x in jax.tree.leaves(updates)], axis=1)
     for method in ("mean", "mgda", "cagrad"):
         tx = jaxmoo.resolve_conflicts(method, "whole")
-        resolved, _ = tx.update(updates, tx.init(params), params)
+        resolved, _ = compiled_update(tx, updates, params)
         found = jnp.concatenate([x.ravel() for x in jax.tree.leaves(resolved)])
         np.testing.assert_allclose(found, jaxmoo.aggregate(method, flat), rtol=1e-4, atol=1e-5)
 
@@ -106,7 +112,7 @@ def test_one_block_is_the_whole_model_method(params, updates):
 def test_the_mean_does_not_depend_on_the_blocks(params, updates):
     for rule in BLOCKS:
         tx = jaxmoo.resolve_conflicts("mean", rule, stacked=STACKED)
-        resolved, _ = tx.update(updates, tx.init(params), params)
+        resolved, _ = compiled_update(tx, updates, params)
         for found, x in zip(jax.tree.leaves(resolved), jax.tree.leaves(updates), strict=True):
             np.testing.assert_allclose(found, x.mean(0), atol=1e-6)
 
@@ -115,9 +121,9 @@ def test_blocks_may_have_different_methods(params, updates):
     tx = jaxmoo.resolve_conflicts(
         {r"layers": "mgda", ".*": "mean"}, "layer", stacked=STACKED, num_objectives=K
     )
-    resolved, state = tx.update(updates, tx.init(params), params)
+    resolved, state = compiled_update(tx, updates, params)
     mgda = jaxmoo.resolve_conflicts("mgda", "layer", stacked=STACKED)
-    only_mgda, _ = mgda.update(updates, mgda.init(params), params)
+    only_mgda, _ = compiled_update(mgda, updates, params)
     np.testing.assert_allclose(resolved["embed"], updates["embed"].mean(0), atol=1e-6)
     for found, wanted in zip(
         jax.tree.leaves(resolved["layers"]), jax.tree.leaves(only_mgda["layers"]), strict=True
@@ -134,8 +140,8 @@ def test_match_norm_keeps_the_direction_and_takes_the_mean_gradients_length(
 ):
     plain = jaxmoo.resolve_conflicts(method, "layer", stacked=STACKED)
     matched = jaxmoo.resolve_conflicts(method, "layer", stacked=STACKED, match_norm=True)
-    first, _ = plain.update(updates, plain.init(params), params)
-    second, state = matched.update(updates, matched.init(params), params)
+    first, _ = compiled_update(plain, updates, params)
+    second, state = compiled_update(matched, updates, params)
     part = blocks.partition("layer", params, stacked=STACKED)
     # The scalar's gradients differ in sign: for MGDA that block is stationary, and noise is not
     # blown up to a step.
@@ -164,7 +170,7 @@ def test_match_norm_keeps_the_direction_and_takes_the_mean_gradients_length(
 
 def test_preference_weights_the_mean(params, updates):
     tx = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, preference=[2, 1, 1])
-    resolved, _ = tx.update(updates, tx.init(params), params)
+    resolved, _ = compiled_update(tx, updates, params)
     expected = jnp.einsum("k,k...->...", jnp.array([0.5, 0.25, 0.25]), updates["embed"])
     np.testing.assert_allclose(resolved["embed"], expected, atol=1e-6)
 
@@ -173,10 +179,10 @@ def test_an_absent_objective_has_no_part(params, updates):
     tx = jaxmoo.resolve_conflicts("cagrad", "layer", stacked=STACKED, num_objectives=K)
     active = jnp.array([True, False, True])
     garbage = jax.tree.map(lambda x: x.at[1].set(1e3), updates)
-    with_garbage, state = tx.update(garbage, tx.init(params), params, active=active)
+    with_garbage, state = compiled_update(tx, garbage, params, active=active)
     two = jax.tree.map(lambda x: x[jnp.array([0, 2])], updates)
     tx2 = jaxmoo.resolve_conflicts("cagrad", "layer", stacked=STACKED)
-    without, _ = tx2.update(two, tx2.init(params), params)
+    without, _ = compiled_update(tx2, two, params)
     assert np.all(state.weights[:, 1] == 0)
     for a, b in zip(jax.tree.leaves(with_garbage), jax.tree.leaves(without), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -186,7 +192,7 @@ def test_a_non_finite_objective_is_left_out_of_its_block_and_counted(params, upd
     poisoned = jax.tree.map(lambda x: x, updates)
     poisoned["embed"] = updates["embed"].at[1, 0, 0].set(jnp.nan)
     tx = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, num_objectives=K)
-    resolved, state = tx.update(poisoned, tx.init(params), params)
+    resolved, state = compiled_update(tx, poisoned, params)
     np.testing.assert_allclose(
         resolved["embed"], (updates["embed"][0] + updates["embed"][2]) / 2, atol=1e-6
     )
@@ -194,7 +200,7 @@ def test_a_non_finite_objective_is_left_out_of_its_block_and_counted(params, upd
         resolved["layers"]["mlp"]["up"], updates["layers"]["mlp"]["up"].mean(0), atol=1e-6
     )
     assert state.skipped.tolist() == [0, 1, 0]
-    _, state = tx.update(poisoned, state, params)
+    _, state = compiled_update(tx, poisoned, params, state)
     assert state.skipped.tolist() == [0, 2, 0]
 
 
@@ -209,8 +215,8 @@ def test_a_non_finite_objective_can_stop_the_program(params, updates):
 def test_bfloat16_gradients_stay_bfloat16(params, updates):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), updates)
     tx = jaxmoo.resolve_conflicts("cagrad", "layer", stacked=STACKED)
-    resolved, state = tx.update(low, tx.init(params))
-    exact, _ = tx.update(jax.tree.map(lambda x: x.astype(jnp.float32), low), tx.init(params))
+    resolved, state = compiled_update(tx, low, params)
+    exact, _ = compiled_update(tx, jax.tree.map(lambda x: x.astype(jnp.float32), low), params)
     for a, b in zip(jax.tree.leaves(resolved), jax.tree.leaves(exact), strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-7, atol=2**-7)
@@ -227,11 +233,11 @@ def assert_trees_close(a, b, **tolerance):
 
 def test_chain_gives_the_optimizer_the_resolved_gradient(params, updates):
     resolver = jaxmoo.resolve_conflicts("mgda", "layer", stacked=STACKED)
-    resolved, _ = resolver.update(updates, resolver.init(params), params)
+    resolved, _ = compiled_update(resolver, updates, params)
     adam = optax.adamw(1e-2)
-    expected, _ = adam.update(resolved, adam.init(params), params)
+    expected, _ = compiled_update(adam, resolved, params)
     both = optax.chain(resolver, optax.adamw(1e-2))
-    found, state = both.update(updates, both.init(params), params)
+    found, state = compiled_update(both, updates, params)
     assert_trees_close(found, expected, atol=1e-7)
     assert optax.tree.get(state, "conflict").shape == (7,)
 
@@ -264,9 +270,9 @@ def test_random_methods_draw_anew_each_step_and_repeat_with_the_seed(params, upd
         tx = jaxmoo.resolve_conflicts(
             "pcgrad", "whole", stacked=STACKED, num_objectives=K, seed=seed
         )
-        state, seen = tx.init(params), []
+        state, seen, update = tx.init(params), [], jax.jit(tx.update)
         for _ in range(8):
-            _, state = tx.update(updates, state, params)
+            _, state = update(updates, state, params)
             seen.append(tuple(np.asarray(state.weights[0]).round(5)))
         return seen
 
@@ -284,9 +290,9 @@ def test_partition_resolves_one_part_and_averages_another(params, updates):
         },
         labels,
     )
-    found, _ = tx.update(updates, tx.init(params), params)
+    found, _ = compiled_update(tx, updates, params)
     expected = jaxmoo.resolve_conflicts({"layers": "mgda", ".*": "mean"}, "layer", stacked=STACKED)
-    wanted, _ = expected.update(updates, expected.init(params), params)
+    wanted, _ = compiled_update(expected, updates, params)
     assert_trees_close(found, wanted, atol=1e-6)
 
 
@@ -294,7 +300,7 @@ def test_masked_leaves_the_rest_stacked(params, updates):
     mask = {"embed": True, "layers": jax.tree.map(lambda _: False, params["layers"])}
     mask["scale"] = True
     tx = optax.masked(jaxmoo.resolve_conflicts("mean", "whole"), mask)
-    found, _ = tx.update(updates, tx.init(params), params)
+    found, _ = compiled_update(tx, updates, params)
     assert found["embed"].shape == params["embed"].shape
     assert found["layers"]["mlp"]["up"].shape == (K, *params["layers"]["mlp"]["up"].shape)
 
@@ -305,8 +311,9 @@ def test_multi_steps_after_it_accumulates_resolved_gradients(params, updates):
         optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(),
     )
     state = tx.init(params)
-    first, state = tx.update(updates, state, params)
-    second, state = tx.update(jax.tree.map(lambda x: 3 * x, updates), state, params)
+    first, state = compiled_update(tx, updates, params, state)
+    tripled = jax.tree.map(lambda x: 3 * x, updates)
+    second, state = compiled_update(tx, tripled, params, state)
     assert all(not np.any(x) for x in jax.tree.leaves(first))
     assert_trees_close(second, jax.tree.map(lambda x: -2 * x.mean(0), updates), atol=1e-5)
 
@@ -322,7 +329,7 @@ def test_a_hyperparameter_can_follow_a_schedule(params, updates):
     assert_trees_close(first, jax.tree.map(lambda x: x.mean(0), updates), atol=1e-5)
     second, _ = jax.jit(tx.update)(updates, state, params)
     fixed = jaxmoo.resolve_conflicts(jaxmoo.aggregators.cagrad(c=0.9), "layer", stacked=STACKED)
-    assert_trees_close(second, fixed.update(updates, fixed.init(params))[0], atol=1e-5)
+    assert_trees_close(second, compiled_update(fixed, updates, params)[0], atol=1e-5)
 
 
 def test_apply_if_finite_behind_it_sees_finite_updates(params, updates):
@@ -330,12 +337,12 @@ def test_apply_if_finite_behind_it_sees_finite_updates(params, updates):
         jaxmoo.resolve_conflicts("mean", "whole"), optax.apply_if_finite(optax.sgd(1.0), 2)
     )
     one_bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), updates)
-    found, state = tx.update(one_bad, tx.init(params), params)
+    found, state = compiled_update(tx, one_bad, params)
     assert_trees_close(found, jax.tree.map(lambda x: -x[1:].mean(0), updates), atol=1e-5)
     assert int(optax.tree.get(state, "total_notfinite")) == 0
     # Where every objective is non-finite, nothing is left to resolve and the update is zero.
     all_bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), updates)
-    found, _ = tx.update(all_bad, state, params)
+    found, _ = compiled_update(tx, all_bad, params, state)
     assert all(not np.any(x) for x in jax.tree.leaves(found))
 
 
@@ -379,7 +386,7 @@ def test_bad_updates_are_refused(params, updates):
         tx.update(uneven, state, params)
     fixed = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, num_objectives=5)
     with pytest.raises(ConfigError, match="hold 3 objectives"):
-        fixed.update(updates, fixed.init(params), params)
+        compiled_update(fixed, updates, params)
     with pytest.raises(ConfigError, match="floating point"):
         tx.update(jax.tree.map(lambda x: x.astype(jnp.int32), updates), state)
 

@@ -10,6 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from jaxmoo.models import logical_paths
+from jaxmoo.models.paths import named_leaves
+
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 48,
@@ -81,3 +84,13 @@ def relative_error(found: Any, expected: Any) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def by_logical_path(state: Any, *, leading: int = 0) -> dict[str, np.ndarray]:
+    """Arrays of a state by logical path; each has so many axes before those of the parameter."""
+    arrays = {}
+    for path, leaf in named_leaves(state):
+        shape = leaf.shape[leading:]
+        for i, name in enumerate(logical_paths(path, shape)):
+            arrays[name] = np.asarray(leaf.take(i, leading) if path[0] == "layers" else leaf)
+    return arrays

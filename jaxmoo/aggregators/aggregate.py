@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoo.aggregators.base import Aggregator, State, combine_block, weigh_block
+from jaxmoo.aggregators.base import (
+    Aggregator,
+    State,
+    combine_block,
+    compiled,
+    missing_key,
+    weigh_block,
+)
 from jaxmoo.aggregators.parameters import check_choice
 from jaxmoo.aggregators.registry import get
 from jaxmoo.errors import ConfigError, DataError
@@ -79,7 +86,7 @@ def aggregate(
       jacobian: ``[K, n]`` float, one gradient per objective.
       key: key of a stochastic method.
       active: ``[K]`` bool, False for an absent objective. None: a zero gradient is absent.
-      preference: ``[K]`` positive importances of the objectives, any scale. None: all equal.
+      preference: ``[K]`` importances of the objectives, at least 0, any scale. None: all equal.
       state: the method's state; None starts a new one.
       second: ``[K, n]`` gradients of an independent second batch, for methods that need one.
       nonfinite: what a NaN or infinity in a gradient does. ``"skip"`` leaves that objective out;
@@ -113,31 +120,33 @@ def aggregate(
             )
     if preference is not None and not isinstance(preference, jax.core.Tracer):
         values = np.asarray(preference)
-        if not (np.all(np.isfinite(values)) and np.all(values > 0)):
+        if not (np.all(np.isfinite(values)) and np.all(values >= 0) and np.any(values > 0)):
             raise ConfigError(
-                f"aggregate: expected positive finite preferences, found {values.tolist()}. "
-                "Leave an objective out with active=."
+                "aggregate: expected finite preferences >= 0, not all 0; found "
+                f"{values.tolist()}. Leave an objective out with active=."
             )
     check_choice("aggregate", "nonfinite", nonfinite, ("skip", "raise"))
     if nonfinite == "raise":
         _refuse_nonfinite(jacobian, active)
     if active is not None:
         active = jnp.asarray(active)
+    if method.cross_gram and (second is None or jnp.shape(second) != jacobian.shape):
+        raise ConfigError(
+            f"aggregate: {method.name} needs the gradients of an independent second batch: "
+            f"expected second= of shape {jacobian.shape}, found "
+            f"{'None' if second is None else jnp.shape(second)}."
+        )
+    if method.stochastic and key is None:
+        raise missing_key(method)
+    return compiled(_aggregate)(method, jacobian, second, state, key, active, preference)
+
+
+def _aggregate(method, jacobian, second, state, key, active, preference):
+    rest = {"key": key, "active": active, "preference": preference}
     if method.combine is not None:
-        return combine_block(method, jacobian, key=key, active=active, preference=preference)
-    if method.cross_gram:
-        if second is None or jnp.shape(second) != jacobian.shape:
-            raise ConfigError(
-                f"aggregate: {method.name} needs the gradients of an independent second batch: "
-                f"expected second= of shape {jacobian.shape}, found "
-                f"{'None' if second is None else jnp.shape(second)}."
-            )
-        products = cross_gram(jacobian, second)
-    else:
-        products = gram(jacobian)
-    weights, _ = weigh_block(
-        method, products, state=state, key=key, active=active, preference=preference
-    )
+        return combine_block(method, jacobian, **rest)
+    products = cross_gram(jacobian, second) if method.cross_gram else gram(jacobian)
+    weights, _ = weigh_block(method, products, state=state, **rest)
     return combine_rows(jacobian, weights)
 
 

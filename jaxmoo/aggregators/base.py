@@ -20,6 +20,7 @@ done here once, the same for every method:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def stateless(num_objectives: int) -> State:
     return ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Aggregator:
     """One conflict-resolution method with its parameters.
 
@@ -119,7 +120,7 @@ def prepare(
     Args:
       gram: ``[K, K]``; rows of failed objectives may be non-finite.
       active: ``[K]`` bool, False for an absent objective. None: a zero row is absent.
-      preference: ``[K]`` positive importances of the objectives, any scale. None: all equal.
+      preference: ``[K]`` importances of the objectives, at least 0, any scale. None: all equal.
       cross: whether ``gram`` is ``J1 J2^T``, whose diagonal may be of any sign.
 
     Returns:
@@ -176,7 +177,7 @@ def weigh_block(
       block: the block's index b.
       active: ``[K]`` bool, False for an objective absent from this step. None: an objective whose
         gradient is zero is absent.
-      preference: ``[K]`` positive importances; None: all equal.
+      preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
     Returns:
       ``(weights, state)`` with weights ``[K]`` float32, exactly 0 for every row taken out.
@@ -187,6 +188,10 @@ def weigh_block(
     key = _block_key(aggregator, key, block)
     if state is None:
         state = aggregator.init(gram.shape[-1])
+    return compiled(_weigh_block)(aggregator, gram, state, key, active, preference)
+
+
+def _weigh_block(aggregator, gram, state, key, active, preference):
     preference = _importance(aggregator, preference, gram.shape[-1])
     ready = prepare(gram, active, preference, cross=aggregator.cross_gram)
     weights, state = aggregator.weigh(ready.gram, ready.active, ready.preference, state, key)
@@ -223,7 +228,7 @@ def weigh_blocks(
       state: state with leading axis ``[B]``; None starts a new one.
       key: one key for all blocks; block b draws from ``jax.random.fold_in(key, b)``.
       active: ``[K]`` or ``[B, K]`` bool, False for an absent objective.
-      preference: ``[K]`` positive importances; None: all equal.
+      preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
     Returns:
       ``(weights, state)`` with weights ``[B, K]`` float32.
@@ -238,19 +243,15 @@ def weigh_blocks(
         diagonals = jnp.diagonal(grams, axis1=1, axis2=2)
         active = jnp.any(diagonals != 0, axis=0)  # NaN counts: it is dealt with block by block
     active = jnp.broadcast_to(active, (num_blocks, k))
+    keys = jax.vmap(lambda block: _block_key(aggregator, key, block))(jnp.arange(num_blocks))
+    return compiled(_weigh_blocks)(aggregator, grams, state, keys, active, preference)
 
-    def one(gram, state, active, block):
-        return weigh_block(
-            aggregator,
-            gram,
-            state=state,
-            key=key,
-            block=block,
-            active=active,
-            preference=preference,
-        )
 
-    return jax.vmap(one)(grams, state, active, jnp.arange(num_blocks))
+def _weigh_blocks(aggregator, grams, state, keys, active, preference):
+    def one(gram, state, key, active):
+        return _weigh_block(aggregator, gram, state, key, active, preference)
+
+    return jax.vmap(one)(grams, state, keys, active)
 
 
 def init_blocks(aggregator: Aggregator, num_blocks: int, num_objectives: int) -> State:
@@ -289,7 +290,7 @@ def combine_block(
       key: key shared by all blocks; block b draws from ``jax.random.fold_in(key, b)``.
       block: the block's index b.
       active: ``[K]`` bool, False for an absent objective. None: a zero gradient is absent.
-      preference: ``[K]`` positive importances; None: all equal.
+      preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
     Returns:
       The update ``[n]`` in the gradients' type.
@@ -298,6 +299,10 @@ def combine_block(
       ConfigError: if the method is stochastic and no key is given.
     """
     key = _block_key(aggregator, key, block)
+    return compiled(_combine_block)(aggregator, jacobian, key, active, preference)
+
+
+def _combine_block(aggregator, jacobian, key, active, preference):
     rows = jacobian.astype(jnp.float32)
     # Only zero and non-finite matter here, and a largest entry, unlike a sum of squares, cannot
     # underflow.
@@ -316,11 +321,23 @@ def _block_key(
     if not aggregator.stochastic:
         return None
     if key is None:
-        raise ConfigError(
-            f"Aggregator {aggregator.name!r} is stochastic: expected key=jax.random.key(seed), "
-            "found None. Pass a key, a new one at every step."
-        )
+        raise missing_key(aggregator)
     return jax.random.fold_in(key, block)
+
+
+def missing_key(aggregator: Aggregator) -> ConfigError:
+    """The error of calling a stochastic method without a key.
+
+    Args:
+      aggregator: the method.
+
+    Returns:
+      The error to raise.
+    """
+    return ConfigError(
+        f"Aggregator {aggregator.name!r} is stochastic: expected key=jax.random.key(seed), "
+        "found None. Pass a key, a new one at every step."
+    )
 
 
 def _importance(
@@ -340,3 +357,27 @@ def _importance(
 def _mass(aggregator: Aggregator, ready: Prepared) -> jax.Array:
     """What the weights of an average are multiplied by; see the rules at the top."""
     return ready.share * ready.count if aggregator.summed else ready.share
+
+
+@functools.cache
+def _jitted(function: Callable) -> Callable:
+    return jax.jit(function, static_argnums=0)
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile a function of an aggregator and arrays when it is called outside of any ``jit``.
+
+    Called eagerly, the solvers' loops would be compiled anew at every call.
+
+    Args:
+      function: ``(aggregator, *arrays) -> arrays``.
+
+    Returns:
+      The same function, compiled once per aggregator and shapes.
+    """
+
+    def call(aggregator: Aggregator, *arrays: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+        return (function if traced else _jitted(function))(aggregator, *arrays)
+
+    return call

@@ -104,7 +104,8 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
       right: ``[K]``.
 
     Returns:
-      ``gram^+ right``, ``[K]``, with the rank of :func:`eigh_graded`.
+      ``gram^+ right``, ``[K]``, with the rank of :func:`eigh_graded`. A component of ``right`` that
+      rounding alone could produce counts as zero, so that nothing is found where nothing is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,5 +114,7 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     """
     values, vectors, significant = eigh_graded(gram)
     along = jnp.matmul(right, vectors, precision=lax.Precision.HIGHEST)
+    terms = jnp.matmul(jnp.abs(right), jnp.abs(vectors), precision=lax.Precision.HIGHEST)
+    significant &= jnp.abs(along) > 16 * _EPS * terms
     along = jnp.where(significant, along / jnp.where(significant, values, 1.0), 0.0)
     return jnp.matmul(vectors, along, precision=lax.Precision.HIGHEST)

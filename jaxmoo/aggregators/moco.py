@@ -30,9 +30,10 @@ def moco(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
     Keeps: degree 1 in the gradients; permutation equivariance (with the state permuted). Converges
     to MGDA's weights while the gradients stay the same. Promises no non-conflict at any one step.
 
-    Departures: gamma and rho are relative to the block's largest squared gradient norm (to within
-    a factor of 2), so that the method does not depend on the gradients' scale. Preferences, which
-    the paper does not have, weight the losses: the steps see ``p_i g_i``.
+    Departures: gamma and rho are relative to the block's largest squared gradient norm, so that the
+    method does not depend on the gradients' scale; gamma does not fall by itself (schedule it). The
+    authors' code scales every gradient to its loss and uses a softmax for the projection.
+    Preferences, which the paper does not have, weight the losses: the steps see ``p_i g_i``.
 
     Args:
       gamma: step size of the weights, at least 0. May be traced.
@@ -64,7 +65,7 @@ def moco(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
     def weigh(gram, active, preference, state, key):
         gain = preference * jnp.sum(active)
         weights = simplex_step.restrict(state, active)
-        slope = gain * matvec(gram, gain * weights) + rho * weights
+        slope = gain * matvec(simplex_step.relative(gram), gain * weights) + rho * weights
         weights = simplex_step.project(weights - gamma * slope, active)
         state = simplex_step.merge(state, weights, active)
         return simplex_step.restrict(gain * weights, active), state

@@ -25,9 +25,8 @@ def modo(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
     to MGDA's weights while the gradients stay the same and ``rho = 0``. Promises no non-conflict
     at any one step.
 
-    Departures: gamma and rho are relative to the block's largest entry of ``G12`` (to within a
-    factor of 2). Preferences, which the paper does not have, weight the losses: the steps see
-    ``p_i g_i``.
+    Departures: gamma and rho are relative to the block's largest entry of ``G12``. Preferences,
+    which the paper does not have, weight the losses: the steps see ``p_i g_i``.
 
     Args:
       gamma: step size of the weights, at least 0. May be traced.
@@ -50,7 +49,7 @@ def modo(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
       >>> J2 = jnp.array([[-4.1, 1.1, 0.9], [5.9, 0.9, 1.1]])
       >>> w, state = weigh_block(modo(), cross_gram(J1, J2))
       >>> [round(float(x), 3) for x in w]
-      [0.514, 0.486]
+      [0.512, 0.488]
     """
     check_number("modo", "gamma", gamma, low=0)
     check_number("modo", "rho", rho, low=0)
@@ -58,7 +57,7 @@ def modo(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
     def weigh(gram, active, preference, state, key):
         gain = preference * jnp.sum(active)
         weights = simplex_step.restrict(state, active)
-        slope = gain * matvec(gram, gain * weights) + rho * weights
+        slope = gain * matvec(simplex_step.relative(gram), gain * weights) + rho * weights
         weights = simplex_step.project(weights - gamma * slope, active)
         state = simplex_step.merge(state, weights, active)
         return simplex_step.restrict(gain * weights, active), state

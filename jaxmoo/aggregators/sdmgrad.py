@@ -30,9 +30,9 @@ def sdmgrad(
     ``lambda = 0`` tends to MGDA, a large lambda to the mean. Promises no non-conflict at any one
     step.
 
-    Departures: gamma is relative to the block's largest entry of ``G12`` (to within a factor of
-    2); the paper draws new batches for every inner step, here the inner steps share ``G12``; the
-    division by ``1 + lambda`` makes K equal gradients g give g.
+    Departures: gamma is relative to the block's largest entry of ``G12``; the paper draws new batches
+    for every inner step, here the inner steps share ``G12``; the division by ``1 + lambda`` makes K
+    equal gradients g give g.
 
     Args:
       lambda_: pull towards the mean, at least 0. May be traced.
@@ -64,9 +64,10 @@ def sdmgrad(
 
     def weigh(gram, active, preference, state, key):
         def step(_, weights):
-            slope = matvec(gram, weights + lambda_ * preference)
+            slope = matvec(products, weights + lambda_ * preference)
             return simplex_step.project(weights - gamma * slope, active)
 
+        products = simplex_step.relative(gram)
         start = simplex_step.restrict(state, active)
         weights = lax.fori_loop(0, iterations, step, start)
         state = simplex_step.merge(state, weights, active)

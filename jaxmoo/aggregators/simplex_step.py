@@ -35,6 +35,19 @@ def restrict(weights: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where(total > 0, here / jnp.where(total > 0, total, 1.0), equal)
 
 
+def relative(gram: jax.Array) -> jax.Array:
+    """The (cross-)Gram matrix divided by its largest entry, which step sizes then refer to.
+
+    Args:
+      gram: ``[K, K]``.
+
+    Returns:
+      ``[K, K]`` with a largest absolute entry of 1, or zeros.
+    """
+    largest = jnp.max(jnp.abs(gram))
+    return gram / jnp.where(largest > 0, largest, 1.0)
+
+
 def project(weights: jax.Array, active: jax.Array) -> jax.Array:
     """Nearest point of the simplex over the active objectives.
 

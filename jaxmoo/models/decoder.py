@@ -220,8 +220,8 @@ def _scan_layers(
 
 def _check_segments(segments: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     segments = tuple(segments)
-    increasing = all(a < b for a, b in zip(segments, (*segments[1:], num_layers), strict=True))
-    if not segments or segments[0] != 0 or not increasing:
+    ends = (*segments[1:], num_layers)
+    if segments[:1] != (0,) or any(a >= b for a, b in zip(segments, ends, strict=True)):
         raise ConfigError(
             f"segments must increase from 0 and stay below the {num_layers} layers, got {segments}"
         )

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.config import DecoderConfig
 
-__all__ = ["Attention", "DecoderLayer", "Linear", "MLP", "RMSNorm", "rope_tables"]
+__all__ = ["MLP", "Attention", "DecoderLayer", "Linear", "RMSNorm", "rope_tables"]
 
 _normal = jax.nn.initializers.normal(0.02)
 

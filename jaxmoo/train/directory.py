@@ -25,6 +25,7 @@ class RunDirectory:
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
         evaluation/      held-out scores by step
+        results.json     held-out scores before and after, and their means
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
 
@@ -41,6 +42,7 @@ class RunDirectory:
         self.evaluation = self.path / "evaluation"
         self.report = self.path / "report"
         self.export = self.path / "export"
+        self.results = self.path / "results.json"
 
     def check(self, config: Config) -> None:
         """Raise unless a run with these settings may start, or resume, here.
@@ -90,9 +92,15 @@ class RunDirectory:
         text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
         _write(self.evaluation / f"step_{step:08d}.json", text + "\n")
 
-    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write a small JSON file of the run."""
-        _write(self.path / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Record the results of a run that is complete, exported weights included."""
+        _write(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    def exported_step(self) -> int | None:
+        """Return the number of steps after which the recorded export was made, or None."""
+        if not self.results.exists():
+            return None
+        return json.loads(self.results.read_text()).get("steps")
 
 
 def _write(file: Path, text: str) -> None:

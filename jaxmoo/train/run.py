@@ -83,7 +83,7 @@ def train(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     results = _results(config, before, after)
     if config.export:
         _export(config, setup, directory, state, say)
-    directory.write_json("results.json", results)
+    directory.write_results(results)
     if config.report:
         write_report(
             directory.report,
@@ -212,14 +212,14 @@ def _evaluate(
     stored = directory.scores(step)
     if stored is not None and set(stored) == set(setup.corpus.held_out):
         return stored
-    sharding = mesh.replicated(setup.device_mesh)
+    sharding = mesh.rows_sharding(setup.device_mesh)
 
     def nll(batch: Any) -> jax.Array:
         return setup.nll(state.params, setup.frozen, jax.device_put(batch, sharding))
 
-    scores = evaluate_nll(
-        nll, setup.corpus.held_out, batch_size=config.data.batch_size, pad_id=setup.pad_id
-    )
+    # As many rows as a training step has: the mesh divides them.
+    rows = config.data.batch_size * len(config.data.seen)
+    scores = evaluate_nll(nll, setup.corpus.held_out, batch_size=rows, pad_id=setup.pad_id)
     directory.store_scores(step, scores)
     summary = summarise(scores, config.data.seen, config.data.unseen)
     unseen = "" if summary.unseen_nll is None else f", unseen {summary.unseen_nll:.3f}"
@@ -252,11 +252,10 @@ def _export(
     state: TrainState,
     say: Callable[[str], None],
 ) -> None:
-    marker = directory.path / "results.json"
     if directory.export.exists():
-        if marker.exists():
+        if directory.exported_step() == config.train.steps:
             return
-        # Left by this run when it was interrupted between exporting and recording it.
+        # This run's own: of an earlier end, or cut short before it was recorded.
         shutil.rmtree(directory.export)
     save_model(setup.merge(state.params, setup.frozen), directory.export, source=setup.source)
     say(f"Exported to {directory.export} (Hugging Face format).")

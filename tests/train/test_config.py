@@ -311,3 +311,9 @@ def test_markdown_tables_are_well_formed():
 
 def test_help_fits_a_terminal():
     assert max(map(len, help_text().splitlines())) <= 96
+
+
+def test_the_page_of_settings_is_up_to_date():
+    """Make it again: python -c "from jaxmoo.train.config import *; print(schema_markdown(), end='')"."""
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text() == schema_markdown()

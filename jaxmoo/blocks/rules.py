@@ -1,0 +1,308 @@
+"""The kinds of blocks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+
+from jaxmoo.blocks.piece import Blocks, Piece, Rule, natural_key
+from jaxmoo.errors import ConfigError, did_you_mean
+
+# A path component that numbers a layer: "3", or Flax Linen's "Dense_3".
+_NUMBERED = re.compile(r"(?:.*_)?\d+")
+
+
+def _layer_depth(parts: Sequence[str]) -> int:
+    """Number of leading components that name the layer; 1 when there is no numbered component."""
+    return next((i + 1 for i, part in enumerate(parts) if _NUMBERED.fullmatch(part)), 1)
+
+
+def _layer_of(path: str) -> str:
+    parts = path.split(".")
+    return ".".join(parts[: _layer_depth(parts)])
+
+
+def _module_of(path: str) -> str:
+    parts = path.split(".")
+    depth = min(_layer_depth(parts) + 1, max(len(parts) - 1, 1))
+    return ".".join(parts[: max(depth, _layer_depth(parts))])
+
+
+def by(fn: Callable[[str], Hashable], spec: str = "by") -> Blocks:
+    """Blocks named by a function of the dotted parameter path.
+
+    Args:
+      fn: maps a path such as ``"layers.3.mlp.up_proj.kernel"`` to a block name.
+      spec: name of the rule in reports.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> params = {"a": np.zeros(3), "b": np.zeros(2), "head": np.zeros(1)}
+      >>> partition(by(lambda path: "head" if path == "head" else "trunk"), params).names
+      ('head', 'trunk')
+    """
+    return Blocks(spec, lambda pieces: [fn(piece.path) for piece in pieces])
+
+
+def whole() -> Blocks:
+    """One block that holds every parameter."""
+    return by(lambda path: "whole", "whole")
+
+
+def layer() -> Blocks:
+    """One block per numbered layer; other parameters by the first component of their path."""
+    return by(_layer_of, "layer")
+
+
+def module() -> Blocks:
+    """One block per sub-module of a layer, e.g. ``layers.3.self_attn``."""
+    return by(_module_of, "module")
+
+
+def leaf() -> Blocks:
+    """One block per parameter array of each layer."""
+    return by(lambda path: path, "leaf")
+
+
+def of_bytes(limit: int | str) -> Blocks:
+    """Consecutive pieces, in backward order, up to a size: the buckets of DDP and ZeRO.
+
+    Backward order is the reverse of the paths' natural order (numbers compared as numbers), so
+    the last layer comes first. An array larger than the limit is cut along its leading axis into
+    equal parts.
+
+    Args:
+      limit: bytes per block, or a text such as ``"25MiB"`` (also KB, MB, GB, KiB, GiB).
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> params = {"layers": [{"w": np.zeros(4, np.float32)} for _ in range(4)]}
+      >>> partition(of_bytes(32), params).pieces
+      (2, 2)
+    """
+    size = _parse_bytes(limit)
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        order = sorted(range(len(pieces)), key=lambda i: (natural_key(pieces[i].path), i))
+        backward = order[::-1]
+        labels: list[Hashable] = [0] * len(pieces)
+        block, filled = 0, 0
+        for i in backward:
+            if filled and filled + pieces[i].nbytes > size:
+                block, filled = block + 1, 0
+            labels[i] = f"bucket {block}"
+            filled += pieces[i].nbytes
+        return labels
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        del path
+        needed = math.ceil(math.prod(shape) * itemsize / size)
+        if needed <= 1 or not shape:
+            return 1
+        rows = shape[0]
+        return next((d for d in range(min(needed, rows), rows) if rows % d == 0), rows)
+
+    return Blocks(f"bytes:{limit}", label, parts)
+
+
+def shard(num_shards: int) -> Blocks:
+    """What each of a number of devices holds of every array.
+
+    Arrays are cut into equal parts along their leading axis, the way fully sharded data
+    parallelism lays them out, and the i-th parts of all arrays are block i. Resolving such a block
+    takes no communication at all. The result depends on the number of devices.
+
+    Args:
+      num_shards: number of devices. An array whose leading axis they do not divide is in a block
+        of its own kind, ``replicated``.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> params = {"w": np.zeros((4, 2)), "scale": np.zeros(3)}
+      >>> partition(shard(2), params).names
+      ('replicated', 'shard 0', 'shard 1')
+    """
+    if num_shards < 1:
+        raise ConfigError(f"shard blocks: expected at least 1 shard, found {num_shards}.")
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        return [f"shard {p.part}" if p.parts == num_shards else "replicated" for p in pieces]
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        del path, itemsize
+        return num_shards if shape and shape[0] % num_shards == 0 else 1
+
+    return Blocks(f"shard:{num_shards}", label, parts)
+
+
+def random(num_blocks: int, seed: int = 0) -> Blocks:
+    """A random partition into ``num_blocks`` blocks with equally many pieces (to within one).
+
+    The control for every claim about *where* blocks are cut: same number of blocks, no structure.
+
+    Args:
+      num_blocks: how many blocks; at most the number of pieces.
+      seed: which partition; the same seed gives the same one everywhere.
+    """
+    if num_blocks < 1:
+        raise ConfigError(f"random blocks: expected at least 1 block, found {num_blocks}.")
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        if num_blocks > len(pieces):
+            raise ConfigError(
+                f"random:{num_blocks} asks for more blocks than there are pieces "
+                f"({len(pieces)}). Ask for at most {len(pieces)}."
+            )
+        order = np.random.default_rng(seed).permutation(len(pieces))
+        labels = np.empty(len(pieces), int)
+        labels[order] = np.arange(len(pieces)) % num_blocks
+        return [f"random {i}" for i in labels]
+
+    return Blocks(f"random:{num_blocks}" + (f":{seed}" if seed else ""), label)
+
+
+def choose(rules: Mapping[str, Rule]) -> Blocks:
+    """A rule for each part of the model.
+
+    Args:
+      rules: maps regular expressions over paths to rules; the first that is found in a path
+        (``re.search``) decides.
+
+    Returns:
+      Blocks named as the rules name them; where two rules use the same name, the expression is
+      put before it.
+
+    Raises:
+      ConfigError: a rule is unknown; or, on use, a path matches no expression or an expression is
+        the first match of no path.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> rule = choose({"embed": "bytes:16", ".*": "whole"})
+      >>> partition(rule, {"embed": np.zeros((4, 2), np.float32), "w": np.zeros(3)}).names
+      ('bucket 0', 'bucket 1', 'whole')
+    """
+    chosen = {pattern: get(rule) for pattern, rule in rules.items()}
+
+    def pattern_of(path: str) -> str:
+        for pattern in chosen:
+            if re.search(pattern, path):
+                return pattern
+        raise ConfigError(
+            f"No blocks for {path!r}: it matches none of {list(chosen)}. Add a last entry '.*'."
+        )
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        patterns = [pattern_of(piece.path) for piece in pieces]
+        labels: list[tuple[str, Hashable]] = [("", "")] * len(pieces)
+        for pattern, rule in chosen.items():
+            mine = [i for i, p in enumerate(patterns) if p == pattern]
+            if not mine:
+                raise ConfigError(f"The pattern {pattern!r} is the first match of no parameter.")
+            for i, name in zip(mine, rule.label([pieces[i] for i in mine]), strict=True):
+                labels[i] = (pattern, name)
+        users = {name: {p for p, n in labels if n == name} for _, name in labels}
+        return [name if len(users[name]) == 1 else f"{p}: {name}" for p, name in labels]
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        return chosen[pattern_of(path)].parts(path, shape, itemsize)
+
+    spec = ", ".join(f"{pattern} -> {rule.spec}" for pattern, rule in chosen.items())
+    return Blocks(f"choose({spec})", label, parts)
+
+
+def intersect(
+    first: Rule,
+    second: Rule,
+) -> Blocks:
+    """Cut by two rules at once: parameters share a block when they do under both.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> kind = by(lambda path: path.split(".")[-1])
+      >>> params = {"layers": [{"w": np.zeros(2), "b": np.zeros(1)} for _ in range(2)]}
+      >>> partition(intersect("layer", kind), params).names
+      ('layers.0 & b', 'layers.0 & w', 'layers.1 & b', 'layers.1 & w')
+    """
+    a, b = get(first), get(second)
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        return [f"{x} & {y}" for x, y in zip(a.label(pieces), b.label(pieces), strict=True)]
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        return math.lcm(a.parts(path, shape, itemsize), b.parts(path, shape, itemsize))
+
+    return Blocks(f"{a.spec} & {b.spec}", label, parts)
+
+
+_PLAIN = {"whole": whole, "layer": layer, "module": module, "leaf": leaf}
+_KINDS = (*_PLAIN, "bytes", "shard", "random")
+_FORMS = (*_PLAIN, "bytes:SIZE", "shard:N", "random:N")
+
+
+def names() -> tuple[str, ...]:
+    """Return the forms that :func:`get` understands."""
+    return _FORMS
+
+
+def get(spec: Rule) -> Blocks:
+    """Return blocks from their written form, a function of the path, or :class:`Blocks`.
+
+    Args:
+      spec: ``"whole"``, ``"layer"``, ``"module"``, ``"leaf"``, ``"bytes:25MiB"``,
+        ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; or a function path -> name.
+
+    Raises:
+      ConfigError: the form is unknown or its number cannot be read.
+
+    Example:
+      >>> get("random:32").spec
+      'random:32'
+      >>> get("layers")
+      Traceback (most recent call last):
+      ...
+      jaxmoo.errors.ConfigError: Unknown blocks 'layers'. Did you mean 'layer'? Expected one of
+      whole, layer, module, leaf, bytes:SIZE, shard:N, random:N, or a function from
+      path to name.
+    """
+    if isinstance(spec, Blocks):
+        return spec
+    if callable(spec):
+        return by(spec)
+    kind, _, rest = str(spec).partition(":")
+    if kind in _PLAIN and not rest:
+        return _PLAIN[kind]()
+    if kind == "bytes" and rest:
+        return of_bytes(rest)
+    if kind == "shard" and rest.isdigit():
+        return shard(int(rest))
+    if kind == "random" and re.fullmatch(r"\d+(:\d+)?", rest):
+        return random(*map(int, rest.split(":")))
+    raise ConfigError(
+        f"Unknown blocks {spec!r}.{did_you_mean(kind, _KINDS)} Expected one of "
+        f"{', '.join(_FORMS)}, or a function from path to name."
+    )
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMG", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def _parse_bytes(text: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", str(text).strip())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(
+            f"bytes:{text}: expected a positive size such as 25MiB, 100MB or 1048576."
+        )
+    return max(1, int(float(match[1]) * _UNITS[match[2]]))

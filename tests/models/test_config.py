@@ -1,0 +1,78 @@
+"""Reading Hugging Face configs of both generations, and refusing what is not implemented."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models import DecoderConfig, Llama3Rope
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_sizes_that_older_configs_leave_out_are_derived():
+    config = DecoderConfig.from_hf(LLAMA)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert (config.rope_theta, config.tie_word_embeddings) == (10000.0, False)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}},
+    ],
+    ids=["transformers 4", "transformers 4, early", "transformers 5"],
+)
+def test_both_spellings_of_the_rotary_settings_are_read(rope):
+    config = DecoderConfig.from_hf(LLAMA | rope)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == Llama3Rope(**SCALING)
+
+
+def test_the_newer_spelling_wins_where_both_are_present():
+    rope = {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert DecoderConfig.from_hf(LLAMA | rope).rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lllama"}, "'lllama' is not supported. Did you mean 'llama'"),
+        ({"model_type": "gpt2"}, "Supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer, got -1"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim must be even"),
+    ],
+)
+def test_what_would_change_the_output_is_never_ignored(change, message):
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig.from_hf(LLAMA | change)
