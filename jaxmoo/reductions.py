@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["section_grams", "weighted_sum"]
+__all__ = ["section_cross_grams", "section_grams", "weighted_sum"]
 
 # Columns of one slice of the Gram reduction: K rows of float32 stay in a core's cache.
 _COLUMNS = 16_384
@@ -40,15 +40,30 @@ def section_grams(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array
     if partitioned is None:
         partitioned = jax.device_count() > 1
     if partitioned:
-        return _gram_whole(x)
-    return jax.lax.platform_dependent(x, cpu=_gram_by_slices, default=_gram_whole)
+        return section_cross_grams(x, x)
+    return jax.lax.platform_dependent(
+        x, cpu=_gram_by_slices, default=lambda x: section_cross_grams(x, x)
+    )
 
 
-def _gram_whole(x: jax.Array) -> jax.Array:
+def section_cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products between the gradients of two batches, per section, accumulated in float32.
+
+    Args:
+      x: per-objective gradients [K, S, ...] of one batch.
+      y: those of another.
+
+    Returns:
+      float32 [S, K, K], entry [s, i, j] the product of ``x[i, s]`` and ``y[j, s]``.
+
+    Example:
+      >>> section_cross_grams(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 4.0]]]))
+      Array([[[11.]]], dtype=float32)
+    """
     contracted = tuple(range(2, x.ndim))
     return jax.lax.dot_general(
         x,
-        x,
+        y,
         ((contracted, contracted), ((1,), (1,))),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,

@@ -17,7 +17,7 @@ from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
-from jaxmoo.reductions import section_grams, weighted_sum
+from jaxmoo.reductions import section_cross_grams, section_grams, weighted_sum
 
 __all__ = ["Group", "Resolution", "conflict_share", "group_blocks", "resolve"]
 
@@ -84,6 +84,7 @@ def resolve(
     active: jax.Array | None = None,
     preference: jax.Array | None = None,
     match_norm: bool = False,
+    second: Sequence[jax.Array] | None = None,
 ) -> Resolution:
     """Resolve per-objective gradients into one gradient per array.
 
@@ -98,6 +99,7 @@ def resolve(
       preference: weights of the objectives [K], or None for equal ones.
       match_norm: rescale each block's result to the norm of its mean gradient, unless it is
         stationary to within rounding.
+      second: the same gradients of an independent second batch, for aggregators that need one.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -112,6 +114,24 @@ def resolve(
     finite = jnp.isfinite(squares)
     used = finite & present
     grams = jnp.where(used[:, :, None] & used[:, None, :], grams, 0)
+
+    products = {False: grams}  # what an aggregator reads, by whether it needs two batches
+    if any(group.aggregator.cross_gram for group in groups):
+        if second is None:
+            raise ConfigError(
+                "sdmgrad and modo need the gradients of an independent second batch: pass "
+                "second=, shaped like the updates."
+            )
+        products[True] = jax.ops.segment_sum(
+            jnp.concatenate(
+                [
+                    section_cross_grams(x, _sections(y, x.shape[1]))
+                    for x, y in zip(sections, second, strict=True)
+                ]
+            ),
+            labels,
+            len(part),
+        )
 
     weights = jnp.zeros(used.shape, jnp.float32)
     new_state = []
@@ -128,7 +148,7 @@ def resolve(
                     active=active,
                     preference=preference,
                 )
-            )(grams[numbers], group_state, numbers, used[numbers])
+            )(products[group.aggregator.cross_gram][numbers], group_state, numbers, used[numbers])
             weights = weights.at[numbers].set(solved)
         new_state.append(group_state)
     mean_norm = _norms(grams, _share(used, preference))

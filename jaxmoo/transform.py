@@ -56,9 +56,11 @@ def resolve_conflicts(
     it first in an ``optax.chain``. All blocks' Gram matrices are formed array by array, solved as
     one batch, and each array is combined once; nothing is concatenated.
 
-    ``update`` takes one optional extra argument, ``active``: bool [K], False for objectives that
+    ``update`` takes two optional extra arguments. ``active``: bool [K], False for objectives that
     are absent from this step; without it, objectives whose gradient is zero everywhere are. An
     absent objective, or one whose gradient in a block is not finite, has no part in the solve.
+    ``second``: updates of an independent second batch, for the aggregators that need one (sdmgrad
+    and modo).
 
     Args:
       aggregator: a name, an :class:`~jaxmoo.aggregators.Aggregator`, or a mapping from regular
@@ -139,10 +141,15 @@ def resolve_conflicts(
         params: Any = None,
         *,
         active: jax.Array | None = None,
+        second: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, ResolveConflictsState]:
         del extra_args
         _check_objective_axis(updates, params, num_objectives)
+        if second is not None and jax.tree.map(jnp.shape, second) != jax.tree.map(
+            jnp.shape, updates
+        ):
+            raise ConfigError("second: expected arrays shaped like the updates.")
         leaves, treedef = jax.tree.flatten(updates)
         part = partition(
             rule,
@@ -158,6 +165,7 @@ def resolve_conflicts(
             active=None if active is None else jnp.asarray(active, bool),
             preference=share,
             match_norm=match_norm,
+            second=None if second is None else jax.tree.leaves(second),
         )
         if nonfinite == "raise":
             jax.debug.callback(_raise_nonfinite, resolved.nonfinite)

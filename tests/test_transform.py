@@ -212,6 +212,52 @@ def test_a_non_finite_objective_can_stop_the_program(params, updates):
         jax.effects_barrier()
 
 
+@pytest.mark.parametrize("method", ["graddrop", "trimmed_mean"])
+def test_coordinate_wise_rules_work_per_block(method, params, updates):
+    tx = jaxmoo.resolve_conflicts(
+        {"layers": method, ".*": "mean"}, "layer", stacked=STACKED, num_objectives=K
+    )
+    resolved, state = compiled_update(tx, updates, params)
+    np.testing.assert_allclose(resolved["embed"], updates["embed"].mean(0), atol=1e-6)
+    part = blocks.partition("layer", params, stacked=STACKED)
+    lifted = jax.tree.map(lambda x: jnp.broadcast_to(x, (K, *x.shape)), resolved)
+    for matrix, norm in zip(block_matrices(part, lifted)[0], state.update_norm, strict=True):
+        assert np.linalg.norm(matrix[0]) == pytest.approx(float(norm), rel=1e-4)
+    if method == "trimmed_mean":
+        median = np.median(np.asarray(updates["layers"]["mlp"]["up"]), axis=0)
+        np.testing.assert_allclose(resolved["layers"]["mlp"]["up"], median, atol=1e-6)
+    # A coordinate of the result is a mean of gradients of one sign, or their median.
+    found, given = np.asarray(resolved["layers"]["mlp"]["up"]), updates["layers"]["mlp"]["up"]
+    assert np.all(found <= np.max(given, 0) + 1e-6) and np.all(found >= np.min(given, 0) - 1e-6)
+    poisoned = jax.tree.map(lambda x: x.at[1].set(jnp.nan), updates)
+    without, _ = compiled_update(tx, poisoned, params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(without))
+
+
+def test_methods_of_two_batches_take_the_second_as_an_argument(params, updates):
+    tx = jaxmoo.resolve_conflicts("modo", "layer", stacked=STACKED, num_objectives=K)
+    second = jax.tree.map(lambda x: x + 0.1, updates)
+    resolved, state = compiled_update(tx, updates, params, second=second)
+    part = blocks.partition("layer", params, stacked=STACKED)
+    cross = [
+        a @ b.T
+        for a, b in zip(
+            block_matrices(part, updates)[0], block_matrices(part, second)[0], strict=True
+        )
+    ]
+    expected, _ = jaxmoo.aggregators.weigh_blocks(
+        jaxmoo.aggregators.get("modo"), jnp.asarray(np.stack(cross), jnp.float32)
+    )
+    np.testing.assert_allclose(state.weights, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        resolved["embed"],
+        jnp.einsum("k,k...->...", expected[part.names.index("embed")], updates["embed"]),
+        atol=1e-5,
+    )
+    with pytest.raises(ConfigError, match="independent second batch"):
+        tx.update(updates, tx.init(params), params)
+
+
 def test_bfloat16_gradients_stay_bfloat16(params, updates):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), updates)
     tx = jaxmoo.resolve_conflicts("cagrad", "layer", stacked=STACKED)

@@ -39,7 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama_tied": {"tie_word_embeddings": True},
     "llama_one_head_per_group": {"num_key_value_heads": 6, "head_dim": 8},
-    "llama_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.eigen import eigh_graded
-from jaxmoo.aggregators.parameters import check_choice
+from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import matvec
 
 
+@reusable
 def aligned_mtl(*, scale: Literal["min", "median", "rmse"] = "min") -> Aggregator:
     """Independent component alignment.
 

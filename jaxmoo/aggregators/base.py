@@ -377,7 +377,9 @@ def compiled(function: Callable) -> Callable:
     """
 
     def call(aggregator: Aggregator, *arrays: Any) -> Any:
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+        # Inside jit even a constant is traced.
+        leaves = (*jax.tree.leaves(arrays), jnp.zeros(()))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         return (function if traced else _jitted(function))(aggregator, *arrays)
 
     return call

@@ -7,10 +7,11 @@ from typing import Literal
 import jax
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_choice, check_number
+from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 from jaxmoo.aggregators.solvers import best_worst_case
 
 
+@reusable
 def cagrad(
     c: float | jax.Array = 0.5, *, rescale: Literal["1+c", "1+c^2", "none"] = "1+c"
 ) -> Aggregator:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.eigen import pseudo_solve
-from jaxmoo.aggregators.parameters import check_choice
+from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import equilibrate, matvec
 
 
+@reusable
 def config(*, reduction: Literal["mean", "sum"] = "mean") -> Aggregator:
     """Conflict-free inverse gradients.
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.parameters import reusable
 from jaxmoo.errors import ConfigError
 
 
+@reusable
 def constant(weights: Sequence[float]) -> Aggregator:
     """Weighted sum of the gradients with given weights (linear scalarisation).
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 from jaxmoo.errors import ConfigError
 
 
@@ -20,6 +20,7 @@ class CrMogmState(NamedTuple):
     remaining: jax.Array  # [K] weight of that 0 in the mean, as in Adam's debiasing
 
 
+@reusable
 def cr_mogm(
     aggregator: str | Aggregator = "mgda", *, momentum: float | jax.Array = 0.9
 ) -> Aggregator:

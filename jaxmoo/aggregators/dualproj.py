@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.parameters import reusable
 from jaxmoo.aggregators.solvers import equilibrate, project_on_dual_cone
 
 
+@reusable
 def dualproj() -> Aggregator:
     """Projection of the mean gradient on the dual cone.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.solvers import equilibrate, matvec
+from jaxmoo.aggregators.solvers import equilibrate, matvec, step_damping
 
 # Two float32 units in the last place: bounds the weights where the gradients' hull reaches the
 # origin and the equations have no solution.
@@ -39,6 +39,7 @@ def fair_shares(
     k = cosine.shape[0]
     identity = jnp.eye(k, dtype=cosine.dtype)
     curvature = cosine + _RIDGE * identity
+    damping = step_damping(k)
     # Start at the solution for orthogonal gradients.
     z = jnp.exp(log_target / (1 + 1 / alpha))
 
@@ -53,8 +54,12 @@ def fair_shares(
         z, s, _, steps = carry
         imbalance, slack = errors(z, s)
         ratio = s / (alpha * z)
-        factor = jnp.linalg.cholesky(curvature + jnp.diag(ratio), symmetrize_input=False)
+        newton = curvature + jnp.diag(ratio + damping)
+        factor = jnp.linalg.cholesky(newton, symmetrize_input=False)
         dz = jax.scipy.linalg.cho_solve((factor, True), slack + s * imbalance)
+        # Should rounding defeat even the damped factorisation, the last point stands.
+        solved = jnp.all(jnp.isfinite(dz))
+        dz = jnp.where(solved, dz, 0.0)
         ds = s * imbalance - ratio * dz
         reach = jnp.maximum(jnp.max(-dz / z), jnp.max(-ds / s))
         reach = jnp.minimum(1.0, 0.9 / jnp.maximum(reach, 1e-30))
@@ -62,7 +67,7 @@ def fair_shares(
         imbalance, slack = errors(z, s)
         size = jnp.max(s) + jnp.max(z)
         error = jnp.maximum(jnp.max(jnp.abs(imbalance)), jnp.max(jnp.abs(slack)) / size)
-        return z, s, error, steps + 1
+        return z, s, jnp.where(solved, error, 0.0), steps + 1
 
     # Strictly feasible in s whatever the signs of C z.
     s = jnp.maximum(matvec(curvature, z), jnp.exp(log_target - jnp.log(z) / alpha))

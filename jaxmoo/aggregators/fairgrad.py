@@ -8,9 +8,10 @@ import jax
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.fair import fair_weights, mean_norm
-from jaxmoo.aggregators.parameters import check_choice, check_number
+from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 
 
+@reusable
 def fairgrad(
     alpha: float | jax.Array = 1.0,
     *,

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_choice, check_number
+from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 
 
+@reusable
 def graddrop(
     leak: float | jax.Array = 0.0, *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Aggregator:

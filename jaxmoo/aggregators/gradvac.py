@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_choice, check_number
+from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 from jaxmoo.aggregators.pcgrad import random_orders
 from jaxmoo.aggregators.solvers import equilibrate, matvec
 
@@ -18,6 +18,7 @@ from jaxmoo.aggregators.solvers import equilibrate, matvec
 _MAX_TARGET = 0.9999
 
 
+@reusable
 def gradvac(
     beta: float | jax.Array = 0.5, *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Aggregator:

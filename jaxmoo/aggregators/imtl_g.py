@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.eigen import pseudo_solve
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 from jaxmoo.aggregators.solvers import equilibrate
 
 
+@reusable
 def imtl_g(*, bound: float | jax.Array = 10.0) -> Aggregator:
     """Impartial multi-task learning, gradient balance.
 

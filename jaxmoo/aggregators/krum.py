@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 
 
+@reusable
 def krum(n_byzantine: int = 1, n_selected: int = 1) -> Aggregator:
     """Krum and multi-Krum, robust selection of gradients.
 

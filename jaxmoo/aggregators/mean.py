@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.parameters import reusable
 
 
+@reusable
 def mean() -> Aggregator:
     """Average of the gradients: ordinary training on the mean loss.
 
@@ -29,6 +31,7 @@ def mean() -> Aggregator:
     return Aggregator("mean", weigh)
 
 
+@reusable
 def sum() -> Aggregator:
     """Sum of the gradients: ordinary training on the summed loss.
 

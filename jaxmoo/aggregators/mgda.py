@@ -7,10 +7,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_choice
+from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import equilibrate, min_norm
 
 
+@reusable
 def mgda(*, normalisation: Literal["none", "l2"] = "none") -> Aggregator:
     """Multiple-gradient descent algorithm.
 

@@ -10,10 +10,11 @@ import optax
 
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 from jaxmoo.aggregators.solvers import matvec
 
 
+@reusable
 def moco(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Aggregator:
     """Multi-objective gradient correction: its weights.
 
@@ -53,9 +54,9 @@ def moco(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
       >>> import jax.numpy as jnp
       >>> from jaxmoo.aggregators import gram, weigh_block
       >>> G = gram(jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
-      >>> state = None
-      >>> for _ in range(100):
-      ...     w, state = weigh_block(moco(), G, state=state)
+      >>> method, state = moco(gamma=0.5), None
+      >>> for _ in range(30):
+      ...     w, state = weigh_block(method, G, state=state)
       >>> [round(float(x), 3) for x in w]  # mgda's
       [0.6, 0.4]
     """

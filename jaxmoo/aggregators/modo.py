@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 from jaxmoo.aggregators.solvers import matvec
 
 
+@reusable
 def modo(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Aggregator:
     """Multi-objective gradient with double sampling: its weights.
 

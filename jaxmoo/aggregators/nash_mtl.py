@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.fair import fair_weights, mean_norm
-from jaxmoo.aggregators.parameters import check_choice, check_number
+from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 
 
+@reusable
 def nash_mtl(
     *,
     max_norm: float | jax.Array = 1.0,

@@ -6,15 +6,44 @@ Its range is then the caller's business; only concrete numbers are checked.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from jaxmoo.errors import ConfigError, did_you_mean
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
+
+def reusable(factory: _Factory) -> _Factory:
+    """Let a factory return the same object for the same parameters.
+
+    What was compiled for an aggregator is found again by the object itself, so
+    ``aggregate(cagrad(0.4), J)`` in a loop compiles once. Parameters that cannot be compared
+    (lists, arrays, traced numbers) make a new object.
+
+    Args:
+      factory: the factory.
+
+    Returns:
+      The factory with a memory.
+    """
+    remembered = functools.lru_cache(maxsize=64, typed=True)(factory)
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return factory(*args, **kwargs)
+        return remembered(*args, **kwargs)
+
+    return make  # type: ignore[return-value]
 
 
 def check_number(

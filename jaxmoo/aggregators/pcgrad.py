@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_choice
+from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import equilibrate, matvec
 
 
@@ -53,6 +53,7 @@ def project_conflicts(cosine: jax.Array, orders: jax.Array) -> jax.Array:
     return lax.fori_loop(0, k, meet, (identity, cosine))[0]
 
 
+@reusable
 def pcgrad(*, reduction: Literal["mean", "sum"] = "mean") -> Aggregator:
     """Projecting conflicting gradients (gradient surgery).
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.parameters import reusable
 
 
+@reusable
 def random() -> Aggregator:
     """Random weighting: a softmax of standard normals, drawn anew at every step and block.
 

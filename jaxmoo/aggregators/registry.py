@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,13 +99,4 @@ def get(name: str | Aggregator, **options: Any) -> Aggregator:
                 "its factory."
             )
         return name
-    try:
-        return _same(name, **options)
-    except TypeError:  # an option that cannot be hashed: a list, an array, a traced number
-        return build("aggregator", _FACTORIES, name, options)
-
-
-@functools.lru_cache(maxsize=256, typed=True)
-def _same(name: str, **options: Any) -> Aggregator:
-    """One object per name and options, so that what was compiled for it is found again."""
     return build("aggregator", _FACTORIES, name, options)

@@ -7,10 +7,11 @@ from jax import lax
 
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 from jaxmoo.aggregators.solvers import matvec
 
 
+@reusable
 def sdmgrad(
     lambda_: float | jax.Array = 0.3,
     *,
@@ -30,9 +31,9 @@ def sdmgrad(
     ``lambda = 0`` tends to MGDA, a large lambda to the mean. Promises no non-conflict at any one
     step.
 
-    Departures: gamma is relative to the block's largest entry of ``G12``; the paper draws new batches
-    for every inner step, here the inner steps share ``G12``; the division by ``1 + lambda`` makes K
-    equal gradients g give g.
+    Departures: gamma is relative to the block's largest entry of ``G12``; the paper draws new
+    batches for every inner step, here the inner steps share ``G12``; the division by ``1 + lambda``
+    makes K equal gradients g give g.
 
     Args:
       lambda_: pull towards the mean, at least 0. May be traced.

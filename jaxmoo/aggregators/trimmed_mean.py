@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.parameters import check_number
+from jaxmoo.aggregators.parameters import check_number, reusable
 
 
+@reusable
 def trimmed_mean(trim_number: int = 1) -> Aggregator:
     """Coordinate-wise mean without the largest and smallest values.
 

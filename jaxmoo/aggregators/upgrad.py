@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.parameters import reusable
 from jaxmoo.aggregators.solvers import equilibrate, project_on_dual_cone
 
 
+@reusable
 def upgrad() -> Aggregator:
     """Unconflicting projection of gradients.
 

@@ -184,8 +184,11 @@ def _front_nll_bwd(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any
         dlogits = (jnp.exp(logits - lse) - is_target) * jnp.where(target >= 0, ct, 0)
         dlogits = dlogits.astype(h_BTD.dtype)
         dh_BCD = jnp.einsum("bcv,dv->bcd", dlogits, kernel_DV.astype(h_BTD.dtype))
+        # As a product of plain matrices: the compiler's CPU backend has no others of bfloat16 with
+        # a float32 result.
+        h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))
         dkernel = tuple(
-            total + jnp.einsum("bcd,bcv->dv", h_BCD, dlogits, preferred_element_type=total.dtype)
+            total + jnp.matmul(h_ND.T, dlogits_NV, preferred_element_type=total.dtype)
             for total in dkernel
         )
         return _put(dh_BTD, dh_BCD, start), dkernel

@@ -350,9 +350,15 @@ def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
         )
     else:
         try:
-            aggregators.get(resolve.aggregator, **resolve.options)
+            method = aggregators.get(resolve.aggregator, **resolve.options)
         except (TypeError, ValueError) as error:
             problems.append(f"resolve.options do not suit {resolve.aggregator}: {error}")
+        else:
+            if method.cross_gram:
+                problems.append(
+                    f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
+                    "which a training run does not compute. Use it in your own optax chain."
+                )
     try:
         blocks.get(resolve.blocks)
     except ConfigError as error:

@@ -12,10 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmoo import aggregators, mesh
+from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import path_string
 from jaxmoo.gradients import stacked_value_and_grad
 from jaxmoo.train.config import Config, OptimizerConfig
-from jaxmoo.transform import resolve_conflicts
+from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
 
 __all__ = ["TrainState", "learning_rate", "make_optimizer", "make_train_step", "mean_cosines"]
 
@@ -73,6 +74,8 @@ def make_optimizer(config: Config, *, stacked: str) -> optax.GradientTransformat
     )
     clip = settings.clip_norm
     return optax.chain(
+        # MoCo resolves running estimates of the languages' gradients.
+        track_gradients(len(seen)) if resolution.aggregator == "moco" else optax.identity(),
         resolver,
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         optax.adamw(
@@ -129,8 +132,7 @@ def make_train_step(
         )
         updates = jax.lax.with_sharding_constraint(updates, per_parameter)
         params = optax.apply_updates(state.params, updates)
-        # The resolver is the first link of the chain.
-        resolved = opt_state[0]
+        (resolved,) = (link for link in opt_state if isinstance(link, ResolveConflictsState))
         metrics = {
             "loss": losses,
             "active": active,

@@ -76,7 +76,7 @@ VARIANTS: dict[str, Aggregator] = {
 
 @functools.cache
 def compiled(name: str):
-    """``(grams [M, K, K], active [M, K], preference [K], key) -> weights [M, K]``, compiled once."""
+    """``(grams [M, K, K], active [M, K], preference [K], key) -> weights``, compiled once."""
     method = VARIANTS[name]
 
     @jax.jit

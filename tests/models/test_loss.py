@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -40,48 +42,58 @@ def batch_of(*shape: int, seed: int = 0) -> dict[str, jax.Array]:
     return {"tokens": jnp.asarray(tokens), "loss_mask": jnp.asarray(mask)}
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 5, 16, 1000])
-def test_nll_and_gradients_do_not_depend_on_the_chunk(make_model, chunk):
-    model = make_model()
-    batch = batch_of(3, 17)
-    np.testing.assert_allclose(
-        token_nll(model, batch, chunk=chunk), full_nll(model, batch), atol=2e-6
-    )
+def value_and_gradients(model: Decoder, loss, batch, *, mapped: bool = False):
+    """Loss and gradients by logical path, of one language or mapped over several."""
     graphdef, state = nnx.split(model)
-    found, expected = (
-        by_logical_path(jax.grad(lambda s, f=f: f(nnx.merge(graphdef, s), batch))(state))
-        for f in (partial(language_loss, chunk=chunk), full_loss)
+    function = jax.value_and_grad(lambda s, b: loss(nnx.merge(graphdef, s), b))
+    if mapped:
+        function = jax.vmap(function, (None, 0))
+    value, gradients = jax.jit(function)(state, batch)
+    return np.asarray(value), by_logical_path(gradients, leading=int(mapped))
+
+
+@pytest.fixture(scope="module")
+def expected(make_model):
+    model = make_model()
+    return jax.jit(full_nll)(model, batch_of(3, 17)), value_and_gradients(
+        model, full_loss, batch_of(3, 17)
     )
-    for name in expected:
-        assert relative_error(found[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 1000])
+def test_nll_and_gradients_do_not_depend_on_the_chunk(make_model, expected, chunk):
+    expected_nll, (_, expected_gradients) = expected
+    nll = jax.jit(partial(token_nll, chunk=chunk))(make_model(), batch_of(3, 17))
+    np.testing.assert_allclose(nll, expected_nll, atol=2e-6)
+    _, gradients = value_and_gradients(
+        make_model(), partial(language_loss, chunk=chunk), batch_of(3, 17)
+    )
+    for name, gradient in expected_gradients.items():
+        assert relative_error(gradients[name], gradient) < 1e-5, name
 
 
 def test_languages_with_different_numbers_of_targets_are_mapped_over(make_model):
-    graphdef, state = nnx.split(make_model())
     batch = batch_of(4, 2, 33)
-    few = jnp.arange(33) < jnp.array([33, 9, 2, 0])[:, None, None]
-    batch["loss_mask"] &= few
-    found, expected = (
-        jax.jit(
-            jax.vmap(jax.value_and_grad(lambda s, b, f=f: f(nnx.merge(graphdef, s), b)), (None, 0))
-        )(state, batch)
-        for f in (partial(language_loss, chunk=3), full_loss)
+    batch["loss_mask"] &= jnp.arange(33) < jnp.array([33, 9, 2, 0])[:, None, None]
+    model = make_model(segments=(0, 2))
+    losses, gradients = value_and_gradients(
+        model, partial(language_loss, chunk=3), batch, mapped=True
     )
-    np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
-    assert found[0][3] == 0
-    expected_arrays = by_logical_path(expected[1], leading=1)
-    for name, gradient in by_logical_path(found[1], leading=1).items():
-        assert relative_error(gradient, expected_arrays[name]) < 1e-5, name
-        assert not gradient[3].any()
+    expected_losses, expected_gradients = value_and_gradients(model, full_loss, batch, mapped=True)
+    np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
+    assert losses[3] == 0
+    for name, expected_gradient in expected_gradients.items():
+        assert relative_error(gradients[name][:3], expected_gradient[:3]) < 1e-5, name
+        assert not gradients[name][3].any()
 
 
 def test_the_loss_is_the_token_mean_over_the_whole_batch(make_model):
     model = make_model()
     batch = batch_of(3, 17)
     batch["loss_mask"] = jnp.arange(17) < jnp.array([[3], [17], [1]])
-    nll = token_nll(model, batch)
+    nll = jax.jit(token_nll)(model, batch)
     # The first token of a row is predicted by nothing: 2 + 16 + 0 targets.
-    np.testing.assert_allclose(language_loss(model, batch), nll.sum() / 18, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(language_loss)(model, batch), nll.sum() / 18, rtol=1e-6)
     assert (np.asarray(nll) != 0).sum() == 18
     assert not nll[:, 0].any()
 
@@ -99,19 +111,9 @@ def test_the_first_token_of_a_packed_text_is_not_a_target(make_model):
         True,
         True,
     ]
-    np.testing.assert_allclose(
-        token_nll(make_model(), batch), full_nll(make_model(), batch), atol=2e-6
-    )
-
-
-def test_a_batch_without_targets_has_loss_and_gradient_zero(make_model):
-    graphdef, state = nnx.split(make_model())
-    batch = batch_of(2, 9) | {"loss_mask": jnp.zeros((2, 9), bool)}
-    loss, gradient = jax.value_and_grad(lambda s: language_loss(nnx.merge(graphdef, s), batch))(
-        state
-    )
-    assert loss == 0
-    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
+    model = make_model()
+    found, expected = jax.jit(token_nll)(model, batch), jax.jit(full_nll)(model, batch)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 WIDE = DecoderConfig(
@@ -127,25 +129,47 @@ WIDE = DecoderConfig(
 )
 
 
-def compiled_bytes(loss, batch, *, frozen_head: bool = False) -> int:
-    model = Decoder.abstract(WIDE)
-    graphdef, trained, rest = nnx.split(
-        model, trainable_filter("layers" if frozen_head else "."), ...
-    )
-    step = jax.jit(jax.grad(lambda t, r, b: loss(nnx.merge(graphdef, t, r), b)))
-    return step.lower(trained, rest, batch).compile().memory_analysis().temp_size_in_bytes
+def gradient_program(loss, trained: str):
+    """The gradient with respect to some parameters, ready to be lowered."""
+    graphdef, params, frozen = nnx.split(Decoder.abstract(WIDE), trainable_filter(trained), ...)
+    step = jax.jit(jax.grad(lambda p, f, b: loss(nnx.merge(graphdef, p, f), b)))
+    return step, params, frozen
 
 
 def test_the_logits_of_a_batch_never_exist_at_once():
     batch = batch_of(4, 512)
+
+    def temporaries(loss) -> int:
+        step, params, frozen = gradient_program(loss, ".")
+        return step.lower(params, frozen, batch).compile().memory_analysis().temp_size_in_bytes
+
     all_logits = 4 * 511 * 49152 * 4
-    assert compiled_bytes(full_loss, batch) > all_logits
-    assert compiled_bytes(language_loss, batch) < all_logits / 4
+    assert temporaries(full_loss) > all_logits
+    assert temporaries(language_loss) < all_logits / 2
 
 
 def test_a_frozen_head_pays_for_no_gradient_of_its_own():
-    batch = batch_of(1, 64)
-    head = 49152 * 32 * 4
-    with_head = compiled_bytes(language_loss, batch)
-    without = compiled_bytes(language_loss, batch, frozen_head=True)
-    assert without < with_head - head / 2
+    def head_gradients(trained: str) -> int:
+        step, params, frozen = gradient_program(language_loss, trained)
+        program = str(jax.make_jaxpr(step)(params, frozen, batch_of(1, 64)))
+        return len(re.findall(r"f32\[32,49152\] = dot_general", program))
+
+    assert head_gradients(".") == 1
+    assert head_gradients("layers") == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_half_precision_loses_no_more_than_its_rounding(config, tied):
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    batch = batch_of(3, 2, 33)
+    (single, single_gradients), (half, half_gradients) = (
+        value_and_gradients(
+            Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), language_loss, batch, mapped=True
+        )
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert half.dtype == jnp.float32
+    assert relative_error(half, single) < 2**-8
+    for name, gradient in half_gradients.items():
+        assert gradient.dtype == jnp.float32
+        assert relative_error(gradient, single_gradients[name]) < 2**-4, name

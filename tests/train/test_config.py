@@ -314,6 +314,13 @@ def test_help_fits_a_terminal():
 
 
 def test_the_page_of_settings_is_up_to_date():
-    """Make it again: python -c "from jaxmoo.train.config import *; print(schema_markdown(), end='')"."""
+    """To make it again, print schema_markdown() into it."""
     page = Path(__file__).parents[2] / "docs" / "config.md"
     assert page.read_text() == schema_markdown()
+
+
+def test_methods_that_need_two_batches_are_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
+    with pytest.raises(ConfigError, match="gradients of two batches"):
+        load_config(file, ["resolve.aggregator=modo", "resolve.options={}"])

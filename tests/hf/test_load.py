@@ -1,0 +1,229 @@
+"""Loading: every tensor checked, only the wanted slices read, every fault named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import tiny_models
+from devices import run_python
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.hf import load_config, load_model
+from tiny_models import by_logical_path, relative_error, tokens_and_mask
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    tiny_models.save("llama", tmp_path)
+    return tmp_path
+
+
+def edit_config(directory: Path, **changes) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(directory: Path, edit) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_tensors_are_transposed_stacked_and_otherwise_untouched(checkpoint: Path):
+    tensors = load_file(checkpoint / "model.safetensors")
+    model = load_model(checkpoint, segments=(0, 1))
+    stack = np.stack([tensors[f"model.layers.{i}.mlp.up_proj.weight"].T for i in (1, 2)])
+    np.testing.assert_array_equal(model.layers["1"].mlp.up_proj.kernel[...], stack)
+    np.testing.assert_array_equal(
+        model.embed_tokens.embedding[...], tensors["model.embed_tokens.weight"]
+    )
+    np.testing.assert_array_equal(model.lm_head.kernel[...], tensors["lm_head.weight"].T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_widened_exactly(tmp_path: Path, dtype):
+    oracle = tiny_models.save("llama", tmp_path, dtype=dtype)
+    up = oracle.model.layers[2].mlp.up_proj.weight.detach().float().numpy().T
+    wide = load_model(tmp_path).layers["0"].mlp.up_proj.kernel[...]
+    np.testing.assert_array_equal(wide[2], up)
+    narrow = load_model(tmp_path, param_dtype=jnp.bfloat16).layers["0"].mlp.up_proj.kernel[...]
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow[2], up.astype(ml_dtypes.bfloat16))
+
+
+def test_several_files_with_an_index_load_like_one(checkpoint: Path, tmp_path_factory):
+    sharded = tmp_path_factory.mktemp("sharded")
+    oracle = tiny_models.make("llama")
+    oracle.save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for name, array in by_logical_path(_state(load_model(sharded))).items():
+        np.testing.assert_array_equal(array, by_logical_path(_state(load_model(checkpoint)))[name])
+
+
+def _state(model):
+    from flax import nnx
+
+    return nnx.state(model)
+
+
+def test_each_device_reads_its_own_slices(checkpoint: Path):
+    """On 4 virtual devices, parameters laid out by a function of the abstract state."""
+    program = f"""
+import jax, numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxmoo.hf import load_model
+from jaxmoo.hf.weights import Weights
+
+mesh = jax.make_mesh((4,), ("x",))
+read = []
+original = Weights.read
+def count(self, name, index=()):
+    value = original(self, name, index)
+    read.append(value.size)
+    return value
+Weights.read = count
+
+def shardings(state):
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "x") if x.shape[-1] % 4 == 0 else P()),
+        state,
+    )
+sharded = load_model({str(checkpoint)!r}, shardings=shardings, segments=(0, 2))
+total = sum(x.size for x in jax.tree.leaves(nnx.state(sharded)))
+whole = load_model({str(checkpoint)!r}, segments=(0, 2))
+for a, b in zip(jax.tree.leaves(nnx.state(sharded)), jax.tree.leaves(nnx.state(whole))):
+    np.testing.assert_array_equal(a, b)
+kernel = sharded.layers["0"].mlp.up_proj.kernel[...]
+assert kernel.addressable_shards[0].data.shape == (2, 48, 20), kernel.sharding
+assert max(read[: len(read) // 2]) <= 131 * 48
+"""
+    run_python(["-c", program], devices=4)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(checkpoint: Path):
+    edit_weights(
+        checkpoint,
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, "f4")}),
+    )
+    load_model(checkpoint)
+
+
+def test_a_tied_model_may_ship_a_copy_of_its_embedding_but_nothing_else(tmp_path: Path):
+    tiny_models.save("llama_tied", tmp_path)
+    edit_weights(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    )
+    assert load_model(tmp_path).lm_head is None
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(CheckpointError, match="lm_head.weight differs"):
+        load_model(tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_reported_at_once(checkpoint: Path):
+    def edit(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        del tensors["lm_head.weight"]
+        tensors["model.layers.3.mlp.up_proj.weight"] = np.ones((80, 48), "f4")
+        tensors["model.norm.weight"] = np.ones(49, "f4")
+
+    edit_weights(checkpoint, edit)
+    with pytest.raises(CheckpointError) as error:
+        load_model(checkpoint)
+    message = str(error.value)
+    assert "missing: model.layers.1.mlp.up_proj.weight" in message
+    assert "missing: lm_head.weight" in message
+    assert "not part of this architecture: model.layers.3.mlp.up_proj.weight" in message
+    assert "model.norm.weight: expected shape [48], found [49]" in message
+
+
+def test_a_truncated_file_is_refused(checkpoint: Path):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: it is damaged"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"PK\x03\x04 zip"])
+def test_a_file_that_is_not_safetensors_is_refused(checkpoint: Path, header):
+    (checkpoint / "model.safetensors").write_bytes(header)
+    with pytest.raises(CheckpointError):
+        load_model(checkpoint)
+
+
+def test_quantised_tensors_are_refused(checkpoint: Path):
+    edit_weights(checkpoint, lambda t: t.update({"model.norm.weight": np.ones(48, np.int8)}))
+    with pytest.raises(CheckpointError, match="tensor model.norm.weight has dtype I8"):
+        load_model(checkpoint)
+
+
+def test_pickles_are_never_opened(checkpoint: Path):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not read.*unpickling"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "model-00001.safetensors"}}, "not there: model-00001.safetensors"),
+        ({"weight_map": {"a": "../secret.safetensors"}}, "expected the name of a .safetensors"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "expected the name of a .safetensors"),
+        ({"weight_map": {"a": "model.bin"}}, "expected the name of a .safetensors"),
+        ({"weight_map": ["a"]}, "is not an index"),
+        ([], "is not an index"),
+    ],
+)
+def test_an_index_may_only_name_files_beside_it(checkpoint: Path, index, message):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_model(checkpoint)
+
+
+def test_an_index_may_only_name_tensors_that_are_there(checkpoint: Path):
+    (checkpoint / "model.safetensors").rename(checkpoint / "part.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"nothing": "part.safetensors"}})
+    )
+    with pytest.raises(CheckpointError, match="does not hold what the index says"):
+        load_model(checkpoint)
+
+
+def test_an_unsupported_architecture_is_refused_before_weights_are_looked_at(checkpoint: Path):
+    (checkpoint / "model.safetensors").unlink()
+    edit_config(checkpoint, model_type="lama")
+    with pytest.raises(ConfigError, match="'lama' is not supported. Did you mean 'llama'"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_directory_without_a_config_is_refused(checkpoint: Path, content):
+    (checkpoint / "config.json").unlink()
+    if content is not None:
+        (checkpoint / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_config(checkpoint)
+
+
+def test_shardings_of_another_model_are_refused(checkpoint: Path):
+    with pytest.raises(CheckpointError, match="shardings has 1 leaves"):
+        load_model(checkpoint, shardings={"a": jax.devices()[0]})
+
+
+def test_the_loaded_model_computes(checkpoint: Path):
+    oracle = tiny_models.make("llama")
+    tokens, _ = tokens_and_mask(131, (1, 8))
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens).long()).logits.numpy()
+    logits = jax.jit(load_model(checkpoint).__call__)(jnp.asarray(tokens))
+    assert relative_error(logits, expected) < 1e-5

@@ -1,0 +1,158 @@
+"""Saving: what comes back is what was loaded, and transformers reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny_models
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf import load_model, save_model
+from tiny_models import tokens_and_mask
+
+
+def tensors(directory: Path) -> dict[str, tuple[str, bytes]]:
+    """Every tensor of a directory as its dtype and its bytes."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            for name in handle.keys():  # noqa: SIM118
+                tensor = handle.get_tensor(name)
+                found[name] = str(tensor.dtype), tensor.view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def logits_of(directory: Path, tokens: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        return model(torch.tensor(tokens).long()).logits.float().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ["llama", "llama_tied", "qwen2", "qwen3"])
+def test_an_unchanged_model_is_saved_with_identical_bytes(tmp_path: Path, variant, dtype):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save(variant, source, dtype=dtype)
+    save_model(load_model(source, segments=(0, 2)), out, source=source)
+    assert tensors(out) == tensors(source)
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    tokens, _ = tokens_and_mask(131, (2, 9))
+    np.testing.assert_array_equal(logits_of(out, tokens), logits_of(source, tokens))
+
+
+def test_each_tensor_keeps_its_own_dtype(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = tiny_models.make("llama").to(torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(source)
+    assert {dtype for dtype, _ in tensors(source).values()} == {"torch.bfloat16", "torch.float32"}
+    save_model(load_model(source), out, source=source)
+    assert tensors(out) == tensors(source)
+
+
+def test_a_changed_parameter_is_the_only_change(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    model = load_model(source, segments=(0, 2))
+    kernel = model.layers["2"].mlp.up_proj.kernel
+    kernel.set_value(kernel[...] + 1)
+    save_model(model, out, source=source)
+    before, after = tensors(source), tensors(out)
+    assert [n for n in before if before[n] != after[n]] == ["model.layers.2.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("asked", [jnp.bfloat16, "float16"])
+def test_another_dtype_changes_the_tensors_and_one_field_of_the_config(tmp_path: Path, asked):
+    source, out = tmp_path / "source", tmp_path / "out"
+    oracle = tiny_models.save("llama", source)
+    save_model(load_model(source), out, source=source, dtype=asked)
+    name = jnp.dtype(asked).name
+    config, changed = (json.loads((d / "config.json").read_text()) for d in (source, out))
+    assert {k for k in changed if changed[k] != config.get(k)} == {"dtype"}
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == getattr(torch, name)
+        assert torch.equal(value, oracle.state_dict()[key].to(value.dtype))
+
+
+def test_large_models_are_split_into_files_with_an_index(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    save_model(load_model(source), out, source=source, max_shard_bytes=40_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(len(b) for _, b in tensors(out).values())
+    assert tensors(out) == tensors(source)
+    tokens, _ = tokens_and_mask(131, (2, 9))
+    np.testing.assert_array_equal(logits_of(out, tokens), logits_of(source, tokens))
+    again = tmp_path / "again"
+    save_model(load_model(out), again, source=out)
+    assert tensors(again) == tensors(source)
+
+
+def test_the_real_model_survives_a_round_trip(smollm2_dir: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    save_model(load_model(smollm2_dir, segments=(0, 22)), out, source=smollm2_dir)
+    names = {file.name for file in smollm2_dir.iterdir()}
+    assert {file.name for file in out.iterdir()} == names
+    for name in names:
+        assert (out / name).read_bytes() == (smollm2_dir / name).read_bytes(), name
+    assert "lm_head.weight" not in tensors(out)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_a_target_that_holds_anything_is_refused_and_left_alone(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="already exists and is not an empty directory"):
+        save_model(load_model(source), out, source=source)
+    assert [file.name for file in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").unlink()
+    save_model(load_model(source), out, source=source)
+
+
+def test_nothing_is_left_behind_when_saving_fails(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    model = load_model(source)
+    kernel = model.lm_head.kernel
+    kernel.set_value(kernel[...] * 1e6)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has values beyond the range"):
+        save_model(model, out, source=source, dtype=jnp.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_of_another_model_is_refused(tmp_path: Path):
+    tiny_models.save("llama", tmp_path / "a")
+    tiny_models.save("llama", tmp_path / "b", num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match="source must be the directory it was loaded from"):
+        save_model(load_model(tmp_path / "a"), tmp_path / "out", source=tmp_path / "b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path):
+    tiny_models.save("llama", tmp_path / "a")
+    with pytest.raises(CheckpointError, match="dtype must be one of float32.*got int8"):
+        save_model(load_model(tmp_path / "a"), tmp_path / "o", source=tmp_path / "a", dtype="int8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_files_can_be_read_by_whom_the_users_mask_allows(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    save_model(load_model(source), out, source=source)
+    modes = {file.stat().st_mode & 0o777 for file in out.iterdir()}
+    assert len(modes) == 1
