@@ -10,8 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from jaxmoo.models import logical_paths
-from jaxmoo.models.paths import named_leaves
+from jaxmoo.models import logical_paths, named_leaves
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,

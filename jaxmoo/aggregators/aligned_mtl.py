@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.eigen import eigh_graded
+from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_choice, reusable
-from jaxmoo.aggregators.solvers import matvec
 
 
 @reusable

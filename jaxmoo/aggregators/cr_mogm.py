@@ -18,6 +18,8 @@ class CrMogmState(NamedTuple):
     inner: Any  # state of the smoothed method
     average: jax.Array  # [K] running mean of the weights, started at 0
     remaining: jax.Array  # [K] weight of that 0 in the mean, as in Adam's debiasing
+    total: jax.Array  # [] running mean of the weights' sum
+    total_remaining: jax.Array  # [] likewise
 
 
 @reusable
@@ -43,7 +45,7 @@ def cr_mogm(
       momentum: weight of the past, from 0 to 1. May be traced.
 
     Returns:
-      The aggregator. It keeps ``2 K`` numbers per block besides the inner state.
+      The aggregator. It keeps ``2 K + 2`` numbers per block besides the inner state.
 
     Raises:
       ConfigError: if the inner method cannot be smoothed or the momentum is out of range.
@@ -80,20 +82,32 @@ def cr_mogm(
             inner=inner.init(num_objectives),
             average=jnp.zeros(num_objectives, jnp.float32),
             remaining=jnp.ones(num_objectives, jnp.float32),
+            total=jnp.zeros((), jnp.float32),
+            total_remaining=jnp.ones((), jnp.float32),
         )
 
     def weigh(gram, active, preference, state, key):
         weights, inner_state = inner.weigh(gram, active, preference, state.inner, key)
         weights = jnp.where(active, weights, 0.0)
-        average = momentum * state.average + (1 - momentum) * weights
-        average = jnp.where(active, average, state.average)
-        remaining = jnp.where(active, momentum * state.remaining, state.remaining)
-        # 0/0 for an objective never seen so far.
-        mean = average / jnp.where(remaining < 1, 1 - remaining, 1.0)
-        here = jnp.sum(jnp.where(active, mean, 0.0))
-        total = jnp.sum(mean)
-        takeover = jnp.where((here > 0) & (total > 0), total / jnp.where(here > 0, here, 1.0), 1.0)
-        return mean * takeover, CrMogmState(inner_state, average, remaining)
+
+        def follow(old, new, moves):
+            return jnp.where(moves, momentum * old + (1 - momentum) * new, old)
+
+        state = CrMogmState(
+            inner=inner_state,
+            average=follow(state.average, weights, active),
+            remaining=follow(state.remaining, 0.0, active),
+            total=follow(state.total, jnp.sum(weights), jnp.any(active)),
+            total_remaining=follow(state.total_remaining, 0.0, jnp.any(active)),
+        )
+
+        def debiased(average, remaining):  # 0/0 for what was never seen so far
+            return average / jnp.where(remaining < 1, 1 - remaining, 1.0)
+
+        mean = jnp.where(active, debiased(state.average, state.remaining), 0.0)
+        # Without the absent objectives the others make up the usual sum.
+        total, here = debiased(state.total, state.total_remaining), jnp.sum(mean)
+        return mean * jnp.where(here > 0, total / jnp.where(here > 0, here, 1.0), 1.0), state
 
     return Aggregator(
         "cr_mogm",

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.solvers import equilibrate, matvec, step_damping
+from jaxmoo.aggregators.interior_point import RIDGE, matvec, step_damping
+from jaxmoo.aggregators.solvers import equilibrate
 
-# Two float32 units in the last place: bounds the weights where the gradients' hull reaches the
-# origin and the equations have no solution.
-_RIDGE = 2.4e-7
 _TOLERANCE = 1e-6
 
 
@@ -38,7 +36,7 @@ def fair_shares(
     """
     k = cosine.shape[0]
     identity = jnp.eye(k, dtype=cosine.dtype)
-    curvature = cosine + _RIDGE * identity
+    curvature = cosine + RIDGE * identity
     damping = step_damping(k)
     # Start at the solution for orthogonal gradients.
     z = jnp.exp(log_target / (1 + 1 / alpha))
@@ -103,8 +101,9 @@ def fair_weights(
     pairs = heard[:, None] & heard[None, :]
     cosine = jnp.where(pairs | jnp.eye(active.shape[0], dtype=bool), cosine, 0.0)
     z = jnp.where(heard, fair_shares(cosine, log_target, alpha, iterations), 0.0)
-    # With the ridge, which keeps a direction of pure rounding from being blown up.
-    length = jnp.sqrt(jnp.dot(z, matvec(cosine, z)) + _RIDGE * jnp.dot(z, z))
+    # With the ridge, which bounds the weights where the gradients' hull reaches the origin and the
+    # equations have no solution: a direction of pure rounding must not be blown up.
+    length = jnp.sqrt(jnp.dot(z, matvec(cosine, z)) + RIDGE * jnp.dot(z, z))
     return z / norm, jnp.where(length > 0, length, 1.0)
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 from jaxmoo.aggregators.pcgrad import random_orders
-from jaxmoo.aggregators.solvers import equilibrate, matvec
+from jaxmoo.aggregators.solvers import equilibrate
 
 # The formula divides by the sine of the target's angle, which rounding alone would decide for
 # gradients that are always parallel.

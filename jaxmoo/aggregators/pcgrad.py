@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
+from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_choice, reusable
-from jaxmoo.aggregators.solvers import equilibrate, matvec
+from jaxmoo.aggregators.solvers import equilibrate
 
 
 def random_orders(key: jax.Array, num_objectives: int) -> jax.Array:

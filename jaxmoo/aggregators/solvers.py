@@ -1,4 +1,4 @@
-"""Exact small quadratic programs: one interior-point method for every method that needs one.
+"""The small convex problems behind the methods, solved exactly.
 
 All of them are one problem in equilibrated variables. Let ``C = D^-1/2 G D^-1/2`` hold the cosines
 between the gradients, so that no row is small however unequal the gradients are, and look for
@@ -10,13 +10,6 @@ between the gradients, so that no row is small however unequal the gradients are
   ``<g_i, d> >= 1``, rescaled to weights that sum to one.
 * The projection of ``J^T u`` onto the dual cone (UPGrad, DualProj) is ``b = -D^-1/2 G u``.
 * CAGrad is ``b = lambda b_1 - q`` with the multiplier ``lambda`` of a ball ``z^T C z = r^2``.
-
-The method is Mehrotra's predictor-corrector, which takes 4 to 12 steps whatever K and however
-degenerate the problem (duplicated, opposed, rank-deficient gradients), where active-set methods
-cycle. Two terms make it safe in float32. The step is damped (a ridge on the step, not on the
-solution, so the fixed point is exact), because the Newton matrix of duplicated gradients is
-singular. And the solution carries a ridge of two units in the last place of C, below what a
-float32 Gram matrix can tell apart, which bounds it where there are many.
 """
 
 from __future__ import annotations
@@ -26,32 +19,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import cho_solve
 
-MAX_STEPS = 20
-_RIDGE = 2.4e-7  # two float32 units in the last place, on the solution
-_ROUNDING = 3e-7  # on the residual s - (C z - b), relative to the solution's size
-_COMPLEMENTARITY = 3e-8  # on min(z_i, s_i), likewise; rounding sets it no limit
-_FLOOR = 1e-14  # keeps iterates off the boundary, where s/z would be 0/0
+from jaxmoo.aggregators.interior_point import Solution, interior_point, matvec
 
-
-def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Matrix times vector without the reduced precision accelerators default to."""
-    return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
-
-
-def step_damping(size: int) -> float:
-    """Ridge on the Newton matrix ``C + diag(...)`` of a step.
-
-    The largest error of a float32 factorisation of a singular C grows with its size.
-
-    Args:
-      size: K.
-
-    Returns:
-      The ridge, relative to C's unit diagonal.
-    """
-    return 2e-6 * max(1.0, size / 16)
+_MAX_DESCENT = 12
 
 
 class Equilibrated(NamedTuple):
@@ -84,93 +55,6 @@ def equilibrate(gram: jax.Array, active: jax.Array) -> Equilibrated:
     return Equilibrated(jnp.where(diagonal, 1.0, jnp.clip(cosine, -1.0, 1.0)), norm)
 
 
-class _Iterate(NamedTuple):
-    z: jax.Array  # [K] > 0
-    s: jax.Array  # [K] > 0
-    multiplier: jax.Array  # []
-    steps: jax.Array  # []
-    done: jax.Array  # [] bool
-
-
-def _longest_step(x: jax.Array, dx: jax.Array) -> jax.Array:
-    """The largest multiple of dx, up to any length, that keeps x >= 0."""
-    return jnp.min(jnp.where(dx < 0, -x / jnp.where(dx < 0, dx, 1.0), jnp.inf))
-
-
-def _interior_point(
-    cosine: jax.Array,
-    lower: jax.Array,
-    shift: jax.Array,
-    radius: jax.Array | None,
-    start: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """Solve ``0 <= z, 0 <= C z + shift - multiplier * lower``, complementary.
-
-    With ``radius`` None the multiplier is fixed at its start; otherwise it is found such that
-    ``z^T C z = radius^2``.
-    """
-    k = lower.shape[0]
-    identity = jnp.eye(k, dtype=cosine.dtype)
-    curvature = cosine + _RIDGE * identity
-    damping = step_damping(k)
-
-    def residual(z, s, multiplier):
-        return matvec(curvature, z) + shift - multiplier * lower - s
-
-    def step(it: _Iterate) -> _Iterate:
-        z, s = it.z, it.s
-        rest = residual(z, s, it.multiplier)
-        gap = jnp.dot(z, s) / k
-        ratio = s / z
-        newton = cosine + jnp.diag(ratio + damping)
-        factor = jnp.linalg.cholesky(newton, symmetrize_input=False)
-        if radius is None:
-            by_multiplier = jnp.zeros(k)
-        else:
-            by_multiplier = cho_solve((factor, True), lower)
-            bent = matvec(curvature, by_multiplier)
-
-        def direction(target):
-            """Newton step towards ``z * s = target + z * s``."""
-            dz = cho_solve((factor, True), target / z - rest)
-            if radius is None:
-                change = jnp.zeros(())
-            else:
-                # Move the multiplier so that the full step lands on the sphere: a quadratic
-                # equation, or its closest approach when the sphere is out of reach.
-                end = z + dz
-                a = jnp.dot(by_multiplier, bent)
-                b = jnp.dot(end, bent)
-                c = jnp.dot(end, matvec(curvature, end)) - radius**2
-                root = jnp.sqrt(jnp.maximum(b * b - a * c, 0.0))
-                change = (root - b) / jnp.maximum(a, 1e-20)
-                dz = dz + change * by_multiplier
-            return dz, target / z - ratio * dz, change
-
-        dz, ds, _ = direction(-z * s)
-        reach = jnp.minimum(1.0, jnp.minimum(_longest_step(z, dz), _longest_step(s, ds)))
-        ahead = jnp.dot(z + reach * dz, s + reach * ds) / k
-        centring = (ahead / gap) ** 3
-        dz, ds, change = direction(centring * gap - z * s - dz * ds)
-        # Should rounding defeat even the damped factorisation, the last point stands.
-        solved = jnp.all(jnp.isfinite(dz)) & jnp.all(jnp.isfinite(ds))
-        dz, ds = jnp.where(solved, dz, 0.0), jnp.where(solved, ds, 0.0)
-        change = jnp.where(solved, change, 0.0)
-        reach = jnp.minimum(1.0, 0.99 * jnp.minimum(_longest_step(z, dz), _longest_step(s, ds)))
-        z = jnp.maximum(z + reach * dz, _FLOOR)
-        s = jnp.maximum(s + reach * ds, _FLOOR)
-        multiplier = it.multiplier + reach * change
-        size = 1.0 + jnp.sum(z)
-        done = jnp.max(jnp.abs(residual(z, s, multiplier))) <= _ROUNDING * size
-        done &= jnp.max(jnp.minimum(z, s)) <= _COMPLEMENTARITY * size
-        return _Iterate(z, s, multiplier, it.steps + 1, done | ~solved)
-
-    first = _Iterate(*start, steps=jnp.zeros((), jnp.int32), done=jnp.zeros((), bool))
-    last = lax.while_loop(lambda it: ~it.done & (it.steps < MAX_STEPS), step, first)
-    # A coordinate closer to its bound than to its constraint is at its bound.
-    return jnp.where(last.z < last.s, 0.0, last.z), last.multiplier
-
-
 def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     """Weights of the shortest vector in the convex hull of the gradients.
 
@@ -197,11 +81,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     unit = inverse / jnp.maximum(jnp.linalg.norm(inverse), 1e-30)
     cosine = cosine + unit[:, None] * unit[None, :]
     lower = jnp.where(active, inverse, -1.0)
-    k = lower.shape[0]
-    z = jnp.full(k, k**-0.5)
-    s = jnp.maximum(matvec(cosine, z) - lower, 1.0)
-    z, _ = _interior_point(cosine, lower, jnp.zeros(k), None, (z, s, jnp.ones(())))
-    weights = z * inverse
+    weights = interior_point(cosine, lower).z * inverse
     return weights / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
@@ -227,11 +107,7 @@ def project_on_dual_cone(cosine: jax.Array, active: jax.Array, target: jax.Array
       [0.0, 0.5]
     """
     lower = jnp.where(active, -matvec(cosine, target), -1.0)
-    k = lower.shape[0]
-    z = jnp.full(k, k**-0.5)
-    s = jnp.maximum(matvec(cosine, z) - lower, 1.0)
-    z, _ = _interior_point(cosine, lower, jnp.zeros(k), None, (z, s, jnp.ones(())))
-    return jnp.where(active, z, 0.0)
+    return jnp.where(active, interior_point(cosine, lower).z, 0.0)
 
 
 def best_worst_case(
@@ -271,12 +147,60 @@ def best_worst_case(
     inverse = jnp.where(active, 1.0 / norm, 0.0)
     lower = inverse / jnp.maximum(jnp.max(inverse), 1e-30)
     shift = jnp.where(active, towards / length, 1.0)
-    k = lower.shape[0]
-    # At the largest multiplier for which z = 0 is admissible, plus the start's own slack.
+    # The largest multiplier for which z = 0 is admissible.
     multiplier = jnp.min(jnp.where(active, shift / jnp.where(active, lower, 1.0), jnp.inf))
     multiplier = jnp.where(jnp.any(active), multiplier, 0.0)
     radius = jnp.asarray(radius, jnp.float32)
-    z = jnp.full(k, jnp.maximum(radius, 1e-6) * k**-0.5)
-    s = jnp.maximum(matvec(cosine, z) + shift - multiplier * lower, jnp.maximum(radius, 1e-6))
-    z, _ = _interior_point(cosine, lower, shift, radius, (z, s, multiplier))
+    solution = interior_point(cosine, lower, shift=shift, radius=radius, multiplier=multiplier)
+    z = _descend_dual(cosine, lower, shift, radius, solution)
     return jnp.where(active, z * jnp.sqrt(square) / norm, 0.0)
+
+
+def _descend_dual(
+    cosine: jax.Array,
+    lower: jax.Array,
+    shift: jax.Array,
+    radius: jax.Array,
+    solution: Solution,
+) -> jax.Array:
+    """Make sure of the multiplier of :func:`best_worst_case`.
+
+    The dual objective of any weights bounds the multiplier from above, and the solution for an
+    upper bound gives weights with a lower one (Dinkelbach's method, here Newton's method on a
+    convex function, from the side where it is monotone). Does nothing when the solution has
+    converged, which fails for about one in a thousand problems, all of nearly dependent gradients.
+    """
+
+    def length(z):
+        return jnp.sqrt(jnp.maximum(jnp.dot(z, matvec(cosine, z)), 0.0))
+
+    def bound(z):
+        total = jnp.dot(lower, z)
+        value = (jnp.dot(shift, z) + radius * length(z)) / jnp.where(total > 0, total, 1.0)
+        return jnp.where(total > 0, value, jnp.inf)
+
+    def descend(carry):
+        z, multiplier, steps, _ = carry
+        z = interior_point(cosine, multiplier * lower - shift).z
+        better = jnp.minimum(multiplier, bound(z))
+        scale = (jnp.dot(jnp.abs(shift), z) + radius * length(z)) / jnp.dot(lower, z)
+        finished = multiplier - better <= 1e-7 * scale
+        return z, better, steps + 1, finished | ~jnp.isfinite(scale)
+
+    def unfinished(carry):
+        _, _, steps, finished = carry
+        return ~finished & (steps < _MAX_DESCENT)
+
+    even = jnp.ones_like(solution.z)
+    z, _, _, _ = lax.while_loop(
+        unfinished,
+        descend,
+        (
+            solution.z,
+            jnp.minimum(bound(solution.z), bound(even)),
+            jnp.zeros((), jnp.int32),
+            solution.converged,
+        ),
+    )
+    norm = length(z)
+    return z * jnp.minimum(1.0, radius / jnp.where(norm > 0, norm, 1.0))

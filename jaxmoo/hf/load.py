@@ -172,7 +172,9 @@ def _read_leaf(
 ) -> jax.Array:
     tensors = [hf_tensor(name) for name in logical_paths(path, leaf.shape)]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        if index is None:  # the whole array
+            index = tuple(slice(None) for _ in leaf.shape)
         if path[0] != "layers":
             return _read_slice(weights, tensors[0], index).astype(leaf.dtype)
         wanted = tensors[index[0]]
@@ -183,7 +185,7 @@ def _read_leaf(
         return stack
 
     if placement is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in leaf.shape)))
+        return jnp.asarray(read(None))
     return jax.make_array_from_callback(leaf.shape, placement, read)
 
 

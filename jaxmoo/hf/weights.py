@@ -40,8 +40,8 @@ class Weights:
         for file, names in _files(directory).items():
             try:
                 handle = safe_open(file, framework="numpy")
-                names = list(handle.keys()) if names is None else names
-                self._slices |= {name: handle.get_slice(name) for name in names}
+                for name in names or handle.keys():
+                    self._slices[name] = handle.get_slice(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{file} cannot be read: it is damaged, truncated or does not hold what the "
@@ -76,10 +76,10 @@ class Weights:
         return self._slices[name][index]
 
 
-def _files(directory: Path) -> dict[Path, list[str] | None]:
-    """Files to read, with the tensors to take from each (None: all)."""
+def _files(directory: Path) -> dict[Path, list[str]]:
+    """Files to read, with the tensors to take from each (none named: all)."""
     if (directory / WEIGHTS_FILE).is_file():
-        return {directory / WEIGHTS_FILE: None}
+        return {directory / WEIGHTS_FILE: []}
     index = directory / INDEX_FILE
     if not index.is_file():
         others = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
@@ -97,7 +97,7 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
         entries = [(str(name), str(file)) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
-    files: dict[Path, list[str] | None] = {}
+    files: dict[Path, list[str]] = {}
     for name, file in entries:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(

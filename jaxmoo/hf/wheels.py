@@ -22,13 +22,14 @@ from urllib.request import url2pathname
 import platformdirs
 import requests
 from filelock import FileLock
+from requests.exceptions import ChunkedEncodingError
 from tqdm.auto import tqdm
 
 from jaxmoo.errors import DownloadError
 
 __all__ = ["cache_directory", "fetch_wheel"]
 
-_ATTEMPTS = 5
+_ATTEMPTS = 4  # without any new data
 _TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of data
 
 
@@ -98,10 +99,11 @@ def _fetch(package: str, version: str, prefix: str, sha256: str, directory: Path
     certificates = settings.get("cert") or [os.environ.get("SSL_CERT_FILE", "")]
     if certificates[0]:
         session.verify = certificates[0]
-    problems = []
+    problems: list[str] = []
     for place, links in _search(session, package, settings, problems):
         for name, url, claimed in links:
-            if not (name.lower().startswith(prefix) and name.endswith(".whl")):
+            wanted = name.lower().startswith(prefix) and name.endswith(".whl")
+            if not wanted or Path(name).name != name:
                 continue
             if claimed not in (None, sha256):
                 problems.append(f"{_shown(place)}: {name} there has sha256 {claimed}")
@@ -224,25 +226,25 @@ def _download(session: requests.Session, url: str, partial: Path, name: str) -> 
     if local is not None:
         partial.write_bytes(local.read_bytes())
         return
-    for attempt in range(_ATTEMPTS):
-        before = partial.stat().st_size if partial.exists() else 0
+    failures = 0
+    while True:
+        before = _size(partial)
         try:
             _download_once(session, url, partial, name)
             return
-        except (
-            requests.ConnectionError,
-            requests.Timeout,
-            requests.exceptions.ChunkedEncodingError,
-        ):
-            after = partial.stat().st_size if partial.exists() else 0
-            if attempt == _ATTEMPTS - 1:
+        except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError):
+            failures = 0 if _size(partial) > before else failures + 1
+            if failures == _ATTEMPTS:
                 raise
-            if after == before:
-                time.sleep(2**attempt)
+            time.sleep(failures)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _download_once(session: requests.Session, url: str, partial: Path, name: str) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
+    have = _size(partial)
     # Compression would make offsets meaningless.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
@@ -255,13 +257,12 @@ def _download_once(session: requests.Session, url: str, partial: Path, name: str
         total = have + length or None
         bar = tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True)
         with bar, partial.open("ab" if have else "wb") as file:
-            for piece in answer.iter_content(1 << 20):
+            # Small pieces: what has come of an unfinished one is lost when the connection breaks.
+            for piece in answer.iter_content(1 << 16):
                 file.write(piece)
                 bar.update(len(piece))
-        if total is not None and partial.stat().st_size < total:
-            raise requests.ConnectionError(
-                f"the connection closed after {partial.stat().st_size} B"
-            )
+        if total is not None and _size(partial) < total:
+            raise ChunkedEncodingError("the connection closed early")
 
 
 def _verify(file: Path, sha256: str) -> None:
@@ -289,4 +290,6 @@ def _reason(error: Exception) -> str:
         return f"HTTP {error.response.status_code}"
     if isinstance(error, requests.ConnectionError):
         return "cannot be reached"
+    if isinstance(error, ChunkedEncodingError):
+        return "the connection broke again and again; call again to continue"
     return str(error)

@@ -4,7 +4,13 @@ from jaxmoo.models.config import DecoderConfig, Llama3Rope
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_tables
 from jaxmoo.models.loss import language_loss, target_mask, token_nll
-from jaxmoo.models.paths import logical_paths, parameter_paths, segments_for, trainable_filter
+from jaxmoo.models.paths import (
+    logical_paths,
+    named_leaves,
+    parameter_paths,
+    segments_for,
+    trainable_filter,
+)
 
 __all__ = [
     "Decoder",
@@ -13,6 +19,7 @@ __all__ = [
     "Llama3Rope",
     "language_loss",
     "logical_paths",
+    "named_leaves",
     "parameter_paths",
     "rope_tables",
     "segments_for",

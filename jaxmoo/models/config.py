@@ -114,7 +114,7 @@ class DecoderConfig:
 Supported: llama, mistral, qwen2, qwen3
         """
         model_type = config.get("model_type")
-        read = _ARCHITECTURES.get(model_type)
+        read = _ARCHITECTURES.get(str(model_type))
         if read is None:
             raise ConfigError(
                 f"model_type {model_type!r} is not supported."
@@ -166,7 +166,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings from either spelling; the newer one wins where both are present."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in ("default", "llama3"):
         raise ConfigError(
             f"rope type {kind!r} is not supported.{did_you_mean(kind, ('default', 'llama3'))} "
@@ -205,7 +205,7 @@ def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # model_type -> what that architecture adds to (or refuses from) the common fields.
-_ARCHITECTURES: dict[str | None, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,

@@ -209,11 +209,11 @@ def _scan_layers(
     graphdef, stacked = nnx.split(segment)
 
     @remat
-    def layer(params: nnx.State, h_BSD: jax.Array, *context: jax.Array | None) -> jax.Array:
-        return nnx.merge(graphdef, params)(h_BSD, *context)
+    def layer(params: nnx.State, h_BSD: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(h_BSD, cos, sin, segment_ids)
 
     def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return layer(params, h_BSD, cos, sin, segment_ids), None
+        return layer(params, h_BSD), None
 
     return jax.lax.scan(body, h_BSD, stacked)[0]
 

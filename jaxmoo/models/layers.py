@@ -9,6 +9,7 @@ H head width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,10 +77,7 @@ class Linear(nnx.Module):
     ):
         self.dtype = dtype
         self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype))
-        else:
-            self.bias = None
+        self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(self.dtype)
@@ -130,11 +128,9 @@ class Attention(nnx.Module):
         self.k_proj = Linear(config.hidden_size, kv_width, **kw_in)
         self.v_proj = Linear(config.hidden_size, kv_width, **kw_in)
         self.o_proj = Linear(width, config.hidden_size, stack=stack, rngs=rngs, **kw)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, stack=stack, **kw)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, stack=stack, **kw)
-        else:
-            self.q_norm = self.k_norm = None
+        norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps, stack=stack, **kw)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def __call__(
         self,
@@ -147,7 +143,7 @@ class Attention(nnx.Module):
         q_BSNH = self.q_proj(x_BSD).reshape(heads)
         k_BSGH = self.k_proj(x_BSD).reshape(heads)
         v_BSGH = self.v_proj(x_BSD).reshape(heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
         mask = None
         if segment_ids is not None:

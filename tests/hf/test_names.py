@@ -20,5 +20,7 @@ def test_every_parameter_has_the_name_transformers_gives_it_and_back(variant):
 
 
 def test_a_parameter_without_a_name_is_an_error():
-    with pytest.raises(CheckpointError, match="'layers.0.router.kernel' has no Hugging Face name"):
+    with pytest.raises(
+        CheckpointError, match=r"'layers\.0\.router\.kernel' has no Hugging Face name"
+    ):
         hf_tensor("layers.0.router.kernel")

@@ -145,7 +145,7 @@ def test_a_source_of_another_model_is_refused(tmp_path: Path):
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path):
     tiny_models.save("llama", tmp_path / "a")
-    with pytest.raises(CheckpointError, match="dtype must be one of float32.*got int8"):
+    with pytest.raises(CheckpointError, match=r"dtype must be one of float32.*got int8"):
         save_model(load_model(tmp_path / "a"), tmp_path / "o", source=tmp_path / "a", dtype="int8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -69,7 +70,7 @@ class Reference:
     def merge(self, word: str) -> list[str]:
         tokens = [self.letters[b] for b in word.encode()]
         while len(tokens) > 1:
-            pairs = list(zip(tokens, tokens[1:], strict=False))
+            pairs = list(itertools.pairwise(tokens))
             best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmoo.models import Decoder, DecoderConfig, logical_paths
-from jaxmoo.models.paths import named_leaves
+from jaxmoo.models import Decoder, DecoderConfig, logical_paths, named_leaves
 
 
 @pytest.fixture(scope="session")
