@@ -4,8 +4,8 @@ One process, the same matrices (shared memory, no copies), the same number of th
 interleaved: in every round each contestant runs once, in rotating order, and ratios are formed
 within a round. Prints Markdown; ``--json`` keeps the raw numbers.
 
-    python benchmarks/aggregators.py                # about 15 minutes on two cores
-    python benchmarks/aggregators.py --quick        # a minute, to see that everything runs
+    python benchmarks/aggregators.py                # about half an hour on two cores
+    python benchmarks/aggregators.py --quick        # two minutes, to see that everything runs
 
 Needs the extra ``bench`` (TorchJD and its solvers).
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -28,149 +27,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-SECTIONS = ("accuracy", "matrix", "blocks", "solves")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--threads", type=int, default=2, help="CPU cores for every contestant")
-    parser.add_argument("--rounds", type=int, default=15, help="most timing rounds per cell")
-    parser.add_argument("--seconds", type=float, default=6.0, help="time budget per cell")
-    parser.add_argument("--draws", type=int, default=20, help="matrices per family and K")
-    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
-    return parser.parse_args()
-
-
-ARGUMENTS = parse_arguments() if __name__ == "__main__" else argparse.Namespace(threads=2)
-# XLA sizes its thread pool by the cores it may use, so this comes before its import.
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ARGUMENTS.threads])
-
 import exact
 import jax
 import jax.numpy as jnp
-import libmtl
 import numpy as np
+import report
 import torch
-import torchjd.aggregation as torchjd
+from contestants import METHODS, Method
 
 import jaxmoo
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.aggregators.pcgrad import random_orders
 
-torch.set_num_threads(ARGUMENTS.threads)
-KEY = jax.random.key(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One method in every code base, all at the published scale.
-
-    ``sums`` says that TorchJD sums where the paper averages or the reverse: its update is divided
-    by K ** sums before comparison; ``libmtl_sums`` likewise.
-    """
-
-    name: str
-    ours: Aggregator
-    torchjd: Callable[[int], Any]
-    exact: Callable[..., np.ndarray] | None = None
-    libmtl: Callable[[torch.Tensor], torch.Tensor] | None = None
-    libmtl_sums: int = 0
-    weighting: Callable[[int], Any] | None = None
-    non_conflicting: bool = False
-
-
-METHODS = (
-    Method("mean", aggregators.mean(), lambda k: torchjd.Mean(), None, lambda j: j.mean(0)),
-    Method(
-        "mgda",
-        aggregators.mgda(),
-        lambda k: torchjd.MGDA(),
-        exact.mgda,
-        libmtl.mgda,
-        weighting=lambda k: torchjd.MGDAWeighting(),
-        non_conflicting=True,
-    ),
-    Method(
-        "cagrad",
-        aggregators.cagrad(0.5, rescale="none"),
-        lambda k: torchjd.CAGrad(0.5),
-        exact.cagrad,
-        libmtl.cagrad,
-        weighting=lambda k: torchjd.CAGradWeighting(0.5),
-    ),
-    Method(
-        "pcgrad",
-        aggregators.pcgrad(reduction="sum"),
-        lambda k: torchjd.PCGrad(),
-        exact.pcgrad,
-        libmtl.pcgrad,
-        weighting=lambda k: torchjd.PCGradWeighting(),
-    ),
-    Method(
-        "upgrad",
-        aggregators.upgrad(),
-        lambda k: torchjd.UPGrad(),
-        exact.upgrad,
-        weighting=lambda k: torchjd.UPGradWeighting(),
-        non_conflicting=True,
-    ),
-    Method(
-        "dualproj",
-        aggregators.dualproj(),
-        lambda k: torchjd.DualProj(),
-        exact.dualproj,
-        weighting=lambda k: torchjd.DualProjWeighting(),
-        non_conflicting=True,
-    ),
-    Method(
-        "imtl_g",
-        aggregators.imtl_g(bound=1e6),
-        lambda k: torchjd.IMTLG(),
-        exact.imtl_g,
-        libmtl.imtl_g,
-        weighting=lambda k: torchjd.IMTLGWeighting(),
-    ),
-    Method(
-        "aligned_mtl",
-        aggregators.aligned_mtl(),
-        lambda k: torchjd.AlignedMTL(),
-        exact.aligned_mtl,
-        libmtl.aligned_mtl,
-        libmtl_sums=1,
-        weighting=lambda k: torchjd.AlignedMTLWeighting(),
-    ),
-    Method(
-        "config",
-        aggregators.config(reduction="sum"),
-        lambda k: torchjd.ConFIG(),
-        exact.config,
-        non_conflicting=True,
-    ),
-    Method(
-        "nash_mtl",
-        aggregators.nash_mtl(scale="published"),
-        lambda k: torchjd.NashMTL(k),
-        exact.nash_mtl,
-        non_conflicting=True,
-    ),
-    Method(
-        "fairgrad",
-        aggregators.fairgrad(scale="published"),
-        lambda k: torchjd.FairGrad(1.0),
-        exact.fairgrad,
-        libmtl.fairgrad,
-        weighting=lambda k: torchjd.FairGradWeighting(1.0),
-        non_conflicting=True,
-    ),
-)
+SECTIONS = ("accuracy", "matrix", "blocks", "solves")
 
 
 def say(text: str) -> None:
@@ -204,11 +74,7 @@ def compare_accuracy(draws: int, objectives: Sequence[int], n: int = 1000) -> li
     for method in METHODS:
         if method.exact is None:
             continue
-        compiled = jax.jit(
-            lambda j, key, ours=method.ours: aggregators.aggregate(
-                ours, j, key=key if ours.stochastic else None
-            )
-        )
+        compiled = ours_on_matrix(method.ours)
         for k in objectives:
             rng = np.random.default_rng(k)
             for draw in range(draws):
@@ -228,9 +94,8 @@ def contestants(
     """Yield who, the update found (None after an error) and the exact one."""
     k = len(matrix)
     tensor = torch.from_numpy(matrix)
-    key = jax.random.fold_in(KEY, draw)
+    key = jax.random.key(draw)
     solve = method.exact
-    assert solve is not None
     if method.name == "pcgrad":  # each with the orders that it draws itself
         ours = np.asarray(random_orders(jax.random.fold_in(key, 0), k)).tolist()
         torch.manual_seed(draw)
@@ -266,41 +131,6 @@ def errors(found: np.ndarray | None, wanted: np.ndarray, matrix: np.ndarray) -> 
         "error": float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)),
         "cosine": float(cosine),
     }
-
-
-def accuracy_report(rows: list[dict]) -> str:
-    names = [m.name for m in METHODS if m.exact is not None]
-    header = ["method", "jaxmoo median", "worst", "TorchJD median", "worst", "LibMTL median"]
-    header += ["worst", "opposed: jaxmoo", "TorchJD", "LibMTL"]
-    table = []
-    for name in names:
-        cells = [f"`{name}`"]
-        opposed = []
-        for who in ("jaxmoo", "TorchJD", "LibMTL"):
-            mine = [r for r in rows if r["method"] == name and r["who"] == who]
-            if not mine:
-                cells += ["", ""]
-                opposed.append("")
-                continue
-            error = np.array([r["error"] for r in mine])
-            cells += [scientific(np.median(error)), scientific(error.max())]
-            promise = next(m for m in METHODS if m.name == name).non_conflicting
-            share = np.mean([r["cosine"] < -1e-3 for r in mine])
-            opposed.append(f"{share:.1%}" if promise else "")
-        table.append(cells + opposed)
-    ours = [r for r in rows if r["who"] == "jaxmoo"]
-    worst_by = [["family", *(f"K = {k}" for k in sorted({r["k"] for r in rows}))]]
-    for family in dict.fromkeys(r["family"] for r in rows):
-        line = [family]
-        for k in sorted({r["k"] for r in rows}):
-            cell = [r for r in ours if r["family"] == family and r["k"] == k]
-            line.append(scientific(max(r["error"] for r in cell)))
-        worst_by.append(line)
-    return (
-        markdown([header, *table])
-        + "\n\nWorst error of jaxmoo over all methods:\n\n"
-        + markdown(worst_by)
-    )
 
 
 # --- Time ------------------------------------------------------------------------------------
@@ -346,34 +176,37 @@ def gradients(key: jax.Array, k: int, n: int) -> jax.Array:
     return jnp.geomspace(1, 10, k)[:, None] * (jax.random.normal(noise, (k, n)) + shared)
 
 
-def ours_on_matrix(method: Aggregator) -> Callable[[jax.Array], jax.Array]:
+def ours_on_matrix(method: Aggregator) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Compiled: (matrix, key) to update."""
     return jax.jit(
-        lambda j: aggregators.aggregate(method, j, key=KEY if method.stochastic else None)
+        lambda j, key: aggregators.aggregate(method, j, key=key if method.stochastic else None)
     )
-
-
-def shared(array: jax.Array) -> torch.Tensor:
-    """The same memory as a tensor."""
-    return torch.from_dlpack(array)
 
 
 def time_matrices(sizes: Sequence[tuple[int, int]], rounds: int, seconds: float) -> list[dict]:
     rows = []
     for k, n in sizes:
-        j = jax.block_until_ready(jax.jit(gradients, static_argnums=(1, 2))(KEY, k, n))
-        tensor = shared(j)
+        key = jax.random.key(k)
+        j = jax.block_until_ready(jax.jit(gradients, static_argnums=(1, 2))(key, k, n))
         for method in METHODS:
-            compiled = ours_on_matrix(method.ours)
-            theirs = method.torchjd(k)
-            calls = {
-                "jaxmoo": lambda f=compiled: f(j).block_until_ready(),
-                "TorchJD": lambda f=theirs: quiet(f, tensor),
-            }
-            if method.libmtl is not None and (method.name != "pcgrad" or k * k * n <= 1e9):
-                calls["LibMTL"] = lambda f=method.libmtl: f(tensor)
+            calls = matrix_calls(method, j, key)
             rows.append({"method": method.name, "k": k, "n": n, **race(calls, rounds, seconds)})
             say(f"matrix: K={k} n={n:.0e} {method.name} {rows[-1]['ratio']}")
     return rows
+
+
+def matrix_calls(method: Method, j: jax.Array, key: jax.Array) -> dict[str, Callable[[], Any]]:
+    k, n = j.shape
+    tensor = torch.from_dlpack(j)  # the same memory
+    ours, theirs = ours_on_matrix(method.ours), method.torchjd(k)
+    calls = {
+        "jaxmoo": lambda: ours(j, key).block_until_ready(),
+        "TorchJD": lambda: quiet(theirs, tensor),
+    }
+    # LibMTL's PCGrad makes K^2 passes over the matrix: minutes at the largest sizes.
+    if method.libmtl is not None and (method.name != "pcgrad" or k * k * n <= 1e9):
+        calls["LibMTL"] = lambda: method.libmtl(tensor)
+    return calls
 
 
 def quiet(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -387,7 +220,7 @@ def time_blocks(k: int, n: int, blocks: int, rounds: int, seconds: float) -> lis
     keys = jax.random.split(jax.random.key(1), blocks)
     tree = {f"block{i}": gradients(key, k, n) for i, key in enumerate(keys)}
     jax.block_until_ready(tree)
-    tensors = [shared(x) for x in tree.values()]
+    tensors = [torch.from_dlpack(x) for x in tree.values()]
     params = {name: jax.ShapeDtypeStruct((n,), jnp.float32) for name in tree}
     rows = []
     for method in METHODS:
@@ -417,12 +250,14 @@ def time_solves(
             keys = jax.random.split(jax.random.key(2), blocks)
             j = jnp.stack([gradients(key, k, 1000) for key in keys])
             grams = jax.block_until_ready(jnp.einsum("bkn,bln->bkl", j, j))
-            tensors = list(shared(grams))
+            tensors = list(torch.from_dlpack(grams))
             for method in METHODS:
                 if method.weighting is None:
                     continue
                 solve = jax.jit(
-                    lambda g, ours=method.ours: aggregators.weigh_blocks(ours, g, key=KEY)[0]
+                    lambda g, ours=method.ours: aggregators.weigh_blocks(
+                        ours, g, key=jax.random.key(0)
+                    )[0]
                 )
                 theirs = method.weighting(k)
                 calls = {
@@ -438,145 +273,62 @@ def time_solves(
 # --- Report ----------------------------------------------------------------------------------
 
 
-def scientific(x: float) -> str:
-    return "failed" if not np.isfinite(x) else f"{x:.0e}".replace("e-0", "e-")
-
-
-def milliseconds(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    align = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], align, *rows[1:]])
-
-
-def ratio(row: dict, who: str) -> str:
-    if who not in row["ratio"]:
-        return ""
-    low, high = row["spread"][who]
-    return f"{row['ratio'][who]:.2g}× ({low:.2g}–{high:.2g})"
-
-
-def matrix_report(rows: list[dict]) -> str:
-    header = ["K", "n", "method", "jaxmoo ms", "TorchJD ms", "LibMTL ms"]
-    table = [[*header, "TorchJD / jaxmoo", "LibMTL / jaxmoo"]]
-    for row in rows:
-        libmtl_ms = milliseconds(row["ms"]["LibMTL"]) if "LibMTL" in row["ms"] else ""
-        table.append(
-            [str(row["k"]), f"{row['n']:.0e}".replace("e+0", "e"), f"`{row['method']}`"]
-            + [milliseconds(row["ms"]["jaxmoo"]), milliseconds(row["ms"]["TorchJD"]), libmtl_ms]
-            + [ratio(row, "TorchJD"), ratio(row, "LibMTL")]
-        )
-    return markdown(table)
-
-
-def blocks_report(rows: list[dict]) -> str:
-    header = ["method", "jaxmoo ms", "TorchJD ms", "LibMTL ms"]
-    table = [[*header, "TorchJD / jaxmoo", "LibMTL / jaxmoo"]]
-    for row in rows:
-        libmtl_ms = milliseconds(row["ms"]["LibMTL"]) if "LibMTL" in row["ms"] else ""
-        table.append(
-            [f"`{row['method']}`", milliseconds(row["ms"]["jaxmoo"])]
-            + [milliseconds(row["ms"]["TorchJD"]), libmtl_ms]
-            + [ratio(row, "TorchJD"), ratio(row, "LibMTL")]
-        )
-    return markdown(table)
-
-
-def solves_report(rows: list[dict]) -> str:
-    columns = sorted({(r["k"], r["blocks"]) for r in rows}, key=lambda c: (c[1], c[0]))
-    table = [["method", *(f"K = {k}, {b} block{'s' * (b > 1)}" for k, b in columns)]]
-    for name in dict.fromkeys(r["method"] for r in rows):
-        line = [f"`{name}`"]
-        for k, b in columns:
-            row = next(r for r in rows if (r["method"], r["k"], r["blocks"]) == (name, k, b))
-            line.append(f"{milliseconds(row['ms']['jaxmoo'])} ms, {row['ratio']['TorchJD']:.3g}×")
-        table.append(line)
-    return markdown(table)
-
-
-def goals_report(results: dict[str, list[dict]]) -> str:
-    """Every goal, with what was measured."""
-    lines = []
-
-    def judge(goal: str, rows: list[dict], least: float) -> None:
-        if rows:
-            worst = min(rows, key=lambda r: r["ratio"]["TorchJD"])
-            value = worst["ratio"]["TorchJD"]
-            missed = [r for r in rows if r["ratio"]["TorchJD"] < least]
-            where = f"`{worst['method']}`, K = {worst['k']}"
-            lines.append(
-                f"- {goal}: {'met' if not missed else 'missed'}. Smallest ratio {value:.2f}× "
-                f"({where}); {len(rows) - len(missed)} of {len(rows)} cells reach it."
-            )
-
-    accuracy = [r for r in results.get("accuracy", []) if r["who"] == "jaxmoo"]
-    if accuracy:
-        worst = max(accuracy, key=lambda r: r["error"])
-        within = np.mean([r["error"] <= 1e-5 for r in accuracy])
-        lines.append(
-            f"- Error at most 1e-5 in float32: {'met' if worst['error'] <= 1e-5 else 'missed'}. "
-            f"Worst {worst['error']:.1e} (`{worst['method']}`, {worst['family']}, K = "
-            f"{worst['k']}); {within:.1%} of {len(accuracy)} updates reach it."
-        )
-    large = [r for r in results.get("matrix", []) if r["n"] == 10**7]
-    judge("Never slower than TorchJD at n = 1e7", large, 1.0)
-    blocks = [r for r in results.get("blocks", []) if r["n"] == 100_000]
-    judge("At least 5 times faster over 32 blocks of 1e5 at K = 8", blocks, 5.0)
-    solves = [r for r in results.get("solves", []) if r["blocks"] == 32]
-    judge("At least 20 times faster for 32 solves alone", solves, 20.0)
-    return "\n".join(lines)
-
-
-def environment() -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     cpu = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     packages = ("jax", "optax", "torch", "torchjd", "cvxpy", "quadprog", "numpy", "scipy")
+    versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
     return {
-        "hardware": f"{cpu}, {ARGUMENTS.threads} threads of {os.cpu_count()} cores",
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-        ),
+        "hardware": f"{cpu}, {threads} threads of {os.cpu_count()} cores",
+        "versions": ", ".join(versions),
         "date": datetime.date.today().isoformat(),
-        "command": "python " + shlex.join(sys.argv),
+        "command": f"`python {shlex.join(sys.argv)}`",
     }
 
 
 def main() -> None:
-    quick = ARGUMENTS.quick
-    rounds, seconds = (3, 0.5) if quick else (ARGUMENTS.rounds, ARGUMENTS.seconds)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--threads", type=int, default=2, help="CPU cores for every contestant")
+    parser.add_argument("--rounds", type=int, default=15, help="most timing rounds per cell")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time budget per cell")
+    parser.add_argument("--draws", type=int, default=20, help="matrices per family and K")
+    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
+    options = parser.parse_args()
+
+    # XLA sizes its thread pool by the cores the process may use when its first array is made.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    torch.set_num_threads(options.threads)
+    jax.config.update("jax_platforms", "cpu")
+
+    quick = options.quick
+    rounds, seconds = (3, 0.5) if quick else (options.rounds, options.seconds)
     objectives = (2, 4) if quick else (2, 4, 8, 16, 32)
     lengths = (10_000,) if quick else (100_000, 10_000_000)
-    about = environment()
-    about["load"] = f"{os.getloadavg()[0]:.2f} at the start"
+    about = environment(options.threads)
+    load = f"{os.getloadavg()[0]:.2f} at the start"
     results: dict[str, list[dict]] = {}
-    if "accuracy" in ARGUMENTS.sections:
-        results["accuracy"] = compare_accuracy(2 if quick else ARGUMENTS.draws, objectives)
-    if "matrix" in ARGUMENTS.sections:
+    if "accuracy" in options.sections:
+        results["accuracy"] = compare_accuracy(2 if quick else options.draws, objectives)
+    if "matrix" in options.sections:
         sizes = [(k, n) for n in lengths for k in objectives]
         results["matrix"] = time_matrices(sizes, rounds, seconds)
-    if "blocks" in ARGUMENTS.sections:
+    if "blocks" in options.sections:
         k, n, count = (4, 1000, 4) if quick else (8, 100_000, 32)
         results["blocks"] = time_blocks(k, n, count, rounds, seconds)
-    if "solves" in ARGUMENTS.sections:
+    if "solves" in options.sections:
         results["solves"] = time_solves(objectives, (1, 4) if quick else (1, 32), rounds, seconds)
-    about["load"] += f", {os.getloadavg()[0]:.2f} at the end"
-    reports = {
-        "accuracy": ("Accuracy", accuracy_report),
-        "matrix": ("One matrix [K, n] to one update [n]", matrix_report),
-        "blocks": ("Many blocks in one call", blocks_report),
-        "solves": ("Solves alone: Gram matrices to weights", solves_report),
-    }
-    print("\n".join(f"- {name}: {text}" for name, text in about.items()))
-    print(f"\n### Goals\n\n{goals_report(results)}")
-    for section, rows in results.items():
-        title, report = reports[section]
-        print(f"\n### {title}\n\n{report(rows)}")
-    if ARGUMENTS.json:
-        ARGUMENTS.json.write_text(json.dumps({"environment": about, **results}, indent=1))
+    about["load of the machine"] = f"{load}, {os.getloadavg()[0]:.2f} at the end"
+
+    print(report.everything(about, results))
+    if options.json:
+        options.json.write_text(json.dumps({"environment": about, **results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from typing import NamedTuple
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import platformdirs
 import requests
 from filelock import FileLock
+from pypi_simple import ACCEPT_ANY, PYPI_SIMPLE_ENDPOINT, ProjectPage
 from requests.exceptions import ChunkedEncodingError
 from tqdm.auto import tqdm
 
@@ -31,6 +32,14 @@ __all__ = ["cache_directory", "fetch_wheel"]
 
 _ATTEMPTS = 4  # without any new data
 _TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of data
+
+
+class Link(NamedTuple):
+    """A file that an index offers; its checksum where the index states it."""
+
+    name: str
+    url: str
+    sha256: str | None
 
 
 def cache_directory(cache_dir: Path | None, kind: str) -> Path:
@@ -62,7 +71,7 @@ def fetch_wheel(package: str, version: str, sha256: str, *, cache_dir: Path | No
     """Fetch a wheel from the configured package index, once.
 
     The index is the one pip is configured to use (``pip config``, ``PIP_INDEX_URL``), or uv
-    (``UV_DEFAULT_INDEX``), or else PyPI; extra indexes and ``find-links`` are searched too. An
+    (``UV_DEFAULT_INDEX``), or else pip's default; extra indexes and ``find-links`` are searched too. An
     interrupted download is taken up again by the next call. Several processes may call this at
     the same time: one downloads, the others wait.
 
@@ -157,60 +166,38 @@ def _pip_settings() -> dict[str, list[str]]:
     return found
 
 
-Link = tuple[str, str, str | None]  # file name, URL, sha256 if the index states it
-
-
 def _search(
     session: requests.Session, package: str, settings: dict[str, list[str]], problems: list[str]
 ) -> Iterator[tuple[str, list[Link]]]:
     """Places to look, each with the files it offers; places out of reach become problems."""
     page = re.sub(r"[-_.]+", "-", package).lower()
-    indexes = settings.get("index-url", ["https://pypi.org/simple"])
+    indexes = settings.get("index-url", [PYPI_SIMPLE_ENDPOINT])
     indexes = [*indexes, *settings.get("extra-index-url", [])]
     if settings.get("no-index", ["false"])[0].lower() in ("1", "true", "yes", "on"):
         indexes = []
     places = [f"{index.rstrip('/')}/{page}/" for index in indexes]
     for place in (*places, *settings.get("find-links", [])):
         try:
-            links = _links(session, place)
-        except (OSError, ValueError, KeyError) as error:
+            links = _links(session, package, place)
+        except (OSError, ValueError) as error:
             problems.append(f"{_shown(place)}: {_reason(error)}")
         else:
             yield place, links
 
 
-def _links(session: requests.Session, place: str) -> list[Link]:
+def _links(session: requests.Session, package: str, place: str) -> list[Link]:
     """Files offered by a page of an index, a page of links, or a local directory."""
     local = _local_path(place)
-    if local is not None:
-        if (local / "index.html").is_file():
-            return _html_links((local / "index.html").read_text("utf-8"), local.as_uri() + "/")
-        return [(file.name, file.as_uri(), None) for file in sorted(local.iterdir())]
-    accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
-    answer = session.get(place, headers={"Accept": accept}, timeout=_TIMEOUT)
-    answer.raise_for_status()
-    if "json" not in answer.headers.get("Content-Type", ""):
-        return _html_links(answer.text, answer.url)
-    return [
-        (file["filename"], urljoin(answer.url, file["url"]), file["hashes"].get("sha256"))
-        for file in answer.json()["files"]
-    ]
-
-
-def _html_links(text: str, base: str) -> list[Link]:
-    links: list[Link] = []
-
-    class Parser(HTMLParser):
-        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            href = dict(attributes).get("href")
-            if tag == "a" and href:
-                url, fragment = urldefrag(urljoin(base, href))
-                name = unquote(urlsplit(url).path.rsplit("/", 1)[-1])
-                sha256 = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment)
-                links.append((name, url, sha256[1] if sha256 else None))
-
-    Parser().feed(text)
-    return links
+    if local is None:
+        answer = session.get(place, headers={"Accept": ACCEPT_ANY}, timeout=_TIMEOUT)
+        answer.raise_for_status()
+        page = ProjectPage.from_response(answer, package)
+    elif (local / "index.html").is_file():
+        text = (local / "index.html").read_text("utf-8")
+        page = ProjectPage.from_html(package, text, base_url=f"{local.as_uri()}/")
+    else:
+        return [Link(file.name, file.as_uri(), None) for file in sorted(local.iterdir())]
+    return [Link(file.filename, file.url, file.digests.get("sha256")) for file in page.packages]
 
 
 def _local_path(place: str) -> Path | None:

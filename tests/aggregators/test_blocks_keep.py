@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import families
+from aggregators.families import families, quick_jit
 from jaxmoo import aggregators
 
 RNG = np.random.default_rng(0)
@@ -22,7 +21,9 @@ MOST_BLOCKS, MOST_OBJECTIVES = 64, 8
 @functools.cache
 def compiled(name: str):
     method = aggregators.get(name)
-    return jax.jit(lambda grams, active: aggregators.weigh_blocks(method, grams, active=active)[0])
+    return quick_jit(
+        lambda grams, active: aggregators.weigh_blocks(method, grams, active=active)[0]
+    )
 
 
 def by_blocks(name: str, j: np.ndarray, blocks: int) -> np.ndarray:

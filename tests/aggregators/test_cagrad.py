@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from aggregators.families import LABELS, STACK, resolve
+from aggregators.families import LABELS, STACK, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 
@@ -42,29 +41,33 @@ def test_worst_improvement_equals_the_dual_optimum(name, c):
         worst = (j @ updates[i]).min() * (1 + c) / np.linalg.norm(STACK[i], axis=1).max()
         # Relative to the weakest gradient and to the terms of the update.
         reference = scale.min() * (weights[i] @ scale) * (1 + c)
-        assert worst >= found.fun - 2e-6 * reference, (family, seed)
+        assert worst >= found.fun - 5e-6 * reference, (family, seed)
 
 
 def test_update_lies_on_the_ball():
-    weights, _ = resolve("cagrad none", STACK)
+    weights, _ = resolve("cagrad", STACK)
     for i, (family, seed) in enumerate(LABELS):
         if family in ("random", "correlated", "imbalanced", "duplicates", "equal"):
             mean = STACK[i].mean(0)
-            radius = np.linalg.norm(weights[i] @ STACK[i] - mean) / np.linalg.norm(mean)
+            radius = np.linalg.norm(1.5 * weights[i] @ STACK[i] - mean) / np.linalg.norm(mean)
             assert radius == pytest.approx(0.5, abs=1e-4), (family, seed)
 
 
+@quick_jit
+def update(c):
+    scales = ("none", "1+c", "1+c^2")
+    return [aggregate(aggregators.cagrad(c, rescale=rescale), J) for rescale in scales]
+
+
 def test_rescalings():
-    plain = aggregate(aggregators.cagrad(0.4, rescale="none"), J)
-    np.testing.assert_allclose(aggregate(aggregators.cagrad(0.4), J), plain / 1.4, rtol=1e-5)
-    squared = aggregators.cagrad(0.4, rescale="1+c^2")
-    np.testing.assert_allclose(aggregate(squared, J), plain / 1.16, rtol=1e-5)
+    plain, divided, squared = update(0.4)
+    np.testing.assert_allclose(divided, plain / 1.4, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(squared, plain / 1.16, rtol=1e-5, atol=1e-6)
 
 
 def test_no_radius_is_the_mean_and_a_large_one_mgda():
-    update = jax.jit(lambda c: aggregate(aggregators.cagrad(c), J))
-    np.testing.assert_allclose(update(0.0), J.mean(0), rtol=1e-6)
-    far, direction = np.asarray(update(1e4)), np.asarray(aggregate("mgda", J))
+    np.testing.assert_allclose(update(0.0)[0], J.mean(0), rtol=1e-6)
+    far, direction = np.asarray(update(1e4)[0]), np.asarray(aggregate("mgda", J))
     cosine = far @ direction / np.linalg.norm(far) / np.linalg.norm(direction)
     assert cosine > 1 - 1e-6
 

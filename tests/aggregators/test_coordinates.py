@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import KEY, LABELS, STACK, K, resolve
+from aggregators.families import KEY, LABELS, STACK, K, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, combine_block
 
@@ -31,7 +31,7 @@ def apply(name: str, stack: np.ndarray, active: np.ndarray | None = None, dtype=
 def _compiled(name, made={}):  # noqa: B006 - one program per rule
     if name not in made:
         rule = RULES[name]
-        made[name] = jax.jit(
+        made[name] = quick_jit(
             jax.vmap(lambda j, active: combine_block(rule, j, key=KEY, active=active))
         )
     return made[name]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import LABELS, STACK, families, resolve
+from aggregators.families import LABELS, STACK, families, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 from jaxmoo.aggregators.fair import fair_shares
@@ -90,7 +90,7 @@ def test_newton_needs_few_steps(k):
         j = families(k, 2 * k + 8)[name]
         unit.append(j / np.linalg.norm(j, axis=1, keepdims=True))
     cosines = jnp.asarray(np.stack([u @ u.T for u in unit]), jnp.float32)
-    solve = jax.jit(
+    solve = quick_jit(
         jax.vmap(
             jax.vmap(fair_shares, in_axes=(None, None, 0, None)), in_axes=(0, None, None, None)
         )

@@ -20,10 +20,11 @@ THREE = np.array([[1.0, 2.0, -1.0, 0.0], [-2.0, 1.0, 0.5, 1.0], [0.5, -1.5, 2.0,
 
 
 def resolve(name, j, **arguments):
-    return np.asarray(aggregate(name, jnp.asarray(j, jnp.float32), **arguments), np.float64)
+    update = families.quick_jit(lambda j: aggregate(name, j, **arguments))
+    return np.asarray(update(jnp.asarray(j, jnp.float32)), np.float64)
 
 
-@pytest.mark.parametrize("name", ["cagrad", "upgrad", "dualproj"])
+@pytest.mark.parametrize("name", ["cagrad", "upgrad"])
 def test_1_small_gradients_are_not_gated(name):
     """A gate at a squared norm of 1e-4 returns zero or the mean for gradients times 1e-3."""
     np.testing.assert_allclose(resolve(name, J * 1e-3), resolve(name, J) * 1e-3, rtol=1e-4)
@@ -79,9 +80,11 @@ def single(row: np.ndarray) -> np.ndarray:
 
 def test_5_only_one_scale_of_cagrad_returns_a_single_gradient():
     row = np.array([3.0, 4.0])
-    for name, factor in (("cagrad", 1.0), ("cagrad none", 1.5)):
-        _, updates = families.resolve(name, single(row))
-        np.testing.assert_allclose(updates[0, :2], factor * row, rtol=1e-5)
+    _, updates = families.resolve("cagrad", single(row))
+    np.testing.assert_allclose(updates[0, :2], row, rtol=1e-6)
+    np.testing.assert_allclose(
+        resolve(aggregators.cagrad(0.5, rescale="none"), row[None]), 1.5 * row
+    )
 
 
 @pytest.mark.parametrize("name", ["mgda", "cagrad"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aggregators.families import quick_jit
 from jaxmoo import aggregators as A
 
 PATH = Path(__file__).parents[3] / "shared" / "golden" / "torchjd_0.18_float64.json"
@@ -95,9 +96,8 @@ def updates(method: A.Aggregator) -> dict[str, np.ndarray]:
     """What ``method`` makes of every case, with float64 combination."""
     stack = padded()
     grams = np.einsum("mkn,mln->mkl", stack, stack).astype(np.float32)
-    weights, _ = A.weigh_blocks(
-        method, jnp.asarray(grams), active=np.any(stack != 0, axis=2), key=jax.random.key(0)
-    )
+    active, key = jnp.asarray(np.any(stack != 0, axis=2)), jax.random.key(0)
+    weights, _ = quick_jit(lambda g: A.weigh_blocks(method, g, active=active, key=key))(grams)
     d = np.einsum("mk,mkn->mn", np.asarray(weights, np.float64), stack)
     return {case: d[i, : len(GOLDENS[case]["J"][0])] for i, case in enumerate(CASES)}
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import chisquare
 
 from aggregators import oracles
-from aggregators.families import STACK, families
+from aggregators.families import STACK, families, quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators.gradvac import vaccinate
 from jaxmoo.aggregators.pcgrad import project_conflicts, random_orders
@@ -28,7 +28,7 @@ def test_all_orders_of_three_objectives():
     """All 6^3 triples of orders, as projections of the vectors themselves."""
     orders = list(itertools.permutations(range(3)))
     triples = list(itertools.product(orders, repeat=3))
-    run = jax.jit(jax.vmap(project_conflicts, in_axes=(None, 0)))
+    run = quick_jit(jax.vmap(project_conflicts, in_axes=(None, 0)))
     for j in (CONFLICTING, families(3, 5)["imbalanced low-rank"], families(3, 7)["random"]):
         cosine, norm = coefficients_of(j)
         coefficients = np.asarray(run(cosine, jnp.asarray(triples)), np.float64)
@@ -59,7 +59,7 @@ def test_the_method_draws_new_orders_with_every_key_and_block():
     method = aggregators.pcgrad()
     orders = list(itertools.permutations(range(3)))
     possible = [oracles.pcgrad(CONFLICTING, t) for t in itertools.product(orders, repeat=3)]
-    draw = jax.jit(jax.vmap(lambda k: aggregators.weigh_block(method, gram, key=k)[0]))(
+    draw = quick_jit(jax.vmap(lambda k: aggregators.weigh_block(method, gram, key=k)[0]))(
         jax.random.split(jax.random.key(1), 400)
     )
     updates = np.asarray(draw, np.float64) @ CONFLICTING
@@ -87,7 +87,7 @@ def test_opposed_gradients_vanish():
 
 def test_gradvac_equals_the_papers_rule_over_several_steps():
     """Targets and moved gradients, for given orders, on the vectors themselves."""
-    run = jax.jit(vaccinate)
+    run = quick_jit(vaccinate)
     rng = np.random.default_rng(0)
     expected_targets = np.zeros((3, 3))
     targets = jnp.zeros((3, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from aggregators.families import (
     combine,
     compiled,
     grams,
+    quick_jit,
     resolve,
     size,
 )
@@ -25,7 +25,7 @@ from jaxmoo import aggregators
 
 WEIGHED = tuple(name for name, method in VARIANTS.items() if method.combine is None)
 FIXED = tuple(name for name in WEIGHED if not VARIANTS[name].stochastic)
-PUBLISHED = ("cagrad none", "fairgrad published", "nash_mtl published")
+PUBLISHED = ("fairgrad published", "nash_mtl published")
 UNIT = tuple(
     name
     for name in WEIGHED
@@ -218,14 +218,12 @@ def test_the_second_call_compiles_nothing(name):
     assert compiled(name)._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["mgda", "cagrad", "upgrad", "aligned_mtl", "fairgrad", "gradvac", "random", "cr_mogm"]
-)
+@pytest.mark.parametrize("name", ["mgda", "cagrad", "upgrad", "fairgrad", "gradvac", "random"])
 def test_a_batch_of_blocks_equals_one_at_a_time(name):
     """And one block is the whole-model method: block 0 of ``aggregate``."""
     method = VARIANTS[name]
 
-    @jax.jit
+    @quick_jit
     def one(gram, active, block):
         weights, _ = aggregators.weigh_block(method, gram, active=active, block=block, key=KEY)
         return weights
@@ -247,7 +245,7 @@ def test_a_batch_of_blocks_equals_one_at_a_time(name):
 def test_bfloat16_goes_in_and_comes_out(name):
     method = VARIANTS[name]
     j = jnp.asarray(STACK[0], jnp.bfloat16)
-    update = aggregators.aggregate(method, j, second=j, key=KEY)
+    update = quick_jit(lambda j: aggregators.aggregate(method, j, second=j, key=KEY))(j)
     assert update.dtype == jnp.bfloat16
     _, expected = resolve(name, STACK, dtype=jnp.bfloat16)  # block 0, from float32 weights
     np.testing.assert_allclose(update.astype(jnp.float32), expected[0], rtol=2**-8, atol=1e-5)

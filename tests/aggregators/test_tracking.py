@@ -9,7 +9,7 @@ import optax
 import pytest
 from scipy.optimize import minimize
 
-from aggregators.families import STACK
+from aggregators.families import STACK, quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import cross_gram, gram, weigh_block
 
@@ -20,7 +20,7 @@ GRAM = gram(jnp.asarray(J, jnp.float32))
 def run(method, products, steps, active=None):
     """Weights of every step, with the state carried."""
 
-    @jax.jit
+    @quick_jit
     def scan(products):
         def step(state, _):
             weights, state = weigh_block(method, products, state=state, active=active)
@@ -160,7 +160,7 @@ def test_tracker_and_moco_work_in_a_chain():
     def loss(params, target):
         return jnp.sum((params["w"] - target) ** 2)
 
-    @jax.jit
+    @quick_jit
     def step(params, state):
         _, grads = jaxmoo.stacked_value_and_grad(loss)(params, targets)
         updates, state = tx.update(grads, state, params)
