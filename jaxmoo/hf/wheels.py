@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 import platformdirs
 import requests
 from filelock import FileLock
-from pypi_simple import ACCEPT_ANY, PYPI_SIMPLE_ENDPOINT, ProjectPage
+from pypi_simple import ACCEPT_ANY, PYPI_SIMPLE_ENDPOINT, ProjectPage, UnsupportedRepoVersionError
 from requests.exceptions import ChunkedEncodingError
 from tqdm.auto import tqdm
 
@@ -71,9 +71,9 @@ def fetch_wheel(package: str, version: str, sha256: str, *, cache_dir: Path | No
     """Fetch a wheel from the configured package index, once.
 
     The index is the one pip is configured to use (``pip config``, ``PIP_INDEX_URL``), or uv
-    (``UV_DEFAULT_INDEX``), or else pip's default; extra indexes and ``find-links`` are searched too. An
-    interrupted download is taken up again by the next call. Several processes may call this at
-    the same time: one downloads, the others wait.
+    (``UV_DEFAULT_INDEX``), or else pip's default; extra indexes and ``find-links`` are searched
+    too. An interrupted download is taken up again by the next call. Several processes may call
+    this at the same time: one downloads, the others wait.
 
     Args:
       package: name of the package.
@@ -179,7 +179,7 @@ def _search(
     for place in (*places, *settings.get("find-links", [])):
         try:
             links = _links(session, package, place)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UnsupportedRepoVersionError) as error:
             problems.append(f"{_shown(place)}: {_reason(error)}")
         else:
             yield place, links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -51,10 +52,9 @@ class Index:
                 kind, page = "text/html", index.page
                 if index.json:
                     kind = "application/vnd.pypi.simple.v1+json"
-                    page = (
-                        f'{{"files": [{{"filename": "{NAME}", "url": "/files/{NAME}", '
-                        f'"hashes": {{"sha256": "{SHA256}"}}}}]}}'
-                    )
+                    file = {"filename": NAME, "url": f"/files/{NAME}", "hashes": {"sha256": SHA256}}
+                    meta = {"api-version": "1.0"}
+                    page = json.dumps({"meta": meta, "name": "some-package", "files": [file]})
                 self.send_response(200)
                 self.send_header("Content-Type", kind)
                 self.end_headers()
@@ -193,7 +193,7 @@ def test_links_and_extra_indexes_that_pip_knows_are_searched_too(
     monkeypatch.delenv("PIP_FIND_LINKS")
     simple = tmp_path / "mirror" / "some-package"
     simple.mkdir(parents=True)
-    (simple / "index.html").write_text(f'<a href="../../links/{NAME}">wheel</a>')
+    (simple / "index.html").write_text(f'<a href="../../links/{NAME}">{NAME}</a>')
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", simple.parent.as_uri())
     assert fetch(tmp_path / "other").read_bytes() == CONTENT
 
