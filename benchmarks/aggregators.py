@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
-import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import report
 import torch
+from common import environment, prepare
 from contestants import METHODS, Method
 
 import jaxmoo
@@ -270,24 +267,6 @@ def time_solves(
     return rows
 
 
-# --- Report ----------------------------------------------------------------------------------
-
-
-def environment(threads: int) -> dict[str, str]:
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    packages = ("jax", "optax", "torch", "torchjd", "cvxpy", "quadprog", "numpy", "scipy")
-    versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-    return {
-        "hardware": f"{cpu}, {threads} threads of {os.cpu_count()} cores",
-        "versions": ", ".join(versions),
-        "date": datetime.date.today().isoformat(),
-        "command": f"`python {shlex.join(sys.argv)}`",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,17 +280,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the raw numbers")
     options = parser.parse_args()
 
-    # XLA sizes its thread pool by the cores the process may use when its first array is made.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    prepare(options.threads)
     torch.set_num_threads(options.threads)
-    jax.config.update("jax_platforms", "cpu")
 
     quick = options.quick
     rounds, seconds = (3, 0.5) if quick else (options.rounds, options.seconds)
     objectives = (2, 4) if quick else (2, 4, 8, 16, 32)
     lengths = (10_000,) if quick else (100_000, 10_000_000)
-    about = environment(options.threads)
+    packages = ("jax", "optax", "torch", "torchjd", "cvxpy", "quadprog", "numpy", "scipy")
+    about = environment(options.threads, packages)
     load = f"{os.getloadavg()[0]:.2f} at the start"
     results: dict[str, list[dict]] = {}
     if "accuracy" in options.sections:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
+from common import bullets, markdown, milliseconds, plain, scientific
 from contestants import METHODS
-
-
-def scientific(x: float) -> str:
-    return "failed" if not np.isfinite(x) else f"{x:.0e}".replace("e-0", "e-")
-
-
-def milliseconds(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    align = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], align, *rows[1:]])
 
 
 def times(row: dict) -> list[str]:
@@ -33,10 +21,6 @@ def ratio(row: dict, who: str) -> str:
         return ""
     low, high = row["spread"][who]
     return f"{plain(row['ratio'][who])}× ({plain(low)}–{plain(high)})"
-
-
-def plain(x: float) -> str:
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def matrix_report(rows: list[dict]) -> str:
@@ -92,7 +76,7 @@ def everything(about: dict[str, str], results: dict[str, list[dict]]) -> str:
         "blocks": ("32 blocks of 1e5 parameters in one call, K = 8", blocks_report),
         "solves": ("Solves alone: Gram matrices to weights", solves_report),
     }
-    parts = ["\n".join(f"- {name}: {text}" for name, text in about.items())]
+    parts = [bullets(about)]
     parts.append(f"### Goals\n\n{goals_report(results)}")
     for section, rows in results.items():
         title, page = sections[section]

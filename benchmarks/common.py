@@ -1,0 +1,63 @@
+"""What the benchmarks share: the machine they run on and how they write tables."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def prepare(threads: int) -> None:
+    """Confine this process to so many CPU cores; call before the first array is made.
+
+    XLA sizes its thread pool by the cores that the process may use at that moment.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    jax.config.update("jax_platforms", "cpu")
+
+
+def environment(threads: int, packages: Sequence[str]) -> dict[str, str]:
+    """Hardware, versions, date, command."""
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+    return {
+        "hardware": f"{cpu}, {threads} threads of {os.cpu_count()} cores",
+        "versions": ", ".join(versions),
+        "date": datetime.date.today().isoformat(),
+        "command": f"`python {shlex.join(sys.argv)}`",
+    }
+
+
+def bullets(about: dict[str, str]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in about.items())
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its header, and all columns but the first are numbers."""
+    align = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], align, *rows[1:]])
+
+
+def scientific(x: float) -> str:
+    return "failed" if not np.isfinite(x) else f"{x:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+
+def milliseconds(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 1 else f"{x:.2f}"
+
+
+def plain(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
