@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_number, reusable
 
 
@@ -55,12 +53,6 @@ def modo(*, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0) -> Agg
     check_number("modo", "gamma", gamma, low=0)
     check_number("modo", "rho", rho, low=0)
 
-    def weigh(gram, active, preference, state, key):
-        gain = preference * jnp.sum(active)
-        weights = simplex_step.restrict(state, active)
-        slope = gain * matvec(simplex_step.relative(gram), gain * weights) + rho * weights
-        weights = simplex_step.project(weights - gamma * slope, active)
-        state = simplex_step.merge(state, weights, active)
-        return simplex_step.restrict(gain * weights, active), state
-
-    return Aggregator("modo", weigh, init=simplex_step.start, cross_gram=True)
+    return Aggregator(
+        "modo", simplex_step.tracked_weights(gamma, rho), init=simplex_step.start, cross_gram=True
+    )

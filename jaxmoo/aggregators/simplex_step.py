@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from optax import projections
+
+from jaxmoo.aggregators.interior_point import matvec
 
 
 def start(num_objectives: int) -> jax.Array:
@@ -83,3 +88,25 @@ def merge(weights: jax.Array, new: jax.Array, active: jax.Array) -> jax.Array:
     """
     mass = jnp.sum(jnp.where(active, weights, 0.0))
     return jnp.where(active, new * mass, weights)
+
+
+def tracked_weights(gamma: float | jax.Array, rho: float | jax.Array) -> Callable[..., Any]:
+    """The rule of MoCo and MoDo: one projected gradient step on the weights per step.
+
+    Args:
+      gamma: step size.
+      rho: regularisation towards equal weights.
+
+    Returns:
+      The ``weigh`` of an aggregator whose state is the weights ``[K]``.
+    """
+
+    def weigh(gram, active, preference, state, key):
+        gain = preference * jnp.sum(active)
+        weights = restrict(state, active)
+        slope = gain * matvec(relative(gram), gain * weights) + rho * weights
+        weights = project(weights - gamma * slope, active)
+        state = merge(state, weights, active)
+        return restrict(gain * weights, active), state
+
+    return weigh
