@@ -5,8 +5,9 @@ The functions here know blocks and aggregators, nothing of optax, languages or m
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +20,23 @@ from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.reductions import section_cross_grams, section_grams, weighted_sum
 
-__all__ = ["Group", "Resolution", "conflict_share", "group_blocks", "resolve"]
+__all__ = [
+    "Group",
+    "Resolution",
+    "Section",
+    "conflict_share",
+    "group_blocks",
+    "resolve",
+    "resolve_sections",
+]
 
 
 class Group(NamedTuple):
     """Blocks that share an aggregator, and so are solved as one batch."""
 
     aggregator: Aggregator
-    blocks: tuple[int, ...]
+    blocks: Sequence[int]  # which of the blocks at hand are solved with it
+    member: jax.Array | None = None  # bool, one per entry of blocks; None: all are members
 
 
 class Resolution(NamedTuple):
@@ -38,7 +48,7 @@ class Resolution(NamedTuple):
     weights: jax.Array  # float32 [B, K]; zero in blocks resolved coordinate by coordinate
     update_norm: jax.Array  # float32 [B]
     mean_norm: jax.Array  # float32 [B]
-    nonfinite: jax.Array  # bool [K]: present, but non-finite in some block
+    nonfinite: jax.Array  # bool [B, K]: present, but non-finite in this block
 
 
 def group_blocks(
@@ -74,6 +84,20 @@ def group_blocks(
     return tuple(Group(aggregators.get(choices[p]), tuple(b)) for p, b in members.items())
 
 
+class Section(NamedTuple):
+    """Per-objective gradients of one array, or of one device's piece of it, cut into sections.
+
+    A section lies in one block. K objectives, S sections.
+    """
+
+    values: jax.Array  # [K, S, ...]
+    labels: Any  # int [S]: the block each section belongs to
+    # (key, labels' block numbers [S]) -> uniform numbers [S, ...] for coordinate-wise rules
+    uniform: Callable[[jax.Array, jax.Array], jax.Array]
+    # 0 where another device holds the same values and counts them, else 1
+    counted: jax.Array | float = 1.0
+
+
 def resolve(
     part: Partition,
     groups: Sequence[Group],
@@ -104,11 +128,71 @@ def resolve(
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
     """
-    sections = [_sections(x, len(n)) for x, n in zip(leaves, part.labels, strict=True)]
-    labels = np.concatenate(part.labels)
-    grams = jax.ops.segment_sum(
-        jnp.concatenate([section_grams(x) for x in sections]), labels, len(part)
+    sections = [
+        Section(cut(x, len(labels)), labels, uniform_sections(index, x.shape[1:], len(labels)))
+        for index, (x, labels) in enumerate(zip(leaves, part.labels, strict=True))
+    ]
+    resolved = resolve_sections(
+        sections,
+        groups,
+        np.arange(len(part)),
+        state=state,
+        key=key,
+        active=active,
+        preference=preference,
+        match_norm=match_norm,
+        second=None
+        if second is None
+        else [cut(y, len(n)) for y, n in zip(second, part.labels, strict=True)],
     )
+    updates = [u.reshape(x.shape[1:]) for u, x in zip(resolved.updates, leaves, strict=True)]
+    return resolved._replace(updates=updates)
+
+
+def resolve_sections(
+    sections: Sequence[Section],
+    groups: Sequence[Group],
+    numbers: Any,
+    *,
+    state: Sequence[Any],
+    key: jax.Array,
+    active: jax.Array | None,
+    preference: jax.Array | None,
+    match_norm: bool,
+    second: Sequence[jax.Array] | None = None,
+    partitioned: bool | None = None,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+    pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Resolution:
+    """Resolve B blocks whose gradients are given as sections; see :func:`resolve`.
+
+    Args:
+      sections: one per array.
+      groups: aggregator of every block; ``blocks`` index into the B blocks.
+      numbers: int [B], the number from which each block's key is made.
+      state: see :func:`resolve`.
+      key: see :func:`resolve`.
+      active: see :func:`resolve`.
+      preference: see :func:`resolve`.
+      match_norm: see :func:`resolve`.
+      second: values of the sections of a second batch.
+      partitioned: see :func:`jaxmoo.reductions.section_grams`.
+      total: sums a quantity over the devices that hold the blocks' other pieces.
+      pooled: averages Gram matrices over replicas.
+
+    Returns:
+      The :class:`Resolution`; its updates have the shape of the sections, [S, ...].
+    """
+    numbers = jnp.asarray(numbers)
+    num_blocks = len(numbers)
+    labels = [jnp.asarray(section.labels) for section in sections]
+    every = jnp.concatenate(labels)
+
+    def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
+        counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
+        return total(jax.ops.segment_sum(jnp.concatenate(counted), every, num_blocks))
+
+    grams = pooled(blocks_of([section_grams(s.values, partitioned=partitioned) for s in sections]))
     squares = jnp.diagonal(grams, axis1=1, axis2=2)  # [B, K]
     present = (squares != 0).any(0) if active is None else active
     finite = jnp.isfinite(squares)
@@ -122,22 +206,15 @@ def resolve(
                 "sdmgrad and modo need the gradients of an independent second batch: pass "
                 "second=, shaped like the updates."
             )
-        products[True] = jax.ops.segment_sum(
-            jnp.concatenate(
-                [
-                    section_cross_grams(x, _sections(y, x.shape[1]))
-                    for x, y in zip(sections, second, strict=True)
-                ]
-            ),
-            labels,
-            len(part),
+        products[True] = blocks_of(
+            [section_cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
         )
 
     weights = jnp.zeros(used.shape, jnp.float32)
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         if group.aggregator.combine is None:
-            numbers = np.array(group.blocks)
+            mine = np.asarray(group.blocks)
             solved, group_state = jax.vmap(
                 lambda gram, state, number, active, method=group.aggregator: weigh_block(
                     method,
@@ -148,91 +225,121 @@ def resolve(
                     active=active,
                     preference=preference,
                 )
-            )(products[group.aggregator.cross_gram][numbers], group_state, numbers, used[numbers])
-            weights = weights.at[numbers].set(solved)
+            )(products[group.aggregator.cross_gram][mine], group_state, numbers[mine], used[mine])
+            if group.member is not None:
+                solved = jnp.where(group.member[:, None], solved, weights[mine])
+            weights = weights.at[mine].set(solved)
         new_state.append(group_state)
     mean_norm = _norms(grams, _share(used, preference))
     update_norm = _norms(grams, weights)
     if match_norm:
         scale = _matching(mean_norm, update_norm, grams)
         weights, update_norm = weights * scale[:, None], update_norm * scale
-    updates = [weighted_sum(x, weights[n]) for x, n in zip(sections, part.labels, strict=True)]
+    updates = [
+        weighted_sum(s.values, weights[n], partitioned=partitioned)
+        for s, n in zip(sections, labels, strict=True)
+    ]
     for group in groups:
-        if group.aggregator.combine is not None:
-            updates = _combine_coordinates(
-                part, group, sections, updates, used, key=key, preference=preference
-            )
-            squares = jnp.concatenate([(u.reshape(len(u), -1) ** 2).sum(1) for u in updates])
-            norms = jnp.sqrt(jax.ops.segment_sum(squares, labels, len(part)))
-            if match_norm:
-                scale = _matching(mean_norm, norms, grams)
-                scale = jnp.where(_members(part, group), scale, 1)
-                updates, norms = _rescale(part, updates, scale), norms * scale
-            update_norm = jnp.where(_members(part, group), norms, update_norm)
+        if group.aggregator.combine is None:
+            continue
+        member = _members(group, num_blocks)
+        updates = [
+            _combine(group, s, u, numbers[n], member[n], used[n], key, preference)
+            if _may_hold(s, group)
+            else u
+            for s, u, n in zip(sections, updates, labels, strict=True)
+        ]
+        norms = jnp.sqrt(blocks_of([(u.reshape(len(u), -1) ** 2).sum(1) for u in updates]))
+        if match_norm:
+            scale = jnp.where(member, _matching(mean_norm, norms, grams), 1)
+            updates = [
+                u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
+                for u, n in zip(updates, labels, strict=True)
+            ]
+            norms = norms * scale
+        update_norm = jnp.where(member, norms, update_norm)
     return Resolution(
-        updates=[u.reshape(x.shape[1:]) for u, x in zip(updates, leaves, strict=True)],
+        updates=updates,
         state=tuple(new_state),
         gram=grams,
         weights=weights,
         update_norm=update_norm,
         mean_norm=mean_norm,
-        nonfinite=(~finite & present).any(0),
+        nonfinite=~finite & present,
     )
 
 
-def _combine_coordinates(
-    part: Partition,
+def _members(group: Group, num_blocks: int) -> jax.Array:
+    """Which blocks belong to a group, bool [B]."""
+    member = True if group.member is None else group.member
+    return jnp.zeros(num_blocks, bool).at[np.asarray(group.blocks)].set(member)
+
+
+def _may_hold(section: Section, group: Group) -> bool:
+    """Whether any of an array's sections can lie in the group's blocks."""
+    if not isinstance(section.labels, np.ndarray):
+        return True
+    return bool(np.isin(section.labels, group.blocks).any())
+
+
+def _combine(
     group: Group,
-    sections: Sequence[jax.Array],
-    updates: Sequence[jax.Array],
+    section: Section,
+    update: jax.Array,
+    numbers: jax.Array,
+    member: jax.Array,
     used: jax.Array,
-    *,
     key: jax.Array,
     preference: jax.Array | None,
-) -> list[jax.Array]:
-    """Replace the updates of a group's blocks by those of its coordinate-wise rule."""
-    members = _members(part, group)
-    result = []
-    for index, (x, update, numbers) in enumerate(zip(sections, updates, part.labels, strict=True)):
-        if not members[numbers].any():
-            result.append(update)
-            continue
-        # Sections of one block draw independently.
-        places = index * 65_536 + np.arange(len(numbers))
+) -> jax.Array:
+    """Replace the updates of sections in a group's blocks by those of its coordinate-wise rule."""
+    x = section.values
 
-        def combine(section: jax.Array, number: Any, place: Any) -> jax.Array:
-            return combine_block(
-                group.aggregator,
-                section.reshape(section.shape[0], -1),
-                key=jax.random.fold_in(key, place),
-                block=number,
-                active=used[number],
-                preference=preference,
-            ).reshape(section.shape[1:])
+    def combine(rows: jax.Array, active: jax.Array, uniform: jax.Array | None) -> jax.Array:
+        return combine_block(
+            group.aggregator,
+            rows.reshape(rows.shape[0], -1),
+            uniform=None if uniform is None else uniform.reshape(-1),
+            active=active,
+            preference=preference,
+        ).reshape(rows.shape[1:])
 
-        ruled = jax.vmap(combine, in_axes=(1, 0, 0))(x, numbers, places)
-        mine = members[numbers].reshape(-1, *(1,) * (update.ndim - 1))
-        result.append(jnp.where(mine, ruled, update))
-    return result
+    uniform = section.uniform(key, numbers) if group.aggregator.stochastic else None
+    ruled = jax.vmap(combine, in_axes=(1, 0, None if uniform is None else 0))(x, used, uniform)
+    return jnp.where(member.reshape(-1, *(1,) * (update.ndim - 1)), ruled, update)
 
 
-def _members(part: Partition, group: Group) -> np.ndarray:
-    """Which blocks belong to a group, bool [B]."""
-    return np.isin(np.arange(len(part)), group.blocks)
+def uniform_sections(
+    index: int, shape: Sequence[int], count: int
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Make the source of random numbers of one whole array.
+
+    Args:
+      index: number of the array; sections of one block draw independently.
+      shape: the array's shape.
+      count: S, sections.
+
+    Returns:
+      ``(key, block numbers [S]) -> float32 [S, size / S]``.
+    """
+    size = math.prod(shape) // count
+
+    def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:
+        return jax.vmap(lambda place, number: section_uniform(key, place, number, (size,)))(
+            section_place(index, np.arange(count)), numbers
+        )
+
+    return uniform
 
 
-def _rescale(part: Partition, updates: Sequence[jax.Array], scale: jax.Array) -> list[jax.Array]:
-    """Multiply every section by its block's factor."""
-    return [
-        u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
-        for u, n in zip(updates, part.labels, strict=True)
-    ]
+def section_place(index: int, section: Any) -> Any:
+    """Number that no other section of any array has."""
+    return index * 65_536 + section
 
 
-def _share(used: jax.Array, preference: jax.Array | None) -> jax.Array:
-    """Weights of the mean gradient over the objectives used, [B, K]."""
-    share = jnp.where(used, 1.0 if preference is None else preference, 0)
-    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+def section_uniform(key: jax.Array, place: Any, number: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform random numbers of one section, from the step's key, its place and its block."""
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, place), number), shape)
 
 
 def conflict_share(grams: jax.Array) -> jax.Array:
@@ -254,13 +361,19 @@ def conflict_share(grams: jax.Array) -> jax.Array:
     return (grams < 0).sum((-2, -1)) / jnp.maximum(pairs, 1).astype(jnp.float32)
 
 
-def _sections(x: jax.Array, count: int) -> jax.Array:
+def cut(x: jax.Array, count: int) -> jax.Array:
     """View [K, *shape] as [K, S, ...]; sections are equal parts of the leading axis."""
     if count == 1:
         return x[:, None]
     if x.ndim > 1 and x.shape[1] == count:
         return x
     return x.reshape(x.shape[0], count, -1)
+
+
+def _share(used: jax.Array, preference: jax.Array | None) -> jax.Array:
+    """Weights of the mean gradient over the objectives used, [B, K]."""
+    share = jnp.where(used, 1.0 if preference is None else preference, 0)
+    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def _norms(grams: jax.Array, weights: jax.Array) -> jax.Array:

@@ -168,7 +168,7 @@ def resolve_conflicts(
             second=None if second is None else jax.tree.leaves(second),
         )
         if nonfinite == "raise":
-            jax.debug.callback(_raise_nonfinite, resolved.nonfinite)
+            jax.debug.callback(_raise_nonfinite, resolved.nonfinite.any(0))
         keep = num_objectives is not None
         return jax.tree.unflatten(treedef, resolved.updates), ResolveConflictsState(
             step=optax.safe_increment(state.step),
@@ -179,7 +179,7 @@ def resolve_conflicts(
             conflict=conflict_share(resolved.gram),
             update_norm=resolved.update_norm,
             mean_norm=resolved.mean_norm,
-            skipped=state.skipped + resolved.nonfinite if keep else None,
+            skipped=state.skipped + resolved.nonfinite.any(0) if keep else None,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

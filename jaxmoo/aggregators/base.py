@@ -62,9 +62,9 @@ class Aggregator:
         and sums to 1 (all zero when nothing is active). Call it through :func:`weigh_block` or
         :func:`weigh_blocks`, which establish this.
       init: ``num_objectives -> state`` of one block, ``()`` when the method keeps none.
-      combine: ``(jacobian [K, n], active [K], preference [K], key) -> [n]`` of a coordinate-wise
-        rule, which replaces ``J^T w``; None for a method that is a function of the Gram matrix.
-        Inactive rows are zero.
+      combine: ``(jacobian [K, n], active [K], preference [K], uniform [n]) -> [n]`` of a
+        coordinate-wise rule, which replaces ``J^T w``; None for a method that is a function of the
+        Gram matrix. Inactive rows are zero; ``uniform`` is None unless the rule is stochastic.
       stochastic: whether the method draws random numbers and therefore needs a key.
       cross_gram: whether ``weigh`` expects ``J1 J2^T`` of two independent batches.
       unit_scale: whether K equal gradients g give g (before ``summed``). False for a published
@@ -275,6 +275,7 @@ def combine_block(
     *,
     key: jax.Array | None = None,
     block: int | jax.Array = 0,
+    uniform: jax.Array | None = None,
     active: jax.Array | None = None,
     preference: jax.Array | None = None,
 ) -> jax.Array:
@@ -289,6 +290,8 @@ def combine_block(
       jacobian: ``[K, n]``, any float type.
       key: key shared by all blocks; block b draws from ``jax.random.fold_in(key, b)``.
       block: the block's index b.
+      uniform: ``[n]`` numbers between 0 and 1 for a stochastic rule, drawn from the key when None.
+        Give them to apply a rule to a piece of a larger array and get the piece of its result.
       active: ``[K]`` bool, False for an absent objective. None: a zero gradient is absent.
       preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
@@ -298,11 +301,13 @@ def combine_block(
     Raises:
       ConfigError: if the method is stochastic and no key is given.
     """
-    key = _block_key(aggregator, key, block)
-    return compiled(_combine_block)(aggregator, jacobian, key, active, preference)
+    if aggregator.stochastic and uniform is None:
+        key = _block_key(aggregator, key, block)
+        uniform = jax.random.uniform(key, jacobian.shape[1:])
+    return compiled(_combine_block)(aggregator, jacobian, uniform, active, preference)
 
 
-def _combine_block(aggregator, jacobian, key, active, preference):
+def _combine_block(aggregator, jacobian, uniform, active, preference):
     rows = jacobian.astype(jnp.float32)
     # Only zero and non-finite matter here, and a largest entry, unlike a sum of squares, cannot
     # underflow.
@@ -310,7 +315,7 @@ def _combine_block(aggregator, jacobian, key, active, preference):
     preference = _importance(aggregator, preference, jacobian.shape[0])
     ready = prepare(jnp.diag(size), active, preference)
     rows = jnp.where(ready.active[:, None], rows, 0.0)
-    update = aggregator.combine(rows, ready.active, ready.preference, key)
+    update = aggregator.combine(rows, ready.active, ready.preference, uniform)
     update = jnp.where(jnp.any(ready.active), update * _mass(aggregator, ready), 0.0)
     return update.astype(jacobian.dtype)
 

@@ -54,11 +54,11 @@ def graddrop(
     check_number("graddrop", "leak", leak, low=0, high=1)
     check_choice("graddrop", "reduction", reduction, ("mean", "sum"))
 
-    def combine(jacobian, active, preference, key):
+    def combine(jacobian, active, preference, uniform):
         pulls = preference[:, None] * jacobian
         total = jnp.sum(jnp.abs(pulls), axis=0)
         purity = jnp.sum(pulls, axis=0) / jnp.where(total > 0, total, 1.0)
-        positive = jax.random.uniform(key, total.shape) < (1 + purity) / 2
+        positive = uniform < (1 + purity) / 2
         kept = jnp.where(positive, pulls > 0, pulls < 0)
         return jnp.sum(jnp.where(kept, pulls, leak * pulls), axis=0)
 

@@ -45,7 +45,7 @@ def trimmed_mean(trim_number: int = 1) -> Aggregator:
     """
     check_number("trimmed_mean", "trim_number", trim_number, low=0, whole=True)
 
-    def combine(jacobian, active, preference, key):
+    def combine(jacobian, active, preference, uniform):
         order = jnp.argsort(jnp.where(active[:, None], jacobian, jnp.inf), axis=0)
         values = jnp.take_along_axis(jacobian, order, axis=0)
         weights = preference[order]
