@@ -1,15 +1,16 @@
 """Mesh axes, and how parameters, batches and per-language gradients lie on them.
 
-Two axes: ``language`` (L groups of devices, K / L languages in each) and ``fsdp`` (F devices that
-share a group's examples). Parameters and optimiser state are sharded over both axes together, as
-fully sharded data parallelism would over L x F devices. Nothing is replicated but arrays too
-small to divide.
+Three axes: ``data`` (R replicas of everything), ``language`` (L groups of devices, K / L languages
+in each) and ``fsdp`` (F devices that share a group's examples). Within a replica, parameters and
+optimiser state are sharded over ``language`` and ``fsdp`` together, as fully sharded data
+parallelism would over L x F devices. Nothing is replicated but arrays too small to divide.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,49 +28,59 @@ __all__ = [
     "objective_shardings",
     "parameter_shardings",
     "rows_sharding",
+    "sharded_axis",
 ]
 
-LANGUAGE, FSDP = "language", "fsdp"
+DATA, LANGUAGE, FSDP = "data", "language", "fsdp"
 
 
 def mesh_shape(
-    num_languages: int, num_devices: int, *, language: int | None = None, fsdp: int | None = None
-) -> tuple[int, int]:
-    """Choose the sizes of the two axes that are not given.
+    num_languages: int,
+    num_devices: int,
+    *,
+    language: int | None = None,
+    fsdp: int | None = None,
+    data: int = 1,
+) -> tuple[int, int, int]:
+    """Choose the sizes of the axes that are not given.
 
     Args:
       num_languages: K.
       num_devices: how many devices there are.
-      language: L, groups of devices; must divide K. By default the largest divisor of K that
-        also divides the number of devices (by ``fsdp``, where that is given).
+      language: L, groups of devices. By default the largest divisor of K that also divides the
+        number of devices (by ``data`` and ``fsdp``, where these are given). An L that does not
+        divide K leaves the last groups with places for languages that do not exist.
       fsdp: F, devices per group. By default all the rest.
+      data: R, replicas.
 
     Returns:
-      ``(L, F)``.
+      ``(R, L, F)``.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or L does not divide K.
+      ConfigError: the sizes do not multiply to the number of devices, or L exceeds K.
 
     Example:
       >>> mesh_shape(4, 8)
-      (4, 2)
+      (1, 4, 2)
+      >>> mesh_shape(4, 8, data=2)
+      (2, 4, 1)
     """
     if language is None:
-        language = math.gcd(num_languages, num_devices // (fsdp or 1))
+        language = math.gcd(num_languages, num_devices // (data * (fsdp or 1)))
     if fsdp is None:
-        fsdp = num_devices // language
-    if language * fsdp != num_devices:
+        fsdp = num_devices // (data * language)
+    if data * language * fsdp != num_devices or not num_devices:
         raise ConfigError(
-            f"mesh: language ({language}) x fsdp ({fsdp}) = {language * fsdp}, but there are "
-            f"{num_devices} devices. Leave one of the two out to have it chosen."
+            f"mesh: data ({data}) x language ({language}) x fsdp ({fsdp}) = "
+            f"{data * language * fsdp}, but there are {num_devices} devices. Leave out language "
+            "or fsdp to have it chosen."
         )
-    if num_languages % language:
-        divisors = [str(d) for d in range(1, num_languages + 1) if num_languages % d == 0]
+    if language > num_languages:
         raise ConfigError(
-            f"mesh: language ({language}) must divide the number of languages ({num_languages}). "
-            f"Choose one of {', '.join(divisors)}, and fsdp for the other devices."
+            f"mesh: language ({language}) must be at most the number of languages "
+            f"({num_languages}). Use fsdp or data for the other devices."
         )
-    return language, fsdp
+    return data, language, fsdp
 
 
 def make_mesh(
@@ -77,44 +88,68 @@ def make_mesh(
     *,
     language: int | None = None,
     fsdp: int | None = None,
-    devices: list[Any] | None = None,
+    data: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Arrange devices as ``language`` x ``fsdp``.
+    """Arrange devices as ``data`` x ``language`` x ``fsdp``.
 
     Args:
       num_languages: K.
       language: L; see :func:`mesh_shape`.
       fsdp: F; see :func:`mesh_shape`.
+      data: R; see :func:`mesh_shape`.
       devices: the devices, ``jax.devices()`` by default.
 
     Returns:
-      A mesh with axes ``("language", "fsdp")``.
+      A mesh with axes ``("data", "language", "fsdp")``.
 
     Raises:
       ConfigError: as :func:`mesh_shape`.
 
     Example:
       >>> dict(make_mesh(8, devices=jax.devices()[:1]).shape)
-      {'language': 1, 'fsdp': 1}
+      {'data': 1, 'language': 1, 'fsdp': 1}
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(num_languages, len(devices), language=language, fsdp=fsdp)
+    shape = mesh_shape(num_languages, len(devices), language=language, fsdp=fsdp, data=data)
     grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, (LANGUAGE, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, (DATA, LANGUAGE, FSDP), axis_types=(AxisType.Auto,) * 3)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of rows [N, ...] that belong to no language axis: spread over all devices."""
-    return NamedSharding(mesh, P((LANGUAGE, FSDP)))
+    return NamedSharding(mesh, P((DATA, LANGUAGE, FSDP)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch [K, B, ...]: languages over ``language``, examples over ``fsdp``."""
-    return NamedSharding(mesh, P(LANGUAGE, FSDP))
+    """Sharding of a batch [K, B, ...]: languages over ``language``, examples over the rest."""
+    return NamedSharding(mesh, P(LANGUAGE, (DATA, FSDP)))
+
+
+def sharded_axis(path: str, shape: Sequence[int], pieces: int) -> int | None:
+    """Choose the axis along which devices hold pieces of one array.
+
+    Args:
+      path: the array's dotted path.
+      shape: the array's shape, without an axis of stacked layers.
+      pieces: number of pieces, L x F.
+
+    Returns:
+      The first axis that divides evenly; of a table of vectors (``embedding`` [V, D]) the last, so
+      that every device has its share of any slice of the vocabulary. None when no axis divides.
+
+    Example:
+      >>> sharded_axis("mlp.up_proj.kernel", (6, 16), 4)
+      1
+    """
+    axes = range(len(shape))
+    if path.rsplit(".", 1)[-1] == "embedding":
+        axes = axes[::-1]
+    return next((a for a in axes if shape[a] and shape[a] % pieces == 0), None)
 
 
 def parameter_shardings(mesh: Mesh, tree: Any, *, stacked: str | None = None) -> Any:
-    """Shard every array along its first axis that the mesh divides.
+    """Shard every array along the axis that :func:`sharded_axis` chooses.
 
     Args:
       mesh: from :func:`make_mesh`.
@@ -139,13 +174,16 @@ def objective_shardings(mesh: Mesh, tree: Any, *, stacked: str | None = None) ->
 def _shardings(
     mesh: Mesh, tree: Any, stacked: str | None, axes: tuple[str, ...], leading: tuple[str, ...]
 ) -> Any:
+    # The same axis is chosen for parameters and their gradients: the whole mesh divides it.
+    pieces = mesh.shape[LANGUAGE] * mesh.shape[FSDP]
+
     def one(path: Any, x: Any) -> NamedSharding:
-        scanned = stacked is not None and re.search(stacked, path_string(path)) is not None
+        name = path_string(path)
+        skip = int(stacked is not None and re.search(stacked, name) is not None)
         spec: list[Any] = [None] * len(x.shape)
-        # The same axis is chosen for parameters and their gradients: the whole mesh divides it.
-        candidates = [a for a in range(int(scanned), len(spec)) if x.shape[a] % mesh.size == 0]
-        if candidates:
-            spec[candidates[0]] = axes
+        axis = sharded_axis(name, x.shape[skip:], pieces)
+        if axis is not None:
+            spec[axis + skip] = axes
         return NamedSharding(mesh, P(*leading, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)

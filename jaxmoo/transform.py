@@ -15,7 +15,7 @@ from jaxmoo.aggregators import Aggregator
 from jaxmoo.blocks import Blocks, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
-from jaxmoo.resolve import conflict_share, group_blocks, resolve
+from jaxmoo.resolve import Group, conflict_share, group_blocks, resolve
 
 __all__ = ["ResolveConflictsState", "resolve_conflicts"]
 
@@ -115,25 +115,11 @@ def resolve_conflicts(
                 f"{each.name} keeps state per objective: pass num_objectives=K, the length of "
                 "the objective axis."
             )
-    share = None if preference is None else _normalised(preference, num_objectives)
+    share = None if preference is None else normalised(preference, num_objectives)
 
     def init(params: Any) -> ResolveConflictsState:
         part = partition(rule, params, stacked=stacked)
-        b, k = len(part), num_objectives
-        return ResolveConflictsState(
-            step=jnp.zeros((), jnp.int32),
-            key=jax.random.key(seed),
-            aggregator=tuple(
-                aggregators.init_blocks(group.aggregator, len(group.blocks), k or 0)
-                for group in group_blocks(part, choices)
-            ),
-            gram=None if k is None else jnp.zeros((b, k, k), jnp.float32),
-            weights=None if k is None else jnp.zeros((b, k), jnp.float32),
-            conflict=jnp.zeros(b, jnp.float32),
-            update_norm=jnp.zeros(b, jnp.float32),
-            mean_norm=jnp.zeros(b, jnp.float32),
-            skipped=None if k is None else jnp.zeros(k, jnp.int32),
-        )
+        return new_state(len(part), group_blocks(part, choices), num_objectives, seed)
 
     def update(
         updates: Any,
@@ -168,7 +154,7 @@ def resolve_conflicts(
             second=None if second is None else jax.tree.leaves(second),
         )
         if nonfinite == "raise":
-            jax.debug.callback(_raise_nonfinite, resolved.nonfinite.any(0))
+            jax.debug.callback(raise_nonfinite, resolved.nonfinite.any(0))
         keep = num_objectives is not None
         return jax.tree.unflatten(treedef, resolved.updates), ResolveConflictsState(
             step=optax.safe_increment(state.step),
@@ -185,7 +171,39 @@ def resolve_conflicts(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Array:
+def new_state(
+    num_blocks: int, groups: Sequence[Group], num_objectives: int | None, seed: int
+) -> ResolveConflictsState:
+    """Return the state before the first step.
+
+    Args:
+      num_blocks: B.
+      groups: blocks by aggregator.
+      num_objectives: K, or None where it is not known.
+      seed: seed of aggregators that draw random numbers.
+    """
+    b, k = num_blocks, num_objectives
+    return ResolveConflictsState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed),
+        aggregator=tuple(
+            aggregators.init_blocks(group.aggregator, len(group.blocks), k or 0) for group in groups
+        ),
+        gram=None if k is None else jnp.zeros((b, k, k), jnp.float32),
+        weights=None if k is None else jnp.zeros((b, k), jnp.float32),
+        conflict=jnp.zeros(b, jnp.float32),
+        update_norm=jnp.zeros(b, jnp.float32),
+        mean_norm=jnp.zeros(b, jnp.float32),
+        skipped=None if k is None else jnp.zeros(k, jnp.int32),
+    )
+
+
+def normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Array:
+    """Return preferences [K] as weights that sum to 1.
+
+    Raises:
+      ConfigError: they are not K numbers >= 0 of which one is positive.
+    """
     share = np.asarray(preference, np.float32)
     wrong_length = k is not None and share.shape != (k,)
     if share.ndim != 1 or wrong_length or not (share >= 0).all() or not share.sum() > 0:
@@ -196,7 +214,8 @@ def _normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.A
     return jnp.asarray(share / share.sum())
 
 
-def _raise_nonfinite(nonfinite: np.ndarray) -> None:
+def raise_nonfinite(nonfinite: np.ndarray) -> None:
+    """Stop the program if any of the objectives [K] is non-finite."""
     if nonfinite.any():
         raise FloatingPointError(
             f"Non-finite gradient of objective(s) {np.flatnonzero(nonfinite).tolist()}. Lower the "

@@ -1,0 +1,463 @@
+"""Resolving conflicts inside the backward pass.
+
+Every block's parameters are gathered by one function with a hand-written derivative: forward it
+makes whole arrays of the devices' pieces; backward it receives the gradients of all objectives on
+this device, scatters them, resolves them, and returns the update of the device's own piece, already
+in the layout of the parameters. Then the gradients are dropped.
+
+The loss is differentiated one objective at a time and the whole is mapped over the objectives
+(``vmap`` of ``grad``). The derivative therefore is written for one objective and contains one
+operation, made with ``custom_vmap``, that under the map sees all of them.
+
+What else enters and leaves the backward pass does so as inputs whose "gradient" is the new value:
+the blocks' diagnostics and the aggregators' states. Each is a table with a row per block, from
+which a call takes its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxmoo.aggregators import Aggregator
+from jaxmoo.engine.layout import Layout, Topology, gather, scatter, sections_of_piece
+from jaxmoo.engine.parameter import Parameter
+from jaxmoo.errors import ConfigError
+from jaxmoo.resolve import Group, Resolution, Section, resolve_sections
+
+__all__ = ["GATHERED", "Backward", "Dynamic", "Rules", "Tables"]
+
+# Name under which checkpoint policies know gathered parameters: they are never kept.
+GATHERED = "jaxmoo_gathered"
+
+
+class Tables(NamedTuple):
+    """Rows that go in and come out of the backward pass, one per block and one to spare."""
+
+    report: dict[str, jax.Array]
+    state: tuple[Any, ...]  # per group of blocks, the aggregator's state
+
+
+class Dynamic(NamedTuple):
+    """What the resolution reads besides gradients."""
+
+    key: jax.Array  # raw PRNG key data
+    active: jax.Array  # bool [K]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rules:
+    """How blocks are resolved: the same for all of them.
+
+    Attributes:
+      groups: blocks by aggregator; None for the plain sum of gradients.
+      num_blocks: B.
+      preference: weights of the objectives [K], or None.
+      match_norm: see :func:`jaxmoo.resolve_conflicts`.
+      replicas: how the gradients of replicas are joined; see ``resolved_value_and_grad``.
+    """
+
+    groups: Sequence[Group] | None
+    num_blocks: int
+    preference: np.ndarray | None
+    match_norm: bool
+    replicas: str
+
+    @functools.cached_property
+    def group_of(self) -> np.ndarray:
+        """The group of each block, int [B + 1]; -1 for the spare row."""
+        found = np.full(self.num_blocks + 1, -1)
+        for number, group in enumerate(self.groups or ()):
+            found[np.asarray(group.blocks)] = number
+        return found
+
+    def empty_report(self, objectives: int) -> dict[str, jax.Array]:
+        """A table of zeros."""
+        rows = self.num_blocks + 1
+        shapes = {
+            "gram": (rows, objectives, objectives),
+            "weights": (rows, objectives),
+            "update_norm": (rows,),
+            "mean_norm": (rows,),
+            "nonfinite": (rows, objectives),
+            "resolved": (rows,),
+        }
+        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+class Backward:
+    """One backward pass of one device: what the calls of blocks in a loss function do.
+
+    Args:
+      layouts: where every parameter lies, by number.
+      topology: the mesh.
+      rules: how blocks are resolved.
+      tapped: numbers of the arrays that are resolved after the pass.
+      tied: numbers of the tables that embed tokens and score them.
+      tables: see the module.
+      dynamic: see :class:`Dynamic`.
+      dtype: dtype in which parameters are gathered and gradients sent; None keeps theirs.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        topology: Topology,
+        rules: Rules,
+        *,
+        tables: Tables,
+        dynamic: Dynamic,
+        dtype: Any,
+        tapped: frozenset[int] = frozenset(),
+        tied: frozenset[int] = frozenset(),
+    ) -> None:
+        self.layouts = layouts
+        self.topology = topology
+        self.rules = rules
+        self.tapped = tapped
+        self.tied = tied
+        self.tables = tables
+        self.dynamic = dynamic
+        self.dtype = dtype
+
+    def use(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
+        """Gather parameters that are used together; backward, resolve their blocks."""
+        whole: dict[int, jax.Array] = {}
+        trained = []
+        for at, parameter in enumerate(parameters):
+            if self.layouts[parameter.leaf].labels is None:
+                whole[at] = jax.lax.stop_gradient(self.gather(parameter))
+            else:
+                trained.append(at)
+        if trained:
+            mine = [parameters[at] for at in trained]
+            whole |= dict(zip(trained, self._use_trained(mine), strict=True))
+        return tuple(
+            checkpoint_name(whole[at], GATHERED) for at in range(len(parameters))
+        )
+
+    def gather(self, parameter: Parameter) -> jax.Array:
+        """Return the whole array of a parameter."""
+        return self.gather_piece(parameter.value, self.layouts[parameter.leaf].axis)
+
+    def gather_piece(self, piece: jax.Array, axis: int | None) -> jax.Array:
+        """Gather pieces in the dtype of the computation."""
+        return gather(piece if self.dtype is None else piece.astype(self.dtype), axis)
+
+    def _use_trained(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
+        in_pass = [p for p in parameters if p.leaf not in self.tapped]
+        call = self.blocks_of([(p.leaf, p.layer) for p in in_pass])
+
+        @jax.custom_vjp
+        def use(values: Any, taps: Any, tables: Tables, integers: Any) -> tuple[jax.Array, ...]:
+            del taps, tables, integers
+            layouts = [self.layouts[p.leaf] for p in parameters]
+            return tuple(
+                self.gather_piece(v, layout.axis) for v, layout in zip(values, layouts, strict=True)
+            )
+
+        def forward(values: Any, taps: Any, tables: Tables, integers: Any) -> Any:
+            return use(values, taps, tables, integers), (tables.state, integers)
+
+        def backward(residuals: Any, cotangents: tuple[jax.Array, ...]) -> Any:
+            state, integers = residuals
+            updates, taps, tables = over_objectives(
+                functools.partial(self._resolve_call, parameters, call), self.topology
+            )(cotangents, state, integers)
+            values = tuple(
+                u if u is None else u.astype(p.value.dtype)
+                for u, p in zip(updates, parameters, strict=True)
+            )
+            return values, taps, tables, None
+
+        use.defvjp(forward, backward)
+        return use(
+            tuple(p.value for p in parameters),
+            tuple(p.tap for p in parameters),
+            call.rows(self.tables),
+            (call.integers, self.dynamic),
+        )
+
+    def _resolve_call(
+        self,
+        parameters: Sequence[Parameter],
+        call: CallBlocks,
+        cotangents: Any,
+        state: Any,
+        ints: Any,
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Tables]:
+        """The backward pass of one call, given the gradients [K / L, ...] of whole arrays."""
+        (layers, labels, numbers, member), dynamic = ints
+        updates: list[Any] = []
+        taps: list[Any] = []
+        sections = []
+        at = 0
+        for parameter, ct in zip(parameters, cotangents, strict=True):
+            layout = self.layouts[parameter.leaf]
+            gradients = self.scatter(ct, layout.axis)
+            if parameter.leaf in self.tapped:
+                taps.append(gradients.astype(parameter.tap.dtype))
+                updates.append(None)
+            elif self.rules.groups is None:
+                taps.append(None)
+                updates.append(gradients[0])
+            else:
+                taps.append(None)
+                updates.append(len(sections))
+                sections.append(
+                    sections_of_piece(
+                        gradients[:, None],
+                        layout,
+                        parameter.leaf,
+                        labels[at][None],
+                        layers[at][None],
+                        self.topology,
+                    )
+                )
+                at += 1
+        if not sections:
+            return tuple(updates), tuple(taps), call.no_rows()
+        resolved = self.resolve(sections, call, numbers, member, state, dynamic)
+        for place, (parameter, update) in enumerate(zip(parameters, updates, strict=True)):
+            if update is not None:
+                shape = self.layouts[parameter.leaf].piece_shape(self.topology.pieces)
+                updates[place] = resolved.updates[update].reshape(shape)
+        return tuple(updates), tuple(taps), call.new_rows(resolved, member)
+
+    def scatter(self, gradients: jax.Array, axis: int | None) -> jax.Array:
+        """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
+        x = scatter(gradients, axis, self.topology)
+        if self.topology.data > 1 and self.rules.replicas == "mean_then_resolve":
+            x = jax.lax.psum(x, "data")
+        return x
+
+    def resolve(
+        self,
+        sections: Sequence[Section],
+        call: CallBlocks,
+        numbers: jax.Array,
+        member: Sequence[Any],
+        state: Any,
+        dynamic: Dynamic,
+    ) -> Resolution:
+        """Resolve blocks of which this device holds its pieces."""
+        groups = [
+            Group(aggregator, blocks, m)
+            for (_, aggregator, blocks), m in zip(call.groups, member, strict=True)
+        ]
+        preference = self.rules.preference
+        pooled = self.rules.replicas == "pooled_gram"
+        resolved = resolve_sections(
+            sections,
+            groups,
+            numbers,
+            state=state,
+            key=jax.random.wrap_key_data(dynamic.key),
+            active=dynamic.active,
+            preference=None if preference is None else jnp.asarray(preference),
+            match_norm=self.rules.match_norm,
+            partitioned=False,
+            total=self.topology.total,
+            pooled=self.topology.replica_mean if pooled else lambda x: x,
+        )
+        if self.rules.replicas == "mean_then_resolve":
+            return resolved
+        shared = self.topology.replica_mean(
+            resolved._replace(nonfinite=resolved.nonfinite.astype(jnp.float32))
+        )
+        return shared._replace(nonfinite=shared.nonfinite > 0)
+
+    def resolve_late(
+        self, updates: list[Any], taps: Sequence[Any], tables: Tables
+    ) -> tuple[list[jax.Array], Tables]:
+        """Resolve the blocks whose gradients came out of the pass through taps.
+
+        Args:
+          updates: resolved gradients of the other arrays.
+          taps: per array, the objectives' gradients [layers, K, *piece] or [K, *piece], or None.
+          tables: what the pass gave.
+
+        Returns:
+          The updates of all arrays, and the tables with these blocks' rows.
+        """
+        late = [leaf for leaf, tap in enumerate(taps) if tap is not None]
+        # As if every stack were one array with all its layers' sections.
+        flat = {
+            leaf: dataclasses.replace(
+                self.layouts[leaf], labels=self.layouts[leaf].labels.reshape(1, -1), layers=None
+            )
+            for leaf in late
+        }
+        call = CallBlocks.of(
+            flat, self.rules, [(leaf, None) for leaf in late], self.topology.objectives
+        )
+        _, labels, numbers, member = call.integers
+        sections = []
+        for leaf, label in zip(late, labels, strict=True):
+            layout, tap = self.layouts[leaf], taps[leaf]
+            tap = tap[:, None] if layout.layers is None else jnp.moveaxis(tap, 0, 1)
+            count = tap.shape[1]
+            sections.append(
+                sections_of_piece(
+                    tap, layout, leaf, label.reshape(count, -1), np.arange(count), self.topology
+                )
+            )
+        state = call.rows(self.tables).state
+        resolved = self.resolve(sections, call, numbers, member, state, self.dynamic)
+        updates = list(updates)
+        for leaf, update in zip(late, resolved.updates, strict=True):
+            layout = self.layouts[leaf]
+            lead = () if layout.layers is None else (layout.layers,)
+            shape = (*lead, *layout.piece_shape(self.topology.pieces))
+            updates[leaf] = update.reshape(shape).astype(layout.dtype)
+        rows = call.new_rows(resolved, member)
+        report = {name: t.at[numbers].add(rows.report[name]) for name, t in tables.report.items()}
+        states = list(tables.state)
+        for (group, _, candidates), new in zip(call.groups, rows.state, strict=True):
+            states[group] = jax.tree.map(
+                lambda t, x, c=candidates: t.at[numbers[c]].add(x), states[group], new
+            )
+        return updates, Tables(report, tuple(states))
+
+    def blocks_of(self, uses: Sequence[tuple[int, Any]]) -> CallBlocks:
+        """Work out which blocks a call resolves; see :class:`CallBlocks`."""
+        if self.rules.groups is None:
+            uses = []
+        return CallBlocks.of(self.layouts, self.rules, uses, self.topology.objectives)
+
+
+class CallBlocks(NamedTuple):
+    """The blocks one call resolves, which may depend on the layer it is called for.
+
+    Attributes:
+      integers: arrays (layers [leaves], labels per leaf [parts] into the call's blocks, numbers
+        [m] of the blocks among all, membership per group).
+      groups: (number among all groups, aggregator, candidates among the call's blocks).
+      num_blocks: m.
+      objectives: K.
+    """
+
+    integers: Any
+    groups: list[tuple[int, Aggregator, np.ndarray]]
+    num_blocks: int
+    objectives: int
+
+    @classmethod
+    def of(
+        cls,
+        layouts: Sequence[Layout] | Mapping[int, Layout],
+        rules: Rules,
+        uses: Sequence[tuple[int, Any]],
+        objectives: int,
+    ) -> CallBlocks:
+        tables = [layouts[leaf].labels for leaf, _ in uses]
+        count = max((len(t) for t in tables), default=1)
+        tables = [np.broadcast_to(t, (count, t.shape[1])) for t in tables]
+        layer = next((n for leaf, n in uses if layouts[leaf].layers is not None), 0)
+        # Per layer, the blocks met; a layer that meets fewer fills up with the spare row.
+        met = [np.unique(np.concatenate([t[i] for t in tables] or [[]])) for i in range(count)]
+        m = max(map(len, met))
+        numbers = np.full((count, m), rules.num_blocks)
+        for i, found in enumerate(met):
+            numbers[i, : len(found)] = found
+        local = [
+            np.stack([np.searchsorted(met[i], t[i]) for i in range(count)]).astype(np.int32)
+            for t in tables
+        ]
+        kinds = rules.group_of[numbers] if m else numbers  # [count, m]
+        groups, members = [], []
+        for number, group in enumerate(rules.groups or ()):
+            candidates = np.flatnonzero((kinds == number).any(0))
+            if len(candidates):
+                groups.append((number, group.aggregator, candidates))
+                mine = kinds[:, candidates]
+                certain = ((mine == number) | (mine == -1)).all()
+                members.append(None if certain else jnp.asarray(mine == number)[layer])
+        integers = (
+            tuple(jnp.asarray(0 if n is None else n, jnp.int32) for _, n in uses),
+            tuple(jnp.asarray(t)[layer] for t in local),
+            jnp.asarray(numbers.astype(np.int32))[layer],
+            tuple(members),
+        )
+        return cls(integers, groups, m, objectives)
+
+    def rows(self, tables: Tables) -> Tables:
+        """Take the call's rows from the tables."""
+        numbers = self.integers[2]
+        report = {name: table[numbers] for name, table in tables.report.items()}
+        state = tuple(
+            jax.tree.map(lambda t, c=candidates: t[numbers[c]], tables.state[group])
+            for group, _, candidates in self.groups
+        )
+        return Tables(report, state)
+
+    def new_rows(self, resolved: Resolution, member: Sequence[Any]) -> Tables:
+        """The rows' new values, to be returned as their cotangents."""
+        report = {
+            "gram": resolved.gram,
+            "weights": resolved.weights,
+            "update_norm": resolved.update_norm,
+            "mean_norm": resolved.mean_norm,
+            "nonfinite": resolved.nonfinite.astype(jnp.float32),
+            "resolved": jnp.ones(self.num_blocks, jnp.float32),
+        }
+
+        def mine(new: jax.Array, m: Any) -> jax.Array:
+            return new if m is None else jnp.where(m.reshape(-1, *(1,) * (new.ndim - 1)), new, 0)
+
+        state = tuple(
+            jax.tree.map(lambda new, m=m: mine(new, m), s)
+            for s, m in zip(resolved.state, member, strict=True)
+        )
+        return Tables(report, state)
+
+    def no_rows(self) -> Tables:
+        """Rows of a call that resolves nothing."""
+        k = self.objectives
+        shapes = {"gram": (0, k, k), "weights": (0, k), "nonfinite": (0, k)}
+        names = ("gram", "weights", "update_norm", "mean_norm", "nonfinite", "resolved")
+        return Tables({n: jnp.zeros(shapes.get(n, (0,)), jnp.float32) for n in names}, ())
+
+
+def over_objectives(function: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
+    """Make an operation of one objective that sees all of this device's objectives at once.
+
+    Args:
+      function: ``(per objective [K / L, ...], *shared) -> result``, the same for all objectives.
+      topology: the mesh.
+
+    Returns:
+      A function ``(of one objective, *shared) -> result``, to be mapped over the objectives.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(mapped: Any, *shared: Any) -> Any:
+        # Only its shapes matter: the loss function is always mapped.
+        return function(
+            jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (topology.local_objectives, *x.shape)), mapped
+            ),
+            *shared,
+        )
+
+    @one.def_vmap
+    def _(size: int, batched: Sequence[Any], mapped: Any, *shared: Any) -> tuple[Any, Any]:
+        if size != topology.local_objectives or any(jax.tree.leaves(batched[1:])):
+            raise ConfigError(
+                "A block was called inside a vmap of the loss function's own. Call it on the whole "
+                "array instead; the engine maps the loss function over the objectives itself."
+            )
+        mapped = jax.tree.map(
+            lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), mapped, batched[0]
+        )
+        result = function(mapped, *shared)
+        return result, jax.tree.map(lambda _: False, result)
+
+    return one

@@ -1,0 +1,536 @@
+"""``resolved_value_and_grad``: losses and the resolved gradient, block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoo.aggregators import Aggregator
+from jaxmoo.blocks import Blocks, Partition, partition, path_string
+from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables
+from jaxmoo.engine.block import running
+from jaxmoo.engine.layout import Layout, Topology
+from jaxmoo.engine.parameter import Parameter
+from jaxmoo.engine.usage import Recorder, Usage
+from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.gradients import num_objectives as objectives_of
+from jaxmoo.mesh import DATA, FSDP, LANGUAGE, make_mesh
+from jaxmoo.resolve import conflict_share, group_blocks
+from jaxmoo.transform import ResolveConflictsState, new_state, normalised, raise_nonfinite
+
+__all__ = ["ResolvedGradients", "resolved_value_and_grad"]
+
+REPLICAS = ("mean_then_resolve", "resolve_then_mean", "pooled_gram")
+MICROBATCHES = ("resolve_each", "accumulate_first")
+
+
+def resolved_value_and_grad(
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    *,
+    num_objectives: int,
+    aggregator: str | Aggregator | Mapping[str, str | Aggregator] = "cagrad",
+    blocks: str | Blocks | Callable[[str], Any] = "layer",
+    weight_fn: Callable[[Any], jax.Array] | None = None,
+    frozen: Any = None,
+    stacked: str | None = None,
+    mesh: Mesh | None = None,
+    preference: Sequence[float] | jax.Array | None = None,
+    match_norm: bool = False,
+    nonfinite: Literal["skip", "raise"] = "skip",
+    replicas: str = "mean_then_resolve",
+    microbatches: int = 1,
+    accumulation: str = "resolve_each",
+    dtype: Any = None,
+    seed: int = 0,
+) -> ResolvedGradients:
+    r"""Make a function that returns every objective's loss and the resolved gradient.
+
+    Conflicts are resolved *inside* the backward pass: the objectives' gradients of one block exist
+    only while that block is resolved, so memory stays near that of ordinary training. The result
+    is what :func:`jaxmoo.stacked_value_and_grad` followed by :func:`jaxmoo.resolve_conflicts`
+    gives. It can go into any optax chain.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> scalar``: the *sum* of losses over the examples of one
+        objective's batch, or ``loss_fn(params, frozen, batch)`` when ``frozen`` is given. Every
+        call in it that reads parameters is marked with :func:`jaxmoo.block`.
+      params: the trainable parameters, or their shapes.
+      num_objectives: K.
+      aggregator: see :func:`jaxmoo.resolve_conflicts`.
+      blocks: see :func:`jaxmoo.resolve_conflicts`. ``"shard"`` stands for as many pieces as the
+        mesh has.
+      weight_fn: ``weight_fn(batch) -> scalar``: by how much an objective's sum of losses is
+        divided, such as its number of target tokens. It must add up over examples; by default it
+        is their number. An objective of weight 0 is absent from the step.
+      frozen: parameters that are read but not trained, or their shapes.
+      stacked: which arrays stack the layers of a scanned model; see
+        :func:`jaxmoo.blocks.partition`.
+      mesh: from :func:`jaxmoo.mesh.make_mesh`; by default one over all devices.
+      preference: see :func:`jaxmoo.resolve_conflicts`.
+      match_norm: see :func:`jaxmoo.resolve_conflicts`.
+      nonfinite: see :func:`jaxmoo.resolve_conflicts`.
+      replicas: what happens between the replicas of the mesh's ``data`` axis.
+        ``"mean_then_resolve"`` averages the objectives' gradients (exact; K times the bytes on
+        that axis). ``"resolve_then_mean"`` lets each replica resolve its own and averages the
+        results. ``"pooled_gram"`` averages the Gram matrices, so that all replicas use the same
+        weights, and then the results.
+      microbatches: into how many parts the examples of every objective are split.
+      accumulation: ``"resolve_each"`` resolves each microbatch and averages the results, at no
+        cost in memory; ``"accumulate_first"`` adds up every objective's gradients and resolves
+        once, which is what one large batch gives and needs K times the memory of the gradient.
+      dtype: dtype in which parameters are gathered and gradients are sent; by default that of
+        each parameter.
+      seed: seed of aggregators that draw random numbers.
+
+    Returns:
+      A :class:`ResolvedGradients`.
+
+    Raises:
+      ConfigError: an option is unknown or contradicts another.
+
+    References:
+      Hoang et al., *Multilingual Fine-Tuning via Localized Gradient Conflict Resolution*,
+      `arXiv:2606.05613 <https://arxiv.org/abs/2606.05613>`_.
+
+    Example:
+      >>> from jaxmoo.engine import block
+      >>> def loss(params, batch):
+      ...     prediction = block(lambda p, x: x * p["w"])(params, batch["x"])
+      ...     return jnp.sum((prediction - batch["y"]) ** 2)
+      >>> params = {"w": jnp.ones(2)}
+      >>> gradients = resolved_value_and_grad(loss, params, num_objectives=2, aggregator="mgda")
+      >>> batch = {"x": jnp.ones((2, 3, 2)), "y": jnp.array([[[1.0, 3.0]] * 3, [[3.0, 1.0]] * 3])}
+      >>> losses, update, state = gradients(params, batch, gradients.init())
+      >>> losses.tolist(), [round(x, 3) for x in update["w"].tolist()]
+      ([4.0, 4.0], [-2.0, -2.0])
+    """
+    _check(nonfinite, ("skip", "raise"), "nonfinite")
+    _check(replicas, REPLICAS, "replicas")
+    _check(accumulation, MICROBATCHES, "accumulation")
+    if microbatches < 1:
+        raise ConfigError(f"microbatches: expected at least 1, found {microbatches}.")
+    mesh = make_mesh(num_objectives) if mesh is None else mesh
+    topology = Topology.of(mesh, num_objectives)
+    part = partition(
+        f"shard:{topology.pieces}" if blocks == "shard" else blocks, params, stacked=stacked
+    )
+    groups = group_blocks(part, aggregator)
+    for group in groups:
+        if group.aggregator.cross_gram:
+            raise ConfigError(
+                f"{group.aggregator.name} needs gradients of two batches per step; use "
+                "stacked_value_and_grad and resolve_conflicts."
+            )
+        if group.aggregator.combine is not None and replicas == "pooled_gram":
+            raise ConfigError(
+                f"{group.aggregator.name} works coordinate by coordinate and has no Gram matrix to "
+                "pool; use replicas='mean_then_resolve' or 'resolve_then_mean'."
+            )
+    share = None if preference is None else np.asarray(normalised(preference, num_objectives))
+    return ResolvedGradients(
+        loss_fn=loss_fn,
+        weight_fn=_number_of_examples if weight_fn is None else weight_fn,
+        partition=part,
+        rules=Rules(groups, len(part), share, match_norm, replicas),
+        layouts=_layouts(params, frozen, part, stacked, topology),
+        num_trained=len(jax.tree.leaves(params)),
+        has_frozen=frozen is not None,
+        mesh=mesh,
+        topology=topology,
+        nonfinite=nonfinite,
+        microbatches=microbatches,
+        accumulate=accumulation == "accumulate_first" and microbatches > 1,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResolvedGradients:
+    """Computes losses and the resolved gradient; made by :func:`resolved_value_and_grad`.
+
+    Attributes:
+      partition: the blocks.
+      mesh: the devices.
+    """
+
+    loss_fn: Callable[..., jax.Array]
+    weight_fn: Callable[[Any], jax.Array]
+    partition: Partition
+    rules: Rules
+    layouts: tuple[Layout, ...]
+    num_trained: int
+    has_frozen: bool
+    mesh: Mesh
+    topology: Topology
+    nonfinite: str
+    microbatches: int
+    accumulate: bool
+    dtype: Any
+    seed: int
+
+    def init(self) -> ResolveConflictsState:
+        """Return the state before the first step."""
+        groups = self.rules.groups
+        return new_state(len(self.partition), groups, self.topology.objectives, self.seed)
+
+    def __call__(
+        self, params: Any, batch: Any, state: ResolveConflictsState, frozen: Any = None
+    ) -> tuple[jax.Array, Any, ResolveConflictsState]:
+        """Compute the losses and the resolved gradient of one step.
+
+        Args:
+          params: trainable parameters.
+          batch: pytree of arrays [K, B, ...].
+          state: from :meth:`init` or the last step.
+          frozen: parameters that are not trained.
+
+        Returns:
+          ``(losses [K], gradient shaped like the parameters, state)``. The loss of an absent
+          objective is 0.
+
+        Raises:
+          ConfigError: a parameter is read outside of a block, or by none.
+          DataError: the batch does not fit the mesh or K.
+        """
+        self._check_batch(batch)
+        usage = self.usage(params, batch, frozen)
+        leaves, tree = jax.tree.flatten(params)
+        frozen_leaves, frozen_tree = jax.tree.flatten(frozen)
+        pad = self.topology.local_objectives * self.topology.language - self.topology.objectives
+        if pad:
+            batch = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), batch)
+        tapped = self.tapped(usage)
+        per_device = functools.partial(self._per_device, tree, frozen_tree, tapped, usage.tied())
+        specs = [layout.spec for layout in self.layouts]
+        trained, fixed = specs[: self.num_trained], specs[self.num_trained :]
+        key = jax.random.key_data(jax.random.fold_in(state.key, state.step))
+        run = jax.shard_map(
+            per_device,
+            mesh=self.mesh,
+            in_specs=(trained, fixed, P(LANGUAGE, (DATA, FSDP)), P(), P()),
+            out_specs=(P(LANGUAGE), trained, P()),
+            check_vma=False,
+        )
+        losses, updates, tables = run(
+            leaves, frozen_leaves, batch, key, self._expand(state.aggregator)
+        )
+        updates = jax.tree.unflatten(tree, updates)
+        return losses[: self.topology.objectives], updates, self._next_state(state, tables)
+
+    def usage(self, params: Any, batch: Any, frozen: Any = None) -> Usage:
+        """Trace the loss function once, on shapes, to see how it uses the parameters.
+
+        Args:
+          params: trainable parameters or their shapes.
+          batch: batch [K, B, ...] or its shapes.
+          frozen: other parameters or their shapes.
+
+        Raises:
+          ConfigError: a trainable parameter is not read by any block.
+        """
+        recorder = Recorder(self.layouts)
+
+        def loss(values: list[Any], batch: Any) -> jax.Array:
+            with running(recorder):
+                return self._loss(values, [None] * len(values), trees, batch)
+
+        trees = (jax.tree.structure(params), jax.tree.structure(frozen))
+        arrays = [*jax.tree.leaves(params), *jax.tree.leaves(frozen)]
+        shapes = [jax.ShapeDtypeStruct(x.shape, self._gathered_dtype(x)) for x in arrays]
+        rows = self.topology.data * self.topology.fsdp * self.microbatches
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[1] // rows, *x.shape[2:]), x.dtype), batch
+        )
+        usage = recorder.finish(jax.make_jaxpr(loss)(shapes, one).jaxpr)
+        unused = usage.unused()
+        if unused:
+            raise ConfigError(
+                f"No block reads the trainable parameters {', '.join(unused[:5])}"
+                f"{', ...' if len(unused) > 5 else ''}: they cannot learn. Freeze them."
+            )
+        return usage
+
+    def tapped(self, usage: Usage) -> frozenset[int]:
+        """Numbers of the arrays whose gradients [K, ...] are kept until the end of the pass."""
+        return frozenset(range(self.num_trained)) if self.accumulate else usage.tapped()
+
+    def shardings(self) -> tuple[list[NamedSharding], list[NamedSharding]]:
+        """Shardings of the leaves of the trainable and the frozen parameters."""
+        found = [NamedSharding(self.mesh, layout.spec) for layout in self.layouts]
+        return found[: self.num_trained], found[self.num_trained :]
+
+    def _gathered_dtype(self, x: Any) -> Any:
+        return x.dtype if self.dtype is None else jnp.dtype(self.dtype)
+
+    def _loss(
+        self, values: Sequence[Any], taps: Sequence[Any], trees: Any, batch: Any
+    ) -> jax.Array:
+        """Call the loss function of one objective with parameters it may read in blocks only."""
+        wrapped = [
+            _parameter(layout, number, value, tap)
+            for number, (layout, value, tap) in enumerate(
+                zip(self.layouts, values, taps, strict=True)
+            )
+        ]
+        params = jax.tree.unflatten(trees[0], wrapped[: self.num_trained])
+        if not self.has_frozen:
+            return self.loss_fn(params, batch)
+        return self.loss_fn(
+            params, jax.tree.unflatten(trees[1], wrapped[self.num_trained :]), batch
+        )
+
+    def _check_batch(self, batch: Any) -> None:
+        k, top = objectives_of(batch), self.topology
+        if k != top.objectives:
+            raise DataError(f"num_objectives={top.objectives}, but the batch holds {k} objectives.")
+        rows = top.data * top.fsdp * self.microbatches
+        for path, x in jax.tree_util.tree_leaves_with_path(batch):
+            if x.ndim < 2 or not x.shape[1] or x.shape[1] % rows:
+                found = "no such axis" if x.ndim < 2 else f"{x.shape[1]}"
+                raise DataError(
+                    f"Batch {path_string(path)!r}: expected [K, B, ...] with B a multiple of "
+                    f"{rows} (data {top.data} x fsdp {top.fsdp} x microbatches "
+                    f"{self.microbatches}), found {found}."
+                )
+
+    # What follows runs on every device, on its pieces and its part of the batch.
+
+    def _per_device(
+        self,
+        tree: Any,
+        frozen_tree: Any,
+        tapped: frozenset[int],
+        tied: frozenset[int],
+        values: list[jax.Array],
+        frozen: list[jax.Array],
+        batch: Any,
+        key: jax.Array,
+        state: tuple[Any, ...],
+    ) -> tuple[jax.Array, list[jax.Array], Tables]:
+        n, top = self.microbatches, self.topology
+        one_pass = functools.partial(
+            self._backward,
+            values,
+            trees=(tree, frozen_tree),
+            tapped=tapped,
+            tied=tied,
+            frozen=frozen,
+        )
+        weights, active = self._weights(batch)
+        dynamic = Dynamic(key, active)
+        if n == 1:
+            losses, updates, taps, tables = one_pass(batch, weights, dynamic, state)
+            return losses, *self._complete(updates, taps, dynamic, state, tables)
+
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0), batch
+        )
+        if self.accumulate:
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                losses, _, taps, _ = one_pass(part, weights, dynamic, state)
+                return jax.tree.map(jnp.add, total, (losses, taps)), None
+
+            zeros = (jnp.zeros(weights.shape, jnp.float32), self._taps(values, tapped))
+            (losses, taps), _ = jax.lax.scan(add, zeros, parts)
+            tables = Tables(self.rules.empty_report(top.objectives), state)
+            return losses, *self._complete(values, taps, dynamic, state, tables)
+
+        def each(carry: Any, numbered: Any) -> tuple[Any, None]:
+            losses, seen, updates, report, state = carry
+            number, part = numbered
+            weights, active = self._weights(part)
+            fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
+            dynamic = Dynamic(jax.random.key_data(fold), active)
+            loss, update, taps, tables = one_pass(part, weights, dynamic, state)
+            update, tables = self._complete(update, taps, dynamic, state, tables)
+            return (
+                losses + loss,
+                seen + (weights > 0),
+                jax.tree.map(lambda total, u: total + u / n, updates, update),
+                jax.tree.map(lambda total, x: total + x / n, report, tables.report),
+                tables.state,
+            ), None
+
+        start = (
+            jnp.zeros(weights.shape, jnp.float32),
+            jnp.zeros(weights.shape, jnp.float32),
+            [jnp.zeros_like(v) for v in values],
+            self.rules.empty_report(top.objectives),
+            state,
+        )
+        end, _ = jax.lax.scan(each, start, (jnp.arange(n), parts))
+        losses, seen, updates, report, state = end
+        return losses / jnp.maximum(seen, 1), updates, Tables(report, state)
+
+    def _complete(
+        self,
+        updates: list[Any],
+        taps: list[Any],
+        dynamic: Dynamic,
+        state: tuple[Any, ...],
+        tables: Tables,
+    ) -> tuple[list[jax.Array], Tables]:
+        """Resolve what the backward pass could not, and keep the state of blocks not resolved."""
+        if any(tap is not None for tap in taps):
+            engine = Backward(
+                self.layouts,
+                self.topology,
+                self.rules,
+                tables=Tables(tables.report, state),
+                dynamic=dynamic,
+                dtype=self.dtype,
+            )
+            updates, tables = engine.resolve_late(updates, taps, tables)
+        done = tables.report["resolved"] > 0
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        return updates, Tables(tables.report, jax.tree.map(keep, tables.state, state))
+
+    def _weights(self, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Weights of this device's objectives [K / L], and which of all K are present."""
+        top = self.topology
+        weights = jax.vmap(self.weight_fn)(batch).astype(jnp.float32)
+        if top.data * top.fsdp > 1:
+            weights = jax.lax.psum(weights, (DATA, FSDP))
+        everyone = weights
+        if top.language > 1:
+            everyone = jax.lax.all_gather(weights, LANGUAGE, tiled=True)
+        present = everyone > 0
+        if top.local_objectives * top.language > top.objectives:  # places without an objective
+            first = jax.lax.axis_index(LANGUAGE) * top.local_objectives
+            real = first + jnp.arange(top.local_objectives) < top.objectives
+            weights = jnp.where(real, weights, 0)
+        return weights, present[: top.objectives]
+
+    def _taps(self, values: Sequence[jax.Array], tapped: frozenset[int]) -> list[Any]:
+        k = self.topology.objectives
+        taps: list[Any] = []
+        for number, value in enumerate(values):
+            lead = int(self.layouts[number].layers is not None)
+            shape = (*value.shape[:lead], k, *value.shape[lead:])
+            dtype = self._gathered_dtype(value)
+            taps.append(jnp.zeros(shape, dtype) if number in tapped else None)
+        return taps
+
+    def _backward(
+        self,
+        values: list[jax.Array],
+        batch: Any,
+        weights: jax.Array,
+        dynamic: Dynamic,
+        state: tuple[Any, ...],
+        *,
+        trees: Any,
+        tapped: frozenset[int],
+        tied: frozenset[int],
+        frozen: list[jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array], list[Any], Tables]:
+        """One forward and backward pass: losses, gradients of pieces, taps, tables."""
+        top = self.topology
+        # Replicas that resolve on their own see their share as if it were everything.
+        alone = self.rules.replicas != "mean_then_resolve"
+        scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
+        scale = scale * top.data if alone else scale
+
+        def loss(differentiated: Any, batch: Any, scale: jax.Array) -> jax.Array:
+            values, taps, tables = differentiated
+            engine = Backward(
+                self.layouts,
+                top,
+                self.rules,
+                tapped=tapped,
+                tied=tied,
+                tables=tables,
+                dynamic=dynamic,
+                dtype=self.dtype,
+            )
+            taps = [*taps, *(None for _ in frozen)]
+            with running(engine):
+                return self._loss([*values, *frozen], taps, trees, batch) * scale
+
+        tables = Tables(self.rules.empty_report(top.objectives), state)
+        inputs = (values, self._taps(values, tapped), tables)
+        losses, (updates, taps, tables) = jax.vmap(
+            jax.value_and_grad(loss), in_axes=(None, 0, 0), out_axes=(0, None)
+        )(inputs, batch, scale)
+        if alone:
+            losses = losses / top.data
+            updates = top.replica_mean(updates)
+        if top.data * top.fsdp > 1:
+            losses = jax.lax.psum(losses, (DATA, FSDP))
+        return losses, updates, taps, tables
+
+    def _expand(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give every group's state a row per block, and one to spare."""
+        rows = len(self.partition) + 1
+
+        def grow(x: jax.Array, blocks: np.ndarray) -> jax.Array:
+            return jnp.zeros((rows, *x.shape[1:]), x.dtype).at[blocks].set(x)
+
+        return tuple(
+            jax.tree.map(functools.partial(grow, blocks=np.asarray(group.blocks)), s)
+            for group, s in zip(self.rules.groups or (), state, strict=True)
+        )
+
+    def _next_state(self, state: ResolveConflictsState, tables: Tables) -> ResolveConflictsState:
+        report = {name: x[:-1] for name, x in tables.report.items()}
+        nonfinite = report["nonfinite"].any(0)
+        if self.nonfinite == "raise":
+            jax.debug.callback(raise_nonfinite, nonfinite)
+        return ResolveConflictsState(
+            step=optax.safe_increment(state.step),
+            key=state.key,
+            aggregator=tuple(
+                jax.tree.map(operator.itemgetter(np.asarray(group.blocks)), s)
+                for group, s in zip(self.rules.groups or (), tables.state, strict=True)
+            ),
+            gram=report["gram"],
+            weights=report["weights"],
+            conflict=conflict_share(report["gram"]),
+            update_norm=report["update_norm"],
+            mean_norm=report["mean_norm"],
+            skipped=state.skipped + nonfinite,
+        )
+
+
+def _parameter(layout: Layout, number: int, value: Any, tap: Any) -> Parameter:
+    layer = None if layout.layers is None else np.arange(layout.layers, dtype=np.int32)
+    return Parameter(value, tap, layer, number, layout.path)
+
+
+def _layouts(
+    params: Any, frozen: Any, part: Partition, stacked: str | None, topology: Topology
+) -> tuple[Layout, ...]:
+    found = []
+    for tree, labels in ((params, part.labels), (frozen, None)):
+        for number, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+            name = path_string(path)
+            is_stack = stacked is not None and re.search(stacked, name) is not None
+            mine = None if labels is None else labels[number]
+            found.append(Layout.of(name, x, is_stack, topology.pieces, mine))
+    return tuple(found)
+
+
+def _number_of_examples(batch: Any) -> jax.Array:
+    return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
+
+
+def _check(value: str, choices: Sequence[str], name: str) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")

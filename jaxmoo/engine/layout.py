@@ -1,0 +1,219 @@
+"""How one parameter lies on the devices, and how its per-objective gradients get there.
+
+Inside ``shard_map`` every device holds one piece of every array. The functions here are all the
+communication that gradients need: :func:`gather` makes the whole array from the pieces, and
+:func:`scatter` takes per-objective gradients of the whole array, each device's own objectives and
+examples, and leaves on each device all K objectives' gradients of its own piece. Together they
+move what fully sharded data parallelism moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
+from jaxmoo.resolve import Section, section_place, section_uniform
+
+__all__ = ["Layout", "Topology", "gather", "scatter", "sections_of_piece"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Sizes of the mesh axes and the number of objectives."""
+
+    data: int
+    language: int
+    fsdp: int
+    objectives: int  # K
+
+    @classmethod
+    def of(cls, mesh: Mesh, objectives: int) -> Topology:
+        """Read the sizes from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`."""
+        return cls(mesh.shape[DATA], mesh.shape[LANGUAGE], mesh.shape[FSDP], objectives)
+
+    @property
+    def pieces(self) -> int:
+        """Pieces an array is cut into."""
+        return self.language * self.fsdp
+
+    @property
+    def local_objectives(self) -> int:
+        """Objectives per language group, places without an objective included."""
+        return -(-self.objectives // self.language)
+
+    def piece_index(self) -> jax.Array | int:
+        """Which piece this device holds; inside ``shard_map`` only."""
+        if self.pieces == 1:
+            return 0
+        return jax.lax.axis_index((LANGUAGE, FSDP))
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """Sum over the devices that hold the other pieces."""
+        return x if self.pieces == 1 else jax.lax.psum(x, (LANGUAGE, FSDP))
+
+    def replica_mean(self, tree: Any) -> Any:
+        """Average over replicas."""
+        return tree if self.data == 1 else jax.lax.pmean(tree, DATA)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where one parameter array lies.
+
+    Attributes:
+      path: its dotted path.
+      shape: shape of the array, or of one layer of an array that stacks layers.
+      dtype: its dtype.
+      layers: number of layers stacked along a leading axis, or None.
+      axis: axis of ``shape`` along which devices hold pieces; None when all hold everything.
+      labels: block number of each section, int [layers or 1, parts]; None for a frozen array.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    layers: int | None
+    axis: int | None
+    labels: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, path: str, array: Any, stacked: bool, pieces: int, labels: np.ndarray | None
+    ) -> Layout:
+        """Lay an array out on ``pieces`` devices."""
+        shape = tuple(array.shape)
+        layers, shape = (shape[0], shape[1:]) if stacked else (None, shape)
+        return cls(
+            path=path,
+            shape=shape,
+            dtype=array.dtype,
+            layers=layers,
+            axis=None if pieces == 1 else sharded_axis(path, shape, pieces),
+            labels=None if labels is None else labels.reshape(layers or 1, -1),
+        )
+
+    @property
+    def spec(self) -> P:
+        """Sharding of the stored array."""
+        lead = () if self.layers is None else (None,)
+        return P(
+            *lead, *((LANGUAGE, FSDP) if a == self.axis else None for a in range(len(self.shape)))
+        )
+
+    def piece_shape(self, pieces: int) -> tuple[int, ...]:
+        """Shape of one device's piece of one layer."""
+        return tuple(n // pieces if a == self.axis else n for a, n in enumerate(self.shape))
+
+    @property
+    def size(self) -> int:
+        """Elements of one layer."""
+        return math.prod(self.shape)
+
+
+def gather(piece: jax.Array, axis: int | None) -> jax.Array:
+    """Make the whole array from all devices' pieces."""
+    if axis is None:
+        return piece
+    return jax.lax.all_gather(piece, (LANGUAGE, FSDP), axis=axis, tiled=True)
+
+
+def scatter(gradients: jax.Array, axis: int | None, topology: Topology) -> jax.Array:
+    """Sum gradients over examples and hand each device all objectives' gradients of its piece.
+
+    Args:
+      gradients: [K / L, ...] of the whole array: this device's objectives, over its examples.
+      axis: the array's axis along which devices hold pieces.
+      topology: the mesh.
+
+    Returns:
+      [K, ...] of this device's piece, over the examples of its replica.
+    """
+    top, x = topology, gradients
+    if axis is None:
+        if top.fsdp > 1:
+            x = jax.lax.psum(x, FSDP)
+        if top.language > 1:
+            x = jax.lax.all_gather(x, LANGUAGE, tiled=True)
+        return x[: top.objectives]
+    at = axis + 1
+    lead, size, rest = x.shape[:at], x.shape[at], x.shape[at + 1 :]
+    piece = size // top.pieces
+    x = x.reshape(*lead, top.language, top.fsdp, piece, *rest)
+    # Over examples first: what then goes to the other groups is F times smaller.
+    if top.fsdp > 1:
+        x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=at + 1)
+    else:
+        x = x.reshape(*lead, top.language, piece, *rest)
+    if top.language > 1:
+        x = jax.lax.all_to_all(x, LANGUAGE, split_axis=at, concat_axis=0, tiled=True)
+    return x.reshape(-1, *lead[1:], piece, *rest)[: top.objectives]
+
+
+def sections_of_piece(
+    gradients: jax.Array,
+    layout: Layout,
+    leaf: int,
+    labels: jax.Array,
+    layers: jax.Array,
+    topology: Topology,
+) -> Section:
+    """Cut one device's per-objective gradients of an array into sections of blocks.
+
+    Args:
+      gradients: [K, n, *piece] of n layers.
+      layout: the array's layout.
+      leaf: the array's number, from which its random numbers are made.
+      labels: int [n, parts]: block of each equal part of each layer's leading axis.
+      layers: int [n], numbers of the layers in their stack.
+      topology: the mesh.
+
+    Returns:
+      A section with values [K, n x S, ...]; S is the number of sections in a piece.
+    """
+    k, n, parts = *gradients.shape[:2], labels.shape[1]
+    counted: Any = 1.0
+    if layout.axis is None and topology.pieces > 1:  # everyone holds it all: one device counts
+        counted = jnp.float32(topology.piece_index() == 0)
+    piece = gradients.shape[2:] or (1,)
+    section_rows = (layout.shape[0] if layout.shape else 1) // parts
+    # A piece may hold several sections, or part of one.
+    height = math.gcd(piece[0], section_rows)
+    start = topology.piece_index() * piece[0] if layout.axis == 0 else 0
+    first_row = start + height * np.arange(piece[0] // height)
+    section = first_row // section_rows
+
+    def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:
+        full = (section_rows, *piece[1:])
+        if layout.axis not in (None, 0):
+            full = (section_rows, *layout.shape[1:])
+
+        def one(layer: jax.Array, section: jax.Array, row: jax.Array, number: jax.Array) -> Any:
+            place = section_place(leaf, layer * parts + section)
+            x = section_uniform(key, place, number, (math.prod(full),)).reshape(full)
+            x = jax.lax.dynamic_slice_in_dim(x, row % section_rows, height, 0)
+            if layout.axis not in (None, 0):
+                width = piece[layout.axis]
+                x = jax.lax.dynamic_slice_in_dim(
+                    x, topology.piece_index() * width, width, layout.axis
+                )
+            return x
+
+        over_sections = jax.vmap(one, in_axes=(None, 0, 0, 0))
+        drawn = jax.vmap(over_sections, in_axes=(0, None, None, 0))(
+            jnp.asarray(layers),
+            jnp.asarray(section),
+            jnp.asarray(first_row),
+            numbers.reshape(n, -1),
+        )
+        return drawn.reshape(-1, *drawn.shape[2:])
+
+    values = gradients.reshape(k, n * (piece[0] // height), height, *piece[1:])
+    return Section(values, labels[:, section].reshape(-1), uniform, counted)

@@ -1,0 +1,183 @@
+"""Find out how a loss function uses its parameters, by tracing it once.
+
+A block can be resolved inside the backward pass only where one call sees all of its gradients:
+every parameter in it is used by that call alone, once. Tied parameters, blocks that span calls
+and weights shared by the steps of a loop are resolved after the pass instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from jaxmoo.engine.layout import Layout
+from jaxmoo.engine.parameter import Parameter
+
+__all__ = ["Recorder", "Usage"]
+
+_MARK = "jaxmoo_block_"
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a block that the trace met.
+
+    Attributes:
+      uses: for each parameter it reads, (number of the array, layer or None for a traced one).
+      vocabulary: name of the operation on a vocabulary table, or None.
+      times: how often a pass executes it.
+    """
+
+    uses: list[tuple[int, int | None]]
+    vocabulary: str | None = None
+    times: float = 0
+
+
+class Recorder:
+    """Stands in for the engine while the loss function is traced for its use of parameters."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self._layouts = layouts
+        self._calls: list[Call] = []
+
+    def use(
+        self, parameters: Sequence[Parameter], vocabulary: str | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Note a call and return its parameters as whole arrays."""
+        call = Call([(p.leaf, _number(p.layer)) for p in parameters], vocabulary)
+
+        def mark(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return values
+
+        mark.__name__ = f"{_MARK}{len(self._calls)}_"
+        self._calls.append(call)
+        return jax.jit(mark)(tuple(p.value for p in parameters))
+
+    def finish(self, jaxpr: Any) -> Usage:
+        """Count from the traced program how often each call is executed."""
+        for number, times in _executions(jaxpr).items():
+            self._calls[number].times += times
+        return Usage(self._layouts, [c for c in self._calls if c.times])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Usage:
+    """Which parameters each call of the loss function reads."""
+
+    layouts: Sequence[Layout]
+    calls: list[Call]
+
+    def tapped(self) -> frozenset[int]:
+        """Numbers of the arrays whose blocks must be resolved after the backward pass."""
+        home = self._homes()
+        # Which calls, or none in particular, see the gradients of each block.
+        seen: dict[int, set[Hashable]] = {}
+        for leaf, layout in self._trainable():
+            for layer, labels in enumerate(layout.labels):
+                place = home.get((leaf, layer))
+                for part, label in enumerate(labels):
+                    sliced = isinstance(place, str)  # of a table, one slice is seen at a time
+                    seen.setdefault(int(label), set()).add((place, part) if sliced else place)
+        late = {label for label, homes in seen.items() if None in homes or len(homes) > 1}
+        taps: set[int] = set()
+        while True:
+            more = {
+                leaf
+                for leaf, layout in self._trainable()
+                if leaf not in taps and late & set(layout.labels.flat)
+            }
+            if not more:
+                return frozenset(taps)
+            taps |= more
+            late |= {int(label) for leaf in more for label in self.layouts[leaf].labels.flat}
+
+    def unused(self) -> list[str]:
+        """Paths of trainable arrays that no call reads."""
+        used = {leaf for call in self.calls for leaf, _ in call.uses}
+        return [layout.path for leaf, layout in self._trainable() if leaf not in used]
+
+    def tied(self) -> frozenset[int]:
+        """Tables that embed the tokens and score them."""
+        kinds: dict[int, set[str]] = {}
+        for call in self.calls:
+            if call.vocabulary is not None:
+                kinds.setdefault(call.uses[0][0], set()).add(call.vocabulary)
+        return frozenset(leaf for leaf, names in kinds.items() if len(names) > 1)
+
+    def largest_call(self) -> tuple[int, str]:
+        """Parameters of the largest call whose gradients exist at one time, and its first path."""
+        sizes = []
+        for call in self.calls:
+            mine = [self.layouts[leaf] for leaf, _ in call.uses]
+            mine = [layout for layout in mine if layout.labels is not None]
+            parts = mine[0].labels.shape[1] if call.vocabulary is not None and mine else 1
+            if mine:
+                sizes.append((sum(layout.size for layout in mine) // parts, mine[0].path))
+        return max(sizes, default=(0, ""))
+
+    def _trainable(self) -> list[tuple[int, Layout]]:
+        return [(i, layout) for i, layout in enumerate(self.layouts) if layout.labels is not None]
+
+    def _homes(self) -> dict[tuple[int, int], Hashable]:
+        """The one place in which each (array, layer) is used; those used otherwise are left out."""
+        places: dict[tuple[int, int], set[Hashable]] = {}
+        often: Counter[tuple[int, int]] = Counter()
+        for number, call in enumerate(self.calls):
+            for leaf, layer in call.uses:
+                layers = self.layouts[leaf].layers
+                if call.vocabulary is not None:
+                    # Both operations on one table work together, and see one slice at a time.
+                    places.setdefault((leaf, 0), set()).add(f"table {leaf}")
+                    often[leaf, 0] += 1 if (call.times == 1 and layers is None) else math.inf
+                    continue
+                whole = layers is not None and layer is None
+                for i in range(layers) if whole else (layer or 0,):
+                    places.setdefault((leaf, i), set()).add((number, i))
+                    often[leaf, i] += call.times / layers if whole else call.times
+        tied = self.tied()
+        return {
+            use: next(iter(found))
+            for use, found in places.items()
+            if len(found) == 1 and often[use] == (2 if use[0] in tied else 1)
+        }
+
+
+def _number(layer: Any) -> int | None:
+    """The layer's number where the program was traced with a certain one."""
+    return int(layer) if isinstance(layer, int | np.integer) else None
+
+
+def _executions(jaxpr: Any, times: float = 1) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for equation in jaxpr.eqns:
+        name = str(equation.params.get("name", ""))
+        if name.startswith(_MARK):
+            counts[int(name[len(_MARK) :].rstrip("_"))] += times
+            continue
+        inner = times
+        if equation.primitive.name == "scan":
+            inner = times * equation.params["length"]
+        elif equation.primitive.name == "while":
+            inner = math.inf
+        for value in equation.params.values():
+            for sub in _jaxprs(value):
+                counts.update(_executions(sub, inner))
+    return counts
+
+
+def _jaxprs(value: Any) -> Iterable[Any]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return itertools.chain.from_iterable(map(_jaxprs, value))
+    return []
