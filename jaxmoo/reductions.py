@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 __all__ = ["section_cross_grams", "section_grams", "weighted_sum"]
 
-# Columns of one slice of the Gram reduction: K rows of float32 stay in a core's cache.
-_COLUMNS = 16_384
+# Entries of one slice of the Gram reduction, K rows of float32: it stays in a core's cache. Slices
+# much narrower than that would cost more to start than to multiply.
+_ENTRIES = 16_384
+_FEWEST_COLUMNS = 512
 
 
 def section_grams(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
@@ -79,7 +81,8 @@ def _gram_by_slices(x: jax.Array) -> jax.Array:
         # As integers, or the backend converts the whole array to float32 before the loop. It
         # still makes one copy, in 16 bits.
         x = jax.lax.bitcast_convert_type(x, jnp.uint16)
-    full, rest = divmod(x.shape[2], _COLUMNS)
+    columns = max(_FEWEST_COLUMNS, _ENTRIES // k)
+    full, rest = divmod(x.shape[2], columns)
 
     def product(section: jax.Array, start: jax.Array | int, width: int) -> jax.Array:
         rows = jax.lax.dynamic_slice(x, (0, section, start), (k, 1, width))[:, 0]
@@ -89,11 +92,11 @@ def _gram_by_slices(x: jax.Array) -> jax.Array:
         return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
 
     def gram(section: jax.Array) -> jax.Array:
-        total = product(section, full * _COLUMNS, rest)
+        total = product(section, full * columns, rest)
         if not full:
             return total
         return jax.lax.fori_loop(
-            0, full, lambda i, acc: acc + product(section, i * _COLUMNS, _COLUMNS), total
+            0, full, lambda i, acc: acc + product(section, i * columns, columns), total
         )
 
     return jax.lax.map(gram, jnp.arange(s))

@@ -21,6 +21,8 @@ from jaxmoo.aggregators.registry import get
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.reductions import section_grams, weighted_sum
 
+_START = 4096  # columns looked at to tell that a row is not zero
+
 
 def gram(jacobian: jax.Array) -> jax.Array:
     """Inner products of stacked gradients, accumulated in float32.
@@ -145,9 +147,47 @@ def _aggregate(method, jacobian, second, state, key, active, preference):
     rest = {"key": key, "active": active, "preference": preference}
     if method.combine is not None:
         return combine_block(method, jacobian, **rest)
+    if not method.reads_gram:
+        return _in_one_pass(method, jacobian, state, key, active, preference)
     products = cross_gram(jacobian, second) if method.cross_gram else gram(jacobian)
     weights, _ = weigh_block(method, products, state=state, **rest)
     return combine_rows(jacobian, weights)
+
+
+def _in_one_pass(method, jacobian, state, key, active, preference):
+    """The update of a method whose weights depend only on which rows are zero or non-finite.
+
+    Finding out would take a second pass over the gradients. It is hardly ever needed: a non-finite
+    row that is heard makes the update non-finite, and a row with a non-zero start is not zero.
+    """
+
+    def update(sizes):
+        rest = {"state": state, "key": key, "active": active, "preference": preference}
+        weights, _ = weigh_block(method, jnp.diag(sizes), **rest)
+        return combine_rows(jacobian, weights), weights
+
+    guess, weights = update(jnp.ones(jacobian.shape[0]))
+    heard = weights != 0
+    if active is None:
+        known = heard & (jnp.max(jnp.abs(jacobian[:, :_START]), axis=1, initial=0) > 0)
+    else:
+        known = heard | ~active
+
+    def look(_):
+        sizes = jnp.max(jnp.abs(jacobian), axis=1, initial=0).astype(jnp.float32)
+        return update(sizes)[0], jnp.ones((), bool)
+
+    # A loop of at most one step, because a conditional would copy the update.
+    first = (guess, jnp.all(known) & _all_finite(guess))
+    return jax.lax.while_loop(lambda carry: ~carry[1], look, first)[0]
+
+
+def _all_finite(vector: jax.Array) -> jax.Array:
+    # In columns, which the compiler turns into vector instructions. Zero times a non-finite number
+    # is NaN.
+    rest = vector.shape[0] % _START
+    columns = vector[rest:].reshape(-1, _START)
+    return jnp.isfinite(jnp.sum(jnp.sum(columns * 0, axis=0)) + jnp.sum(vector[:rest] * 0))
 
 
 def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:

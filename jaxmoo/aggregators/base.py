@@ -65,6 +65,8 @@ class Aggregator:
       combine: ``(jacobian [K, n], active [K], preference [K], uniform [n]) -> [n]`` of a
         coordinate-wise rule, which replaces ``J^T w``; None for a method that is a function of the
         Gram matrix. Inactive rows are zero; ``uniform`` is None unless the rule is stochastic.
+      reads_gram: whether the weights depend on more of the Gram matrix than which rows are zero or
+        non-finite.
       stochastic: whether the method draws random numbers and therefore needs a key.
       cross_gram: whether ``weigh`` expects ``J1 J2^T`` of two independent batches.
       unit_scale: whether K equal gradients g give g (before ``summed``). False for a published
@@ -79,6 +81,7 @@ class Aggregator:
     weigh: Callable[..., tuple[jax.Array, State]]
     init: Callable[[int], State] = stateless
     combine: Callable[..., jax.Array] | None = None
+    reads_gram: bool = True
     stochastic: bool = False
     cross_gram: bool = False
     unit_scale: bool = True

@@ -46,4 +46,10 @@ def constant(weights: Sequence[float]) -> Aggregator:
     def weigh(gram, active, preference, state, key):
         return total * preference, state
 
-    return Aggregator("constant", weigh, unit_scale=False, importance=tuple(map(float, given)))
+    return Aggregator(
+        "constant",
+        weigh,
+        reads_gram=False,
+        unit_scale=False,
+        importance=tuple(map(float, given)),
+    )

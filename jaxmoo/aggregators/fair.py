@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.interior_point import RIDGE, matvec, step_damping
+from jaxmoo.aggregators.interior_point import RIDGE, matvec
 from jaxmoo.aggregators.solvers import equilibrate
 
 _TOLERANCE = 1e-6
@@ -37,7 +37,7 @@ def fair_shares(
     k = cosine.shape[0]
     identity = jnp.eye(k, dtype=cosine.dtype)
     curvature = cosine + RIDGE * identity
-    damping = step_damping(k)
+    damping = 2e-6 * max(1.0, k / 16)  # more of it slows Newton's method, less defeats float32
     # Start at the solution for orthogonal gradients.
     z = jnp.exp(log_target / (1 + 1 / alpha))
 

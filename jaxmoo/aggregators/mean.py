@@ -28,7 +28,7 @@ def mean() -> Aggregator:
     def weigh(gram, active, preference, state, key):
         return preference, state
 
-    return Aggregator("mean", weigh)
+    return Aggregator("mean", weigh, reads_gram=False)
 
 
 @reusable
@@ -52,4 +52,4 @@ def sum() -> Aggregator:
     def weigh(gram, active, preference, state, key):
         return preference, state
 
-    return Aggregator("sum", weigh, summed=True)
+    return Aggregator("sum", weigh, reads_gram=False, summed=True)

@@ -42,4 +42,4 @@ def random() -> Aggregator:
         logits = jnp.where(jnp.any(active), logits, 0.0)
         return jax.nn.softmax(logits), state
 
-    return Aggregator("random", weigh, stochastic=True)
+    return Aggregator("random", weigh, reads_gram=False, stochastic=True)

@@ -18,11 +18,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxmoo.aggregators.interior_point import Solution, interior_point, matvec
-
-_MAX_DESCENT = 12
+from jaxmoo.aggregators.interior_point import Ball, interior_point, matvec
 
 
 class Equilibrated(NamedTuple):
@@ -81,7 +78,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     unit = inverse / jnp.maximum(jnp.linalg.norm(inverse), 1e-30)
     cosine = cosine + unit[:, None] * unit[None, :]
     lower = jnp.where(active, inverse, -1.0)
-    weights = interior_point(cosine, lower).z * inverse
+    weights = interior_point(cosine, lower, magnitude=0.0) * inverse
     return weights / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
@@ -107,7 +104,7 @@ def project_on_dual_cone(cosine: jax.Array, active: jax.Array, target: jax.Array
       [0.0, 0.5]
     """
     lower = jnp.where(active, -matvec(cosine, target), -1.0)
-    return jnp.where(active, interior_point(cosine, lower).z, 0.0)
+    return jnp.where(active, interior_point(cosine, lower), 0.0)
 
 
 def best_worst_case(
@@ -150,57 +147,7 @@ def best_worst_case(
     # The largest multiplier for which z = 0 is admissible.
     multiplier = jnp.min(jnp.where(active, shift / jnp.where(active, lower, 1.0), jnp.inf))
     multiplier = jnp.where(jnp.any(active), multiplier, 0.0)
-    radius = jnp.asarray(radius, jnp.float32)
-    solution = interior_point(cosine, lower, shift=shift, radius=radius, multiplier=multiplier)
-    z = _descend_dual(cosine, lower, shift, radius, solution)
+    ball = Ball(jnp.where(jnp.any(active), radius, 0.0).astype(jnp.float32), multiplier)
+    magnitude = jnp.maximum(jnp.sum(jnp.abs(centre)) / length, 1.0)
+    z = interior_point(cosine, lower, shift=shift, ball=ball, magnitude=magnitude)
     return jnp.where(active, z * jnp.sqrt(square) / norm, 0.0)
-
-
-def _descend_dual(
-    cosine: jax.Array,
-    lower: jax.Array,
-    shift: jax.Array,
-    radius: jax.Array,
-    solution: Solution,
-) -> jax.Array:
-    """Make sure of the multiplier of :func:`best_worst_case`.
-
-    The dual objective of any weights bounds the multiplier from above, and the solution for an
-    upper bound gives weights with a lower one (Dinkelbach's method, here Newton's method on a
-    convex function, from the side where it is monotone). Does nothing when the solution has
-    converged, which fails for about one in a thousand problems, all of nearly dependent gradients.
-    """
-
-    def length(z):
-        return jnp.sqrt(jnp.maximum(jnp.dot(z, matvec(cosine, z)), 0.0))
-
-    def bound(z):
-        total = jnp.dot(lower, z)
-        value = (jnp.dot(shift, z) + radius * length(z)) / jnp.where(total > 0, total, 1.0)
-        return jnp.where(total > 0, value, jnp.inf)
-
-    def descend(carry):
-        z, multiplier, steps, _ = carry
-        z = interior_point(cosine, multiplier * lower - shift).z
-        better = jnp.minimum(multiplier, bound(z))
-        scale = (jnp.dot(jnp.abs(shift), z) + radius * length(z)) / jnp.dot(lower, z)
-        finished = multiplier - better <= 1e-7 * scale
-        return z, better, steps + 1, finished | ~jnp.isfinite(scale)
-
-    def unfinished(carry):
-        _, _, steps, finished = carry
-        return ~finished & (steps < _MAX_DESCENT)
-
-    even = jnp.ones_like(solution.z)
-    z, _, _, _ = lax.while_loop(
-        unfinished,
-        descend,
-        (
-            solution.z,
-            jnp.minimum(bound(solution.z), bound(even)),
-            jnp.zeros((), jnp.int32),
-            solution.converged,
-        ),
-    )
-    norm = length(z)
-    return z * jnp.minimum(1.0, radius / jnp.where(norm > 0, norm, 1.0))

@@ -139,9 +139,7 @@ class Backward:
         if trained:
             mine = [parameters[at] for at in trained]
             whole |= dict(zip(trained, self._use_trained(mine), strict=True))
-        return tuple(
-            checkpoint_name(whole[at], GATHERED) for at in range(len(parameters))
-        )
+        return tuple(checkpoint_name(whole[at], GATHERED) for at in range(len(parameters)))
 
     def gather(self, parameter: Parameter) -> jax.Array:
         """Return the whole array of a parameter."""
@@ -393,7 +391,7 @@ class CallBlocks(NamedTuple):
         numbers = self.integers[2]
         report = {name: table[numbers] for name, table in tables.report.items()}
         state = tuple(
-            jax.tree.map(lambda t, c=candidates: t[numbers[c]], tables.state[group])
+            jax.tree.map(lambda t, c=candidates: t[numbers[..., c]], tables.state[group])
             for group, _, candidates in self.groups
         )
         return Tables(report, state)

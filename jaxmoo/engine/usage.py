@@ -45,7 +45,7 @@ class Recorder:
     """Stands in for the engine while the loss function is traced for its use of parameters."""
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
-        self._layouts = layouts
+        self.layouts = layouts
         self._calls: list[Call] = []
 
     def use(
@@ -65,7 +65,7 @@ class Recorder:
         """Count from the traced program how often each call is executed."""
         for number, times in _executions(jaxpr).items():
             self._calls[number].times += times
-        return Usage(self._layouts, [c for c in self._calls if c.times])
+        return Usage(self.layouts, [c for c in self._calls if c.times])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

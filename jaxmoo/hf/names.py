@@ -1,7 +1,8 @@
 """Which Hugging Face tensor holds which parameter.
 
 One table, read in both directions; ``{i}`` stands for a layer's number. Hugging Face stores the
-matrix of a linear map as [out, in]; ours are [in, out].
+matrix of a linear map as [out, in]; ours are [in, out], except for the head's, which like the
+embedding is a table of one vector per token.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ class HFTensor(NamedTuple):
 _LINEAR = ("weight", "kernel", True)
 _BIAS = ("bias", "bias", False)
 _NORM = ("weight", "scale", False)
+_TABLE_OF_VECTORS = ("weight", "embedding", False)
 
 # Hugging Face's prefix, ours, and the leaves below: (its name, our name, transposed).
 _TABLE = [
-    ("model.embed_tokens", "embed_tokens", [("weight", "embedding", False)]),
+    ("model.embed_tokens", "embed_tokens", [_TABLE_OF_VECTORS]),
     ("model.layers.{i}.input_layernorm", "layers.{i}.input_layernorm", [_NORM]),
     ("model.layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.q_proj", [_LINEAR, _BIAS]),
     ("model.layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.k_proj", [_LINEAR, _BIAS]),
@@ -49,7 +51,7 @@ _TABLE = [
     ("model.layers.{i}.mlp.up_proj", "layers.{i}.mlp.up_proj", [_LINEAR]),
     ("model.layers.{i}.mlp.down_proj", "layers.{i}.mlp.down_proj", [_LINEAR]),
     ("model.norm", "norm", [_NORM]),
-    ("lm_head", "lm_head", [_LINEAR]),
+    ("lm_head", "lm_head", [_TABLE_OF_VECTORS]),
 ]
 
 _TO_HF = {

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.engine.block import block, check_remat
+from jaxmoo.engine.vocabulary import Ticket, lookup
+from jaxmoo.errors import ConfigError
 from jaxmoo.models.config import DecoderConfig
-from jaxmoo.models.layers import DecoderLayer, Linear, RMSNorm, at_least_float32, rope_tables
+from jaxmoo.models.layers import DecoderLayer, RMSNorm, rope_tables
 
-__all__ = ["REMAT", "Decoder"]
-
-
-def _checkpoint(policy: Any) -> Callable[[Callable], Callable]:
-    # Inside a scan the compiler cannot merge the recomputation with the forward pass, so the
-    # barrier against that (prevent_cse) would only cost time.
-    return lambda f: jax.checkpoint(f, policy=policy, prevent_cse=False)
-
-
-# What the backward pass of a layer recomputes: everything; all but matrix products with
-# parameters; nothing.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "full": _checkpoint(None),
-    "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "none": lambda f: f,
-}
+__all__ = ["Decoder"]
 
 
 class Decoder(nnx.Module):
@@ -81,15 +68,10 @@ class Decoder(nnx.Module):
         attention: str = "auto",
         rngs: nnx.Rngs,
     ):
-        if remat not in REMAT:
-            raise ConfigError(
-                f"remat must be one of {', '.join(REMAT)}, got {remat!r}."
-                f"{did_you_mean(remat, REMAT)}"
-            )
         self.config = config
         self.segments = _check_segments(segments, config.num_hidden_layers)
         self.dtype = jnp.dtype(dtype)
-        self.remat = remat
+        self.remat = check_remat(remat)
         kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(param_dtype)}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
         ends = (*self.segments[1:], config.num_hidden_layers)
@@ -105,7 +87,7 @@ class Decoder(nnx.Module):
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs, **kw)
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
 
     @classmethod
     def abstract(cls, config: DecoderConfig, **kwargs: Any) -> Decoder:
@@ -143,6 +125,16 @@ class Decoder(nnx.Module):
         Raises:
           ConfigError: when S exceeds the model's longest sequence.
         """
+        return self.hidden_and_ticket(tokens, positions=positions, segment_ids=segment_ids)[0]
+
+    def hidden_and_ticket(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Ticket | None]:
+        """Compute `hidden`, and what :func:`jaxmoo.engine.vocabulary.nll` needs for a tied head."""
         length = tokens.shape[-1]
         if length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -150,12 +142,10 @@ class Decoder(nnx.Module):
                 f"{self.config.max_position_embeddings} (max_position_embeddings)"
             )
         cos, sin = rope_tables(self.config, jnp.arange(length) if positions is None else positions)
-        h_BSD = self.embed_tokens(tokens)
+        h_BSD, ticket = lookup(self.embed_tokens.embedding.get_value(), tokens, self.dtype)
         for first in self.segments:
-            h_BSD = _scan_layers(
-                self.layers[str(first)], REMAT[self.remat], h_BSD, cos, sin, segment_ids
-            )
-        return self.norm(h_BSD)
+            h_BSD = _scan_layers(self.layers[str(first)], self.remat, h_BSD, cos, sin, segment_ids)
+        return block(self.norm, remat=self.remat)(h_BSD), ticket
 
     def __call__(
         self,
@@ -175,45 +165,40 @@ class Decoder(nnx.Module):
           float32 [B, S, V]. For losses see `token_nll`, which never holds an array of this size.
         """
         h_BSD = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
-        kernel_DV = self.head_kernel().astype(self.dtype)
-        return jnp.matmul(h_BSD, kernel_DV, preferred_element_type=at_least_float32(self.dtype))
+        table_VD = self.head_table().astype(self.dtype)
+        return jnp.matmul(h_BSD, table_VD.T, preferred_element_type=at_least_float32(self.dtype))
 
-    def head_kernel(self) -> jax.Array:
-        """Return the head's matrix [D, V] in the parameters' dtype; tied: the embedding's view."""
-        if self.lm_head is None:
-            return self.embed_tokens.embedding[...].T
-        return self.lm_head.kernel[...]
+    def head_table(self) -> jax.Array:
+        """Return the head's table [V, D] in the parameters' dtype; tied: the embedding."""
+        module = self.embed_tokens if self.lm_head is None else self.lm_head
+        return module.embedding.get_value()
 
 
 class Embedding(nnx.Module):
-    """One vector per token."""
+    """One vector per token, to look up or to score."""
 
     def __init__(self, num_tokens: int, size: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
         init = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(init(rngs.params(), (num_tokens, size), param_dtype))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens].astype(self.dtype)
-
 
 def _scan_layers(
     segment: DecoderLayer,
-    remat: Callable[[Callable], Callable],
+    remat: str,
     h_BSD: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    """Run a stack of layers, one at a time."""
+    """Run a stack of layers, one at a time; each is a block."""
     graphdef, stacked = nnx.split(segment)
 
-    @remat
     def layer(params: nnx.State, h_BSD: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(h_BSD, cos, sin, segment_ids)
 
     def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return layer(params, h_BSD), None
+        return block(layer, remat=remat)(params, h_BSD), None
 
     return jax.lax.scan(body, h_BSD, stacked)[0]
 

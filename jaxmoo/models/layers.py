@@ -17,17 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.config import DecoderConfig
 
 __all__ = ["MLP", "Attention", "DecoderLayer", "Linear", "RMSNorm", "rope_tables"]
 
 _normal = jax.nn.initializers.normal(0.02)
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype for steps that half precision would spoil."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -47,7 +47,7 @@ def test_tensors_are_transposed_stacked_and_otherwise_untouched(checkpoint: Path
     np.testing.assert_array_equal(
         model.embed_tokens.embedding[...], tensors["model.embed_tokens.weight"]
     )
-    np.testing.assert_array_equal(model.lm_head.kernel[...], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(model.lm_head.embedding[...], tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -102,11 +102,11 @@ def test_an_abstract_model_holds_no_arrays(config):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
-def test_head_kernel_of_a_tied_model_is_the_embedding(make_model, config):
+def test_head_table_of_a_tied_model_is_the_embedding(make_model, config):
     model = make_model()
-    np.testing.assert_array_equal(model.head_kernel(), model.embed_tokens.embedding[...].T)
+    np.testing.assert_array_equal(model.head_table(), model.embed_tokens.embedding[...])
     untied = Decoder(dataclasses.replace(config, tie_word_embeddings=False), rngs=nnx.Rngs(0))
-    assert untied.head_kernel().shape == (24, 67)
+    assert untied.head_table().shape == (67, 24)
 
 
 def test_rotary_angles_follow_the_position(config):

@@ -1,0 +1,267 @@
+"""What a program costs, counted before it runs: bytes between devices, memory, FLOPs.
+
+Bytes and memory are read from the compiled program, so they are those of what really runs, with
+everything that the compiler merged, removed or moved.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+__all__ = ["PER_ROUND", "Collective", "collective_bytes", "collectives", "flops", "memory"]
+
+# Suffix of what is counted once in a loop whose number of rounds depends on the data.
+PER_ROUND = " per round"
+
+
+class Collective(NamedTuple):
+    """One communication of a compiled program.
+
+    Attributes:
+      kind: ``all-gather``, ``reduce-scatter``, ``all-to-all``, ``all-reduce`` or
+        ``collective-permute``.
+      bytes: bytes that each device sends each time.
+      times: how often a call of the program executes it; in a loop of unknown length, how often a
+        round of that loop does.
+      counted: whether ``times`` is for the whole call.
+      source: the operation of the traced program it comes from.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    counted: bool
+    source: str
+
+
+def collective_bytes(compiled: Any) -> dict[str, int]:
+    """Count the bytes that each device sends in one call of a compiled program.
+
+    Of N devices that communicate, each sends, as the usual ring algorithms do: (N - 1) times its
+    input for an all-gather; (N - 1) / N of its input for a reduce-scatter or an all-to-all; twice
+    that for an all-reduce; its input for a collective-permute. A loop multiplies what is in it by
+    its number of rounds. Of a conditional, all branches are counted.
+
+    Args:
+      compiled: ``jax.jit(f).lower(...).compile()``.
+
+    Returns:
+      Bytes by kind of communication. What happens in a loop whose number of rounds depends on the
+      data is counted for one round, by itself, under the kind with the suffix ``" per round"``.
+
+    Raises:
+      ValueError: the program's text is not as expected.
+    """
+    total: Counter[str] = Counter()
+    for one in collectives(compiled):
+        total[one.kind if one.counted else one.kind + PER_ROUND] += one.bytes * one.times
+    return dict(total)
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """List every communication of a compiled program.
+
+    Args:
+      compiled: ``jax.jit(f).lower(...).compile()``.
+
+    Raises:
+      ValueError: the program's text is not as expected.
+    """
+    program = _Program(compiled.as_text())
+    return list(program.collectives(program.entry, 1, True))
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Read a compiled program's memory per device, in bytes.
+
+    Args:
+      compiled: ``jax.jit(f).lower(...).compile()``.
+
+    Returns:
+      ``arguments``, ``outputs``, ``aliased`` (outputs that take the place of donated arguments),
+      ``temporaries`` and ``peak``, everything that exists at the worst moment.
+    """
+    stats = compiled.memory_analysis()
+    found = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+    }
+    found["peak"] = found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
+    return found
+
+
+def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
+    """Count the floating-point operations per device of matrix products and convolutions.
+
+    A multiplication and its addition are two operations. What a pass computes again is counted
+    again. Of a conditional, the costliest branch is counted.
+
+    Args:
+      jaxpr: the traced program, such as ``jax.make_jaxpr(f)(...)``.
+      devices: among how many devices the work outside of ``shard_map`` is divided; inside, it is
+        each device's own.
+
+    Returns:
+      ``total``, and ``per round``: the work of one round of all loops whose number of rounds
+      depends on the data.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.ones((4, 4))
+      >>> program = jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, length=3))
+      >>> flops(program(x))
+      {'total': 384.0, 'per round': 0.0}
+    """
+    total, per_round = _flops(getattr(jaxpr, "jaxpr", jaxpr), 1 / devices)
+    return {"total": total, "per round": per_round}
+
+
+# --- Compiled programs, as text ---------------------------------------------------------------
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+_SENT = {
+    "all-gather": lambda size, n: size * (n - 1),
+    "reduce-scatter": lambda size, n: size * (n - 1) // n,
+    "all-to-all": lambda size, n: size * (n - 1) // n,
+    "all-reduce": lambda size, n: 2 * size * (n - 1) // n,
+    "collective-permute": lambda size, n: size,
+}
+
+
+class _Instruction(NamedTuple):
+    size: int  # bytes of the result
+    opcode: str
+    rest: str  # operands and attributes
+
+
+class _Program:
+    """The text of a compiled program, cut into computations and instructions."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        header, *lines = text.splitlines()
+        counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
+        self.devices = math.prod(map(int, counts))
+        for line in lines:
+            if start := _COMPUTATION.match(line):
+                mine = self.computations[start[2]] = {}
+                if start[1]:
+                    self.entry = start[2]
+            elif found := _INSTRUCTION.match(line):
+                name, kind, opcode, rest = found.groups()
+                mine[name] = _Instruction(_nbytes(kind), opcode, rest)
+        if not hasattr(self, "entry"):
+            raise ValueError(f"expected the text of a compiled program, found {header[:60]!r}...")
+
+    def collectives(self, computation: str, times: int, counted: bool) -> Iterator[Collective]:
+        instructions = self.computations[computation]
+        for _, opcode, rest in instructions.values():
+            kind = opcode.removesuffix("-start")
+            if kind in _SENT:
+                operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+                size = sum(instructions[name].size for name in operands)
+                source = _SOURCE.search(rest)
+                yield Collective(
+                    kind=kind,
+                    bytes=_SENT[kind](size, self._group_size(kind, rest)),
+                    times=times,
+                    counted=counted,
+                    source=source[1] if source else "",
+                )
+            elif opcode not in ("async-update", "async-done"):  # they repeat the name of the start
+                rounds = _TRIPS.search(rest) if opcode == "while" else None
+                inner = times * int(rounds[1]) if rounds else times
+                known = counted and (opcode != "while" or rounds is not None)
+                for name in _called(rest):
+                    yield from self.collectives(name, inner, known)
+
+    def _group_size(self, kind: str, rest: str) -> int:
+        if kind == "collective-permute":
+            return self.devices
+        if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+            return int(found[1])
+        found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
+        if not found:
+            raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
+        return found[1].count(",") + 1 if found[1] else self.devices
+
+
+def _called(rest: str) -> list[str]:
+    found = _CALLED.findall(rest)
+    return [n.strip(" %") for several, single in found for n in (several or single).split(",")]
+
+
+def _nbytes(kind: str) -> int:
+    """Bytes of all arrays of a type such as ``(f32[2,3]{1,0}, pred[])``."""
+    total = 0
+    for _, bits, shape in _ARRAY.findall(kind):  # pred, a truth value, takes a byte
+        count = math.prod(int(n) for n in shape.split(",") if n)
+        total += -(-count * int(bits or 8) // 8)
+    return total
+
+
+# --- Traced programs --------------------------------------------------------------------------
+
+
+def _flops(jaxpr: Any, scale: float) -> tuple[float, float]:
+    """(known, per round of loops of unknown length), times ``scale``."""
+    total = unknown = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in _PRODUCTS:
+            total += scale * _PRODUCTS[name](equation)
+            continue
+        inner = scale
+        if name == "scan":
+            inner *= equation.params["length"]
+        elif name == "shard_map":
+            inner = 1.0
+        parts = [_flops(sub, inner) for sub in _jaxprs(equation.params.values())]
+        if name == "cond":
+            parts = [max(parts)]
+        known, per_round = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        if name == "while":
+            known, per_round = 0.0, known + per_round
+        total, unknown = total + known, unknown + per_round
+    return total, unknown
+
+
+def _dot_general(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    return 2.0 * equation.outvars[0].aval.size * depth
+
+
+def _convolution(equation: Any) -> float:
+    kernel = equation.invars[1].aval
+    features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * equation.outvars[0].aval.size * kernel.size / features
+
+
+_PRODUCTS = {"dot_general": _dot_general, "conv_general_dilated": _convolution}
+
+
+def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)

@@ -1,0 +1,289 @@
+"""The vocabulary's table: the embedding, the head, or both at once when they are tied.
+
+It is the largest array of most models, and its gradient is dense: with K objectives, K tables
+would exceed everything else. Here its gradients are formed, and its blocks resolved, one slice of
+the vocabulary at a time, and nowhere else does an array of K x V exist.
+
+A tied table's gradient has two parts, from the scores at the end of the forward pass and from the
+lookup at its beginning, and a block sees only their sum. The lookup therefore returns a *ticket*
+beside the vectors, zeros that :func:`nll` takes. Its cotangent is what the scores' part is made
+of. So it arrives at the lookup, the last step of the backward pass, which forms both parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoo.cross_entropy import (
+    chunked_nll,
+    hidden_gradient,
+    nll_and_normaliser,
+    table_gradient,
+)
+from jaxmoo.engine.backward import Backward, CallBlocks, Tables, over_objectives
+from jaxmoo.engine.block import current
+from jaxmoo.engine.layout import Layout, sections_of_piece
+from jaxmoo.engine.parameter import Parameter
+
+__all__ = ["Ticket", "lookup", "nll"]
+
+# Logits of one slice, over all objectives and rows, that exist at one time.
+_MOST_LOGITS = 2**24
+
+
+class Ticket(NamedTuple):
+    """What the table's gradient from the scores is made of. B rows, S positions."""
+
+    h: jax.Array  # [B, S, D]
+    targets: jax.Array  # float32 [B, S]: token numbers, -1 for none
+    normaliser: jax.Array  # float32 [B, S]
+    cotangent: jax.Array  # float32 [B, S]
+
+
+def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket | None]:
+    """Look up one vector per token.
+
+    Args:
+      table: [V, D], or the engine's parameter in its place.
+      tokens: int32 [B, S].
+      dtype: dtype of the result.
+
+    Returns:
+      ``(vectors [B, S, D], ticket)``; the ticket goes to :func:`nll` when it reads the same table,
+      and is None where none is needed.
+    """
+    engine = current()
+    if engine is None:
+        return table[tokens].astype(dtype), None
+    if not isinstance(engine, Backward):
+        return engine.use([table], _name(engine, table, "lookup"))[0][tokens].astype(dtype), None
+    if not _sliced(engine, table):
+        return engine.use([table])[0][tokens].astype(dtype), None
+
+    call = _Call(engine, table)
+    size = engine.layouts[table.leaf].shape[1]
+    ticketed = table.leaf in engine.tied
+
+    @jax.custom_vjp
+    def embed(value: Any, tap: Any, tables: Tables, integers: Any, tokens: Any) -> Any:
+        del tap, tables, integers
+        h = engine.gather_piece(value, call.layout.axis)[tokens].astype(dtype)
+        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        ticket = Ticket(jnp.zeros((*tokens.shape, size), dtype), zeros, zeros, zeros)
+        return h, ticket if ticketed else None
+
+    def forward(value: Any, tap: Any, tables: Tables, integers: Any, tokens: Any) -> Any:
+        state = None if tables is None else tables.state
+        return embed(value, tap, tables, integers, tokens), (value, state, integers, tokens)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        value, state, integers, tokens = residuals
+        mapped = (tokens, *cotangents)
+        done = over_objectives(call.resolve, engine.topology)(mapped, value, state, integers)
+        return *done, None, None
+
+    embed.defvjp(forward, backward)
+    return embed(table.value, table.tap, call.rows(), (call.integers, engine.dynamic), tokens)
+
+
+def nll(
+    table: Any, h: jax.Array, targets: jax.Array, chunk: int, ticket: Ticket | None
+) -> jax.Array:
+    """Negative log-likelihood of targets under the softmax of the table's scores.
+
+    Args:
+      table: [V, D], or the engine's parameter in its place.
+      h: [B, T, D].
+      targets: int32 [B, T], those of each row first; -1 for none.
+      chunk: positions per row whose logits exist at one time; a divisor of T.
+      ticket: from :func:`lookup` of the same table, when it is tied.
+
+    Returns:
+      float32 [B, T]; 0 where there is no target.
+    """
+    engine = current()
+    if engine is None:
+        return chunked_nll(h, table, targets, chunk)
+    if not isinstance(engine, Backward):
+        whole = engine.use([table], _name(engine, table, "nll"))[0]
+        return chunked_nll(h, whole, targets, chunk)
+    if not _sliced(engine, table):
+        return chunked_nll(h, engine.use([table])[0], targets, chunk)
+
+    call = _Call(engine, table)
+    if table.leaf not in engine.tied:
+        ticket = None
+
+    def score(value: Any, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = engine.gather_piece(value, call.layout.axis)
+        return nll_and_normaliser(h, whole, targets, chunk)
+
+    @jax.custom_vjp
+    def scored(
+        value: Any, tap: Any, tables: Any, ticket: Any, integers: Any, h: Any, t: Any
+    ) -> Any:
+        del tap, tables, ticket, integers
+        return score(value, h, t)[0]
+
+    def forward(
+        value: Any, tap: Any, tables: Any, ticket: Any, integers: Any, h: Any, t: Any
+    ) -> Any:
+        result, normaliser = score(value, h, t)
+        state = None if tables is None else tables.state
+        return result, (value, state, integers, h, t, normaliser)
+
+    def backward(residuals: Any, cotangent: jax.Array) -> Any:
+        value, state, integers, h, t, normaliser = residuals
+        whole = engine.gather_piece(value, call.layout.axis)
+        dh = hidden_gradient(h, whole, t, normaliser, cotangent, chunk)
+        mine = Ticket(h, t.astype(jnp.float32), normaliser, cotangent)
+        if ticket is not None:
+            fitted = jax.tree.map(_fit, mine, ticket)
+            return None, None, None, fitted, None, dh, None
+        mapped = (None, None, mine)
+        done = over_objectives(call.resolve, engine.topology)(mapped, value, state, integers)
+        return *done, None, None, dh, None
+
+    scored.defvjp(forward, backward)
+    rows, tap = (None, None) if ticket is not None else (call.rows(), table.tap)
+    integers = (call.integers, engine.dynamic)
+    return scored(table.value, tap, rows, ticket, integers, h, targets)
+
+
+def _sliced(engine: Any, table: Parameter) -> bool:
+    """Whether a table is trained, and cut so that every device has its share of each slice."""
+    layout: Layout = engine.layouts[table.leaf]
+    return layout.labels is not None and len(layout.shape) == 2 and layout.axis in (None, 1)
+
+
+def _name(engine: Any, table: Parameter, name: str) -> str | None:
+    return name if _sliced(engine, table) else None
+
+
+def _fit(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Cut or fill up the axis of positions; what is cut holds no targets."""
+    x = x[:, : like.shape[1]]
+    fill = [(0, 0), (0, like.shape[1] - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, fill).astype(like.dtype)
+
+
+class _Call:
+    """A call that resolves a table, as if its slices were layers of a stack."""
+
+    def __init__(self, engine: Backward, table: Parameter) -> None:
+        self.engine, self.table = engine, table
+        self.layout = engine.layouts[table.leaf]
+        rows, size = self.layout.shape
+        self.tapped = table.leaf in engine.tapped
+        labels = self.layout.labels
+        # A tapped table's slices are of no consequence but for memory.
+        self.slices = _default_slices(rows) if self.tapped else labels.shape[1]
+        self.stack = dataclasses.replace(
+            self.layout,
+            shape=(rows // self.slices, size),
+            layers=self.slices,
+            labels=None if self.tapped else labels.reshape(-1, 1),
+        )
+        self.resolves = not self.tapped and engine.rules.groups is not None
+        self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
+        self.integers = None if self.blocks is None else self.blocks.integers
+
+    def _blocks(self, slice_number: jax.Array) -> CallBlocks:
+        uses = [(self.table.leaf, slice_number)]
+        stack = {self.table.leaf: self.stack}
+        return CallBlocks.of(stack, self.engine.rules, uses, self.engine.topology.objectives)
+
+    def rows(self) -> Tables | None:
+        """The tables' rows of all slices, [slices, 1, ...]."""
+        return None if self.blocks is None else self.blocks.rows(self.engine.tables)
+
+    def resolve(self, mapped: Any, value: jax.Array, state: Any, integers: Any) -> Any:
+        """Form the gradients [K / L, ...] slice by slice and resolve each.
+
+        Args:
+          mapped: (tokens [K / L, B, S], cotangents of their vectors, ticket's cotangents), or None
+            for what does not occur.
+          value: this device's piece of the table.
+          state: aggregators' states of all slices.
+          integers: see :class:`~jaxmoo.engine.backward.CallBlocks`, for all slices; and the
+            engine's ``dynamic``.
+
+        Returns:
+          (update of the piece, cotangent of the tap, new rows).
+        """
+        engine, layout = self.engine, self.layout
+        tokens, vectors, scores = mapped
+        blocks, dynamic = integers
+        height = self.stack.shape[0]
+
+        def one(_: None, xs: Any) -> tuple[None, Any]:
+            number, state, ints = xs
+            first = number * height
+            gradients = 0.0
+            if scores is not None:
+                piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
+                gradients = _from_scores(scores, engine.gather_piece(piece, layout.axis), first)
+            if tokens is not None:
+                gradients = gradients + _from_lookup(tokens, vectors, first, self.stack.shape)
+            dtype = value.dtype if engine.dtype is None else engine.dtype
+            gradients = engine.scatter(gradients.astype(dtype), layout.axis)
+            if not self.resolves:
+                return None, (gradients if self.tapped else gradients[0], None)
+            _, labels, numbers, member = ints
+            section = sections_of_piece(
+                gradients[:, None],
+                self.stack,
+                self.table.leaf,
+                labels[0][None],
+                number[None],
+                engine.topology,
+            )
+            call = self._blocks(number)
+            resolved = engine.resolve([section], call, numbers, member, state, dynamic)
+            update = resolved.updates[0].reshape(gradients.shape[1:])
+            return None, (update, call.new_rows(resolved, member))
+
+        _, (pieces, rows) = jax.lax.scan(one, None, (jnp.arange(self.slices), state, blocks))
+        if self.tapped:  # [slices, K, rows, size] -> [K, V, size]
+            tap = jnp.moveaxis(pieces, 0, 1).reshape(pieces.shape[1], *value.shape)
+            return None, tap, rows
+        return pieces.reshape(value.shape).astype(value.dtype), None, rows
+
+
+def _default_slices(rows: int) -> int:
+    return next((n for n in range(8, 65) if rows % n == 0), 1)
+
+
+def _from_lookup(
+    tokens: jax.Array, vectors: jax.Array, first: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """Add up the vectors' cotangents by token, for the tokens of one slice: [K / L, *shape]."""
+    height, size = shape
+
+    def one(tokens: jax.Array, vectors: jax.Array) -> jax.Array:
+        row = tokens.reshape(-1) - first
+        row = jnp.where((row >= 0) & (row < height), row, height)
+        total = jnp.zeros((height, size), jnp.float32)
+        return total.at[row].add(vectors.reshape(-1, size).astype(jnp.float32), mode="drop")
+
+    return jax.vmap(one)(tokens, vectors)
+
+
+def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array) -> jax.Array:
+    """Gradient of the scores with respect to one slice of the table: [K / L, *shape]."""
+    objectives, rows, length = ticket.targets.shape
+    most = max(1, _MOST_LOGITS // (objectives * rows * table.shape[0]))
+    chunk = min(length, most)
+    fill = -length % chunk
+
+    def one(h: jax.Array, targets: jax.Array, normaliser: jax.Array, ct: jax.Array) -> jax.Array:
+        h = jnp.pad(h, ((0, 0), (0, fill), (0, 0)))
+        targets = jnp.pad(targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
+        normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (normaliser, ct))
+        return table_gradient(h, table, targets, normaliser, ct, chunk, first)
+
+    return jax.vmap(one)(*ticket)
