@@ -92,8 +92,6 @@ def test_bytes_blocks_fill_up_in_backward_order_and_cut_what_is_larger():
     tree = decoder_tree()
     part = blocks.partition(f"bytes:{limit}", tree, stacked=STACKED)
     assert max(part.nbytes) <= limit
-    # No two neighbours would have fitted into one.
-    assert all(a + b > limit for a, b in zip(part.nbytes, part.nbytes[1:], strict=False))
     leaf_of = {"embed_tokens": 0, "norm": 5}
     assert part.names[part.labels[leaf_of["norm"]][0]] == "bucket 0"
     embedding = part.labels[leaf_of["embed_tokens"]]
@@ -101,14 +99,30 @@ def test_bytes_blocks_fill_up_in_backward_order_and_cut_what_is_larger():
     assert embedding.max() == len(part) - 1
 
 
+def test_bytes_blocks_hold_whole_layers_or_part_of_one():
+    layers = [{"a": np.zeros(4, np.float32), "b": np.zeros(2, np.float32)} for _ in range(4)]
+    labels = {}
+    for limit in (60, 20):
+        part = blocks.partition(f"bytes:{limit}", {"layers": layers})
+        labels[limit] = [[n[0] for n in part.labels[2 * i : 2 * i + 2]] for i in range(4)]
+    assert labels[60] == [[1, 1], [1, 1], [0, 0], [0, 0]]  # a third layer of 24 bytes would not fit
+    assert labels[20] == [[7, 6], [5, 4], [3, 2], [1, 0]]
+
+
+def test_slices_are_equal_and_must_divide():
+    tree = {"embedding": np.zeros((6, 2))}
+    assert blocks.partition("slices:3", tree).sizes == (4, 4, 4)
+    with pytest.raises(ConfigError, match=r"slices:4 cannot cut embedding of shape \[6, 2\]"):
+        blocks.partition("slices:4", tree)
+
+
 def test_shard_blocks_are_what_each_device_holds():
     tree = {"layers": {"0": np.zeros((3, 8, 2))}, "embed": np.zeros((16, 2)), "odd": np.zeros(5)}
     part = blocks.partition("shard:4", tree, stacked=STACKED.replace(r"\.", r"\.?"))
-    assert part.names == ("replicated", "shard 0", "shard 1", "shard 2", "shard 3")
-    embed, layers, odd = part.labels
-    assert embed.tolist() == [1, 2, 3, 4]
-    assert layers.tolist() == [1, 2, 3, 4] * 3
-    assert odd.tolist() == [0]
+    embed, layers, odd = ([part.names[i] for i in labels] for labels in part.labels)
+    assert embed == [f"embed shard {i}" for i in range(4)]
+    assert layers == [f"layers.{n} shard {i}" for n in range(3) for i in range(4)]
+    assert odd == ["odd replicated"]
 
 
 def test_rules_can_be_chosen_by_path_and_intersected():
@@ -121,9 +135,9 @@ def test_rules_can_be_chosen_by_path_and_intersected():
     assert chosen.names == (
         "bucket 0", "bucket 1", "layers.22", "layers.23", "layers.24", "layers.25", "norms",
     )  # fmt: skip
-    both = blocks.partition(blocks.intersect("layer", "shard:2"), tree, stacked=STACKED)
-    assert both.names[-2:] == ("norm & shard 0", "norm & shard 1")
-    assert len(both) == 2 * 6
+    both = blocks.partition(blocks.intersect("layer", "slices:2"), tree, stacked=STACKED)
+    assert both.names[-2:] == ("norm & norm.scale 0", "norm & norm.scale 1")
+    assert len(both) == 2 * (2 + 4 * 4)
     with pytest.raises(ConfigError, match="matches none of"):
         blocks.partition(blocks.choose({"embed": "leaf"}), tree)
     with pytest.raises(ConfigError, match="first match of no parameter"):

@@ -178,16 +178,9 @@ def _in_one_pass(method, jacobian, state, key, active, preference):
         return update(sizes)[0], jnp.ones((), bool)
 
     # A loop of at most one step, because a conditional would copy the update.
-    first = (guess, jnp.all(known) & _all_finite(guess))
+    finite = jnp.isfinite(jnp.sum(guess * 0))  # zero times a non-finite number is NaN
+    first = (guess, jnp.all(known) & finite)
     return jax.lax.while_loop(lambda carry: ~carry[1], look, first)[0]
-
-
-def _all_finite(vector: jax.Array) -> jax.Array:
-    # In columns, which the compiler turns into vector instructions. Zero times a non-finite number
-    # is NaN.
-    rest = vector.shape[0] % _START
-    columns = vector[rest:].reshape(-1, _START)
-    return jnp.isfinite(jnp.sum(jnp.sum(columns * 0, axis=0)) + jnp.sum(vector[:rest] * 0))
 
 
 def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -16,22 +16,27 @@ _EPS = float(np.finfo(np.float32).eps)
 _MAX_SWEEPS = 12
 
 
-def _rounds(size: int) -> np.ndarray:
-    """All pairs of an even number of indices, in rounds of disjoint pairs (round robin)."""
-    ring = list(range(1, size))
-    rounds = []
-    for _ in range(size - 1):
-        table = [0, *ring]
-        half = size // 2
-        rounds.append([sorted((table[i], table[-1 - i])) for i in range(half)])
-        ring = ring[-1:] + ring[:-1]
-    return np.asarray(rounds)  # [size - 1, size / 2, 2]
+def _next_round(x: jax.Array, axis: int) -> jax.Array:
+    """Move to the next pairing of a round-robin tournament.
+
+    Index i of the first half meets index i of the second. The first stays, all others move on by
+    one seat; ``size - 1`` rounds pair everyone with everyone and end where they began.
+    """
+    half = x.shape[axis] // 2
+
+    def seats(start, stop):
+        return lax.slice_in_dim(x, start, stop, axis=axis)
+
+    if half == 1:
+        return x
+    first, second = [seats(0, 1), seats(half, half + 1)], [seats(half + 1, 2 * half)]
+    return jnp.concatenate([*first, seats(1, half - 1), *second, seats(half - 1, half)], axis)
 
 
 def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eigenvalues and vectors of a Gram matrix whose rows differ in scale.
 
-    Two-sided Jacobi, all disjoint pairs of a round at once.
+    Two-sided Jacobi, all disjoint pairs of a round at once, as two halves of the matrix.
 
     Args:
       gram: ``[K, K]`` float32, symmetric, positive semi-definite up to rounding.
@@ -53,15 +58,17 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     identity = jnp.eye(size, dtype=gram.dtype)
     if k == 1:
         return jnp.diagonal(gram), jnp.ones((1, 1), gram.dtype), jnp.diagonal(gram) > 0
-    rounds = jnp.asarray(_rounds(size))
+    half = size // 2
+    opposite = jnp.roll(identity, half, axis=0) > 0  # who meets whom
 
-    def product(x, y):
-        return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+    def turn(x, cos, sin, axis):
+        first, second = jnp.split(x, 2, axis)
+        return jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis)
 
-    def rotate(t, carry):
+    def rotate(_, carry):
         a, vectors = carry
-        p, q = rounds[t, :, 0], rounds[t, :, 1]
-        app, aqq, apq = a[p, p], a[q, q], a[p, q]
+        app, aqq = jnp.split(jnp.diagonal(a), 2)
+        apq = jnp.diagonal(a[:half, half:])
         # The angle that zeroes a[p, q]; none when it is zero already.
         nothing = apq == 0
         ratio = (aqq - app) / (2 * jnp.where(nothing, 1.0, apq))
@@ -69,11 +76,10 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         tangent = jnp.where(nothing, 0.0, tangent)
         cos = 1 / jnp.sqrt(1 + tangent**2)
         sin = tangent * cos
-        rotation = identity.at[p, p].set(cos).at[q, q].set(cos)
-        rotation = rotation.at[p, q].set(sin).at[q, p].set(-sin)
-        a = product(rotation.T, product(a, rotation))
-        a = a.at[p, q].set(0.0).at[q, p].set(0.0)
-        return a, product(vectors, rotation)
+        a = turn(turn(a, cos[:, None], sin[:, None], 0), cos, sin, 1)
+        a = jnp.where(opposite, 0.0, a)
+        a = _next_round(_next_round(a, 0), 1)
+        return a, _next_round(turn(vectors, cos, sin, 1), 1)
 
     def unfinished(carry):
         a, _, sweeps = carry
@@ -92,7 +98,8 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     vectors = vectors[:k, :k]
     # Independent rounding errors of the entries, relative to |g_i| |g_j|, move the eigenvalue of v
     # by about eps * sum_i v_i^2 |g_i|^2; sums over many parameters and the rotations add to it.
-    noise = _EPS * product(jnp.diagonal(gram), vectors**2)
+    squares = vectors**2
+    noise = _EPS * jnp.matmul(jnp.diagonal(gram), squares, precision=lax.Precision.HIGHEST)
     return values, vectors, values > (16 + k) * noise
 
 

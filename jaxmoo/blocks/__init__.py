@@ -15,7 +15,8 @@ piece a label; pieces with equal labels form a block.
 ``leaf``                  one per array of each layer
 ``bytes:25MiB``           consecutive pieces in backward order up to a size, as DDP and ZeRO fill
                           their buckets; larger arrays are cut
-``shard:8``               what each of 8 devices holds of every array: resolving needs no
+``slices:16``             every array in 16 slices along its leading axis: for the vocabulary
+``shard:8``               what each of 8 devices holds of every layer: resolving needs no
                           communication, but the result depends on the number of devices
 ``random:32``             a random partition into 32 blocks of pieces: the control experiment
 ========================  =====================================================================
@@ -38,6 +39,7 @@ from jaxmoo.blocks.rules import (
     of_bytes,
     random,
     shard,
+    slices,
     whole,
 )
 from jaxmoo.blocks.table import describe
@@ -60,5 +62,6 @@ __all__ = [
     "path_string",
     "random",
     "shard",
+    "slices",
     "whole",
 ]

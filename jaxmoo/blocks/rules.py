@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -72,8 +73,9 @@ def of_bytes(limit: int | str) -> Blocks:
     """Consecutive pieces, in backward order, up to a size: the buckets of DDP and ZeRO.
 
     Backward order is the reverse of the paths' natural order (numbers compared as numbers), so
-    the last layer comes first. An array larger than the limit is cut along its leading axis into
-    equal parts.
+    the last layer comes first. A bucket holds whole layers, as many as fit, or part of one: a layer
+    that no longer fits opens a new bucket. An array larger than the limit is cut along its leading
+    axis into equal parts.
 
     Args:
       limit: bytes per block, or a text such as ``"25MiB"`` (also KB, MB, GB, KiB, GiB).
@@ -92,11 +94,15 @@ def of_bytes(limit: int | str) -> Blocks:
         backward = order[::-1]
         labels: list[Hashable] = [0] * len(pieces)
         block, filled = 0, 0
-        for i in backward:
-            if filled and filled + pieces[i].nbytes > size:
+        for _, run in itertools.groupby(backward, key=lambda i: _layer_of(pieces[i].path)):
+            layer = list(run)
+            if filled and filled + sum(pieces[i].nbytes for i in layer) > size:
                 block, filled = block + 1, 0
-            labels[i] = f"bucket {block}"
-            filled += pieces[i].nbytes
+            for i in layer:
+                if filled and filled + pieces[i].nbytes > size:
+                    block, filled = block + 1, 0
+                labels[i] = f"bucket {block}"
+                filled += pieces[i].nbytes
         return labels
 
     def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
@@ -110,29 +116,64 @@ def of_bytes(limit: int | str) -> Blocks:
     return Blocks(f"bytes:{limit}", label, parts)
 
 
-def shard(num_shards: int) -> Blocks:
-    """What each of a number of devices holds of every array.
+def slices(count: int) -> Blocks:
+    """Every array cut into equal slices along its leading axis, each a block.
 
-    Arrays are cut into equal parts along their leading axis, the way fully sharded data
-    parallelism lays them out, and the i-th parts of all arrays are block i. Resolving such a block
-    takes no communication at all. The result depends on the number of devices.
+    For the vocabulary's tables, which otherwise would be the largest blocks by far.
 
     Args:
-      num_shards: number of devices. An array whose leading axis they do not divide is in a block
-        of its own kind, ``replicated``.
+      count: slices per array; must divide the leading axis.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> partition(slices(2), {"embedding": np.zeros((6, 4))}).names
+      ('embedding 0', 'embedding 1')
+    """
+    if count < 1:
+        raise ConfigError(f"slices blocks: expected at least 1 slice, found {count}.")
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        return [f"{piece.path} {piece.part}" if count > 1 else piece.path for piece in pieces]
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        del itemsize
+        if not shape or shape[0] % count:
+            raise ConfigError(
+                f"slices:{count} cannot cut {path} of shape {list(shape)}: expected a leading axis "
+                f"that {count} divides."
+            )
+        return count
+
+    return Blocks(f"slices:{count}", label, parts)
+
+
+def shard(num_shards: int) -> Blocks:
+    """What each of a number of devices holds of every layer.
+
+    Arrays are cut into equal parts along their leading axis, the way fully sharded data
+    parallelism lays them out, and the i-th parts of all arrays of a layer are a block. Resolving
+    such a block takes no communication at all. The result depends on the number of devices.
+
+    Args:
+      num_shards: number of devices. Arrays whose leading axis they do not divide are in a block
+        of their own, ``replicated``.
 
     Example:
       >>> import numpy as np
       >>> from jaxmoo.blocks import partition
       >>> params = {"w": np.zeros((4, 2)), "scale": np.zeros(3)}
       >>> partition(shard(2), params).names
-      ('replicated', 'shard 0', 'shard 1')
+      ('scale replicated', 'w shard 0', 'w shard 1')
     """
     if num_shards < 1:
         raise ConfigError(f"shard blocks: expected at least 1 shard, found {num_shards}.")
 
     def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
-        return [f"shard {p.part}" if p.parts == num_shards else "replicated" for p in pieces]
+        return [
+            f"{_layer_of(p.path)} " + (f"shard {p.part}" if p.parts == num_shards else "replicated")
+            for p in pieces
+        ]
 
     def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
         del path, itemsize
@@ -244,8 +285,8 @@ def intersect(
 
 
 _PLAIN = {"whole": whole, "layer": layer, "module": module, "leaf": leaf}
-_KINDS = (*_PLAIN, "bytes", "shard", "random")
-_FORMS = (*_PLAIN, "bytes:SIZE", "shard:N", "random:N")
+_KINDS = (*_PLAIN, "bytes", "slices", "shard", "random")
+_FORMS = (*_PLAIN, "bytes:SIZE", "slices:N", "shard:N", "random:N")
 
 
 def names() -> tuple[str, ...]:
@@ -258,7 +299,8 @@ def get(spec: Rule) -> Blocks:
 
     Args:
       spec: ``"whole"``, ``"layer"``, ``"module"``, ``"leaf"``, ``"bytes:25MiB"``,
-        ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; or a function path -> name.
+        ``"slices:16"``, ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; or a function
+        path -> name.
 
     Raises:
       ConfigError: the form is unknown or its number cannot be read.
@@ -270,8 +312,8 @@ def get(spec: Rule) -> Blocks:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: Unknown blocks 'layers'. Did you mean 'layer'? Expected one of
-      whole, layer, module, leaf, bytes:SIZE, shard:N, random:N, or a function from
-      path to name.
+      whole, layer, module, leaf, bytes:SIZE, slices:N, shard:N, random:N, or a function
+      from path to name.
     """
     if isinstance(spec, Blocks):
         return spec
@@ -284,6 +326,8 @@ def get(spec: Rule) -> Blocks:
         return of_bytes(rest)
     if kind == "shard" and rest.isdigit():
         return shard(int(rest))
+    if kind == "slices" and rest.isdigit():
+        return slices(int(rest))
     if kind == "random" and re.fullmatch(r"\d+(:\d+)?", rest):
         return random(*map(int, rest.split(":")))
     raise ConfigError(

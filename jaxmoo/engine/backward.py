@@ -103,7 +103,6 @@ class Backward:
       tied: numbers of the tables that embed tokens and score them.
       tables: see the module.
       dynamic: see :class:`Dynamic`.
-      dtype: dtype in which parameters are gathered and gradients sent; None keeps theirs.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class Backward:
         *,
         tables: Tables,
         dynamic: Dynamic,
-        dtype: Any,
         tapped: frozenset[int] = frozenset(),
         tied: frozenset[int] = frozenset(),
     ) -> None:
@@ -125,15 +123,15 @@ class Backward:
         self.tied = tied
         self.tables = tables
         self.dynamic = dynamic
-        self.dtype = dtype
 
     def use(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
         """Gather parameters that are used together; backward, resolve their blocks."""
         whole: dict[int, jax.Array] = {}
         trained = []
         for at, parameter in enumerate(parameters):
-            if self.layouts[parameter.leaf].labels is None:
-                whole[at] = jax.lax.stop_gradient(self.gather(parameter))
+            layout = self.layouts[parameter.leaf]
+            if layout.labels is None:
+                whole[at] = jax.lax.stop_gradient(self.gather(parameter.value, layout))
             else:
                 trained.append(at)
         if trained:
@@ -141,13 +139,9 @@ class Backward:
             whole |= dict(zip(trained, self._use_trained(mine), strict=True))
         return tuple(checkpoint_name(whole[at], GATHERED) for at in range(len(parameters)))
 
-    def gather(self, parameter: Parameter) -> jax.Array:
-        """Return the whole array of a parameter."""
-        return self.gather_piece(parameter.value, self.layouts[parameter.leaf].axis)
-
-    def gather_piece(self, piece: jax.Array, axis: int | None) -> jax.Array:
-        """Gather pieces in the dtype of the computation."""
-        return gather(piece if self.dtype is None else piece.astype(self.dtype), axis)
+    def gather(self, piece: jax.Array, layout: Layout) -> jax.Array:
+        """Make a whole array from the devices' pieces, in the dtype it is used in."""
+        return gather(piece.astype(layout.gathered_dtype), layout.axis)
 
     def _use_trained(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
         in_pass = [p for p in parameters if p.leaf not in self.tapped]
@@ -157,9 +151,7 @@ class Backward:
         def use(values: Any, taps: Any, tables: Tables, integers: Any) -> tuple[jax.Array, ...]:
             del taps, tables, integers
             layouts = [self.layouts[p.leaf] for p in parameters]
-            return tuple(
-                self.gather_piece(v, layout.axis) for v, layout in zip(values, layouts, strict=True)
-            )
+            return tuple(map(self.gather, values, layouts))
 
         def forward(values: Any, taps: Any, tables: Tables, integers: Any) -> Any:
             return use(values, taps, tables, integers), (tables.state, integers)

@@ -90,8 +90,8 @@ def resolved_value_and_grad(
       accumulation: ``"resolve_each"`` resolves each microbatch and averages the results, at no
         cost in memory; ``"accumulate_first"`` adds up every objective's gradients and resolves
         once, which is what one large batch gives and needs K times the memory of the gradient.
-      dtype: dtype in which parameters are gathered and gradients are sent; by default that of
-        each parameter.
+      dtype: dtype in which matrices are gathered and their gradients are sent, such as that of
+        the computation; by default each parameter's own. Gram matrices and sums are float32.
       seed: seed of aggregators that draw random numbers.
 
     Returns:
@@ -144,7 +144,7 @@ def resolved_value_and_grad(
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
         rules=Rules(groups, len(part), share, match_norm, replicas),
-        layouts=_layouts(params, frozen, part, stacked, topology),
+        layouts=_layouts(params, frozen, part, stacked, topology, dtype),
         num_trained=len(jax.tree.leaves(params)),
         has_frozen=frozen is not None,
         mesh=mesh,
@@ -152,7 +152,6 @@ def resolved_value_and_grad(
         nonfinite=nonfinite,
         microbatches=microbatches,
         accumulate=accumulation == "accumulate_first" and microbatches > 1,
-        dtype=dtype,
         seed=seed,
     )
 
@@ -178,7 +177,6 @@ class ResolvedGradients:
     nonfinite: str
     microbatches: int
     accumulate: bool
-    dtype: Any
     seed: int
 
     def init(self) -> ResolveConflictsState:
@@ -249,7 +247,10 @@ class ResolvedGradients:
 
         trees = (jax.tree.structure(params), jax.tree.structure(frozen))
         arrays = [*jax.tree.leaves(params), *jax.tree.leaves(frozen)]
-        shapes = [jax.ShapeDtypeStruct(x.shape, self._gathered_dtype(x)) for x in arrays]
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, layout.gathered_dtype)
+            for x, layout in zip(arrays, self.layouts, strict=True)
+        ]
         rows = self.topology.data * self.topology.fsdp * self.microbatches
         one = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((x.shape[1] // rows, *x.shape[2:]), x.dtype), batch
@@ -271,9 +272,6 @@ class ResolvedGradients:
         """Shardings of the leaves of the trainable and the frozen parameters."""
         found = [NamedSharding(self.mesh, layout.spec) for layout in self.layouts]
         return found[: self.num_trained], found[self.num_trained :]
-
-    def _gathered_dtype(self, x: Any) -> Any:
-        return x.dtype if self.dtype is None else jnp.dtype(self.dtype)
 
     def _loss(
         self, values: Sequence[Any], taps: Sequence[Any], trees: Any, batch: Any
@@ -392,7 +390,6 @@ class ResolvedGradients:
                 self.rules,
                 tables=Tables(tables.report, state),
                 dynamic=dynamic,
-                dtype=self.dtype,
             )
             updates, tables = engine.resolve_late(updates, taps, tables)
         done = tables.report["resolved"] > 0
@@ -424,7 +421,7 @@ class ResolvedGradients:
         for number, value in enumerate(values):
             lead = int(self.layouts[number].layers is not None)
             shape = (*value.shape[:lead], k, *value.shape[lead:])
-            dtype = self._gathered_dtype(value)
+            dtype = self.layouts[number].gathered_dtype
             taps.append(jnp.zeros(shape, dtype) if number in tapped else None)
         return taps
 
@@ -458,7 +455,6 @@ class ResolvedGradients:
                 tied=tied,
                 tables=tables,
                 dynamic=dynamic,
-                dtype=self.dtype,
             )
             taps = [*taps, *(None for _ in frozen)]
             with running(engine):
@@ -515,7 +511,12 @@ def _parameter(layout: Layout, number: int, value: Any, tap: Any) -> Parameter:
 
 
 def _layouts(
-    params: Any, frozen: Any, part: Partition, stacked: str | None, topology: Topology
+    params: Any,
+    frozen: Any,
+    part: Partition,
+    stacked: str | None,
+    topology: Topology,
+    dtype: Any,
 ) -> tuple[Layout, ...]:
     found = []
     for tree, labels in ((params, part.labels), (frozen, None)):
@@ -523,7 +524,16 @@ def _layouts(
             name = path_string(path)
             is_stack = stacked is not None and re.search(stacked, name) is not None
             mine = None if labels is None else labels[number]
-            found.append(Layout.of(name, x, is_stack, topology.pieces, mine))
+            found.append(
+                Layout.of(
+                    name,
+                    x,
+                    stacked=is_stack,
+                    pieces=topology.pieces,
+                    labels=mine,
+                    dtype=dtype,
+                )
+            )
     return tuple(found)
 
 

@@ -72,6 +72,7 @@ class Layout:
       path: its dotted path.
       shape: shape of the array, or of one layer of an array that stacks layers.
       dtype: its dtype.
+      gathered_dtype: dtype in which it is gathered and its gradients are sent.
       layers: number of layers stacked along a leading axis, or None.
       axis: axis of ``shape`` along which devices hold pieces; None when all hold everything.
       labels: block number of each section, int [layers or 1, parts]; None for a frozen array.
@@ -80,21 +81,41 @@ class Layout:
     path: str
     shape: tuple[int, ...]
     dtype: Any
+    gathered_dtype: Any
     layers: int | None
     axis: int | None
     labels: np.ndarray | None
 
     @classmethod
     def of(
-        cls, path: str, array: Any, stacked: bool, pieces: int, labels: np.ndarray | None
+        cls,
+        path: str,
+        array: Any,
+        *,
+        stacked: bool,
+        pieces: int,
+        labels: np.ndarray | None,
+        dtype: Any,
     ) -> Layout:
-        """Lay an array out on ``pieces`` devices."""
+        """Lay an array out on ``pieces`` devices.
+
+        Args:
+          path: its path.
+          array: anything with ``shape`` and ``dtype``.
+          stacked: whether its first axis stacks layers.
+          pieces: number of pieces.
+          labels: block number of each section, or None when it is frozen.
+          dtype: dtype in which matrices are gathered, or None for their own. Vectors keep theirs:
+            they are scales and biases, whose bytes do not matter.
+        """
         shape = tuple(array.shape)
         layers, shape = (shape[0], shape[1:]) if stacked else (None, shape)
+        own = dtype is None or len(shape) < 2
         return cls(
             path=path,
             shape=shape,
             dtype=array.dtype,
+            gathered_dtype=array.dtype if own else jnp.dtype(dtype),
             layers=layers,
             axis=None if pieces == 1 else sharded_axis(path, shape, pieces),
             labels=None if labels is None else labels.reshape(layers or 1, -1),

@@ -71,7 +71,7 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket
     @jax.custom_vjp
     def embed(value: Any, tap: Any, tables: Tables, integers: Any, tokens: Any) -> Any:
         del tap, tables, integers
-        h = engine.gather_piece(value, call.layout.axis)[tokens].astype(dtype)
+        h = engine.gather(value, call.layout)[tokens].astype(dtype)
         zeros = jnp.zeros(tokens.shape, jnp.float32)
         ticket = Ticket(jnp.zeros((*tokens.shape, size), dtype), zeros, zeros, zeros)
         return h, ticket if ticketed else None
@@ -119,39 +119,38 @@ def nll(
         ticket = None
 
     def score(value: Any, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = engine.gather_piece(value, call.layout.axis)
+        whole = engine.gather(value, call.layout)
         return nll_and_normaliser(h, whole, targets, chunk)
 
     @jax.custom_vjp
-    def scored(
-        value: Any, tap: Any, tables: Any, ticket: Any, integers: Any, h: Any, t: Any
-    ) -> Any:
-        del tap, tables, ticket, integers
+    def scored(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> jax.Array:
+        del rest, integers
         return score(value, h, t)[0]
 
-    def forward(
-        value: Any, tap: Any, tables: Any, ticket: Any, integers: Any, h: Any, t: Any
-    ) -> Any:
+    def forward(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> Any:
+        tables = rest[1]
         result, normaliser = score(value, h, t)
         state = None if tables is None else tables.state
         return result, (value, state, integers, h, t, normaliser)
 
     def backward(residuals: Any, cotangent: jax.Array) -> Any:
         value, state, integers, h, t, normaliser = residuals
-        whole = engine.gather_piece(value, call.layout.axis)
+        whole = engine.gather(value, call.layout)
         dh = hidden_gradient(h, whole, t, normaliser, cotangent, chunk)
         mine = Ticket(h, t.astype(jnp.float32), normaliser, cotangent)
         if ticket is not None:
             fitted = jax.tree.map(_fit, mine, ticket)
-            return None, None, None, fitted, None, dh, None
+            return None, (None, None, fitted), None, dh, None
         mapped = (None, None, mine)
-        done = over_objectives(call.resolve, engine.topology)(mapped, value, state, integers)
-        return *done, None, None, dh, None
+        update, tap, tables = over_objectives(call.resolve, engine.topology)(
+            mapped, value, state, integers
+        )
+        return update, (tap, tables, None), None, dh, None
 
     scored.defvjp(forward, backward)
     rows, tap = (None, None) if ticket is not None else (call.rows(), table.tap)
     integers = (call.integers, engine.dynamic)
-    return scored(table.value, tap, rows, ticket, integers, h, targets)
+    return scored(table.value, (tap, rows, ticket), integers, h, targets)
 
 
 def _sliced(engine: Any, table: Parameter) -> bool:
@@ -226,11 +225,10 @@ class _Call:
             gradients = 0.0
             if scores is not None:
                 piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
-                gradients = _from_scores(scores, engine.gather_piece(piece, layout.axis), first)
+                gradients = _from_scores(scores, engine.gather(piece, layout), first)
             if tokens is not None:
                 gradients = gradients + _from_lookup(tokens, vectors, first, self.stack.shape)
-            dtype = value.dtype if engine.dtype is None else engine.dtype
-            gradients = engine.scatter(gradients.astype(dtype), layout.axis)
+            gradients = engine.scatter(gradients.astype(layout.gathered_dtype), layout.axis)
             if not self.resolves:
                 return None, (gradients if self.tapped else gradients[0], None)
             _, labels, numbers, member = ints

@@ -1,0 +1,100 @@
+"""Shapes of published models, to plan a run without downloading anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.models.config import DecoderConfig, Llama3Rope
+
+__all__ = ["PRESETS", "preset"]
+
+
+def preset(name: str) -> DecoderConfig:
+    """Return the shape of a published model.
+
+    Args:
+      name: its name on the Hugging Face hub, with or without the owner; upper or lower case.
+
+    Raises:
+      ConfigError: it is not among :data:`PRESETS`.
+
+    Example:
+      >>> preset("Qwen/Qwen3-8B").num_hidden_layers
+      36
+      >>> preset("qwen3-9b")
+      Traceback (most recent call last):
+      ...
+      jaxmoo.errors.ConfigError: there is no preset 'qwen3-9b'. Did you mean 'Qwen3-8B'? There are \
+Llama-3.1-8B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-4B, Qwen3-8B, SmolLM2-135M
+    """
+    wanted = name.rpartition("/")[2].lower()
+    for known, config in PRESETS.items():
+        if known.lower() == wanted:
+            return config
+    raise ConfigError(
+        f"there is no preset {name!r}.{did_you_mean(name, PRESETS)} There are {', '.join(PRESETS)}"
+    )
+
+
+def _llama_3(**changes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        **{
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 8192,
+            "rope_theta": 5e5,
+            "rms_norm_eps": 1e-5,
+            **changes,
+        }
+    )
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+        qk_norm=True,
+    )
+
+
+PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
+    {
+        "Llama-3.1-8B": _llama_3(
+            max_position_embeddings=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192)
+        ),
+        "Meta-Llama-3-8B": _llama_3(),
+        "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+        "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+        "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
+        "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+        "SmolLM2-135M": DecoderConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            max_position_embeddings=8192,
+            rope_theta=1e5,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        ),
+    }
+)
