@@ -14,12 +14,12 @@ from jaxmoo.errors import ConfigError
 @pytest.mark.parametrize(
     ("languages", "devices", "expected"),
     [
-        (8, 1, (1, 1)),
-        (8, 8, (8, 1)),
-        (4, 8, (4, 2)),
-        (6, 8, (2, 4)),
-        (7, 8, (1, 8)),
-        (64, 8, (8, 1)),
+        (8, 1, (1, 1, 1)),
+        (8, 8, (1, 8, 1)),
+        (4, 8, (1, 4, 2)),
+        (6, 8, (1, 2, 4)),
+        (7, 8, (1, 1, 8)),
+        (64, 8, (1, 8, 1)),
     ],
 )
 def test_languages_take_the_largest_axis_they_divide(languages, devices, expected):
@@ -27,9 +27,9 @@ def test_languages_take_the_largest_axis_they_divide(languages, devices, expecte
 
 
 def test_sizes_given_are_kept():
-    assert mesh.mesh_shape(8, 8, language=2) == (2, 4)
-    assert mesh.mesh_shape(8, 8, fsdp=4) == (2, 4)
-    assert mesh.mesh_shape(8, 8, language=4, fsdp=2) == (4, 2)
+    assert mesh.mesh_shape(8, 8, language=2) == (1, 2, 4)
+    assert mesh.mesh_shape(8, 8, fsdp=4) == (1, 2, 4)
+    assert mesh.mesh_shape(8, 8, data=2) == (2, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,16 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, message):
         mesh.mesh_shape(8, 8, **sizes)
 
 
-def test_languages_that_do_not_divide_are_refused_with_those_that_do():
-    with pytest.raises(ConfigError, match=r"must divide the number of languages.*1, 2, 3, 6"):
-        mesh.mesh_shape(6, 8, language=4)
+def test_groups_without_a_language_are_refused():
+    assert mesh.mesh_shape(6, 8, language=4) == (1, 4, 2)  # the last group has places to spare
+    with pytest.raises(ConfigError, match="at most the number of languages"):
+        mesh.mesh_shape(6, 8, language=8)
+
+
+def test_tables_of_vectors_are_cut_along_their_vectors():
+    assert mesh.sharded_axis("embed_tokens.embedding", (64, 16), 8) == 1
+    assert mesh.sharded_axis("embed_tokens.embedding", (64, 3), 8) == 0
+    assert mesh.sharded_axis("norm.scale", (3,), 8) is None
 
 
 def test_parameters_are_cut_along_their_first_divisible_axis():

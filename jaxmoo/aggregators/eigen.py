@@ -29,8 +29,9 @@ def _next_round(x: jax.Array, axis: int) -> jax.Array:
 
     if half == 1:
         return x
-    first, second = [seats(0, 1), seats(half, half + 1)], [seats(half + 1, 2 * half)]
-    return jnp.concatenate([*first, seats(1, half - 1), *second, seats(half - 1, half)], axis)
+    upper = [seats(0, 1), seats(half, half + 1), seats(1, half - 1)]
+    lower = [seats(half + 1, 2 * half), seats(half - 1, half)]
+    return jnp.concatenate([*upper, *lower], axis)
 
 
 def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

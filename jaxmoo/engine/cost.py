@@ -196,6 +196,11 @@ class _Program:
             return self.devices
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
             return int(found[1])
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+            # Part of an axis is written as 'a':(1)2, where 2 is its size.
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
         found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
         if not found:
             raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")

@@ -149,7 +149,26 @@ class ResolveConfig:
     blocks: str = setting(
         "layer",
         "How the parameters are cut into blocks that are resolved one by one: `whole`, `layer`, "
-        "`module`, `leaf`, `bytes:25MiB` (buckets of that size) or `random:32` (a control).",
+        "`module`, `leaf`, `bytes:25MiB` (buckets of that size), `shard` (each device's own piece: "
+        "the result depends on the mesh) or `random:32` (a control).",
+    )
+    vocabulary_slices: int | None = setting(
+        None,
+        "Into how many slices the embedding and the head are cut where blocks are layers, modules "
+        "or leaves; each slice is a block. null takes the fewest that are no larger than a layer.",
+        within=_AT_LEAST_1,
+    )
+    engine: str = setting(
+        "backward",
+        "`backward` resolves each block inside the backward pass and drops its gradients: memory "
+        "near plain fine-tuning. `stacked` first computes every language's whole gradient.",
+        choices=("backward", "stacked"),
+    )
+    replicas: str = setting(
+        "mean_then_resolve",
+        "Order over the replicas of `mesh.data`: average each language's gradients first (exact), "
+        "resolve in each replica and average (least traffic), or average Gram matrices only.",
+        choices=("mean_then_resolve", "resolve_then_mean", "pooled_gram"),
     )
     match_norm: bool = setting(
         False,
@@ -199,6 +218,18 @@ class TrainConfig:
         "`constant`; otherwise the schedule depends on it.",
         within=_AT_LEAST_1,
     )
+    microbatches: int = setting(
+        1,
+        "Parts into which a language's examples of a step are split, one after the other.",
+        within=_AT_LEAST_1,
+    )
+    accumulation: str = setting(
+        "resolve_each",
+        "With several microbatches: `resolve_each` resolves every one and averages, at no cost in "
+        "memory; `accumulate_first` adds up each language's gradients and resolves once, exactly "
+        "as one large batch would, and holds every language's gradient meanwhile.",
+        choices=("resolve_each", "accumulate_first"),
+    )
     evaluate_every: int = setting(
         0,
         "Steps between evaluations; 0 evaluates only before and after.",
@@ -218,7 +249,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged: `language` times `fsdp` of them are used."""
+    """How devices are arranged: `data` times `language` times `fsdp` of them are used."""
 
     language: int | None = setting(
         None,
@@ -231,6 +262,11 @@ class MeshConfig:
         "Devices per group, among which a language's examples are divided; null chooses.",
         within=_AT_LEAST_1,
         free=True,
+    )
+    data: int = setting(
+        1,
+        "Replicas of everything, among which a language's examples are divided further.",
+        within=_AT_LEAST_1,
     )
 
 
@@ -299,6 +335,8 @@ def validate(config: Config) -> None:
     problems = [text for _, text in schema.check_values(config)]
     if not problems:
         problems = [*_check_data(config.data), *_check_resolve(config.resolve, config.data.seen)]
+        if config.resolve.engine == "stacked" and config.train.microbatches > 1:
+            problems.append("train.microbatches above 1 needs resolve.engine=backward.")
         try:
             re.compile(config.model.trainable)
         except re.error as error:
@@ -359,8 +397,14 @@ def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
                     f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
                     "which a training run does not compute. Use it in your own optax chain."
                 )
+    if resolve.aggregator == "moco" and resolve.engine != "stacked":
+        problems.append(
+            "resolve.aggregator: moco follows every language's whole gradient; it needs "
+            "resolve.engine=stacked."
+        )
     try:
-        blocks.get(resolve.blocks)
+        if resolve.blocks != "shard":
+            blocks.get(resolve.blocks)
     except ConfigError as error:
         problems.append(f"resolve.blocks: {error}")
     for code, weight in (resolve.preference or {}).items():

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmoo import blocks, mesh
+from jaxmoo import mesh
 from jaxmoo.analysis import write_report
+from jaxmoo.blocks import Partition
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore, before_after_table, evaluate_nll, summarise
 from jaxmoo.hf import save_model
@@ -20,7 +21,7 @@ from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import MetricsWriter, Progress, read_metrics
-from jaxmoo.train.setup import STACKED, Setup, prepare
+from jaxmoo.train.setup import Setup, prepare
 from jaxmoo.train.signals import StopRequest
 from jaxmoo.train.step import TrainState, learning_rate
 
@@ -110,7 +111,7 @@ def _loop(
     start, steps, every = int(state.step), config.train.steps, config.train
     if start >= steps:
         return state
-    part = blocks.partition(config.resolve.blocks, state.params, stacked=STACKED)
+    part = setup.gradients.partition
     rate = learning_rate(config.optimizer, steps)
     sharding = mesh.batch_sharding(setup.device_mesh)
     say("Compiling the training step ...")
@@ -155,7 +156,7 @@ def _loop(
 
 def _row(
     config: Config,
-    part: blocks.Partition,
+    part: Partition,
     batch: Mapping[str, np.ndarray],
     measured: Mapping[str, np.ndarray],
     seconds: float,
@@ -217,8 +218,9 @@ def _evaluate(
     def nll(batch: Any) -> jax.Array:
         return setup.nll(state.params, setup.frozen, jax.device_put(batch, sharding))
 
-    # As many rows as a training step has: the mesh divides them.
-    rows = config.data.batch_size * len(config.data.seen)
+    # About as many rows as a training step has; the mesh divides them.
+    devices = setup.device_mesh.size
+    rows = -(-config.data.batch_size * len(config.data.seen) // devices) * devices
     scores = evaluate_nll(nll, setup.corpus.held_out, batch_size=rows, pad_id=setup.pad_id)
     directory.store_scores(step, scores)
     summary = summarise(scores, config.data.seen, config.data.unseen)
@@ -264,11 +266,10 @@ def _export(
 def _plan(config: Config, setup: Setup) -> str:
     trained = sum(x.size for x in jax.tree.leaves(setup.state.params))
     total = trained + sum(x.size for x in jax.tree.leaves(setup.frozen))
-    part = blocks.partition(config.resolve.blocks, setup.state.params, stacked=STACKED)
-    shape = setup.device_mesh.shape
+    part = setup.gradients.partition
+    axes = " x ".join(f"{name} {size}" for name, size in setup.device_mesh.shape.items())
     return (
         f"Training {trained:,} of {total:,} parameters on {len(config.data.seen)} languages: "
-        f"{config.resolve.aggregator} over {len(part)} blocks ({config.resolve.blocks}); "
-        f"{setup.device_mesh.size} device(s), language {shape[mesh.LANGUAGE]} x fsdp "
-        f"{shape[mesh.FSDP]}."
+        f"{config.resolve.aggregator} over {len(part)} blocks ({config.resolve.blocks}), "
+        f"{config.resolve.engine} engine; {setup.device_mesh.size} device(s), {axes}."
     )

@@ -16,14 +16,12 @@ from jaxmoo.data import Corpus, LanguageBatches, load_corpus
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
-from jaxmoo.models import Decoder, language_loss, segments_for, token_nll, trainable_filter
+from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
 from jaxmoo.train.config import Config
+from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
 
-__all__ = ["STACKED", "Setup", "prepare"]
-
-# Layers are stacked by segment; a segment carries the number of its first layer.
-STACKED = r"^layers\.(\d+)\."
+__all__ = ["Setup", "prepare"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Setup:
       device_mesh: how the devices are arranged.
       state: the state before the first step.
       frozen: parameters that stay as they are.
+      gradients: how a step comes by its gradient.
       step: the compiled training step.
       nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood.
       merge: ``(params, frozen) -> Decoder``.
@@ -49,9 +48,31 @@ class Setup:
     device_mesh: Mesh
     state: TrainState
     frozen: Any
+    gradients: GradientSource
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
     nll: Callable[[Any, Any, Any], jax.Array]
     merge: Callable[[Any, Any], Decoder]
+
+
+def make_run_mesh(config: Config) -> Mesh:
+    """Arrange the devices as the settings say.
+
+    Raises:
+      ConfigError: the devices, or the examples of a step, cannot be divided so.
+    """
+    sizes = config.mesh
+    device_mesh = mesh.make_mesh(
+        len(config.data.seen), language=sizes.language, fsdp=sizes.fsdp, data=sizes.data
+    )
+    data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
+    parts = data * fsdp * config.train.microbatches
+    if config.data.batch_size % parts:
+        raise ConfigError(
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of {parts}: mesh axes "
+            f"data ({data}) x fsdp ({fsdp}) x train.microbatches ({config.train.microbatches}) "
+            "each take an equal share of a language's examples."
+        )
+    return device_mesh
 
 
 def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
@@ -67,14 +88,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
       JaxmooError: anything that would make the run fail or be wrong.
     """
     data, model = config.data, config.model
-    device_mesh = mesh.make_mesh(
-        len(data.seen), language=config.mesh.language, fsdp=config.mesh.fsdp
-    )
-    if data.batch_size % device_mesh.shape[mesh.FSDP]:
-        raise ConfigError(
-            f"data.batch_size ({data.batch_size}) must be a multiple of the mesh's fsdp axis "
-            f"({device_mesh.shape[mesh.FSDP]}): each of its devices takes an equal share."
-        )
+    device_mesh = make_run_mesh(config)
     source = resolve_source(model.source)
     architecture = load_model_config(source)
     if data.sequence_length > architecture.max_position_embeddings:
@@ -119,11 +133,18 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         return jax.device_put(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
 
     params, frozen = place(params), place(frozen)
-    optimizer = make_optimizer(config, stacked=STACKED)
-    opt_state = jax.jit(optimizer.init)(params)
 
     def merge(params: Any, frozen: Any) -> Decoder:
         return nnx.merge(graph, params, frozen)
+
+    gradients = make_gradients(config, merge, params, frozen, device_mesh)
+    optimizer = make_optimizer(config)
+    state = TrainState(
+        step=jax.numpy.zeros((), jax.numpy.int32),
+        params=params,
+        resolver=jax.jit(gradients.init)(params),
+        opt_state=jax.jit(optimizer.init)(params),
+    )
 
     return Setup(
         source=source,
@@ -131,15 +152,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         batches=batches,
         pad_id=pad_id,
         device_mesh=device_mesh,
-        state=TrainState(jax.numpy.zeros((), jax.numpy.int32), params, opt_state),
+        state=state,
         frozen=frozen,
-        step=make_train_step(
-            lambda params, frozen, batch: language_loss(merge(params, frozen), batch),
-            optimizer,
-            device_mesh,
-            params,
-            stacked=STACKED,
-        ),
+        gradients=gradients,
+        step=jax.jit(make_train_step(gradients, optimizer), donate_argnums=0),
         nll=jax.jit(lambda params, frozen, batch: token_nll(merge(params, frozen), batch)),
         merge=merge,
     )

@@ -9,14 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from jaxmoo import aggregators, mesh
-from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import path_string
-from jaxmoo.gradients import stacked_value_and_grad
 from jaxmoo.train.config import Config, OptimizerConfig
-from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+from jaxmoo.train.gradients import GradientSource
 
 __all__ = ["TrainState", "learning_rate", "make_optimizer", "make_train_step", "mean_cosines"]
 
@@ -26,6 +22,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 []
     params: Any  # trainable parameters
+    resolver: Any  # of the conflict resolution, with the last step's diagnostics
     opt_state: Any
 
 
@@ -53,30 +50,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def make_optimizer(config: Config, *, stacked: str) -> optax.GradientTransformationExtraArgs:
-    """Conflict resolution, clipping and AdamW, in this order.
-
-    Args:
-      config: the run's settings.
-      stacked: which parameters stack layers; see :func:`jaxmoo.blocks.partition`.
-    """
-    settings, resolution = config.optimizer, config.resolve
-    seen = config.data.seen
-    preference = resolution.preference
-    resolver = resolve_conflicts(
-        aggregators.get(resolution.aggregator, **resolution.options),
-        resolution.blocks,
-        stacked=stacked,
-        num_objectives=len(seen),
-        preference=None if preference is None else [preference.get(code, 1.0) for code in seen],
-        match_norm=resolution.match_norm,
-        seed=config.seed,
-    )
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Clipping and AdamW, for the resolved gradient."""
+    settings = config.optimizer
     clip = settings.clip_norm
     return optax.chain(
-        # MoCo resolves running estimates of the languages' gradients.
-        track_gradients(len(seen)) if resolution.aggregator == "moco" else optax.identity(),
-        resolver,
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         optax.adamw(
             learning_rate(settings, config.train.steps),
@@ -97,55 +75,39 @@ def _decayed(params: Any) -> Any:
 
 
 def make_train_step(
-    loss_fn: Callable[[Any, Any, Any], jax.Array],
-    optimizer: optax.GradientTransformationExtraArgs,
-    device_mesh: Mesh,
-    params: Any,
-    *,
-    stacked: str,
+    gradients: GradientSource, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Make the compiled training step.
+    """Make the training step, to be compiled with its state donated.
 
     Args:
-      loss_fn: ``loss_fn(trainable, frozen, batch of one language) -> scalar``.
+      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
       optimizer: from :func:`make_optimizer`.
-      device_mesh: from :func:`jaxmoo.mesh.make_mesh`.
-      params: the trainable parameters, or their shapes.
-      stacked: which parameters stack layers.
 
     Returns:
-      A function ``(state, frozen, batch) -> (state, metrics)``. The state is donated. Batch
-      arrays are [K, B, ...]. Metrics, for K languages and B blocks: ``loss`` [K], ``active`` [K],
-      ``grad_norm`` [], ``conflict`` [B], ``update_norm`` [B], ``mean_norm`` [B], ``weights``
-      [B, K], ``cosine`` [K, K].
+      A function ``(state, frozen, batch) -> (state, metrics)``. Batch arrays are [K, B, ...].
+      Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
+      ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K], ``skipped``
+      [K].
     """
-    per_language = mesh.objective_shardings(device_mesh, params, stacked=stacked)
-    per_parameter = mesh.parameter_shardings(device_mesh, params, stacked=stacked)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        value_and_grad = stacked_value_and_grad(lambda p, one: loss_fn(p, frozen, one))
-        losses, gradients = value_and_grad(state.params, batch)
-        gradients = jax.lax.with_sharding_constraint(gradients, per_language)
-        active = jnp.isfinite(losses) & batch["loss_mask"][..., 1:].any((1, 2))
-        updates, opt_state = optimizer.update(
-            gradients, state.opt_state, state.params, active=active
-        )
-        updates = jax.lax.with_sharding_constraint(updates, per_parameter)
+        losses, updates, resolver = gradients.compute(state.params, frozen, batch, state.resolver)
+        updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        (resolved,) = (link for link in opt_state if isinstance(link, ResolveConflictsState))
+        resolved = gradients.diagnostics(resolver)
         metrics = {
             "loss": losses,
-            "active": active,
             "grad_norm": jnp.sqrt((resolved.update_norm**2).sum()),
             "conflict": resolved.conflict,
             "update_norm": resolved.update_norm,
             "mean_norm": resolved.mean_norm,
             "weights": resolved.weights,
             "cosine": mean_cosines(resolved.gram),
+            "skipped": resolved.skipped,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, resolver, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def mean_cosines(grams: jax.Array) -> jax.Array:

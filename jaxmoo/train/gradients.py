@@ -1,0 +1,177 @@
+"""From a config to the function that gives losses and the resolved gradient."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmoo import aggregators, blocks, mesh
+from jaxmoo.aggregators import track_gradients
+from jaxmoo.blocks import Blocks, Partition, path_string
+from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
+from jaxmoo.errors import ConfigError
+from jaxmoo.gradients import stacked_value_and_grad
+from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
+from jaxmoo.train.config import Config
+from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+
+__all__ = ["STACKED", "GradientSource", "block_rule", "make_gradients"]
+
+# Layers are stacked by segment; a segment carries the number of its first layer.
+STACKED = r"^layers\.(\d+)\."
+
+_TABLES = r"(^|\.)embedding$"
+
+
+class GradientSource(NamedTuple):
+    """How a step comes by its gradient.
+
+    Attributes:
+      init: ``params -> state``.
+      compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
+      diagnostics: the resolver's part of the state.
+      partition: the blocks.
+      engine: the in-backward engine, where it is used.
+    """
+
+    init: Callable[[Any], Any]
+    compute: Callable[[Any, Any, Any, Any], tuple[jax.Array, Any, Any]]
+    diagnostics: Callable[[Any], ResolveConflictsState]
+    partition: Partition
+    engine: ResolvedGradients | None
+
+
+def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
+    """Return the blocks of a run.
+
+    The vocabulary's tables are cut into slices where blocks follow the model's structure, by
+    default the fewest that are no larger than a layer.
+
+    Args:
+      config: the run's settings.
+      params: the trainable parameters, or their shapes.
+      device_mesh: the devices, as many as ``shard`` blocks are cut into.
+
+    Raises:
+      ConfigError: the slices asked for do not divide the vocabulary.
+    """
+    kind = config.resolve.blocks
+    if kind == "shard":
+        return f"shard:{device_mesh.shape[mesh.LANGUAGE] * device_mesh.shape[mesh.FSDP]}"
+    leaves = [
+        (path_string(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    tables = [shape for path, shape in leaves if re.search(_TABLES, path)]
+    if kind not in ("layer", "module", "leaf") or not tables:
+        return kind
+    slices = config.resolve.vocabulary_slices
+    if slices is None:
+        layers = [math.prod(shape[1:]) for path, shape in leaves if re.search(STACKED, path)]
+        most = sum(layers) or max(map(math.prod, tables))
+        rows, size = max(tables)
+        slices = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * size <= most)
+    if slices == 1:
+        return kind
+    only = len(tables) == len(leaves)
+    return blocks.choose({_TABLES: f"slices:{slices}"} | ({} if only else {".*": kind}))
+
+
+def make_gradients(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    frozen: Any,
+    device_mesh: Mesh,
+) -> GradientSource:
+    """Make the source of gradients that the settings ask for.
+
+    Args:
+      config: the run's settings.
+      merge: ``(params, frozen) -> Decoder``.
+      params: the trainable parameters, or their shapes.
+      frozen: the others, or their shapes.
+      device_mesh: from :func:`jaxmoo.mesh.make_mesh`.
+
+    Raises:
+      ConfigError: settings that contradict each other or the model.
+    """
+    resolution, seen = config.resolve, config.data.seen
+    preference = resolution.preference
+    common: dict[str, Any] = {
+        "aggregator": aggregators.get(resolution.aggregator, **resolution.options),
+        "blocks": block_rule(config, params, device_mesh),
+        "stacked": STACKED,
+        "num_objectives": len(seen),
+        "preference": None if preference is None else [preference.get(c, 1.0) for c in seen],
+        "match_norm": resolution.match_norm,
+        "seed": config.seed,
+    }
+    if resolution.engine == "stacked":
+        return _stacked(config, merge, params, device_mesh, common)
+    model = config.model
+    engine = resolved_value_and_grad(
+        lambda params, frozen, batch: token_nll(merge(params, frozen), batch).sum(),
+        params,
+        frozen=frozen,
+        weight_fn=lambda batch: target_mask(batch).sum(),
+        mesh=device_mesh,
+        replicas=resolution.replicas,
+        microbatches=config.train.microbatches,
+        accumulation=config.train.accumulation,
+        dtype=None if model.dtype == model.param_dtype else model.dtype,
+        **common,
+    )
+    return GradientSource(
+        init=lambda params: engine.init(),
+        compute=lambda params, frozen, batch, state: engine(params, batch, state, frozen),
+        diagnostics=lambda state: state,
+        partition=engine.partition,
+        engine=engine,
+    )
+
+
+def _stacked(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    device_mesh: Mesh,
+    common: dict[str, Any],
+) -> GradientSource:
+    if common["num_objectives"] % device_mesh.shape[mesh.LANGUAGE]:
+        raise ConfigError(
+            f"resolve.engine=stacked: mesh.language ({device_mesh.shape[mesh.LANGUAGE]}) must "
+            f"divide the number of languages ({common['num_objectives']})."
+        )
+    # MoCo resolves running estimates of the languages' gradients.
+    track = config.resolve.aggregator == "moco"
+    resolver = optax.chain(
+        track_gradients(common["num_objectives"]) if track else optax.identity(),
+        resolve_conflicts(**common),
+    )
+    per_language = mesh.objective_shardings(device_mesh, params, stacked=STACKED)
+    per_parameter = mesh.parameter_shardings(device_mesh, params, stacked=STACKED)
+
+    def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
+        value_and_grad = stacked_value_and_grad(
+            lambda params, one: language_loss(merge(params, frozen), one)
+        )
+        losses, gradients = value_and_grad(params, batch)
+        gradients = jax.lax.with_sharding_constraint(gradients, per_language)
+        active = jnp.isfinite(losses) & jax.vmap(target_mask)(batch).any((1, 2))
+        updates, state = resolver.update(gradients, state, params, active=active)
+        return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
+
+    return GradientSource(
+        init=resolver.init,
+        compute=compute,
+        diagnostics=lambda state: state[1],
+        partition=blocks.partition(common["blocks"], params, stacked=STACKED),
+        engine=None,
+    )

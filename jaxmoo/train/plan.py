@@ -1,0 +1,318 @@
+"""What a run will cost, found by compiling its step for devices that need not exist.
+
+The step is the trainer's own, compiled for arrays that are shapes only: no weights are read, no
+data, and nothing is downloaded. Programs are compiled for the CPU. There, half precision is partly
+computed in float32 and attention is not fused, so on an accelerator temporaries are mostly smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoo import mesh
+from jaxmoo.engine import cost
+from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
+from jaxmoo.train.config import Config
+from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
+from jaxmoo.train.setup import make_run_mesh
+from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
+
+__all__ = ["AbstractStep", "Plan", "abstract_step", "plan"]
+
+PARAMETERS = "parameters"
+OPTIMISER = "optimiser state"
+GRADIENT = "resolved gradient"
+OBJECTIVES = "per-language gradients of one block"
+TAPS = "per-language gradients kept until the end of the pass"
+STACK = "per-language gradients of everything"
+ACTIVATIONS = "activations kept for the backward pass"
+OTHER = "other temporaries"
+REST = "batch and diagnostics"
+
+# What makes each of them smaller.
+_REMEDIES = {
+    PARAMETERS: "use more devices, or model.param_dtype=bfloat16",
+    OPTIMISER: "use more devices, or train fewer parameters (model.trainable)",
+    GRADIENT: "use more devices, or train fewer parameters (model.trainable)",
+    OBJECTIVES: "use smaller blocks (resolve.blocks=module, or more resolve.vocabulary_slices)",
+    TAPS: "use blocks that one layer holds (resolve.blocks=layer) and "
+    "train.accumulation=resolve_each",
+    STACK: "use resolve.engine=backward",
+    ACTIVATIONS: "use model.remat=full, more train.microbatches, or a smaller data.batch_size or "
+    "data.sequence_length",
+    OTHER: "use more train.microbatches, or a smaller data.batch_size or data.sequence_length",
+    REST: "use a smaller data.batch_size",
+}
+
+
+class AbstractStep(NamedTuple):
+    """A training step and the shapes of what it is called with.
+
+    Attributes:
+      function: the jitted step.
+      arguments: its (state, frozen, batch): shapes, dtypes and shardings.
+      gradients: where its gradient comes from.
+      device_mesh: the devices.
+    """
+
+    function: Any
+    arguments: tuple[TrainState, Any, Any]
+    gradients: GradientSource
+    device_mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step costs; per device throughout.
+
+    Attributes:
+      axes: sizes of the mesh axes.
+      blocks: number of blocks.
+      memory: bytes by kind; they add up to ``total``.
+      total: bytes at the worst moment.
+      collectives: bytes sent by kind; see :func:`jaxmoo.engine.cost.collective_bytes`.
+      flops: floating-point operations of a step, if every token is a target.
+      late: paths and bytes of parameters whose blocks are resolved after the backward pass.
+      compile_seconds: how long the compiler took.
+    """
+
+    axes: dict[str, int]
+    blocks: int
+    memory: dict[str, int]
+    total: int
+    collectives: dict[str, int]
+    flops: float
+    late: dict[str, int]
+    compile_seconds: float
+
+    def advice(self, device_memory: int) -> str:
+        """Say whether the step fits a device, and if not what to change.
+
+        Args:
+          device_memory: bytes.
+        """
+        needed, there = f"{_gigabytes(self.total)} GB", f"{_gigabytes(device_memory)} GB"
+        if self.total <= device_memory:
+            return f"Fits: {needed} of {there} per device."
+        kind, size = max(self.memory.items(), key=lambda item: item[1])
+        return (
+            f"Does not fit: {needed} needed, {there} there. The largest part is {kind} "
+            f"({_gigabytes(size)} GB): {_REMEDIES[kind]}."
+        )
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
+        lines = [f"{math.prod(self.axes.values())} devices ({shape}), {self.blocks} blocks", ""]
+        lines += _rows(
+            "memory per device, GB", {**self.memory, "total": self.total}, lambda n: _gigabytes(n)
+        )
+        if self.late:
+            lines += ["", *_rows("resolved after the pass, GB", self.late, _gigabytes)]
+        sent = {**self.collectives, "total": sum(self.collectives.values())}
+        lines += ["", *_rows("sent per device and step, GB", sent, _gigabytes)]
+        lines += ["", f"{self.flops / 1e12:,.2f} TFLOP per device and step"]
+        lines += [f"compiled in {self.compile_seconds:.0f} s"]
+        return "\n".join(lines)
+
+
+def plan(config: Config, architecture: DecoderConfig) -> Plan:
+    """Compile the step of a run and count what it costs.
+
+    Args:
+      config: the run's settings.
+      architecture: the model's sizes.
+
+    Raises:
+      ConfigError: the settings contradict each other, the model or the devices.
+    """
+    step = abstract_step(config, architecture)
+    begun = time.perf_counter()
+    traced = step.function.trace(*step.arguments)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - begun
+    memory = cost.memory(compiled)
+    kinds = _memory_by_kind(step, traced.jaxpr, memory)
+    trained, frozen = step.arguments[0].params, step.arguments[1]
+    counted = cost.flops(traced.jaxpr, step.device_mesh.size)
+    return Plan(
+        axes=dict(step.device_mesh.shape),
+        blocks=len(step.gradients.partition),
+        memory=kinds,
+        total=memory["peak"],
+        collectives=cost.collective_bytes(compiled),
+        flops=counted["total"] + _head_flops(config, architecture, trained, frozen, step),
+        late=_late(step),
+        compile_seconds=seconds,
+    )
+
+
+def abstract_step(
+    config: Config,
+    architecture: DecoderConfig,
+    gradients: Callable[..., GradientSource] = make_gradients,
+) -> AbstractStep:
+    """Build the trainer's step around shapes in the place of arrays.
+
+    Args:
+      config: the run's settings.
+      architecture: the model's sizes.
+      gradients: where the step's gradient comes from.
+
+    Raises:
+      ConfigError: the settings contradict each other, the model or the devices.
+    """
+    device_mesh = make_run_mesh(config)
+    model, data = config.model, config.data
+    decoder = Decoder.abstract(
+        architecture,
+        segments=segments_for(architecture, model.trainable),
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+    )
+    graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
+
+    def place(tree: Any) -> Any:
+        return _with_sharding(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
+
+    params, frozen = place(params), place(frozen)
+    source = gradients(config, lambda p, f: nnx.merge(graph, p, f), params, frozen, device_mesh)
+    optimizer = make_optimizer(config)
+    everywhere = NamedSharding(device_mesh, P())
+
+    def replicated(tree: Any) -> Any:
+        return _with_sharding(tree, jax.tree.map(lambda _: everywhere, tree))
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=replicated,
+    )
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=params,
+        resolver=replicated(jax.eval_shape(source.init, params)),
+        opt_state=opt_state,
+    )
+    shape = (len(data.seen), data.batch_size, data.sequence_length)
+    rows = mesh.batch_sharding(device_mesh)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+    }
+    function = jax.jit(make_train_step(source, optimizer), donate_argnums=0)
+    return AbstractStep(function, (state, frozen, batch), source, device_mesh)
+
+
+def _with_sharding(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def _nbytes(tree: Any) -> int:
+    """Bytes of one device's pieces."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> dict[str, int]:
+    state, frozen, batch = step.arguments
+    kinds = {
+        PARAMETERS: _nbytes(state.params) + _nbytes(frozen),
+        OPTIMISER: _nbytes(state.opt_state),
+        GRADIENT: _nbytes(state.params),
+    }
+    per_device = 1 / step.device_mesh.size
+    engine = step.gradients.engine
+    if engine is None:
+        k = len(batch["tokens"])
+        shardings = mesh.objective_shardings(step.device_mesh, state.params, stacked=STACKED)
+        stack = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct((k, *x.shape), x.dtype, sharding=s),
+            state.params,
+            shardings,
+        )
+        kinds[STACK] = _nbytes(stack)
+    else:
+        size, _ = engine.usage(state.params, batch, frozen).largest_call()
+        itemsize = max(layout.gathered_dtype.itemsize for layout in engine.layouts)
+        top = engine.topology
+        # Whole arrays of this device's languages, then its pieces of all languages.
+        held = top.local_objectives + top.objectives / top.pieces
+        kinds[OBJECTIVES] = round(size * itemsize * held) if engine.rules.groups else 0
+        kinds[TAPS] = sum(_late(step).values())
+    kinds[ACTIVATIONS] = round(_kept(getattr(jaxpr, "jaxpr", jaxpr), per_device))
+    kinds[REST] = memory["arguments"] - kinds[PARAMETERS] - kinds[OPTIMISER]
+    kinds[OTHER] = max(0, memory["peak"] - sum(kinds.values()))
+    return {kind: size for kind, size in kinds.items() if size}
+
+
+def _late(step: AbstractStep) -> dict[str, int]:
+    """Paths of arrays whose gradients [K, piece] are kept until the end of the pass, and bytes."""
+    engine = step.gradients.engine
+    if engine is None:
+        return {}
+    state, frozen, batch = step.arguments
+    late = {}
+    for number in sorted(engine.tapped(engine.usage(state.params, batch, frozen))):
+        layout = engine.layouts[number]
+        piece = math.prod(layout.piece_shape(engine.topology.pieces)) * (layout.layers or 1)
+        late[layout.path] = engine.topology.objectives * piece * layout.gathered_dtype.itemsize
+    return late
+
+
+def _kept(jaxpr: Any, scale: float) -> float:
+    """Bytes that loops over layers stack up in the forward pass."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = 1.0 if equation.primitive.name == "shard_map" else scale
+        forward = "jvp" in (stack := str(equation.source_info.name_stack))
+        if equation.primitive.name == "scan" and forward and "transpose" not in stack:
+            stacked = equation.outvars[equation.params["num_carry"] :]
+            total += scale * sum(x.aval.size * x.aval.dtype.itemsize for x in stacked)
+        else:
+            total += sum(_kept(sub, inner) for sub in _jaxprs(equation.params))
+    return total
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        found = getattr(value, "jaxpr", value)
+        if hasattr(found, "eqns"):
+            yield found
+
+
+def _head_flops(
+    config: Config, architecture: DecoderConfig, trained: Any, frozen: Any, step: AbstractStep
+) -> float:
+    """Work of the head, whose loops end with the last target: here, at the last token."""
+    products = 5  # logits; again for the hidden states' gradient and for the table's
+    if all(path.shape != (architecture.vocab_size,) for path in jax.tree.leaves(trained)):
+        products = 5
+    return products
+
+
+def _rows(title: str, items: dict[str, Any], text: Callable[[Any], str]) -> list[str]:
+    width = max(map(len, (*items, title)))
+    return [title, *(f"  {name:<{width}}  {text(value):>12}" for name, value in items.items())]
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.3f}"
