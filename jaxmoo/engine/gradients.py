@@ -40,7 +40,7 @@ def resolved_value_and_grad(
     params: Any,
     *,
     num_objectives: int,
-    aggregator: str | Aggregator | Mapping[str, str | Aggregator] = "cagrad",
+    aggregator: str | Aggregator | Mapping[str, str | Aggregator] | None = "cagrad",
     blocks: str | Blocks | Callable[[str], Any] = "layer",
     weight_fn: Callable[[Any], jax.Array] | None = None,
     frozen: Any = None,
@@ -68,7 +68,8 @@ def resolved_value_and_grad(
         call in it that reads parameters is marked with :func:`jaxmoo.block`.
       params: the trainable parameters, or their shapes.
       num_objectives: K.
-      aggregator: see :func:`jaxmoo.resolve_conflicts`.
+      aggregator: see :func:`jaxmoo.resolve_conflicts`. None, with one objective only, is ordinary
+        training, sharded in the same way: the baseline.
       blocks: see :func:`jaxmoo.resolve_conflicts`. ``"shard"`` stands for as many pieces as the
         mesh has.
       weight_fn: ``weight_fn(batch) -> scalar``: by how much an objective's sum of losses is
@@ -126,8 +127,12 @@ def resolved_value_and_grad(
     part = partition(
         f"shard:{topology.pieces}" if blocks == "shard" else blocks, params, stacked=stacked
     )
-    groups = group_blocks(part, aggregator)
-    for group in groups:
+    if aggregator is None and num_objectives > 1:
+        raise ConfigError(
+            f"aggregator=None is ordinary training, for a single objective; found {num_objectives}."
+        )
+    groups = None if aggregator is None else group_blocks(part, aggregator)
+    for group in groups or ():
         if group.aggregator.cross_gram:
             raise ConfigError(
                 f"{group.aggregator.name} needs gradients of two batches per step; use "
@@ -181,7 +186,7 @@ class ResolvedGradients:
 
     def init(self) -> ResolveConflictsState:
         """Return the state before the first step."""
-        groups = self.rules.groups
+        groups = self.rules.groups or ()
         return new_state(len(self.partition), groups, self.topology.objectives, self.seed)
 
     def __call__(

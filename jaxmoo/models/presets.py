@@ -16,7 +16,8 @@ def preset(name: str) -> DecoderConfig:
     """Return the shape of a published model.
 
     Args:
-      name: its name on the Hugging Face hub, with or without the owner; upper or lower case.
+      name: its name on the Hugging Face hub, with or without the owner and what is put behind the
+        size (``-Instruct``); upper or lower case.
 
     Raises:
       ConfigError: it is not among :data:`PRESETS`.
@@ -32,7 +33,7 @@ Llama-3.1-8B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-4B, Qwen3-8B, SmolL
     """
     wanted = name.rpartition("/")[2].lower()
     for known, config in PRESETS.items():
-        if known.lower() == wanted:
+        if f"{wanted}-".startswith(f"{known.lower()}-"):
             return config
     raise ConfigError(
         f"there is no preset {name!r}.{did_you_mean(name, PRESETS)} There are {', '.join(PRESETS)}"

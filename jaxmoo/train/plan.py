@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +24,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.engine import cost
+from jaxmoo.errors import ConfigError
+from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
+from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.presets import preset
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.setup import make_run_mesh
 from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
 
-__all__ = ["AbstractStep", "Plan", "abstract_step", "plan"]
+__all__ = ["AbstractStep", "Plan", "abstract_step", "parse_memory", "plan", "shape_of"]
 
 PARAMETERS = "parameters"
 OPTIMISER = "optimiser state"
@@ -115,9 +121,8 @@ class Plan:
         """Return the plan as text."""
         shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
         lines = [f"{math.prod(self.axes.values())} devices ({shape}), {self.blocks} blocks", ""]
-        lines += _rows(
-            "memory per device, GB", {**self.memory, "total": self.total}, lambda n: _gigabytes(n)
-        )
+        memory = {**self.memory, "total": self.total}
+        lines += _rows("memory per device, GB", memory, _gigabytes)
         if self.late:
             lines += ["", *_rows("resolved after the pass, GB", self.late, _gigabytes)]
         sent = {**self.collectives, "total": sum(self.collectives.values())}
@@ -143,19 +148,47 @@ def plan(config: Config, architecture: DecoderConfig) -> Plan:
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - begun
     memory = cost.memory(compiled)
-    kinds = _memory_by_kind(step, traced.jaxpr, memory)
-    trained, frozen = step.arguments[0].params, step.arguments[1]
     counted = cost.flops(traced.jaxpr, step.device_mesh.size)
     return Plan(
         axes=dict(step.device_mesh.shape),
         blocks=len(step.gradients.partition),
-        memory=kinds,
+        memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory),
         total=memory["peak"],
         collectives=cost.collective_bytes(compiled),
-        flops=counted["total"] + _head_flops(config, architecture, trained, frozen, step),
+        flops=counted["total"] + _head_flops(architecture, step),
         late=_late(step),
         compile_seconds=seconds,
     )
+
+
+def shape_of(source: str) -> DecoderConfig:
+    """Return a model's sizes without downloading anything.
+
+    Args:
+      source: a directory with a ``config.json``, or a name that
+        :func:`jaxmoo.models.presets.preset` knows.
+
+    Raises:
+      ConfigError, CheckpointError: it is neither, or cannot be read.
+    """
+    return load_model_config(Path(source)) if Path(source).is_dir() else preset(source)
+
+
+def parse_memory(text: str) -> int:
+    """Read a number of bytes.
+
+    Raises:
+      ConfigError: it is not one.
+
+    Example:
+      >>> parse_memory("80GB"), parse_memory("1.5 GiB")
+      (80000000000, 1610612736)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text.strip())
+    if not found:
+        raise ConfigError(f"memory: expected a size such as 80GB or 141GiB, found {text!r}.")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** (2 if found[2] == "M" else 3))
 
 
 def abstract_step(
@@ -227,8 +260,7 @@ def _with_sharding(tree: Any, shardings: Any) -> Any:
 def _nbytes(tree: Any) -> int:
     """Bytes of one device's pieces."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
@@ -239,7 +271,6 @@ def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> d
         OPTIMISER: _nbytes(state.opt_state),
         GRADIENT: _nbytes(state.params),
     }
-    per_device = 1 / step.device_mesh.size
     engine = step.gradients.engine
     if engine is None:
         k = len(batch["tokens"])
@@ -258,7 +289,7 @@ def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> d
         held = top.local_objectives + top.objectives / top.pieces
         kinds[OBJECTIVES] = round(size * itemsize * held) if engine.rules.groups else 0
         kinds[TAPS] = sum(_late(step).values())
-    kinds[ACTIVATIONS] = round(_kept(getattr(jaxpr, "jaxpr", jaxpr), per_device))
+    kinds[ACTIVATIONS] = round(_kept(jaxpr, 1 / step.device_mesh.size))
     kinds[REST] = memory["arguments"] - kinds[PARAMETERS] - kinds[OPTIMISER]
     kinds[OTHER] = max(0, memory["peak"] - sum(kinds.values()))
     return {kind: size for kind, size in kinds.items() if size}
@@ -299,14 +330,16 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
             yield found
 
 
-def _head_flops(
-    config: Config, architecture: DecoderConfig, trained: Any, frozen: Any, step: AbstractStep
-) -> float:
-    """Work of the head, whose loops end with the last target: here, at the last token."""
-    products = 5  # logits; again for the hidden states' gradient and for the table's
-    if all(path.shape != (architecture.vocab_size,) for path in jax.tree.leaves(trained)):
-        products = 5
-    return products
+def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
+    """Work of the head, whose loops end with a row's last target: here, with its last token."""
+    state, _, batch = step.arguments
+    module = "embed_tokens" if architecture.tie_word_embeddings else "lm_head"
+    trained = (module, "embedding") in [path for path, _ in named_leaves(state.params)]
+    # Scores, forward and backward, and the hidden states' gradient; where the table is trained,
+    # scores once more and its gradient.
+    products = 5 if trained else 3
+    tokens = batch["tokens"].size / step.device_mesh.size
+    return products * 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
 
 def _rows(title: str, items: dict[str, Any], text: Callable[[Any], str]) -> list[str]:
