@@ -2,6 +2,7 @@
 
 from jaxmoo import aggregators, blocks, errors
 from jaxmoo.aggregators import Aggregator, aggregate
+from jaxmoo.engine import ResolvedGradients, block, resolved_value_and_grad
 from jaxmoo.gradients import stacked_value_and_grad
 from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
 
@@ -10,10 +11,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregator",
     "ResolveConflictsState",
+    "ResolvedGradients",
     "aggregate",
     "aggregators",
+    "block",
     "blocks",
     "errors",
     "resolve_conflicts",
+    "resolved_value_and_grad",
     "stacked_value_and_grad",
 ]

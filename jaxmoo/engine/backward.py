@@ -101,6 +101,7 @@ class Backward:
       rules: how blocks are resolved.
       tapped: numbers of the arrays that are resolved after the pass.
       tied: numbers of the tables that embed tokens and score them.
+      apart: filled with the blocks that each lie, and are resolved, on one device alone.
       tables: see the module.
       dynamic: see :class:`Dynamic`.
     """
@@ -115,12 +116,14 @@ class Backward:
         dynamic: Dynamic,
         tapped: frozenset[int] = frozenset(),
         tied: frozenset[int] = frozenset(),
+        apart: set[int] | None = None,
     ) -> None:
         self.layouts = layouts
         self.topology = topology
         self.rules = rules
         self.tapped = tapped
         self.tied = tied
+        self.apart = set() if apart is None else apart
         self.tables = tables
         self.dynamic = dynamic
 
@@ -254,7 +257,7 @@ class Backward:
             preference=None if preference is None else jnp.asarray(preference),
             match_norm=self.rules.match_norm,
             partitioned=False,
-            total=self.topology.total,
+            total=(lambda x: x) if call.apart else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
         )
         if self.rules.replicas == "mean_then_resolve":
@@ -320,7 +323,12 @@ class Backward:
         """Work out which blocks a call resolves; see :class:`CallBlocks`."""
         if self.rules.groups is None:
             uses = []
-        return CallBlocks.of(self.layouts, self.rules, uses, self.topology.objectives)
+        top = self.topology
+        call = CallBlocks.of(self.layouts, self.rules, uses, top.objectives, top)
+        if call.apart:
+            labels = [self.layouts[leaf].labels for leaf, _ in uses]
+            self.apart.update(int(label) for label in np.concatenate(labels).flat)
+        return call
 
 
 class CallBlocks(NamedTuple):
@@ -332,12 +340,14 @@ class CallBlocks(NamedTuple):
       groups: (number among all groups, aggregator, candidates among the call's blocks).
       num_blocks: m.
       objectives: K.
+      apart: whether every block lies on one device alone, and a device resolves only its own.
     """
 
     integers: Any
     groups: list[tuple[int, Aggregator, np.ndarray]]
     num_blocks: int
     objectives: int
+    apart: bool
 
     @classmethod
     def of(
@@ -346,11 +356,28 @@ class CallBlocks(NamedTuple):
         rules: Rules,
         uses: Sequence[tuple[int, Any]],
         objectives: int,
+        topology: Topology | None = None,
     ) -> CallBlocks:
+        """Find the blocks of a call.
+
+        Args:
+          layouts: where parameters lie, by number.
+          rules: how blocks are resolved.
+          uses: the arrays the call resolves, with the number of the layer.
+          objectives: K.
+          topology: the mesh, for calls whose blocks may each lie on one device alone.
+        """
         tables = [layouts[leaf].labels for leaf, _ in uses]
         count = max((len(t) for t in tables), default=1)
         tables = [np.broadcast_to(t, (count, t.shape[1])) for t in tables]
         layer = next((n for leaf, n in uses if layouts[leaf].layers is not None), 0)
+        axes = [layouts[leaf].axis for leaf, _ in uses]
+        apart = topology is not None and _lie_apart(tables, axes, topology.pieces)
+        if apart:
+            # A device meets the blocks of its own pieces only: one row per layer and device.
+            tables = [np.repeat(t.reshape(-1, 1), t.shape[1], axis=1) for t in tables]
+            layer = layer * topology.pieces + topology.piece_index()
+            count *= topology.pieces
         # Per layer, the blocks met; a layer that meets fewer fills up with the spare row.
         met = [np.unique(np.concatenate([t[i] for t in tables] or [[]])) for i in range(count)]
         m = max(map(len, met))
@@ -376,7 +403,7 @@ class CallBlocks(NamedTuple):
             jnp.asarray(numbers.astype(np.int32))[layer],
             tuple(members),
         )
-        return cls(integers, groups, m, objectives)
+        return cls(integers, groups, m, objectives, apart)
 
     def rows(self, tables: Tables) -> Tables:
         """Take the call's rows from the tables."""
@@ -414,6 +441,21 @@ class CallBlocks(NamedTuple):
         shapes = {"gram": (0, k, k), "weights": (0, k), "nonfinite": (0, k)}
         names = ("gram", "weights", "update_norm", "mean_norm", "nonfinite", "resolved")
         return Tables({n: jnp.zeros(shapes.get(n, (0,)), jnp.float32) for n in names}, ())
+
+
+def _lie_apart(tables: Sequence[np.ndarray], axes: Sequence[int | None], pieces: int) -> bool:
+    """Whether no block has parts on two devices, given labels [layers, parts] per array."""
+    if pieces == 1 or not tables:
+        return False
+    if any(a != 0 or t.shape[1] != pieces for a, t in zip(axes, tables, strict=True)):
+        return False
+    owner: dict[int, int] = {}
+    return all(
+        owner.setdefault(int(label), part) == part
+        for table in tables
+        for labels in table
+        for part, label in enumerate(labels)
+    )
 
 
 def over_objectives(function: Callable[..., Any], topology: Topology) -> Callable[..., Any]:

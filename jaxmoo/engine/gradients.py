@@ -185,9 +185,15 @@ class ResolvedGradients:
     seed: int
 
     def init(self) -> ResolveConflictsState:
-        """Return the state before the first step."""
-        groups = self.rules.groups or ()
-        return new_state(len(self.partition), groups, self.topology.objectives, self.seed)
+        """Return the state before the first step, on the mesh."""
+
+        # Were it elsewhere than where a step leaves it, the second step would be compiled anew.
+        @functools.partial(jax.jit, out_shardings=NamedSharding(self.mesh, P()))
+        def make() -> ResolveConflictsState:
+            groups = self.rules.groups or ()
+            return new_state(len(self.partition), groups, self.topology.objectives, self.seed)
+
+        return make()
 
     def __call__(
         self, params: Any, batch: Any, state: ResolveConflictsState, frozen: Any = None
@@ -324,19 +330,22 @@ class ResolvedGradients:
         state: tuple[Any, ...],
     ) -> tuple[jax.Array, list[jax.Array], Tables]:
         n, top = self.microbatches, self.topology
+        apart: set[int] = set()  # known once a pass is traced
         one_pass = functools.partial(
             self._backward,
             values,
             trees=(tree, frozen_tree),
             tapped=tapped,
             tied=tied,
+            apart=apart,
             frozen=frozen,
         )
+        complete = functools.partial(self._complete, apart=apart)
         weights, active = self._weights(batch)
         dynamic = Dynamic(key, active)
         if n == 1:
             losses, updates, taps, tables = one_pass(batch, weights, dynamic, state)
-            return losses, *self._complete(updates, taps, dynamic, state, tables)
+            return losses, *complete(updates, taps, dynamic, state, tables)
 
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0), batch
@@ -350,7 +359,7 @@ class ResolvedGradients:
             zeros = (jnp.zeros(weights.shape, jnp.float32), self._taps(values, tapped))
             (losses, taps), _ = jax.lax.scan(add, zeros, parts)
             tables = Tables(self.rules.empty_report(top.objectives), state)
-            return losses, *self._complete(values, taps, dynamic, state, tables)
+            return losses, *complete(values, taps, dynamic, state, tables)
 
         def each(carry: Any, numbered: Any) -> tuple[Any, None]:
             losses, seen, updates, report, state = carry
@@ -359,7 +368,7 @@ class ResolvedGradients:
             fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
             dynamic = Dynamic(jax.random.key_data(fold), active)
             loss, update, taps, tables = one_pass(part, weights, dynamic, state)
-            update, tables = self._complete(update, taps, dynamic, state, tables)
+            update, tables = complete(update, taps, dynamic, state, tables)
             return (
                 losses + loss,
                 seen + (weights > 0),
@@ -386,8 +395,13 @@ class ResolvedGradients:
         dynamic: Dynamic,
         state: tuple[Any, ...],
         tables: Tables,
+        *,
+        apart: set[int],
     ) -> tuple[list[jax.Array], Tables]:
         """Resolve what the backward pass could not, and keep the state of blocks not resolved."""
+        if apart:  # every device has the rows of its own blocks
+            rows = np.array(sorted(apart))
+            tables = jax.tree.map(lambda x: x.at[rows].set(self.topology.total(x[rows])), tables)
         if any(tap is not None for tap in taps):
             engine = Backward(
                 self.layouts,
@@ -441,6 +455,7 @@ class ResolvedGradients:
         trees: Any,
         tapped: frozenset[int],
         tied: frozenset[int],
+        apart: set[int],
         frozen: list[jax.Array],
     ) -> tuple[jax.Array, list[jax.Array], list[Any], Tables]:
         """One forward and backward pass: losses, gradients of pieces, taps, tables."""
@@ -458,6 +473,7 @@ class ResolvedGradients:
                 self.rules,
                 tapped=tapped,
                 tied=tied,
+                apart=apart,
                 tables=tables,
                 dynamic=dynamic,
             )

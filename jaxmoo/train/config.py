@@ -170,6 +170,14 @@ class ResolveConfig:
         "resolve in each replica and average (least traffic), or average Gram matrices only.",
         choices=("mean_then_resolve", "resolve_then_mean", "pooled_gram"),
     )
+    nonfinite: str = setting(
+        "skip",
+        "When a language's loss or gradient is not finite: `skip` leaves it out of the blocks "
+        "concerned and counts the step, `raise` stops. A run stops in any case when no language's "
+        "loss is finite.",
+        choices=("skip", "raise"),
+        free=True,
+    )
     match_norm: bool = setting(
         False,
         "Give every block's resolved gradient the length of its mean gradient, to compare methods "

@@ -8,6 +8,7 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
      "weights": {"en": 0.11, ...},          # mean over blocks
      "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
+     "skipped": {"en": 0, ...},             # steps so far in which it was not finite somewhere
      "blocks": {"layers.22": {"conflict_share": 0.29, "update_norm": 0.1}, ...}}
 """
 

@@ -29,7 +29,7 @@ __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 
 
 class NonFiniteLossError(JaxmooError, FloatingPointError):
-    """A language's training loss is NaN or infinite."""
+    """A loss or gradient is NaN or infinite."""
 
 
 class InterruptedRunError(JaxmooError):
@@ -122,6 +122,7 @@ def _loop(
         ) as metrics,
         Progress(steps, start=start) as progress,
     ):
+        skipped = jax.device_get(setup.gradients.diagnostics(state.resolver).skipped)
         for index in range(start, steps):
             begun = time.perf_counter()
             batch = setup.batches.batch(index)
@@ -129,7 +130,8 @@ def _loop(
             measured = jax.device_get(measured)
             row = _row(config, part, batch, measured, time.perf_counter() - begun)
             row |= {"step": index + 1, "learning_rate": float(rate(index))}
-            _check_losses(row, checkpoints)
+            _check_finite(config, row, measured["skipped"] - skipped, checkpoints)
+            skipped = measured["skipped"]
             if index > start:  # the first step's time is the compiler's
                 row["tokens_per_second"] = row["tokens"] / row["step_seconds"]
             progress.update(row)
@@ -174,6 +176,7 @@ def _row(
         "conflict_share": measured["conflict"].mean(),
         "weights": dict(zip(seen, measured["weights"].mean(0), strict=True)),
         "cosine": measured["cosine"],
+        "skipped": dict(zip(seen, measured["skipped"], strict=True)),
         "blocks": {
             name: {
                 "conflict_share": measured["conflict"][i],
@@ -185,20 +188,29 @@ def _row(
     }
 
 
-def _check_losses(row: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+def _check_finite(
+    config: Config, row: Mapping[str, Any], skipped: np.ndarray, checkpoints: Checkpoints
+) -> None:
+    """Stop the run when languages whose numbers are not finite may not be left out."""
     bad = [code for code, loss in row["loss"].items() if not np.isfinite(loss)]
-    if bad:
-        latest = checkpoints.latest()
-        saved = (
-            "No checkpoint had been saved."
-            if latest is None
-            else f"The checkpoint of step {latest} is untouched."
-        )
-        raise NonFiniteLossError(
-            f"The loss of {', '.join(bad)} is not finite in step {row['step']}. {saved} Lower "
-            "optimizer.learning_rate, lengthen optimizer.warmup_steps, or use "
-            "model.dtype=float32."
-        )
+    what = f"The loss of {', '.join(bad)}"
+    if config.resolve.nonfinite == "skip" and len(bad) < len(row["loss"]):
+        return
+    if not bad:
+        if not skipped.any():
+            return
+        left_out = [c for c, s in zip(config.data.seen, skipped, strict=True) if s]
+        what = f"The gradient of {', '.join(left_out)}"
+    latest = checkpoints.latest()
+    saved = (
+        "No checkpoint had been saved."
+        if latest is None
+        else f"The checkpoint of step {latest} is untouched."
+    )
+    raise NonFiniteLossError(
+        f"{what} is not finite in step {row['step']}. {saved} Lower optimizer.learning_rate, "
+        "lengthen optimizer.warmup_steps, or use model.dtype=float32."
+    )
 
 
 def _evaluate(
