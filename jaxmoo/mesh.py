@@ -1,9 +1,11 @@
 """Mesh axes, and how parameters, batches and per-language gradients lie on them.
 
-Three axes: ``data`` (R replicas of everything), ``language`` (L groups of devices, K / L languages
-in each) and ``fsdp`` (F devices that share a group's examples). Within a replica, parameters and
-optimiser state are sharded over ``language`` and ``fsdp`` together, as fully sharded data
-parallelism would over L x F devices. Nothing is replicated but arrays too small to divide.
+Four axes: ``data`` (R replicas of everything), ``language`` (L groups of devices, K / L languages
+in each), ``fsdp`` (F devices that share a group's examples) and ``tensor`` (M devices that share
+every matrix product, as the compiler sees fit). Within a replica, parameters and optimiser state
+are sharded over ``language`` and ``fsdp`` together, as fully sharded data parallelism would over
+L x F devices, and over ``tensor`` along another axis. Nothing is replicated but arrays too small to
+divide.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ __all__ = [
     "sharded_axis",
 ]
 
-DATA, LANGUAGE, FSDP = "data", "language", "fsdp"
+DATA, LANGUAGE, FSDP, TENSOR = "data", "language", "fsdp", "tensor"
 
 
 def mesh_shape(
@@ -41,7 +43,8 @@ def mesh_shape(
     language: int | None = None,
     fsdp: int | None = None,
     data: int = 1,
-) -> tuple[int, int, int]:
+    tensor: int = 1,
+) -> tuple[int, int, int, int]:
     """Choose the sizes of the axes that are not given.
 
     Args:
@@ -52,27 +55,29 @@ def mesh_shape(
         divide K leaves the last groups with places for languages that do not exist.
       fsdp: F, devices per group. By default all the rest.
       data: R, replicas.
+      tensor: M, devices that share each matrix product.
 
     Returns:
-      ``(R, L, F)``.
+      ``(R, L, F, M)``.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or L exceeds K.
 
     Example:
       >>> mesh_shape(4, 8)
-      (1, 4, 2)
+      (1, 4, 2, 1)
       >>> mesh_shape(4, 8, data=2)
-      (2, 4, 1)
+      (2, 4, 1, 1)
     """
+    fixed = data * tensor
     if language is None:
-        language = math.gcd(num_languages, num_devices // (data * (fsdp or 1)))
+        language = math.gcd(num_languages, num_devices // (fixed * (fsdp or 1)))
     if fsdp is None:
-        fsdp = num_devices // (data * language)
-    if data * language * fsdp != num_devices or not num_devices:
+        fsdp = num_devices // (fixed * language) if language else 0
+    if fixed * language * fsdp != num_devices or not num_devices:
         raise ConfigError(
-            f"mesh: data ({data}) x language ({language}) x fsdp ({fsdp}) = "
-            f"{data * language * fsdp}, but there are {num_devices} devices. Leave out language "
+            f"mesh: data ({data}) x language ({language}) x fsdp ({fsdp}) x tensor ({tensor}) = "
+            f"{fixed * language * fsdp}, but there are {num_devices} devices. Leave out language "
             "or fsdp to have it chosen."
         )
     if language > num_languages:
@@ -80,7 +85,7 @@ def mesh_shape(
             f"mesh: language ({language}) must be at most the number of languages "
             f"({num_languages}). Use fsdp or data for the other devices."
         )
-    return data, language, fsdp
+    return data, language, fsdp, tensor
 
 
 def make_mesh(
@@ -89,36 +94,40 @@ def make_mesh(
     language: int | None = None,
     fsdp: int | None = None,
     data: int = 1,
+    tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Arrange devices as ``data`` x ``language`` x ``fsdp``.
+    """Arrange devices as ``data`` x ``language`` x ``fsdp`` x ``tensor``.
 
     Args:
       num_languages: K.
       language: L; see :func:`mesh_shape`.
       fsdp: F; see :func:`mesh_shape`.
       data: R; see :func:`mesh_shape`.
+      tensor: M; see :func:`mesh_shape`.
       devices: the devices, ``jax.devices()`` by default.
 
     Returns:
-      A mesh with axes ``("data", "language", "fsdp")``.
+      A mesh with axes ``("data", "language", "fsdp", "tensor")``.
 
     Raises:
       ConfigError: as :func:`mesh_shape`.
 
     Example:
       >>> dict(make_mesh(8, devices=jax.devices()[:1]).shape)
-      {'data': 1, 'language': 1, 'fsdp': 1}
+      {'data': 1, 'language': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(num_languages, len(devices), language=language, fsdp=fsdp, data=data)
+    shape = mesh_shape(
+        num_languages, len(devices), language=language, fsdp=fsdp, data=data, tensor=tensor
+    )
     grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, (DATA, LANGUAGE, FSDP), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, (DATA, LANGUAGE, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 4)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of rows [N, ...] that belong to no language axis: spread over all devices."""
-    return NamedSharding(mesh, P((DATA, LANGUAGE, FSDP)))
+    return NamedSharding(mesh, P((DATA, LANGUAGE, FSDP, TENSOR)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -184,6 +193,10 @@ def _shardings(
         axis = sharded_axis(name, x.shape[skip:], pieces)
         if axis is not None:
             spec[axis + skip] = axes
+        size = mesh.shape[TENSOR]
+        free = [a for a in range(skip, len(spec)) if spec[a] is None and x.shape[a] % size == 0]
+        if size > 1 and len(x.shape) - skip > 1 and free:
+            spec[free[-1]] = TENSOR
         return NamedSharding(mesh, P(*leading, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -14,12 +14,12 @@ from jaxmoo.errors import ConfigError
 @pytest.mark.parametrize(
     ("languages", "devices", "expected"),
     [
-        (8, 1, (1, 1, 1)),
-        (8, 8, (1, 8, 1)),
-        (4, 8, (1, 4, 2)),
-        (6, 8, (1, 2, 4)),
-        (7, 8, (1, 1, 8)),
-        (64, 8, (1, 8, 1)),
+        (8, 1, (1, 1, 1, 1)),
+        (8, 8, (1, 8, 1, 1)),
+        (4, 8, (1, 4, 2, 1)),
+        (6, 8, (1, 2, 4, 1)),
+        (7, 8, (1, 1, 8, 1)),
+        (64, 8, (1, 8, 1, 1)),
     ],
 )
 def test_languages_take_the_largest_axis_they_divide(languages, devices, expected):
@@ -27,15 +27,16 @@ def test_languages_take_the_largest_axis_they_divide(languages, devices, expecte
 
 
 def test_sizes_given_are_kept():
-    assert mesh.mesh_shape(8, 8, language=2) == (1, 2, 4)
-    assert mesh.mesh_shape(8, 8, fsdp=4) == (1, 2, 4)
-    assert mesh.mesh_shape(8, 8, data=2) == (2, 4, 1)
+    assert mesh.mesh_shape(8, 8, language=2) == (1, 2, 4, 1)
+    assert mesh.mesh_shape(8, 8, fsdp=4) == (1, 2, 4, 1)
+    assert mesh.mesh_shape(8, 8, data=2) == (2, 4, 1, 1)
+    assert mesh.mesh_shape(8, 8, data=2, tensor=2) == (2, 2, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"language": 2, "fsdp": 2}, "= 4, but there are 8 devices"),
+        ({"language": 2, "fsdp": 2}, "x tensor (1) = 4, but there are 8 devices"),
         ({"language": 16}, "but there are 8 devices"),
         ({"fsdp": 3}, "but there are 8 devices"),
     ],
@@ -46,7 +47,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, message):
 
 
 def test_groups_without_a_language_are_refused():
-    assert mesh.mesh_shape(6, 8, language=4) == (1, 4, 2)  # the last group has places to spare
+    assert mesh.mesh_shape(6, 8, language=4) == (1, 4, 2, 1)  # the last group has places to spare
     with pytest.raises(ConfigError, match="at most the number of languages"):
         mesh.mesh_shape(6, 8, language=8)
 

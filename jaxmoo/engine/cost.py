@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-__all__ = ["PER_ROUND", "Collective", "collective_bytes", "collectives", "flops", "memory"]
+__all__ = [
+    "PER_ROUND",
+    "Collective",
+    "collective_bytes",
+    "collectives",
+    "flops",
+    "memory",
+    "traced_collective_bytes",
+]
 
 # Suffix of what is counted once in a loop whose number of rounds depends on the data.
 PER_ROUND = " per round"
@@ -102,7 +110,7 @@ def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
     """Count the floating-point operations per device of matrix products and convolutions.
 
     A multiplication and its addition are two operations. What a pass computes again is counted
-    again. Of a conditional, the costliest branch is counted.
+    again. Of a conditional, all branches are counted.
 
     Args:
       jaxpr: the traced program, such as ``jax.make_jaxpr(f)(...)``.
@@ -120,8 +128,43 @@ def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
       >>> flops(program(x))
       {'total': 384.0, 'per round': 0.0}
     """
-    total, per_round = _flops(getattr(jaxpr, "jaxpr", jaxpr), 1 / devices)
-    return {"total": total, "per round": per_round}
+    counts = {"total": 0.0, PER_ROUND.strip(): 0.0}
+    for step in _steps(jaxpr):
+        count = _PRODUCTS.get(step.equation.primitive.name)
+        if count is not None:
+            share = 1.0 if step.axes else 1 / devices
+            kind = "total" if step.counted else PER_ROUND.strip()
+            counts[kind] += share * step.times * count(step.equation)
+    return counts
+
+
+def traced_collective_bytes(jaxpr: Any) -> dict[str, int]:
+    """Count, before it is compiled, the bytes that each device sends in one call of a program.
+
+    Unlike :func:`collective_bytes` it sees only communication that the program itself asks for,
+    inside of ``shard_map``, and sees it in the program's own precision: compilers for CPUs send
+    bfloat16 as float32.
+
+    Args:
+      jaxpr: the traced program, such as ``jax.make_jaxpr(f)(...)``.
+
+    Returns:
+      See :func:`collective_bytes`.
+    """
+    total: Counter[str] = Counter()
+    for step in _steps(jaxpr):
+        equation = step.equation
+        kind = _COLLECTIVES.get(equation.primitive.name)
+        if kind is None or not step.axes:
+            continue
+        axes = equation.params["axes" if kind == "all-reduce" else "axis_name"]
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        devices = math.prod(step.axes[axis] for axis in axes)
+        size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+        if devices > 1:
+            name = kind if step.counted else kind + PER_ROUND
+            total[name] += round(step.times * _SENT[kind](size, devices))
+    return dict(total)
 
 
 # --- Compiled programs, as text ---------------------------------------------------------------
@@ -223,28 +266,37 @@ def _nbytes(kind: str) -> int:
 
 # --- Traced programs --------------------------------------------------------------------------
 
+_COLLECTIVES = {
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "psum": "all-reduce",
+    "ppermute": "collective-permute",
+}
 
-def _flops(jaxpr: Any, scale: float) -> tuple[float, float]:
-    """(known, per round of loops of unknown length), times ``scale``."""
-    total = unknown = 0.0
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name in _PRODUCTS:
-            total += scale * _PRODUCTS[name](equation)
+
+class _Step(NamedTuple):
+    equation: Any
+    times: int
+    counted: bool  # whether times is for the whole call, or for a round of a loop
+    axes: dict[str, int]  # sizes of mesh axes; empty outside of shard_map
+
+
+def _steps(
+    jaxpr: Any, times: int = 1, counted: bool = True, axes: dict[str, int] | None = None
+) -> Iterator[_Step]:
+    """Walk through a traced program: every primitive operation and how often it is executed."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, inner = equation.primitive.name, axes or {}
+        subs = list(_jaxprs(equation.params.values()))
+        if not subs:
+            yield _Step(equation, times, counted, inner)
             continue
-        inner = scale
-        if name == "scan":
-            inner *= equation.params["length"]
-        elif name == "shard_map":
-            inner = 1.0
-        parts = [_flops(sub, inner) for sub in _jaxprs(equation.params.values())]
-        if name == "cond":
-            parts = [max(parts)]
-        known, per_round = sum(p[0] for p in parts), sum(p[1] for p in parts)
-        if name == "while":
-            known, per_round = 0.0, known + per_round
-        total, unknown = total + known, unknown + per_round
-    return total, unknown
+        if name == "shard_map":
+            inner = dict(equation.params["mesh"].shape)
+        rounds = equation.params["length"] if name == "scan" else 1
+        for sub in subs:
+            yield from _steps(sub, times * rounds, counted and name != "while", inner)
 
 
 def _dot_general(equation: Any) -> float:

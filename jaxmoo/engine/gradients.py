@@ -231,6 +231,8 @@ class ResolvedGradients:
             mesh=self.mesh,
             in_specs=(trained, fixed, P(LANGUAGE, (DATA, FSDP)), P(), P()),
             out_specs=(P(LANGUAGE), trained, P()),
+            # The tensor axis, if there is one, is left to the compiler.
+            axis_names={DATA, LANGUAGE, FSDP},
             check_vma=False,
         )
         losses, updates, tables = run(
@@ -278,11 +280,6 @@ class ResolvedGradients:
     def tapped(self, usage: Usage) -> frozenset[int]:
         """Numbers of the arrays whose gradients [K, ...] are kept until the end of the pass."""
         return frozenset(range(self.num_trained)) if self.accumulate else usage.tapped()
-
-    def shardings(self) -> tuple[list[NamedSharding], list[NamedSharding]]:
-        """Shardings of the leaves of the trainable and the frozen parameters."""
-        found = [NamedSharding(self.mesh, layout.spec) for layout in self.layouts]
-        return found[: self.num_trained], found[self.num_trained :]
 
     def _loss(
         self, values: Sequence[Any], taps: Sequence[Any], trees: Any, batch: Any

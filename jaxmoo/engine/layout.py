@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
 from jaxmoo.resolve import Section, section_place, section_uniform
 
@@ -36,7 +37,17 @@ class Topology:
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
-        """Read the sizes from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`."""
+        """Read the sizes from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`.
+
+        Raises:
+          ConfigError: the mesh has other axes.
+        """
+        missing = {DATA, LANGUAGE, FSDP} - set(mesh.axis_names)
+        if missing:
+            raise ConfigError(
+                f"mesh: expected axes data, language and fsdp, found {mesh.axis_names}. Make it "
+                "with jaxmoo.mesh.make_mesh."
+            )
         return cls(mesh.shape[DATA], mesh.shape[LANGUAGE], mesh.shape[FSDP], objectives)
 
     @property

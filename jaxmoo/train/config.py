@@ -160,8 +160,9 @@ class ResolveConfig:
     )
     engine: str = setting(
         "backward",
-        "`backward` resolves each block inside the backward pass and drops its gradients: memory "
-        "near plain fine-tuning. `stacked` first computes every language's whole gradient.",
+        "Where conflicts are resolved: `backward` resolves each block inside the backward pass and "
+        "drops its gradients, so that memory stays near plain fine-tuning; `stacked` first "
+        "computes every language's whole gradient.",
         choices=("backward", "stacked"),
     )
     replicas: str = setting(
@@ -257,7 +258,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged: `data` times `language` times `fsdp` of them are used."""
+    """How devices are arranged: the product of the four is their number."""
 
     language: int | None = setting(
         None,
@@ -275,6 +276,12 @@ class MeshConfig:
         1,
         "Replicas of everything, among which a language's examples are divided further.",
         within=_AT_LEAST_1,
+    )
+    tensor: int = setting(
+        1,
+        "Devices that share every matrix product; how is left to the compiler.",
+        within=_AT_LEAST_1,
+        free=True,
     )
 
 

@@ -62,7 +62,11 @@ def make_run_mesh(config: Config) -> Mesh:
     """
     sizes = config.mesh
     device_mesh = mesh.make_mesh(
-        len(config.data.seen), language=sizes.language, fsdp=sizes.fsdp, data=sizes.data
+        len(config.data.seen),
+        language=sizes.language,
+        fsdp=sizes.fsdp,
+        data=sizes.data,
+        tensor=sizes.tensor,
     )
     data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
     parts = data * fsdp * config.train.microbatches
