@@ -10,6 +10,7 @@ from jaxmoo.aggregators.interior_point import RIDGE, matvec
 from jaxmoo.aggregators.solvers import equilibrate
 
 _TOLERANCE = 1e-6
+_NOISE = 2.4e-6  # |d|^2 relative to its terms, below which its direction is not to be trusted
 
 
 def fair_shares(
@@ -90,7 +91,8 @@ def fair_weights(
       iterations: most Newton steps to take.
 
     Returns:
-      ``(weights [K], length [])``, ``length`` the norm of ``J^T weights``.
+      ``(weights [K], length [])``, ``length`` the norm of ``J^T weights``, or more where that is
+      little else than rounding.
     """
     cosine, norm = equilibrate(gram, active)
     share = preference * jnp.sum(active)
@@ -102,8 +104,11 @@ def fair_weights(
     cosine = jnp.where(pairs | jnp.eye(active.shape[0], dtype=bool), cosine, 0.0)
     z = jnp.where(heard, fair_shares(cosine, log_target, alpha, iterations), 0.0)
     # With the ridge, which bounds the weights where the gradients' hull reaches the origin and the
-    # equations have no solution: a direction of pure rounding must not be blown up.
-    length = jnp.sqrt(jnp.dot(z, matvec(cosine, z)) + RIDGE * jnp.dot(z, z))
+    # equations have no solution. Near there d is the difference of large terms, down to rounding,
+    # which must not be blown up to the size of a gradient.
+    square = jnp.maximum(jnp.dot(z, matvec(cosine, z)), 0.0)
+    noise = _NOISE * jnp.square(jnp.sum(z)) / jnp.maximum(square, 1e-30)
+    length = jnp.sqrt(square + RIDGE * jnp.dot(z, z)) * (1 + noise**2)
     return z / norm, jnp.where(length > 0, length, 1.0)
 
 

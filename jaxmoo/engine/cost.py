@@ -268,9 +268,11 @@ def _nbytes(kind: str) -> int:
 
 _COLLECTIVES = {
     "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
     "reduce_scatter": "reduce-scatter",
     "all_to_all": "all-to-all",
     "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
     "ppermute": "collective-permute",
 }
 

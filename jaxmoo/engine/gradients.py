@@ -25,7 +25,7 @@ from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Recorder, Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.gradients import num_objectives as objectives_of
-from jaxmoo.mesh import DATA, FSDP, LANGUAGE, make_mesh
+from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
 from jaxmoo.resolve import conflict_share, group_blocks
 from jaxmoo.transform import ResolveConflictsState, new_state, normalised, raise_nonfinite
 
@@ -198,7 +198,7 @@ class ResolvedGradients:
     def __call__(
         self, params: Any, batch: Any, state: ResolveConflictsState, frozen: Any = None
     ) -> tuple[jax.Array, Any, ResolveConflictsState]:
-        """Compute the losses and the resolved gradient of one step.
+        """Compute the losses and the resolved gradient of one step; call it within ``jax.jit``.
 
         Args:
           params: trainable parameters.
@@ -231,8 +231,10 @@ class ResolvedGradients:
             mesh=self.mesh,
             in_specs=(trained, fixed, P(LANGUAGE, (DATA, FSDP)), P(), P()),
             out_specs=(P(LANGUAGE), trained, P()),
-            # The tensor axis, if there is one, is left to the compiler.
-            axis_names={DATA, LANGUAGE, FSDP},
+            # A tensor axis is left to the compiler.
+            axis_names=frozenset(
+                name for name, size in self.mesh.shape.items() if name != TENSOR or size == 1
+            ),
             check_vma=False,
         )
         losses, updates, tables = run(

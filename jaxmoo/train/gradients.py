@@ -169,7 +169,7 @@ def _stacked(
         return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
 
     return GradientSource(
-        init=resolver.init,
+        init=jax.jit(resolver.init),
         compute=compute,
         diagnostics=lambda state: state[1],
         partition=blocks.partition(common["blocks"], params, stacked=STACKED),

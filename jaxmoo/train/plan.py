@@ -154,7 +154,10 @@ def plan(config: Config, architecture: DecoderConfig) -> Plan:
         blocks=len(step.gradients.partition),
         memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory),
         total=memory["peak"],
-        collectives=cost.collective_bytes(compiled),
+        # The engine asks for all its communication itself; a CPU would send bfloat16 as float32.
+        collectives=cost.collective_bytes(compiled)
+        if step.gradients.engine is None
+        else cost.traced_collective_bytes(traced.jaxpr),
         flops=counted["total"] + _head_flops(architecture, step),
         late=_late(step),
         compile_seconds=seconds,

@@ -146,7 +146,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     state = TrainState(
         step=jax.numpy.zeros((), jax.numpy.int32),
         params=params,
-        resolver=jax.jit(gradients.init)(params),
+        resolver=gradients.init(params),
         opt_state=jax.jit(optimizer.init)(params),
     )
 
