@@ -101,9 +101,17 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
             return run(params, *args)
         # In a scan the compiler cannot merge the recomputation with the forward pass, so the
         # barrier against that (prevent_cse) would only cost time.
-        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)(params, *args)
+        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not _scanned(params))(
+            params, *args
+        )
 
     return call
+
+
+def _scanned(params: Any) -> bool:
+    """Whether parameters are slices of a stack that is being scanned over."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
+    return any(isinstance(x, Parameter) and isinstance(x.layer, jax.core.Tracer) for x in leaves)
 
 
 def _whole(engine: Any, params: Any) -> Any:

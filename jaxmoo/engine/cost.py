@@ -114,8 +114,8 @@ def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
 
     Args:
       jaxpr: the traced program, such as ``jax.make_jaxpr(f)(...)``.
-      devices: among how many devices the work outside of ``shard_map`` is divided; inside, it is
-        each device's own.
+      devices: number of devices. What the program leaves to the compiler to divide, by
+        ``shard_map`` or outside of it, is taken to be divided evenly.
 
     Returns:
       ``total``, and ``per round``: the work of one round of all loops whose number of rounds
@@ -132,7 +132,7 @@ def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
     for step in _steps(jaxpr):
         count = _PRODUCTS.get(step.equation.primitive.name)
         if count is not None:
-            share = 1.0 if step.axes else 1 / devices
+            share = math.prod(step.axes.values()) / devices
             kind = "total" if step.counted else PER_ROUND.strip()
             counts[kind] += share * step.times * count(step.equation)
     return counts
@@ -281,7 +281,7 @@ class _Step(NamedTuple):
     equation: Any
     times: int
     counted: bool  # whether times is for the whole call, or for a round of a loop
-    axes: dict[str, int]  # sizes of mesh axes; empty outside of shard_map
+    axes: dict[str, int]  # sizes of the mesh axes that shard_map has divided everything by
 
 
 def _steps(
@@ -295,10 +295,18 @@ def _steps(
             yield _Step(equation, times, counted, inner)
             continue
         if name == "shard_map":
-            inner = dict(equation.params["mesh"].shape)
+            inner = divided_axes(equation)
         rounds = equation.params["length"] if name == "scan" else 1
         for sub in subs:
             yield from _steps(sub, times * rounds, counted and name != "while", inner)
+
+
+def divided_axes(equation: Any) -> dict[str, int]:
+    """Sizes of the mesh axes by which a ``shard_map`` divides what is inside of it."""
+    params = equation.params
+    # JAX 0.10 calls them newly_manual_axes, other versions manual_axes.
+    axes = next(params[name] for name in params if name.endswith("manual_axes"))
+    return {axis: params["mesh"].shape[axis] for axis in axes}
 
 
 def _dot_general(equation: Any) -> float:

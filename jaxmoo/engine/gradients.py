@@ -357,7 +357,8 @@ class ResolvedGradients:
 
             zeros = (jnp.zeros(weights.shape, jnp.float32), self._taps(values, tapped))
             (losses, taps), _ = jax.lax.scan(add, zeros, parts)
-            tables = Tables(self.rules.empty_report(top.objectives), state)
+            none = jax.tree.map(jnp.zeros_like, state)
+            tables = Tables(self.rules.empty_report(top.objectives), none)
             return losses, *complete(values, taps, dynamic, state, tables)
 
         def each(carry: Any, numbered: Any) -> tuple[Any, None]:
@@ -487,7 +488,6 @@ class ResolvedGradients:
         )(inputs, batch, scale)
         if alone:
             losses = losses / top.data
-            updates = top.replica_mean(updates)
         if top.data * top.fsdp > 1:
             losses = jax.lax.psum(losses, (DATA, FSDP))
         return losses, updates, taps, tables
