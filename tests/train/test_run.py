@@ -123,25 +123,25 @@ def test_a_finished_run_only_repeats_its_table(write_config, tmp_path, capsys):
     assert os.stat(tmp_path / "run" / "export" / "model.safetensors").st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize(
-    ("name", "devices"), [("languages", 4), ("languages and examples", 8), ("examples", 2)]
-)
-def test_a_sharded_run_equals_a_run_on_one_device(name, devices, write_config, tmp_path):
-    sizes = {"languages": [], "languages and examples": [], "examples": ["mesh.language=1"]}[name]
+def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(write_config, tmp_path):
     config = write_config(
         report=False, tensorboard=False, resolve__aggregator="cagrad", train__steps=3
     )
-    for count in (1, devices):
-        run_python(
-            ["scripts/train.py", "--config", config, f"output={tmp_path / str(count)}"]
-            + (sizes if count > 1 else []),
-            devices=count,
-        )
-    one, many = tmp_path / "1", tmp_path / str(devices)
-    assert largest_difference(weights(many), weights(one)) < 1e-5
-    first, last = (read_metrics(run / "metrics.jsonl") for run in (one, many))
-    for a, b in zip(first, last, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    runs = {
+        "one device": (1, []),
+        "languages x examples": (8, []),
+        "replicas x examples": (2, ["mesh.data=2", "mesh.language=1"]),
+        "stacked": (1, ["resolve.engine=stacked"]),
+    }
+    for name, (devices, overrides) in runs.items():
+        arguments = ["scripts/train.py", "--config", config, f"output={tmp_path / name}"]
+        run_python([*arguments, *overrides], devices=devices)
+    reference = weights(tmp_path / "one device")
+    first = read_metrics(tmp_path / "one device" / "metrics.jsonl")
+    for name in runs:
+        assert largest_difference(weights(tmp_path / name), reference) < 1e-5, name
+        for a, b in zip(first, read_metrics(tmp_path / name / "metrics.jsonl"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), name
 
 
 # --- Bad input ---------------------------------------------------------------------------------
