@@ -4,7 +4,7 @@ One process, the same matrices (shared memory, no copies), the same number of th
 interleaved: in every round each contestant runs once, in rotating order, and ratios are formed
 within a round. Prints Markdown; ``--json`` keeps the raw numbers.
 
-    python benchmarks/aggregators.py                # about half an hour on two cores
+    python benchmarks/aggregators.py                # some 40 minutes on two quiet cores
     python benchmarks/aggregators.py --quick        # two minutes, to see that everything runs
 
 Needs the extra ``bench`` (TorchJD and its solvers).

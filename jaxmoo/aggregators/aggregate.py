@@ -13,6 +13,7 @@ from jaxmoo.aggregators.base import (
     State,
     combine_block,
     compiled,
+    largest_entries,
     missing_key,
     weigh_block,
 )
@@ -167,15 +168,13 @@ def _in_one_pass(method, jacobian, state, key, active, preference):
         return combine_rows(jacobian, weights), weights
 
     guess, weights = update(jnp.ones(jacobian.shape[0]))
-    heard = weights != 0
-    if active is None:
-        known = heard & (jnp.max(jnp.abs(jacobian[:, :_START]), axis=1, initial=0) > 0)
-    else:
-        known = heard | ~active
+    started = jnp.max(jnp.abs(jacobian[:, :_START]), axis=1, initial=0) > 0
+    known = (weights != 0) & started
+    if active is not None:
+        known |= ~active
 
     def look(_):
-        sizes = jnp.max(jnp.abs(jacobian), axis=1, initial=0).astype(jnp.float32)
-        return update(sizes)[0], jnp.ones((), bool)
+        return update(largest_entries(jacobian))[0], jnp.ones((), bool)
 
     # A loop of at most one step, because a conditional would copy the update.
     finite = jnp.isfinite(jnp.sum(guess * 0))  # zero times a non-finite number is NaN

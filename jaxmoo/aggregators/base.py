@@ -312,15 +312,36 @@ def combine_block(
 
 def _combine_block(aggregator, jacobian, uniform, active, preference):
     rows = jacobian.astype(jnp.float32)
-    # Only zero and non-finite matter here, and a largest entry, unlike a sum of squares, cannot
-    # underflow.
-    size = jnp.max(jnp.abs(rows), axis=1)
+    size = largest_entries(rows)
     preference = _importance(aggregator, preference, jacobian.shape[0])
     ready = prepare(jnp.diag(size), active, preference)
     rows = jnp.where(ready.active[:, None], rows, 0.0)
     update = aggregator.combine(rows, ready.active, ready.preference, uniform)
     update = jnp.where(jnp.any(ready.active), update * _mass(aggregator, ready), 0.0)
     return update.astype(jacobian.dtype)
+
+
+def largest_entries(jacobian: jax.Array) -> jax.Array:
+    """Tell zero and non-finite gradients from others.
+
+    For methods to which only that matters: a largest entry, unlike a sum of squares, cannot
+    underflow.
+
+    Args:
+      jacobian: ``[K, n]``, any float type.
+
+    Returns:
+      ``[K]`` float32 largest absolute entries, NaN for a non-finite row.
+
+    Example:
+      >>> largest_entries(jnp.array([[1.0, -2.0], [jnp.inf, 0.0]])).tolist()
+      [2.0, nan]
+    """
+    largest = jnp.max(jnp.abs(jacobian), axis=1, initial=0).astype(jnp.float32)
+    # XLA's maximum of many numbers may pass over a NaN. Zero times a non-finite number is NaN, and
+    # a sum keeps it.
+    finite = jnp.isfinite(jnp.sum(jacobian * 0, axis=1))
+    return jnp.where(finite, largest, jnp.nan)
 
 
 def _block_key(

@@ -16,7 +16,7 @@ def fairgrad(
     alpha: float | jax.Array = 1.0,
     *,
     scale: Literal["mean", "published"] = "mean",
-    iterations: int = 20,
+    iterations: int = 30,
 ) -> Aggregator:
     """Fair resource allocation in multi-task learning.
 

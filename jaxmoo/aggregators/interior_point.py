@@ -90,13 +90,15 @@ def interior_point(
     damping = 1e-5 if ball is None else 1e-6 * max(1.0, k / 16)
 
     def judge(z, s, multiplier):
+        undecided = jnp.max(jnp.minimum(z, s))
         # A coordinate closer to its bound than to its constraint is at its bound.
         z = jnp.where(z < s, 0.0, z)
         product = matvec(cosine, z)
         total = jnp.sum(z)
         size = jnp.maximum(magnitude + total, 1e-30)
         slack = product + shift - multiplier * lower
-        residual = jnp.max(jnp.abs(jnp.minimum(z, slack))) / size
+        # Rounding limits how well slacks can vanish, but not how well coordinates are decided.
+        residual = jnp.maximum(jnp.max(jnp.abs(jnp.minimum(z, slack))), 30 * undecided) / size
         if ball is not None:
             # The ridge is of the size of rounding; it matters where C z is nothing else.
             square = jnp.dot(z, product) + RIDGE * jnp.dot(z, z)

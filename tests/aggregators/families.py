@@ -76,9 +76,9 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 
 @functools.cache
-def compiled(name: str):
+def compiled(name: str | Aggregator):
     """``(grams [M, K, K], active [M, K], preference [K], key) -> weights``, compiled once."""
-    method = VARIANTS[name]
+    method = VARIANTS[name] if isinstance(name, str) else name
 
     @quick_jit
     def weigh(grams, active, preference, key):
@@ -94,7 +94,7 @@ combine = jax.jit(jax.vmap(aggregators.combine_rows))
 
 
 def resolve(
-    name: str,
+    name: str | Aggregator,
     stack: np.ndarray,
     *,
     active: np.ndarray | None = None,
@@ -116,6 +116,18 @@ def resolve(
     rounded = np.asarray(j.astype(jnp.float32), np.float64)
     kept = np.where(weights[:, :, None] != 0, rounded, 0.0)
     return weights, np.einsum("mk,mkn->mn", weights, kept)
+
+
+def resolve_each(name: str | Aggregator, matrices: list[np.ndarray]) -> list[np.ndarray]:
+    """Updates of single matrices of any size up to ``[K, N]``.
+
+    Padded with absent objectives and empty columns to the one shape that is compiled.
+    """
+    stack = np.zeros_like(STACK)
+    for i, matrix in enumerate(matrices):
+        stack[i, : matrix.shape[0], : matrix.shape[1]] = matrix
+    _, updates = resolve(name, stack)
+    return [updates[i, : matrix.shape[1]] for i, matrix in enumerate(matrices)]
 
 
 def size(weights: np.ndarray, stack: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import KEY, STACK, K, quick_jit
+from aggregators.families import KEY, STACK, K, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 from jaxmoo.aggregators.base import prepare
@@ -71,6 +73,27 @@ def test_a_non_finite_row_can_be_refused():
     aggregate("mgda", with_row([np.nan, 1.0, 1.0]), active=[True, True, False], nonfinite="raise")
     with pytest.raises(ConfigError, match="cannot raise from compiled code"):
         jax.jit(lambda j: aggregate("mgda", j, nonfinite="raise"))(PAIR)
+
+
+@pytest.mark.parametrize("name", ["mean", "sum", "random", "constant"])
+def test_methods_that_do_not_need_the_gram_matrix_notice_the_same_rows(name):
+    """They look at the gradients once, and again only if something is amiss."""
+    method = aggregators.constant([1.0, 2.0, 3.0]) if name == "constant" else aggregators.get(name)
+    assert not method.reads_gram
+    clean = np.random.default_rng(0).standard_normal((3, 5000)).astype(np.float32)
+    late, zero, nan, inf = (clean.copy() for _ in range(4))
+    late[1, :-1] = 0.0  # not zero, but for most of its length
+    zero[1] = 0.0
+    nan[1, 4000] = np.nan
+    inf[:2, 7] = np.inf, -np.inf
+    equal, unheard = jnp.ones(3), jnp.array([1.0, 0.0, 2.0])
+    for j, preference in itertools.product((clean, late, zero, nan, inf), (equal, unheard)):
+        for active in (None, jnp.array([True, True, False])):
+            rest = {"key": KEY, "active": active, "preference": preference}
+            weights, _ = weigh_block(method, aggregators.gram(jnp.asarray(j)), **rest)
+            expected = aggregators.combine_rows(jnp.asarray(j), weights)
+            found = aggregate(method, j, **rest)
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_everything_failed_gives_zero():
@@ -169,27 +192,31 @@ def test_scan_and_grad_free_use():
 
 
 @pytest.mark.parametrize(
-    ("factory", "value"),
+    ("factory", "variant", "value", "other"),
     [
-        (aggregators.cagrad, 0.3),
-        (aggregators.fairgrad, 1.5),
-        (aggregators.gradvac, 0.1),
-        (lambda v: aggregators.fairgrad(v, scale="published"), 1.5),
-        (lambda v: aggregators.nash_mtl(max_norm=v, scale="published"), 0.5),
-        (lambda v: aggregators.sdmgrad(v), 0.7),
-        (lambda v: aggregators.imtl_g(bound=v), 3.0),
-        (lambda v: aggregators.cr_mogm("mgda", momentum=v), 0.3),
+        (aggregators.cagrad, "cagrad", 0.5, 0.3),
+        (aggregators.fairgrad, "fairgrad 2", 2.0, 1.5),
+        (aggregators.gradvac, "gradvac", 0.5, None),
+        (lambda v: aggregators.fairgrad(v, scale="published"), "fairgrad published", 2.0, 1.5),
+        (
+            lambda v: aggregators.nash_mtl(max_norm=v, scale="published"),
+            "nash_mtl published",
+            1.0,
+            0.5,
+        ),
+        (lambda v: aggregators.sdmgrad(v), "sdmgrad", 0.3, 9.0),
+        (lambda v: aggregators.imtl_g(bound=v), "imtl_g", 10.0, None),
+        (lambda v: aggregators.cr_mogm("mgda", momentum=v), "cr_mogm", 0.9, None),
     ],
 )
-def test_parameters_may_be_traced(factory, value):
+def test_parameters_may_be_traced(factory, variant, value, other):
     """So a schedule can change them inside a compiled step."""
-
-    def update(v):
-        return weigh_block(factory(v), aggregators.gram(PAIR), key=KEY)[0]
-
-    np.testing.assert_allclose(
-        quick_jit(update)(value), quick_jit(lambda: update(value))(), rtol=1e-5
-    )
+    block = aggregators.gram(jnp.asarray(STACK[0], jnp.float32))
+    traced = quick_jit(lambda v: weigh_block(factory(v), block, key=KEY)[0])
+    fixed, _ = resolve(variant, STACK)
+    np.testing.assert_allclose(traced(value), fixed[0], rtol=1e-4, atol=1e-6)
+    if other is not None:  # the others show on other gradients, or from the second step on
+        assert np.abs(traced(other) - traced(value)).max() > 1e-3
 
 
 @pytest.mark.parametrize(

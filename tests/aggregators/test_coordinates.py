@@ -60,6 +60,17 @@ def test_shared_promises(name):
     np.testing.assert_allclose(low, full, rtol=2**-8, atol=1e-30)
 
 
+def test_a_nan_in_a_long_gradient_is_noticed():
+    """A maximum of many numbers may pass over it."""
+    j = np.random.default_rng(0).standard_normal((4, 20_000)).astype(np.float32)
+    spoilt = j.copy()
+    spoilt[1, 12_345] = np.nan
+    for rule in (aggregators.trimmed_mean(1), aggregators.graddrop(1.0)):
+        found = aggregate(rule, jnp.asarray(spoilt), key=KEY)
+        expected = aggregate(rule, jnp.asarray(np.delete(j, 1, axis=0)), key=KEY)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("trim", "name"), [(1, "trimmed_mean"), (2, "trimmed_mean 2")])
 def test_trimmed_mean_equals_sorting(trim, name):
     updates = apply(name, STACK)

@@ -113,6 +113,21 @@ def test_opposed_gradients_do_not_explode():
                 assert np.linalg.norm(updates[i]) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["fairgrad", "fairgrad 2", "fairgrad 0.5", "nash_mtl"])
+def test_hardly_any_objective_is_opposed_where_there_is_no_solution(name):
+    """Relative to the gradients, not to the large weights that cancel there."""
+    rng = np.random.default_rng(0)
+    stack = STACK.copy()
+    for i in range(len(stack) // 2):  # the same gradients and their opposites, norms 1 to 1000
+        rows, signs = rng.integers(0, 3, stack.shape[1]), rng.choice([-1.0, 1.0], stack.shape[1])
+        stack[i] = STACK[0][rows] * (signs * 10 ** rng.uniform(0, 3, stack.shape[1]))[:, None]
+    stack = stack.astype(np.float32).astype(np.float64)
+    _, updates = resolve(name, stack)
+    norms = np.linalg.norm(stack, axis=2)
+    gains = np.einsum("mkn,mn->mk", stack, updates) / np.where(norms > 0, norms, 1)
+    assert (gains.min(1) >= -1e-4 * norms.mean(1)).all()
+
+
 def test_k_equal_gradients_of_published_nash():
     j = jnp.tile(jnp.array([3.0, 4.0]), (4, 1))
     d = aggregate(aggregators.nash_mtl(max_norm=10.0, scale="published"), j)
