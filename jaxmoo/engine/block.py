@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxmoo.engine.backward import GATHERED
@@ -93,17 +94,21 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
 
     def call(params: Any, *args: Any) -> Any:
         engine = current()
+        # In a scan the compiler cannot merge the recomputation with the forward pass, so the
+        # barrier against that (prevent_cse) would only cost time.
+        barrier = not _scanned(params)
+        leaves, tree = jax.tree.flatten(params)
+        # The number of a layer that was taken from its stack by indexing stays a certain number.
+        certain = {i: x for i, x in enumerate(leaves) if isinstance(x, np.integer)}
+        params = [None if i in certain else x for i, x in enumerate(leaves)]
 
-        def run(params: Any, *args: Any) -> Any:
-            return function(_whole(engine, params), *args)
+        def run(leaves: list[Any], *args: Any) -> Any:
+            leaves = [certain.get(i, x) for i, x in enumerate(leaves)]
+            return function(_whole(engine, jax.tree.unflatten(tree, leaves)), *args)
 
         if remat == "none" and engine is None:
             return run(params, *args)
-        # In a scan the compiler cannot merge the recomputation with the forward pass, so the
-        # barrier against that (prevent_cse) would only cost time.
-        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not _scanned(params))(
-            params, *args
-        )
+        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=barrier)(params, *args)
 
     return call
 

@@ -20,6 +20,7 @@ from jax.extend import core
 
 from jaxmoo.engine.layout import Layout
 from jaxmoo.engine.parameter import Parameter
+from jaxmoo.errors import ConfigError
 
 __all__ = ["Recorder", "Usage"]
 
@@ -32,11 +33,13 @@ class Call:
 
     Attributes:
       uses: for each parameter it reads, (number of the array, layer or None for a traced one).
+      shapes: shapes of the parameters, as the call sees them.
       vocabulary: name of the operation on a vocabulary table, or None.
       times: how often a pass executes it.
     """
 
     uses: list[tuple[int, int | None]]
+    shapes: tuple[tuple[int, ...], ...]
     vocabulary: str | None = None
     times: float = 0
 
@@ -52,7 +55,8 @@ class Recorder:
         self, parameters: Sequence[Parameter], vocabulary: str | None = None
     ) -> tuple[jax.Array, ...]:
         """Note a call and return its parameters as whole arrays."""
-        call = Call([(p.leaf, _number(p.layer)) for p in parameters], vocabulary)
+        uses = [(p.leaf, _number(p.layer)) for p in parameters]
+        call = Call(uses, tuple(p.value.shape for p in parameters), vocabulary)
 
         def mark(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return values
@@ -62,9 +66,19 @@ class Recorder:
         return jax.jit(mark)(tuple(p.value for p in parameters))
 
     def finish(self, jaxpr: Any) -> Usage:
-        """Count from the traced program how often each call is executed."""
-        for number, times in _executions(jaxpr).items():
-            self._calls[number].times += times
+        """Count from the traced program how often each call is executed.
+
+        Raises:
+          ConfigError: a call was mapped over its parameters.
+        """
+        for (number, shapes), times in _executions(jaxpr).items():
+            call = self._calls[number]
+            if shapes != call.shapes:
+                raise ConfigError(
+                    f"The block that reads {self.layouts[call.uses[0][0]].path!r} was called "
+                    "inside a vmap over its parameters. Loop or scan over them instead."
+                )
+            call.times += times
         return Usage(self.layouts, [c for c in self._calls if c.times])
 
 
@@ -155,12 +169,14 @@ def _number(layer: Any) -> int | None:
     return int(layer) if isinstance(layer, int | np.integer) else None
 
 
-def _executions(jaxpr: Any, times: float = 1) -> Counter[int]:
-    counts: Counter[int] = Counter()
+def _executions(jaxpr: Any, times: float = 1) -> Counter[Any]:
+    """How often each call runs, by its number and the shapes of its parameters."""
+    counts: Counter[Any] = Counter()
     for equation in jaxpr.eqns:
         name = str(equation.params.get("name", ""))
         if name.startswith(_MARK):
-            counts[int(name[len(_MARK) :].rstrip("_"))] += times
+            shapes = tuple(v.aval.shape for v in equation.invars)
+            counts[int(name[len(_MARK) :].rstrip("_")), shapes] += times
             continue
         inner = times
         if equation.primitive.name == "scan":
