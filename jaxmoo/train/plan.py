@@ -34,7 +34,15 @@ from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.setup import make_run_mesh
 from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
 
-__all__ = ["AbstractStep", "Plan", "abstract_step", "parse_memory", "plan", "shape_of"]
+__all__ = [
+    "AbstractStep",
+    "Plan",
+    "abstract_step",
+    "bytes_sent",
+    "parse_memory",
+    "plan",
+    "shape_of",
+]
 
 PARAMETERS = "parameters"
 OPTIMISER = "optimiser state"
@@ -85,7 +93,9 @@ class Plan:
     Attributes:
       axes: sizes of the mesh axes.
       blocks: number of blocks.
-      memory: bytes by kind; they add up to ``total``.
+      memory: bytes by kind; they add up to ``total``. Arguments and late gradients are exact,
+        activations are what the loops over layers keep, gradients of one block are those of the
+        largest call; everything else is "other".
       total: bytes at the worst moment.
       collectives: bytes sent by kind; see :func:`jaxmoo.engine.cost.collective_bytes`.
       flops: floating-point operations of a step, if every token is a target.
@@ -108,13 +118,13 @@ class Plan:
         Args:
           device_memory: bytes.
         """
-        needed, there = f"{_gigabytes(self.total)} GB", f"{_gigabytes(device_memory)} GB"
+        needed, there = _size(self.total), _size(device_memory)
         if self.total <= device_memory:
             return f"Fits: {needed} of {there} per device."
         kind, size = max(self.memory.items(), key=lambda item: item[1])
         return (
             f"Does not fit: {needed} needed, {there} there. The largest part is {kind} "
-            f"({_gigabytes(size)} GB): {_REMEDIES[kind]}."
+            f"({_size(size)}): {_REMEDIES[kind]}."
         )
 
     def table(self) -> str:
@@ -122,13 +132,16 @@ class Plan:
         shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
         lines = [f"{math.prod(self.axes.values())} devices ({shape}), {self.blocks} blocks", ""]
         memory = {**self.memory, "total": self.total}
-        lines += _rows("memory per device, GB", memory, _gigabytes)
+        lines += _rows("memory per device", memory)
         if self.late:
-            lines += ["", *_rows("resolved after the pass, GB", self.late, _gigabytes)]
+            lines += ["", *_rows("resolved after the backward pass", self.late)]
         sent = {**self.collectives, "total": sum(self.collectives.values())}
-        lines += ["", *_rows("sent per device and step, GB", sent, _gigabytes)]
+        lines += ["", *_rows("sent per device and step", sent)]
         lines += ["", f"{self.flops / 1e12:,.2f} TFLOP per device and step"]
-        lines += [f"compiled in {self.compile_seconds:.0f} s"]
+        lines += [
+            f"compiled in {self.compile_seconds:.0f} s for CPUs: elsewhere temporaries of bfloat16 "
+            "and of attention are smaller"
+        ]
         return "\n".join(lines)
 
 
@@ -145,7 +158,7 @@ def plan(config: Config, architecture: DecoderConfig) -> Plan:
     step = abstract_step(config, architecture)
     begun = time.perf_counter()
     traced = step.function.trace(*step.arguments)
-    compiled = traced.lower().compile()
+    compiled = cost.compile_to_count(traced.lower())
     seconds = time.perf_counter() - begun
     memory = cost.memory(compiled)
     counted = cost.flops(traced.jaxpr, step.device_mesh.size)
@@ -154,10 +167,7 @@ def plan(config: Config, architecture: DecoderConfig) -> Plan:
         blocks=len(step.gradients.partition),
         memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory),
         total=memory["peak"],
-        # The engine asks for all its communication itself; a CPU would send bfloat16 as float32.
-        collectives=cost.collective_bytes(compiled)
-        if step.gradients.engine is None
-        else cost.traced_collective_bytes(traced.jaxpr),
+        collectives=bytes_sent(step, traced, compiled),
         flops=counted["total"] + _head_flops(architecture, step),
         late=_late(step),
         compile_seconds=seconds,
@@ -286,16 +296,37 @@ def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> d
         kinds[STACK] = _nbytes(stack)
     else:
         size, _ = engine.usage(state.params, batch, frozen).largest_call()
-        itemsize = max(layout.gathered_dtype.itemsize for layout in engine.layouts)
+        itemsize = max(engine.layouts, key=lambda layout: layout.size).gathered_dtype.itemsize
         top = engine.topology
         # Whole arrays of this device's languages, then its pieces of all languages.
         held = top.local_objectives + top.objectives / top.pieces
+        held /= step.device_mesh.shape[mesh.TENSOR]
         kinds[OBJECTIVES] = round(size * itemsize * held) if engine.rules.groups else 0
         kinds[TAPS] = sum(_late(step).values())
-    kinds[ACTIVATIONS] = round(_kept(jaxpr, 1 / step.device_mesh.size))
+    kinds[ACTIVATIONS] = round(_kept(jaxpr, step.device_mesh))
     kinds[REST] = memory["arguments"] - kinds[PARAMETERS] - kinds[OPTIMISER]
+    # What does not exist at the worst moment, such as during the optimiser's update, is left out.
+    for kind in (OBJECTIVES, ACTIVATIONS):
+        excess = max(0, sum(kinds.values()) - memory["peak"])
+        kinds[kind] = max(0, kinds.get(kind, 0) - excess)
     kinds[OTHER] = max(0, memory["peak"] - sum(kinds.values()))
     return {kind: size for kind, size in kinds.items() if size}
+
+
+def bytes_sent(step: AbstractStep, traced: Any, compiled: Any) -> dict[str, int]:
+    """Count the bytes that a step sends; see :func:`jaxmoo.engine.cost.collective_bytes`.
+
+    Args:
+      step: from :func:`abstract_step`.
+      traced: ``step.function.trace(*step.arguments)``.
+      compiled: ``traced.lower().compile()``.
+    """
+    engine = step.gradients.engine
+    explicit = engine is not None and step.device_mesh.shape[mesh.TENSOR] == 1
+    if explicit and any(layout.gathered_dtype == jnp.bfloat16 for layout in engine.layouts):
+        # Programs compiled for the CPU send bfloat16 as float32.
+        return cost.traced_collective_bytes(traced.jaxpr)
+    return cost.collective_bytes(compiled)
 
 
 def _late(step: AbstractStep) -> dict[str, int]:
@@ -308,21 +339,24 @@ def _late(step: AbstractStep) -> dict[str, int]:
     for number in sorted(engine.tapped(engine.usage(state.params, batch, frozen))):
         layout = engine.layouts[number]
         piece = math.prod(layout.piece_shape(engine.topology.pieces)) * (layout.layers or 1)
-        late[layout.path] = engine.topology.objectives * piece * layout.gathered_dtype.itemsize
+        size = engine.topology.objectives * piece * layout.gathered_dtype.itemsize
+        late[layout.path] = size // step.device_mesh.shape[mesh.TENSOR]
     return late
 
 
-def _kept(jaxpr: Any, scale: float) -> float:
-    """Bytes that loops over layers stack up in the forward pass."""
+def _kept(jaxpr: Any, device_mesh: Mesh, divided: int = 1) -> float:
+    """Bytes per device that loops over layers stack up in the forward pass."""
     total = 0.0
     for equation in jaxpr.eqns:
-        inner = 1.0 if equation.primitive.name == "shard_map" else scale
-        forward = "jvp" in (stack := str(equation.source_info.name_stack))
-        if equation.primitive.name == "scan" and forward and "transpose" not in stack:
+        stack = str(equation.source_info.name_stack)
+        if equation.primitive.name == "scan" and "jvp" in stack and "transpose" not in stack:
             stacked = equation.outvars[equation.params["num_carry"] :]
-            total += scale * sum(x.aval.size * x.aval.dtype.itemsize for x in stacked)
-        else:
-            total += sum(_kept(sub, inner) for sub in _jaxprs(equation.params))
+            nbytes = sum(x.aval.size * x.aval.dtype.itemsize for x in stacked)
+            total += nbytes * divided / device_mesh.size
+            continue
+        if equation.primitive.name == "shard_map":
+            divided = math.prod(cost.divided_axes(equation).values())
+        total += sum(_kept(sub, device_mesh, divided) for sub in _jaxprs(equation.params))
     return total
 
 
@@ -345,10 +379,13 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
     return products * 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
 
-def _rows(title: str, items: dict[str, Any], text: Callable[[Any], str]) -> list[str]:
+def _rows(title: str, items: dict[str, int]) -> list[str]:
     width = max(map(len, (*items, title)))
-    return [title, *(f"  {name:<{width}}  {text(value):>12}" for name, value in items.items())]
+    return [title, *(f"  {name:<{width}}  {_size(count):>12}" for name, count in items.items())]
 
 
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.3f}"
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count} B"

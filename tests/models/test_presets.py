@@ -1,0 +1,41 @@
+"""Shapes of published models."""
+
+import math
+
+import pytest
+from flax import nnx
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models import Decoder
+from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.presets import PRESETS, preset
+
+
+# The numbers of parameters that the models' pages state.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Meta-Llama-3-8B", 8_030_261_248),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("SmolLM2-135M", 134_515_008),
+    ],
+)
+def test_number_of_parameters(name, parameters):
+    leaves = named_leaves(nnx.state(Decoder.abstract(PRESETS[name])))
+    assert sum(math.prod(leaf.shape) for _, leaf in leaves) == parameters
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama-3.1-8B", "meta-llama/llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"]
+)
+def test_names_are_those_of_the_hub(name):
+    assert preset(name) is PRESETS["Llama-3.1-8B"]
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'Llama"):
+        preset("llama-3-1-8b")
