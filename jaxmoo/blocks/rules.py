@@ -74,7 +74,8 @@ def of_bytes(limit: int | str) -> Blocks:
 
     Backward order is the reverse of the paths' natural order (numbers compared as numbers), so
     the last layer comes first. A bucket holds whole layers, as many as fit, or part of one: a layer
-    that no longer fits opens a new bucket. An array larger than the limit is cut along its leading
+    that no longer fits opens a new bucket, and so does a change between layers and the rest, which
+    a model computes apart. An array larger than the limit is cut along its leading
     axis into equal parts.
 
     Args:
@@ -93,11 +94,14 @@ def of_bytes(limit: int | str) -> Blocks:
         order = sorted(range(len(pieces)), key=lambda i: (natural_key(pieces[i].path), i))
         backward = order[::-1]
         labels: list[Hashable] = [0] * len(pieces)
-        block, filled = 0, 0
+        block, filled, in_layers = 0, 0, False
         for _, run in itertools.groupby(backward, key=lambda i: _layer_of(pieces[i].path)):
             layer = list(run)
-            if filled and filled + sum(pieces[i].nbytes for i in layer) > size:
+            numbered = any(map(_NUMBERED.fullmatch, pieces[layer[0]].path.split(".")))
+            full = filled + sum(pieces[i].nbytes for i in layer) > size
+            if filled and (full or numbered != in_layers):
                 block, filled = block + 1, 0
+            in_layers = numbered
             for i in layer:
                 if filled and filled + pieces[i].nbytes > size:
                     block, filled = block + 1, 0

@@ -151,10 +151,15 @@ class Backward:
         call = self.blocks_of([(p.leaf, p.layer) for p in in_pass])
 
         @jax.custom_vjp
-        def use(values: Any, taps: Any, tables: Tables, integers: Any) -> tuple[jax.Array, ...]:
+        def jaxmoo_gathered(
+            values: Any, taps: Any, tables: Tables, integers: Any
+        ) -> tuple[jax.Array, ...]:
             del taps, tables, integers
             layouts = [self.layouts[p.leaf] for p in parameters]
             return tuple(map(self.gather, values, layouts))
+
+        # By this name too checkpoint policies know it.
+        use = jaxmoo_gathered
 
         def forward(values: Any, taps: Any, tables: Tables, integers: Any) -> Any:
             return use(values, taps, tables, integers), (tables.state, integers)

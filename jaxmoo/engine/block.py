@@ -19,12 +19,18 @@ __all__ = ["REMAT", "block", "current", "running"]
 
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("jaxmoo_engine", default=None)
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Checkpoint policy: keep everything except gathered parameters."""
+    return primitive.name != "all_gather" and GATHERED not in str(parameters.get("name", ""))
+
+
 # What the backward pass of a block recomputes: everything; all but matrix products with
 # parameters; nothing but the gathering of parameters.
 REMAT: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered,
 }
 
 

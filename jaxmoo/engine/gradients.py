@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -282,6 +283,21 @@ class ResolvedGradients:
     def tapped(self, usage: Usage) -> frozenset[int]:
         """Numbers of the arrays whose gradients [K, ...] are kept until the end of the pass."""
         return frozenset(range(self.num_trained)) if self.accumulate else usage.tapped()
+
+    def kept_bytes(self, usage: Usage) -> dict[str, int]:
+        """Return what resolving after the backward pass costs.
+
+        Returns:
+          For each array whose objectives' gradients are kept until the end of the pass, its path
+          and their bytes per device.
+        """
+        kept = {}
+        for number in sorted(self.tapped(usage)):
+            layout = self.layouts[number]
+            piece = math.prod(layout.piece_shape(self.topology.pieces)) * (layout.layers or 1)
+            itemsize = jnp.dtype(layout.gathered_dtype).itemsize
+            kept[layout.path] = self.topology.objectives * piece * itemsize
+        return kept
 
     def _loss(
         self, values: Sequence[Any], taps: Sequence[Any], trees: Any, batch: Any

@@ -154,8 +154,9 @@ class ResolveConfig:
     )
     vocabulary_slices: int | None = setting(
         None,
-        "Into how many slices the embedding and the head are cut where blocks are layers, modules "
-        "or leaves; each slice is a block. null takes the fewest that are no larger than a layer.",
+        "Into how many slices the embedding and the head are cut where blocks are layers, modules, "
+        "leaves or shards; each slice is a block. null takes the fewest that are no larger than a "
+        "layer.",
         within=_AT_LEAST_1,
     )
     engine: str = setting(

@@ -73,6 +73,13 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.config, to_yaml(config))
 
+    def steps(self) -> list[int]:
+        """Return the steps of which there is a complete checkpoint, in order."""
+        if not self.checkpoints.is_dir():
+            return []
+        # An incomplete one has a longer name.
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal())
+
     def scores(self, step: int) -> dict[str, LanguageScore] | None:
         """Return the held-out scores stored for a step, or None."""
         file = self.evaluation / f"step_{step:08d}.json"

@@ -63,13 +63,14 @@ def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
       ConfigError: the slices asked for do not divide the vocabulary.
     """
     kind = config.resolve.blocks
-    if kind == "shard":
-        return f"shard:{device_mesh.shape[mesh.LANGUAGE] * device_mesh.shape[mesh.FSDP]}"
+    shard = kind == "shard"
+    if shard:
+        kind = f"shard:{device_mesh.shape[mesh.LANGUAGE] * device_mesh.shape[mesh.FSDP]}"
     leaves = [
         (path_string(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)
     ]
     tables = [shape for path, shape in leaves if re.search(_TABLES, path)]
-    if kind not in ("layer", "module", "leaf") or not tables:
+    if not tables or not (shard or kind in ("layer", "module", "leaf")):
         return kind
     slices = config.resolve.vocabulary_slices
     if slices is None:

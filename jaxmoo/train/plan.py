@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxmoo import mesh
 from jaxmoo.engine import cost
@@ -32,7 +30,7 @@ from jaxmoo.models.presets import preset
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.setup import make_run_mesh
-from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
+from jaxmoo.train.step import TrainState, abstract_state, make_optimizer, make_train_step
 
 __all__ = [
     "AbstractStep",
@@ -236,24 +234,7 @@ def abstract_step(
     params, frozen = place(params), place(frozen)
     source = gradients(config, lambda p, f: nnx.merge(graph, p, f), params, frozen, device_mesh)
     optimizer = make_optimizer(config)
-    everywhere = NamedSharding(device_mesh, P())
-
-    def replicated(tree: Any) -> Any:
-        return _with_sharding(tree, jax.tree.map(lambda _: everywhere, tree))
-
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=replicated,
-    )
-    state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
-        params=params,
-        resolver=replicated(jax.eval_shape(source.init, params)),
-        opt_state=opt_state,
-    )
+    state = abstract_state(source, optimizer, params, device_mesh)
     shape = (len(data.seen), data.batch_size, data.sequence_length)
     rows = mesh.batch_sharding(device_mesh)
     batch = {
@@ -332,16 +313,8 @@ def bytes_sent(step: AbstractStep, traced: Any, compiled: Any) -> dict[str, int]
 def _late(step: AbstractStep) -> dict[str, int]:
     """Paths of arrays whose gradients [K, piece] are kept until the end of the pass, and bytes."""
     engine = step.gradients.engine
-    if engine is None:
-        return {}
     state, frozen, batch = step.arguments
-    late = {}
-    for number in sorted(engine.tapped(engine.usage(state.params, batch, frozen))):
-        layout = engine.layouts[number]
-        piece = math.prod(layout.piece_shape(engine.topology.pieces)) * (layout.layers or 1)
-        size = engine.topology.objectives * piece * layout.gathered_dtype.itemsize
-        late[layout.path] = size // step.device_mesh.shape[mesh.TENSOR]
-    return late
+    return {} if engine is None else engine.kept_bytes(engine.usage(state.params, batch, frozen))
 
 
 def _kept(jaxpr: Any, device_mesh: Mesh, divided: int = 1) -> float:

@@ -280,8 +280,25 @@ def _plan(config: Config, setup: Setup) -> str:
     total = trained + sum(x.size for x in jax.tree.leaves(setup.frozen))
     part = setup.gradients.partition
     axes = " x ".join(f"{name} {size}" for name, size in setup.device_mesh.shape.items())
-    return (
+    late = _late(config, setup)
+    return late + (
         f"Training {trained:,} of {total:,} parameters on {len(config.data.seen)} languages: "
         f"{config.resolve.aggregator} over {len(part)} blocks ({config.resolve.blocks}), "
         f"{config.resolve.engine} engine; {setup.device_mesh.size} device(s), {axes}."
+    )
+
+
+def _late(config: Config, setup: Setup) -> str:
+    """Say what blocks cost that cannot be resolved inside the backward pass."""
+    engine = setup.gradients.engine
+    if engine is None:
+        return ""
+    kept = engine.kept_bytes(engine.usage(setup.state.params, setup.batches.batch(0), setup.frozen))
+    if not kept:
+        return ""
+    return (
+        f"The gradients of {len(kept)} arrays are kept for all languages until the end of the "
+        f"backward pass, where their blocks ({config.resolve.blocks}, train.accumulation="
+        f"{config.train.accumulation}) are resolved: {sum(kept.values()) / 2**20:,.0f} MiB per "
+        "device.\n"
     )

@@ -19,7 +19,7 @@ from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
-from jaxmoo.train.step import TrainState, make_optimizer, make_train_step
+from jaxmoo.train.step import TrainState, initial_state, make_optimizer, make_train_step
 
 __all__ = ["Setup", "prepare"]
 
@@ -143,12 +143,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     gradients = make_gradients(config, merge, params, frozen, device_mesh)
     optimizer = make_optimizer(config)
-    state = TrainState(
-        step=jax.numpy.zeros((), jax.numpy.int32),
-        params=params,
-        resolver=gradients.init(params),
-        opt_state=jax.jit(optimizer.init)(params),
-    )
+    state = initial_state(gradients, optimizer, params, device_mesh)
 
     return Setup(
         source=source,

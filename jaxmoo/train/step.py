@@ -9,12 +9,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo.blocks import path_string
 from jaxmoo.train.config import Config, OptimizerConfig
 from jaxmoo.train.gradients import GradientSource
 
-__all__ = ["TrainState", "learning_rate", "make_optimizer", "make_train_step", "mean_cosines"]
+__all__ = [
+    "TrainState",
+    "abstract_state",
+    "initial_state",
+    "learning_rate",
+    "make_optimizer",
+    "make_train_step",
+    "mean_cosines",
+]
 
 
 class TrainState(NamedTuple):
@@ -64,6 +74,64 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
             weight_decay=settings.weight_decay,
             mask=_decayed,
         ),
+    )
+
+
+def abstract_state(
+    gradients: GradientSource,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    device_mesh: Mesh,
+) -> TrainState:
+    """Shapes and shardings of a training state.
+
+    Args:
+      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
+      optimizer: from :func:`make_optimizer`.
+      params: trainable parameters, or their shapes; they have shardings.
+      device_mesh: the devices.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`. What the optimiser keeps per parameter lies where the
+      parameter lies, everything else on all devices.
+    """
+    everywhere = NamedSharding(device_mesh, P())
+
+    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def replicated(tree: Any) -> Any:
+        return jax.tree.map(lambda x: placed(x, everywhere), tree)
+
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=jax.tree.map(lambda x: placed(x, x.sharding), params),
+        resolver=replicated(jax.eval_shape(gradients.init, params)),
+        opt_state=optax.tree.map_params(
+            optimizer,
+            lambda x, p: placed(x, p.sharding),
+            jax.eval_shape(optimizer.init, params),
+            params,
+            transform_non_params=replicated,
+        ),
+    )
+
+
+def initial_state(
+    gradients: GradientSource,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    device_mesh: Mesh,
+) -> TrainState:
+    """Make the state before the first step, laid out as :func:`abstract_state` says."""
+    where = jax.tree.map(
+        lambda x: x.sharding, abstract_state(gradients, optimizer, params, device_mesh)
+    )
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), where.step),
+        params=params,
+        resolver=jax.jit(gradients.init, out_shardings=where.resolver)(params),
+        opt_state=jax.jit(optimizer.init, out_shardings=where.opt_state)(params),
     )
 
 

@@ -108,6 +108,10 @@ def test_the_plan_is_of_the_step_that_the_trainer_runs(write_config):
     setup = prepare(config, say=lambda _: None)
     planned = abstract_step(config, shape_of(config.model.source))
     batch = setup.batches.batch(0)
+    where = [
+        jax.tree.map(lambda x: x.sharding, state) for state in (setup.state, planned.arguments[0])
+    ]
+    assert where[0] == where[1]
     for real, shapes in zip((setup.state, setup.frozen, batch), planned.arguments, strict=True):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
             lambda x: (x.shape, x.dtype), shapes

@@ -1,0 +1,182 @@
+"""Ways of resolving the toy model that are run on one device and on several meshes.
+
+Each names a toy, K and options. What it must give is defined by the stacked oracle, which needs no
+mesh, so one oracle serves all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from engine.toy import Toy, batches, run_engine, run_oracle
+from jaxmoo import aggregators, blocks
+
+# One that keeps state and one that draws random numbers. graddrop, in some cases, draws them for
+# every coordinate.
+KINDS = ("moco", "pcgrad")
+# sdmgrad and modo need a second batch per step.
+METHODS = tuple(name for name in aggregators.names() if name not in ("sdmgrad", "modo"))
+
+
+PLAIN = Toy()
+
+
+def unchanged(batch: Any) -> Any:
+    """Return a batch as it is."""
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way of resolving; see :func:`jaxmoo.engine.resolved_value_and_grad`.
+
+    Attributes:
+      toy: the model.
+      k: K.
+      blocks: the rule; "shard" becomes as many parts as there are pieces of a parameter.
+      aggregator: as the engine takes it; several names are dealt out over the blocks.
+      steps: how many are taken one after another.
+      options: other options that the oracle takes too.
+      only_engine: options that must not change the result.
+      change: what is done to a batch.
+    """
+
+    toy: Toy = PLAIN
+    k: int = 8
+    blocks: Any = "layer"
+    aggregator: Any = KINDS
+    steps: int = 2
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only_engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    change: Callable[[Any], Any] = unchanged
+
+    def engine(self, mesh: Any, pieces: int | None = None) -> dict[str, np.ndarray]:
+        """What the backward pass gives on a mesh; "shard" means its pieces if none are given."""
+        arguments = self._arguments(pieces or mesh.shape["language"] * mesh.shape["fsdp"])
+        if pieces is None:
+            arguments["blocks"] = self.blocks
+        return run_engine(self.toy, self._batches(), mesh=mesh, **arguments, **self.only_engine)
+
+    def oracle(self, pieces: int) -> dict[str, np.ndarray]:
+        """What it must give."""
+        return run_oracle(self.toy, self._batches(), **self._arguments(pieces))
+
+    def _batches(self) -> list[Any]:
+        return [self.change(batch) for batch in batches(self.k, self.steps)]
+
+    def _arguments(self, pieces: int) -> dict[str, Any]:
+        rule = f"shard:{pieces}" if self.blocks == "shard" else self.blocks
+        aggregator = self.aggregator
+        if isinstance(aggregator, tuple):
+            part = blocks.partition(rule, self.toy.params, stacked=self.toy.stacked)
+            aggregator = {
+                f"^{re.escape(name)}$": aggregator[i % len(aggregator)]
+                for i, name in enumerate(part.names)
+            }
+        return {"blocks": rule, "aggregator": aggregator, **self.options}
+
+
+def method(name: str, k: int) -> Any:
+    """An aggregator by name, with the options it cannot do without."""
+    options = {"weights": np.arange(1, k + 1)} if name == "constant" else {}
+    return aggregators.get(name, **options)
+
+
+def kind_of_array(path: str) -> str:
+    """A block across all layers for each kind of array, and one for the rest."""
+    return path.rsplit(".", 1)[-1] if "layers" in path else "rest"
+
+
+def one_not_finite(batch: Any) -> Any:
+    """The gradients of objective 2 are NaN."""
+    return batch | {"factor": batch["factor"].at[2, 1].set(jnp.nan)}
+
+
+def one_absent(batch: Any) -> Any:
+    """Objective 2 has no target tokens."""
+    return batch | {"mask": batch["mask"].at[2].set(False)}
+
+
+CASES = {
+    # Each layer has another aggregator.
+    "every aggregator": Case(
+        toy=Toy(layers=len(METHODS)),
+        aggregator={rf"^layers\.{i}$": method(name, 8) for i, name in enumerate(METHODS)}
+        | {".*": "mean"},
+    ),
+    # Kinds of blocks.
+    "layer": Case(),
+    "module": Case(blocks="module"),
+    "leaf": Case(blocks="leaf", aggregator="graddrop"),
+    "bytes within layers": Case(
+        blocks=blocks.intersect("layer", "bytes:512"), aggregator="graddrop"
+    ),
+    "bytes across layers": Case(blocks="bytes:1600", aggregator="graddrop"),
+    "shard": Case(blocks="shard"),
+    "random": Case(blocks="random:5"),
+    "whole": Case(blocks="whole", aggregator="cagrad"),
+    "a function": Case(blocks=kind_of_array),
+    "a rule for each part": Case(
+        blocks=blocks.choose({"^layers.*mlp": "whole", "^layers": "layer", ".*": "leaf"})
+    ),
+    # Models.
+    "tied": Case(toy=Toy(tied=True), aggregator="moco"),
+    "tied in a loop": Case(
+        toy=Toy(layers=2, tied=True, form="loop"), blocks="module", aggregator="moco"
+    ),
+    "tied and shared": Case(toy=Toy(tied=True, shared=True), aggregator="pcgrad"),
+    "stack in a loop": Case(toy=Toy(layers=2, form="loop"), aggregator="graddrop"),
+    "separate layers": Case(
+        toy=Toy(layers=2, form="list", tied=True, shared=True), aggregator="moco"
+    ),
+    # Options.
+    "preference and norm": Case(
+        aggregator=("pcgrad", "graddrop"),
+        options={"preference": [1, 2, 3, 4, 4, 3, 2, 1], "match_norm": True},
+    ),
+    "accumulated": Case(
+        aggregator="pcgrad", only_engine={"microbatches": 4, "accumulation": "accumulate_first"}
+    ),
+    "not finite": Case(aggregator="moco", change=one_not_finite),
+    "absent": Case(aggregator="graddrop", change=one_absent),
+    # Objectives that the language axis does not divide.
+    "three objectives": Case(k=3, aggregator="pcgrad"),
+    "five objectives": Case(k=5, aggregator="moco"),
+    "nine objectives": Case(k=9, aggregator="pcgrad"),
+}
+
+
+MESHES = {"2x2": (1, 2, 2), "8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
+
+# Every aggregator is on every mesh; blocks and models take turns, for the time they take.
+RUNS = {
+    "2x2": ["shard", "tied in a loop", "three objectives"],
+    "8x1": ["bytes within layers", "tied and shared", "accumulated", "nine objectives"],
+    "4x2": ["leaf", "bytes across layers", "tied", "not finite", "five objectives"],
+    "2x2x2": ["random", "whole", "separate layers", "absent"],
+}
+RUNS = {mesh: ["every aggregator", *names] for mesh, names in RUNS.items()}
+# These run on the last of the meshes; what they give is defined in test_replicas.py.
+REPLICAS = {
+    "replicas alone": Case(
+        aggregator="pcgrad", steps=1, only_engine={"replicas": "resolve_then_mean"}
+    ),
+    "replicas pooled": Case(aggregator="pcgrad", steps=1, only_engine={"replicas": "pooled_gram"}),
+}
+
+
+def wanted(name: str, pieces: int = 1) -> dict[str, np.ndarray]:
+    """What a case must give where parameters are cut into some number of pieces."""
+    return _wanted(name, pieces if CASES[name].blocks == "shard" else 1)
+
+
+@functools.cache
+def _wanted(name: str, pieces: int) -> dict[str, np.ndarray]:
+    return CASES[name].oracle(pieces)
