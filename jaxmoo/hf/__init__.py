@@ -1,5 +1,6 @@
 """Hugging Face directories: finding, loading and saving models and tokenizers."""
 
+from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.load import load_config, load_model
 from jaxmoo.hf.save import save_model
@@ -8,6 +9,7 @@ from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.hf.wheels import cache_directory, fetch_wheel
 
 __all__ = [
+    "ModelCard",
     "cache_directory",
     "convert_gguf",
     "fetch_wheel",

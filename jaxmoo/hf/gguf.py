@@ -148,7 +148,8 @@ def _tensor(tensor: Any, config: dict[str, Any]) -> Tensor:
             return value
         return value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
 
-    return Tensor(_NAMES[template].replace("{i}", number), 4 * int(tensor.n_elements), read)
+    name = _NAMES[template].replace("{i}", number)
+    return Tensor(name, tuple(map(int, tensor.shape[::-1])), np.dtype(np.float32), read)
 
 
 def _tokenizer(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, did_you_mean
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import Weights
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
 
-__all__ = ["load_config", "load_model"]
+__all__ = ["load_config", "load_model", "progress", "read_json", "with_dtypes"]
 
 # Buffers of old checkpoints, computed from the config today.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -52,7 +56,8 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    # RecursionError: brackets nested by the thousand.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
@@ -64,7 +69,7 @@ def load_model(
     *,
     segments: tuple[int, ...] = (0,),
     dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    param_dtype: Any | None = jnp.float32,
     remat: str = "full",
     attention: str = "auto",
     shardings: Any = None,
@@ -72,13 +77,17 @@ def load_model(
     """Load a model with its weights.
 
     Every tensor is checked by name and shape before the first one is read. Each device receives
-    only its own slices, and only those are read from the files.
+    only its own slices, and only those are read from the files, one layer of one parameter at a
+    time: beyond the parameters themselves, the host never holds more than twice the largest
+    tensor.
 
     Args:
       path: a Hugging Face directory; see `resolve_source`.
       segments: see `Decoder`.
       dtype: see `Decoder`.
-      param_dtype: see `Decoder`; the files' values are converted to it.
+      param_dtype: see `Decoder`; the files' values are converted to it. None keeps the dtype
+        that each parameter has in the files; where the layers of a stack differ, one that holds
+        them all exactly.
       remat: see `Decoder`.
       attention: see `Decoder`.
       shardings: a pytree of `jax.sharding.Sharding` matching the model's NNX state, or a function
@@ -99,13 +108,15 @@ def load_model(
         config,
         segments=segments,
         dtype=dtype,
-        param_dtype=param_dtype,
+        param_dtype=jnp.float32 if param_dtype is None else param_dtype,
         remat=remat,
         attention=attention,
     )
     weights = Weights(path)
     graphdef, state = nnx.split(model)
     _check(weights, state, config, path)
+    if param_dtype is None:
+        state = with_dtypes(state, weights.dtype)
     if callable(shardings):
         shardings = shardings(state)
     leaves, treedef = jax.tree.flatten(state)
@@ -117,8 +128,7 @@ def load_model(
     arrays = []
     with progress(sum(x.size * x.dtype.itemsize for x in leaves), "Loading weights") as bar:
         for (leaf_path, leaf), placement in zip(named_leaves(state), placements, strict=True):
-            arrays.append(_read_leaf(weights, leaf_path, leaf, placement))
-            bar.update(leaf.size * leaf.dtype.itemsize)
+            arrays.append(_read_leaf(weights, leaf_path, leaf, placement, bar.update))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 
@@ -127,14 +137,48 @@ def progress(total: int, description: str) -> tqdm:
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, delay=2, leave=False)
 
 
+def with_dtypes(state: nnx.State, dtype_of: Callable[[str], Any]) -> nnx.State:
+    """Give the abstract state of a `Decoder` other dtypes.
+
+    Args:
+      state: the state.
+      dtype_of: gives a tensor's dtype by its Hugging Face name; a stack of layers gets one that
+        holds those of all its layers exactly.
+
+    Returns:
+      The state, its leaves `jax.ShapeDtypeStruct`.
+
+    Raises:
+      CheckpointError: on float64 where JAX would make it float32.
+    """
+    leaves = []
+    for path, leaf in named_leaves(state):
+        dtypes = [dtype_of(hf_tensor(name).name) for name in logical_paths(path, leaf.shape)]
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+        if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+            raise CheckpointError(
+                f"{'.'.join(path)} is float64; set the environment variable JAX_ENABLE_X64=1 to "
+                "keep it so"
+            )
+        leaves.append(jax.ShapeDtypeStruct(leaf.shape, dtype))
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
 def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path) -> None:
+    """Raise unless the files hold exactly the tensors of the model."""
+    found = {name for name in weights.names() if not _IGNORED.search(name)}
+    # Before that many names are made up: the config may be damaged or forged.
+    if config.num_hidden_layers > len(found):
+        raise CheckpointError(
+            f"the config.json in {path} says num_hidden_layers={config.num_hidden_layers}, but its "
+            f"weights are only {len(found)} tensors"
+        )
     expected: dict[str, tuple[int, ...]] = {}
     for leaf_path, leaf in named_leaves(state):
         shape = leaf.shape[1:] if leaf_path[0] == "layers" else leaf.shape
         for logical in logical_paths(leaf_path, leaf.shape):
             tensor = hf_tensor(logical)
             expected[tensor.name] = shape[::-1] if tensor.transposed else shape
-    found = {name for name in weights.names() if not _IGNORED.search(name)}
     if config.tie_word_embeddings and "lm_head.weight" in found:
         # Some tied models ship a copy of the embedding as their head.
         found.remove("lm_head.weight")
@@ -143,53 +187,109 @@ def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path
                 f"{path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight. Set tie_word_embeddings to false or drop the tensor."
             )
-    problems = [f"missing: {name}" for name in expected if name not in found]
-    problems += [f"not part of this architecture: {name}" for name in sorted(found - set(expected))]
-    problems += [
+    missing = [name for name in expected if name not in found]
+    extra = sorted(found - set(expected))
+    misshapen = [
         f"{name}: expected shape {list(shape)}, found {list(weights.shape(name))}"
         for name, shape in expected.items()
         if name in found and weights.shape(name) != shape
     ]
+    problems = [
+        *_listed(misshapen, str),
+        *_listed(missing, lambda name: f"missing: {name}"),
+        *_listed(
+            extra, lambda name: f"not part of this architecture: {name}{_near(name, missing)}"
+        ),
+    ]
     if problems:
-        more = f"\n  ... and {len(problems) - 30} more" if len(problems) > 30 else ""
         raise CheckpointError(
-            f"the weights in {path} do not fit its config.json:\n  "
-            + "\n  ".join(problems[:30])
-            + more
+            f"the weights in {path} do not fit its config.json:\n  " + "\n  ".join(problems)
         )
     for name in expected:
         weights.dtype(name)
 
 
+def _listed(items: list[str], describe: Callable[[str], str], most: int = 20) -> list[str]:
+    """Descriptions of the first items, and how many there are beyond those."""
+    more = [f"... and {len(items) - most} more"] if len(items) > most else []
+    return [describe(item) for item in items[:most]] + more
+
+
+def _near(name: str, missing: list[str]) -> str:
+    """Which missing tensor a left-over one may be, misnamed."""
+    if len(missing) > 1000:  # nothing matches, and comparing all with all takes long
+        return ""
+    hint = did_you_mean(name, missing)
+    return hint and f".{hint}"
+
+
 def _equal(weights: Weights, a: str, b: str) -> bool:
     if b not in weights.names() or weights.shape(a) != weights.shape(b):
         return False
-    return np.array_equal(weights.read(a), weights.read(b))
+    rows = weights.shape(a)[0]
+    bands = [(slice(i, min(i + 1024, rows)), slice(None)) for i in range(0, rows, 1024)]
+    return all(np.array_equal(weights.read(a, band), weights.read(b, band)) for band in bands)
 
 
 def _read_leaf(
-    weights: Weights, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, placement: Any
+    weights: Weights,
+    path: tuple[Any, ...],
+    leaf: jax.ShapeDtypeStruct,
+    placement: Sharding | None,
+    done: Callable[[int], Any],
 ) -> jax.Array:
+    """Read a parameter, or the stack of its layers, into place; ``done`` is told of bytes."""
     tensors = [hf_tensor(name) for name in logical_paths(path, leaf.shape)]
+    if path[0] != "layers":
+        done(leaf.size * leaf.dtype.itemsize)
+        return _place(weights, tensors[0], leaf.shape, leaf.dtype, placement)
+    pieces = _sharding_of_a_layer(placement)
+    stack = _zeros(leaf.shape, leaf.dtype, placement)()
+    for layer, tensor in enumerate(tensors):
+        value = _place(weights, tensor, leaf.shape[1:], leaf.dtype, pieces)
+        # Waiting keeps the host from reading ahead of the device, with all layers in its memory.
+        stack = _set_layer(placement)(stack, value, layer).block_until_ready()
+        done(value.nbytes)
+    return stack
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        if index is None:  # the whole array
-            index = tuple(slice(None) for _ in leaf.shape)
-        if path[0] != "layers":
-            return _read_slice(weights, tensors[0], index).astype(leaf.dtype)
-        wanted = tensors[index[0]]
-        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)]
-        stack = np.empty(shape, leaf.dtype)
-        for row, tensor in zip(stack, wanted, strict=True):
-            row[...] = _read_slice(weights, tensor, index[1:])
-        return stack
+
+def _place(
+    weights: Weights, tensor: HFTensor, shape: tuple[int, ...], dtype: Any, placement: Any
+) -> jax.Array:
+    """Put a tensor on its devices, each slice read by itself."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if tensor.transposed:
+            value = weights.read(tensor.name, index[::-1]).T
+        else:
+            value = weights.read(tensor.name, index)
+        return value.astype(dtype, copy=False)
 
     if placement is None:
-        return jnp.asarray(read(None))
-    return jax.make_array_from_callback(leaf.shape, placement, read)
+        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, placement, read)
 
 
-def _read_slice(weights: Weights, tensor: HFTensor, index: tuple[slice, ...]) -> np.ndarray:
-    if tensor.transposed:
-        return weights.read(tensor.name, index[::-1]).T
-    return weights.read(tensor.name, index)
+def _sharding_of_a_layer(stack: Sharding | None) -> Sharding | None:
+    """How one layer of a stack lies on the devices."""
+    if stack is None or isinstance(stack, SingleDeviceSharding):
+        return stack
+    if isinstance(stack, NamedSharding):
+        # Where devices hold different layers, each layer goes to all of them for a moment.
+        return NamedSharding(stack.mesh, P(*stack.spec[1:]))
+    raise CheckpointError(f"shardings must be NamedSharding or of a single device, got {stack!r}")
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, placement: Sharding | None) -> Callable[[], Any]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placement)
+
+
+@functools.cache
+def _set_layer(placement: Sharding | None) -> Callable[..., jax.Array]:
+    """A program that replaces one layer of a stack, in place."""
+
+    def set_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=placement)

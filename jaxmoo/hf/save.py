@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.load import load_config, progress, read_json
 from jaxmoo.hf.names import hf_tensor
@@ -22,7 +26,14 @@ from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
 
-__all__ = ["Tensor", "save_model", "write_weights"]
+__all__ = [
+    "Tensor",
+    "check_space",
+    "copy_companions",
+    "model_tensors",
+    "save_model",
+    "write_weights",
+]
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -49,47 +60,120 @@ def save_model(
     source: Path,
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: ModelCard | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that loads without jaxmoo.
 
-    Nothing appears under ``path`` before everything is written.
+    Nothing appears under ``path`` before everything is written. Tensors are gathered from the
+    devices, and written, one at a time.
 
     Args:
-      model: the decoder; its parameters may lie on several devices of this process.
+      model: the decoder; its parameters may be sharded in any way. Where they are spread over
+        several processes, all of these must call, and see the same files; the first one writes.
       path: the directory to make; it may exist if it is empty.
       source: the directory the model was loaded from: config, tokenizer, generation config and
         chat template are taken from it unchanged.
       dtype: dtype of all tensors in the files (its name is the one change made to the config).
         By default each tensor keeps the dtype it has in ``source``, so that an unchanged model is
-        saved with identical bytes.
+        saved with identical bytes; a mapping gives each tensor's dtype by its name, for a
+        ``source`` without weights.
       max_shard_bytes: weights are split into several files and an index beyond this size.
+      card: what the README.md in the directory shall say; by default there is none.
 
     Raises:
-      CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model, or
-        a value does not fit the dtype of the files.
+      CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
+        the disk is too small, or a value does not fit the dtype of the files.
     """
     path, source = Path(path), Path(source)
-    check_target(path)
+    if jax.process_count() == 1:  # else when they have all come, so that none waits for another
+        check_target(path)
     if load_config(source) != model.config:
         raise CheckpointError(
             f"the model does not have the sizes in {source / 'config.json'}; source must be the "
             "directory it was loaded from"
         )
     config = (source / "config.json").read_text("utf-8")
-    if dtype is not None:
+    if dtype is None:
+        dtype_of = Weights(source).dtype
+    elif isinstance(dtype, Mapping):
+        dtype_of = dtype.__getitem__
+    else:
         config = _with_dtype(read_json(source / "config.json"), dtype)
-    stored = Weights(source)
-    tensors = [
-        _model_tensor(leaf, layer, logical, stored, dtype)
+        dtype_of = lambda _: dtype  # noqa: E731
+    tensors = model_tensors(model, dtype_of)
+
+    def write(tensors: Sequence[Tensor]) -> None:
+        with new_directory(path) as directory:
+            write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
+            (directory / "config.json").write_text(config, "utf-8")
+            copy_companions(source, directory)
+            if card is not None:
+                (directory / "README.md").write_text(card.text(), "utf-8")
+
+    if jax.process_count() == 1:
+        write(tensors)
+    else:
+        _with_all_processes(tensors, write)
+
+
+def _with_all_processes(
+    tensors: Sequence[Tensor], write: Callable[[Sequence[Tensor]], None]
+) -> None:
+    """Let the first process write, while the others help it to gather every tensor.
+
+    A process that fails still takes part in the rest, or the others would wait for it for ever.
+    """
+    # In an order that does not depend on how they are split into files.
+    tensors = sorted(tensors, key=_file_order)
+    pending = collections.deque(tensors)
+
+    def counted(tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            pending.popleft()
+            return tensor.read()
+
+        return tensor._replace(read=read)
+
+    failure: Exception | None = None
+    try:
+        if jax.process_index() == 0:
+            write([counted(tensor) for tensor in tensors])
+    except CheckpointError as error:
+        failure = error
+    while pending:
+        try:
+            pending.popleft().read()
+        except CheckpointError as error:
+            failure = failure or error
+    written = multihost_utils.broadcast_one_to_all(np.int32(failure is None))
+    if failure is None and not written:
+        failure = CheckpointError("the first process could not write the model; see its message")
+    if failure is not None:
+        raise failure
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy what else makes up a model directory: tokenizer, generation config, chat template."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
+    """List the tensors of a model under their Hugging Face names.
+
+    Args:
+      model: the decoder.
+      dtype: gives the dtype of a tensor in the file, by its name.
+
+    Returns:
+      The tensors; each is brought to the host, and converted, when it is read.
+    """
+    return [
+        _model_tensor(leaf, layer, logical, dtype)
         for leaf_path, leaf in named_leaves(nnx.state(model))
         for layer, logical in enumerate(logical_paths(leaf_path, leaf.shape))
     ]
-    with new_directory(path) as directory:
-        write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
-        (directory / "config.json").write_text(config, "utf-8")
-        for name in _COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
 
 
 def _with_dtype(config: dict[str, Any], dtype: Any) -> str:
@@ -106,13 +190,20 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: its name in the file.
-      nbytes: its size there.
-      read: makes its value; called once, when its file is written.
+      shape: its shape there.
+      dtype: its dtype there.
+      read: makes its value; called once, when it is written.
     """
 
     name: str
-    nbytes: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_weights(
@@ -120,13 +211,18 @@ def write_weights(
 ) -> None:
     """Write tensors as ``model.safetensors``, or as numbered files and an index.
 
-    Only one file's tensors are in memory at a time.
+    Only one tensor is in memory at a time.
 
     Args:
       directory: where to write.
-      tensors: what to write, in this order.
+      tensors: what to write; those of one file are consecutive.
       max_shard_bytes: size beyond which a new file is begun.
+
+    Raises:
+      CheckpointError: the disk has no room for them.
     """
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"the size of a file must be at least 1 byte, got {max_shard_bytes}")
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -136,47 +232,100 @@ def write_weights(
         shards[-1].append(tensor)
         size += tensor.nbytes
     total = sum(tensor.nbytes for tensor in tensors)
+    check_space(directory, total)
     weight_map = {}
     with progress(total, "Writing weights") as bar:
         for number, shard in enumerate(shards, 1):
             name = WEIGHTS_FILE
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            values = {}
-            for tensor in shard:
-                values[tensor.name] = np.ascontiguousarray(tensor.read())
-                weight_map[tensor.name] = name
-                bar.update(tensor.nbytes)
-            # Readers of the format want to know which framework's conventions the names follow.
-            save_file(values, directory / name, metadata={"format": "pt"})
-            # The library makes files that only their owner can read.
-            (directory / name).chmod(directory.stat().st_mode & 0o666)
+            _write_file(directory / name, shard, bar.update)
+            weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _model_tensor(leaf: jax.Array, layer: int, logical: str, stored: Weights, dtype: Any) -> Tensor:
+def check_space(directory: Path, total: int) -> None:
+    """Raise CheckpointError unless so many bytes can be written to a directory."""
+    free = shutil.disk_usage(directory).free
+    if total > free:
+        raise CheckpointError(
+            f"{directory.parent} has {free:,} bytes of free space, the weights need {total:,}"
+        )
+
+
+def _write_file(file: Path, tensors: Sequence[Tensor], done: Callable[[int], Any]) -> None:
+    """Write a safetensors file tensor by tensor, where the library wants all of them at once.
+
+    The format: https://github.com/huggingface/safetensors#format. Order and header are the
+    library's own, so that files are the same to the byte.
+    """
+    # Wider types come first, which keeps every tensor aligned.
+    tensors = sorted(tensors, key=_file_order)
+    # Readers of the format want to know which framework's conventions the names follow.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _SHORT[tensor.dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": (end, end + tensor.nbytes),
+        }
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            # Not named, so that it is gone before the next one is read.
+            stream.write(_bytes(tensor.read()))
+            done(tensor.nbytes)
+
+
+def _file_order(tensor: Tensor) -> tuple[int, bytes]:
+    return _ORDER.index(tensor.dtype.name), tensor.name.encode()
+
+
+def _bytes(value: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
+_SHORT = {long: short for short, long in DTYPES.items()}
+_ORDER = ("float64", "float32", "bfloat16", "float16")
+
+
+def _model_tensor(leaf: jax.Array, layer: int, logical: str, dtype: Callable[[str], Any]) -> Tensor:
     """The tensor that holds a parameter, or one layer of a stack of parameters."""
     name, transposed = hf_tensor(logical)
-    storage = jnp.dtype(stored.dtype(name) if dtype is None else dtype)
+    storage = jnp.dtype(dtype(name))
     stacked = logical.startswith("layers.")
-    size = leaf.size // leaf.shape[0] if stacked else leaf.size
+    shape = leaf.shape[1:] if stacked else leaf.shape
 
     def read() -> np.ndarray:
-        value = np.asarray(_layer(leaf, layer) if stacked else leaf)
+        # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
+        array = _tensor(leaf, layer if stacked else None, transposed)
+        if array.is_fully_addressable:
+            value = np.asarray(array)
+        else:
+            value = multihost_utils.process_allgather(array, tiled=True)
+        del array
         with np.errstate(over="ignore"):
-            converted = value.astype(storage)
-        if np.isinf(converted).any() and not np.isinf(value).any():
+            converted = value.astype(storage, copy=False)
+        narrower = jnp.finfo(storage).max < jnp.finfo(value.dtype).max
+        if narrower and np.isinf(converted).any() and not np.isinf(value).any():
             raise CheckpointError(
                 f"{name} has values beyond the range of {storage.name}; save with dtype bfloat16 "
                 "or float32"
             )
-        return converted.T if transposed else converted
+        return converted
 
-    return Tensor(name, size * storage.itemsize, read)
+    return Tensor(name, shape[::-1] if transposed else shape, storage, read)
 
 
-@jax.jit
-def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+@functools.partial(jax.jit, static_argnames="transposed")
+def _tensor(leaf: jax.Array, layer: jax.Array | None, transposed: bool) -> jax.Array:
+    """A parameter, or one layer of a stack, in the layout of the file."""
+    if layer is not None:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return leaf.T if transposed else jnp.copy(leaf)

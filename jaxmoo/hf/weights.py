@@ -1,15 +1,17 @@
-"""The tensors of a Hugging Face directory: ``.safetensors`` files, read slice by slice.
+"""The tensors of a Hugging Face directory, read slice by slice.
 
-A checkpoint is treated as hostile: only safetensors files are opened (nothing is unpickled), an
-index may name only files beside itself, and the safetensors library checks every header.
+A checkpoint is treated as hostile: the safetensors library checks every header, an index may name
+only files beside itself, and PyTorch's pickles are opened by its restricted reader or not at all.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +21,7 @@ __all__ = ["DTYPES", "INDEX_FILE", "WEIGHTS_FILE", "Weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_FILE = "pytorch_model.bin"
 
 # Dtypes by the names used in safetensors headers.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -29,24 +32,22 @@ class Weights:
 
     Args:
       directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files
-        it names.
+        it names; without those, ``pytorch_model.bin`` or its index, if PyTorch is installed.
+
+    Attributes:
+      files: the files that are read.
 
     Raises:
-      CheckpointError: when files are missing, damaged or not safetensors.
+      CheckpointError: when files are missing, damaged or of another kind.
     """
 
     def __init__(self, directory: Path):
         self._slices: dict[str, Any] = {}
-        for file, names in _files(directory).items():
-            try:
-                handle = safe_open(file, framework="numpy")
-                for name in names or handle.keys():
-                    self._slices[name] = handle.get_slice(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} cannot be read: it is damaged, truncated or does not hold what the "
-                    f"index says ({error}). Fetch or export it again."
-                ) from error
+        found = _files(Path(directory))
+        self.files = list(found)
+        for file, names in found.items():
+            slices = _safetensors_slices if file.suffix == ".safetensors" else _pickle_slices
+            self._slices.update(slices(file, names))
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -76,35 +77,104 @@ class Weights:
         return self._slices[name][index]
 
 
+def _safetensors_slices(file: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
+    try:
+        handle = safe_open(file, framework="numpy")
+        for name in names or handle.keys():
+            yield name, handle.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _pickle_slices(file: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{file} is a pickle, and unpickling can run any code. It is opened only through "
+            "PyTorch's restricted reader: install torch, or save the model as safetensors."
+        ) from None
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        chosen = {name: tensors[name] for name in names or tensors}
+    # A damaged or forged pickle fails in any way at all inside the reader.
+    except Exception as error:
+        raise _damaged(file, error) from error
+    for name, tensor in chosen.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{file}: {name} is not a dense tensor")
+        yield str(name), _TorchSlice(tensor)
+
+
+class _TorchSlice:
+    """A PyTorch tensor with the methods of safetensors' slices."""
+
+    def __init__(self, tensor: Any):
+        self._tensor = tensor.detach()
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        name = str(self._tensor.dtype).removeprefix("torch.")
+        return next((short for short, long in DTYPES.items() if long == name), name)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        piece = self._tensor[index].contiguous()
+        if self.get_dtype() == "BF16":  # unknown to NumPy, and so to PyTorch's .numpy()
+            import torch
+
+            return piece.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return piece.numpy()
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"{file} cannot be read: it is damaged, truncated or does not hold what the index says "
+        f"({reason}). Fetch or export it again."
+    )
+
+
 def _files(directory: Path) -> dict[Path, list[str]]:
     """Files to read, with the tensors to take from each (none named: all)."""
-    if (directory / WEIGHTS_FILE).is_file():
-        return {directory / WEIGHTS_FILE: []}
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        others = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
-        raise CheckpointError(
-            f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-            + (
-                f". {', '.join(sorted(others))} is not read, because unpickling can run any code: "
-                "save the model as safetensors first."
-                if others
-                else "."
-            )
-        )
+    for name in (WEIGHTS_FILE, _PICKLE_FILE):
+        if (directory / name).is_file():
+            return {directory / name: []}
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index, Path(name).suffix)
+    others = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
+    raise CheckpointError(
+        f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+        + (f" ({', '.join(sorted(others))} is not read)." if others else ".")
+        + " Save the model as safetensors."
+    )
+
+
+def _indexed(index: Path, suffix: str) -> dict[Path, list[str]]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         entries = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+    # RecursionError: brackets nested by the thousand.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{index} is not an index of {suffix} files: {error!r}") from error
     files: dict[Path, list[str]] = {}
     for name, file in entries:
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        # A null byte would end the name for the system, though not for us.
+        if Path(file).name != file or not file.endswith(suffix) or "\0" in file:
             raise CheckpointError(
-                f"{index} names {file!r}; expected the name of a .safetensors file beside it"
+                f"{index} names {file!r}; expected the name of a {suffix} file beside it"
             )
-        files.setdefault(directory / file, []).append(name)
-    missing = sorted(file.name for file in files if not file.is_file())
+        files.setdefault(index.parent / file, []).append(name)
+    missing = sorted(file.name for file in files if not _is_file(file))
     if missing:
         raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}")
     return files
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name longer than the system allows
+        return False

@@ -17,6 +17,7 @@ from jaxmoo.blocks import Partition
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore, before_after_table, evaluate_nll, summarise
 from jaxmoo.hf import save_model
+from jaxmoo.train.card import run_card
 from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
@@ -271,7 +272,12 @@ def _export(
             return
         # This run's own: of an earlier end, or cut short before it was recorded.
         shutil.rmtree(directory.export)
-    save_model(setup.merge(state.params, setup.frozen), directory.export, source=setup.source)
+    save_model(
+        setup.merge(state.params, setup.frozen),
+        directory.export,
+        source=setup.source,
+        card=run_card(directory, config, config.train.steps),
+    )
     say(f"Exported to {directory.export} (Hugging Face format).")
 
 

@@ -130,13 +130,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         dtype=jax.numpy.dtype(model.dtype),
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
+        shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
     )
     graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
-
-    def place(tree: Any) -> Any:
-        return jax.device_put(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
-
-    params, frozen = place(params), place(frozen)
 
     def merge(params: Any, frozen: Any) -> Decoder:
         return nnx.merge(graph, params, frozen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
@@ -163,10 +166,168 @@ def test_quantised_tensors_are_refused(checkpoint: Path):
         load_model(checkpoint)
 
 
-def test_pickles_are_never_opened(checkpoint: Path):
-    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not read.*unpickling"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_pickled_weights_are_read_like_safetensors(tmp_path: Path, dtype, tied):
+    oracle = tiny_models.save("llama_tied" if tied else "llama", tmp_path, dtype=dtype)
+    expected = by_logical_path(nnx.state(load_model(tmp_path, param_dtype=None)))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(oracle.state_dict(), tmp_path / "pytorch_model.bin")
+    found = by_logical_path(nnx.state(load_model(tmp_path, param_dtype=None)))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_several_pickles_with_an_index(checkpoint: Path):
+    tensors = {n: torch.tensor(v) for n, v in load_file(checkpoint / "model.safetensors").items()}
+    expected = by_logical_path(nnx.state(load_model(checkpoint)))
+    (checkpoint / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(2):
+        part = dict(list(tensors.items())[i::2])
+        torch.save(part, checkpoint / f"part{i}.bin")
+        weight_map |= dict.fromkeys(part, f"part{i}.bin")
+    index = checkpoint / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for name, array in by_logical_path(nnx.state(load_model(checkpoint))).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+class Intruder:
+    """Runs a command when unpickled without care."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_a_pickle_cannot_run_code(checkpoint: Path, tmp_path_factory):
+    target = tmp_path_factory.mktemp("out") / "ran"
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"a": Intruder(target)}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
         load_model(checkpoint)
+    assert not target.exists()
+    torch.load(checkpoint / "pytorch_model.bin", weights_only=False)
+    assert target.exists(), "the file would not have shown anything"
+
+
+def test_pickles_are_not_opened_without_pytorch(checkpoint: Path, monkeypatch):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        load_model(checkpoint)  # not a pickle at all
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"is a pickle.* install torch, or save"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model.norm.weight": 3}, torch.ones(3)])
+def test_pickles_of_other_things_are_refused(checkpoint: Path, content):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(content, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        load_model(checkpoint)
+
+
+def forge(file: Path, header: object, *, length: int | None = None, data: bytes = b"") -> None:
+    """Write a safetensors file whose header says whatever it likes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if length is None else length
+    file.write_bytes(size.to_bytes(8, "little") + text + data)
+
+
+def entry(shape: list[int], *offsets: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"header": {}, "length": 2**63},
+        {"header": {}, "length": 2**64 - 1},
+        {"header": {}, "length": 10**9},
+        {"header": b"[" * 100_000},
+        {"header": {"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, "data": bytes(12)},
+        {"header": {"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, "data": bytes(8)},
+        {"header": {"a": entry([2], 0, 8)}, "data": bytes(4)},
+        {"header": {"a": entry([2], 0, 8)}, "data": bytes(12)},
+        {"header": {"a": entry([3], 0, 8)}, "data": bytes(8)},
+        {"header": {"a": entry([2**40, 2**40], 0, 8)}, "data": bytes(8)},
+        {"header": {"a": entry([2], 8, 0)}, "data": bytes(8)},
+        {"header": {"a": entry([2], 0, 2**62)}, "data": bytes(8)},
+        {"header": {"a": entry([2], -8, 0)}, "data": bytes(8)},
+        {"header": {"a": entry([2], 0, 8, dtype="F99")}, "data": bytes(8)},
+    ],
+    ids=lambda forged: str(forged)[:60],
+)
+def test_forged_headers_are_refused(checkpoint: Path, forged):
+    forge(checkpoint / "model.safetensors", **forged)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_model(checkpoint)
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_corrupted_header_or_index_is_only_ever_a_clear_error(checkpoint: Path, data):
+    """Bytes overwritten, inserted or cut anywhere in the header, or in an index."""
+    whole = checkpoint / "whole"
+    if not whole.exists():
+        (checkpoint / "model.safetensors").rename(whole)
+    index = checkpoint / "model.safetensors.index.json"
+    weights = checkpoint / "model.safetensors"
+    good = whole.read_bytes()
+    if data.draw(st.booleans(), label="in an index"):
+        weights.unlink(missing_ok=True)
+        (checkpoint / "part.safetensors").write_bytes(good)
+        names = dict.fromkeys(load_file(whole), "part.safetensors")
+        target, good = index, json.dumps({"weight_map": names}).encode()
+        end = len(good)
+    else:
+        target, end = weights, 8 + int.from_bytes(good[:8], "little")
+    start = data.draw(st.integers(0, end - 1), label="start")
+    cut = data.draw(st.integers(0, 12), label="cut")
+    new = data.draw(st.binary(max_size=12), label="new")
+    target.write_bytes(good[:start] + new + good[start + cut :])
+    try:
+        load_model(checkpoint)
+    except CheckpointError as error:
+        assert str(error)
+    finally:
+        target.unlink()
+
+
+def test_a_config_that_claims_a_billion_layers_is_refused_at_once(checkpoint: Path):
+    edit_config(checkpoint, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match="num_hidden_layers=1000000000, but its weights are"):
+        load_model(checkpoint)
+
+
+def test_a_misnamed_tensor_is_shown_with_the_name_it_may_have_had(checkpoint: Path):
+    edit_weights(checkpoint, lambda t: t.update({"model.norm.wieght": t.pop("model.norm.weight")}))
+    expected = r"architecture: model\.norm\.wieght\. Did you mean 'model\.norm\.weight'\?"
+    with pytest.raises(CheckpointError, match=expected):
+        load_model(checkpoint)
+
+
+def test_stored_dtypes_are_kept_on_request(tmp_path: Path):
+    model = tiny_models.make("llama").to(torch.bfloat16)
+    model.model.norm.float()
+    model.model.layers[1].mlp.up_proj.to(torch.float16)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, param_dtype=None)
+    assert loaded.embed_tokens.embedding.dtype == jnp.bfloat16
+    assert loaded.norm.scale.dtype == jnp.float32
+    assert loaded.layers["0"].mlp.up_proj.kernel.dtype == jnp.float32  # holds both exactly
+    assert loaded.layers["0"].mlp.down_proj.kernel.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -176,6 +337,8 @@ def test_pickles_are_never_opened(checkpoint: Path):
         ({"weight_map": {"a": "../secret.safetensors"}}, "expected the name of a .safetensors"),
         ({"weight_map": {"a": "/etc/passwd"}}, "expected the name of a .safetensors"),
         ({"weight_map": {"a": "model.bin"}}, "expected the name of a .safetensors"),
+        ({"weight_map": {"a": "a\0.safetensors"}}, "expected the name of a .safetensors"),
+        ({"weight_map": {"a": "a" * 999 + ".safetensors"}}, "names files that are not there"),
         ({"weight_map": ["a"]}, "is not an index"),
         ([], "is not an index"),
     ],
@@ -203,7 +366,7 @@ def test_an_unsupported_architecture_is_refused_before_weights_are_looked_at(che
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "[" * 100_000])
 def test_a_directory_without_a_config_is_refused(checkpoint: Path, content):
     (checkpoint / "config.json").unlink()
     if content is not None:

@@ -6,16 +6,21 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models
+from devices import run_python
 from jaxmoo.errors import CheckpointError
-from jaxmoo.hf import load_model, save_model
+from jaxmoo.hf import ModelCard, load_model, save_model
+from jaxmoo.hf.save import Tensor, write_weights
 from tiny_models import tokens_and_mask
 
 
@@ -99,6 +104,82 @@ def test_large_models_are_split_into_files_with_an_index(tmp_path: Path):
     again = tmp_path / "again"
     save_model(load_model(out), again, source=out)
     assert tensors(again) == tensors(source)
+
+
+def test_files_are_those_the_safetensors_library_writes(tmp_path: Path):
+    values = {
+        "b": np.ones((2, 3), np.float32),
+        "a": np.full(2, 3, ml_dtypes.bfloat16),
+        "z": np.arange(3.0),
+        'é"': np.full((), 7, np.float32),
+        "h": np.zeros((0, 4), np.float16),
+    }
+    save_file(values, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    write_weights(tmp_path, [Tensor(n, v.shape, v.dtype, lambda v=v: v) for n, v in values.items()])
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        tmp_path / "library.safetensors"
+    ).read_bytes()
+
+
+def test_a_model_sharded_over_eight_devices_is_saved_with_identical_bytes(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("qwen3", source, dtype=torch.bfloat16)
+    program = f"""
+from pathlib import Path
+import jax
+from flax import nnx
+from jaxmoo import mesh
+from jaxmoo.hf import load_model, save_model
+
+grid = mesh.make_mesh(4, language=4, fsdp=2)
+source = Path({str(source)!r})
+model = load_model(
+    source, segments=(0, 1), param_dtype=None,
+    shardings=lambda s: mesh.parameter_shardings(grid, s, stacked=r"^layers\\.")
+)
+sizes = [x.sharding.num_devices * x.addressable_shards[0].data.size // x.size
+         for x in jax.tree.leaves(nnx.state(model))]
+assert sizes.count(1) > len(sizes) // 2, sizes  # sharded, not replicated
+save_model(model, Path({str(out)!r}), source=source, max_shard_bytes=40_000)
+"""
+    run_python(["-c", program], devices=8)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert tensors(out) == tensors(source)
+
+
+def test_the_card_says_what_it_is_given_and_no_more(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source)
+    model = load_model(source)
+    save_model(model, out, source=source)
+    assert not (out / "README.md").exists()
+    card = ModelCard(
+        "Kleines Modell",
+        base_model="org/base",
+        languages=("de", "uk"),
+        method="full fine-tuning",
+        data="texts",
+        metrics={"NLL": {"de": {"before": 2.0, "after": 1.23456}, "uk": {"after": 3.0}}},
+    )
+    save_model(model, tmp_path / "with", source=source, card=card)
+    text = (tmp_path / "with" / "README.md").read_text("utf-8")
+    loaded = huggingface_hub.ModelCard(text)
+    assert loaded.data.base_model == "org/base"
+    assert loaded.data.language == ["de", "uk"]
+    assert loaded.data.library_name == "transformers"
+    facts = ["Base model: org/base", "Languages: de, uk", "Method: full fine-tuning", "Data: texts"]
+    for fact in facts:
+        assert f"- {fact}\n" in text
+    assert "| de | 2 | 1.235 |\n| uk |  | 3 |\n" in text
+    plain = ModelCard("a", base_model="./my model: v1").text()
+    assert huggingface_hub.ModelCard(plain).data.base_model is None
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path):
+    huge = Tensor("a", (2**60,), np.dtype(np.float32), lambda: np.zeros(1, np.float32))
+    with pytest.raises(CheckpointError, match="bytes of free space, the weights need"):
+        write_weights(tmp_path, [huge])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_real_model_survives_a_round_trip(smollm2_dir: Path, tmp_path: Path):

@@ -1,0 +1,116 @@
+"""What is in a model directory, without reading any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from jaxmoo.convert.models import kind_of, stored_tensors
+from jaxmoo.errors import ConfigError
+from jaxmoo.hf.load import load_config, read_json
+from jaxmoo.hf.weights import Weights
+from jaxmoo.train.config import load_config as load_run_config
+from jaxmoo.train.directory import RunDirectory
+
+__all__ = ["describe"]
+
+Tensors = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def describe(path: Path) -> str:
+    """Describe a Hugging Face directory, a checkpoint directory or a training run.
+
+    Args:
+      path: the directory.
+
+    Returns:
+      Lines for a person to read: architecture, sizes, tensors with shapes and dtypes (the layers'
+      together), files.
+
+    Raises:
+      CheckpointError: when it is none of these, or damaged.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "run":
+        return _run(RunDirectory(path))
+    if kind == "checkpoint":
+        title, tensors = "checkpoint directory (Orbax)", stored_tensors(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listed = [(file.name, file.stat().st_size) for file in files if file.parent == path]
+        inside = [file.stat().st_size for file in files if file.parent != path]
+        listed.append((f"params/ ({len(inside)} files)", sum(inside)))
+    else:
+        title, weights = "Hugging Face directory", Weights(path)
+        tensors = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}
+        listed = [(f.name, f.stat().st_size) for f in sorted(path.iterdir()) if f.is_file()]
+    lines = [f"{path}: {title}", *_architecture(path), "", *_tensor_lines(tensors), "", "Files"]
+    lines += [f"  {size:>14,}  {name}" for name, size in listed]
+    return "\n".join(lines)
+
+
+def _architecture(path: Path) -> list[str]:
+    model_type = read_json(path / "config.json").get("model_type")
+    try:
+        sizes = dataclasses.asdict(load_config(path))
+    except ConfigError as error:
+        return [f"model_type {model_type}; {error}"]
+    return [f"model_type {model_type}", *(f"  {name}: {value}" for name, value in sizes.items())]
+
+
+def _tensor_lines(tensors: Tensors) -> list[str]:
+    """A row for each kind of tensor: those that differ only in their layer count as one kind."""
+    kinds: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for name, (shape, dtype) in tensors.items():
+        match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+        kind = name if match is None else f"{name[: match.start()]}*{name[match.end() :]}"
+        kinds.setdefault((kind, shape, dtype), []).append(int(match.group()) if match else -1)
+    parameters = sum(math.prod(shape) for shape, _ in tensors.values())
+    lines = [f"{len(tensors)} tensors, {parameters:,} parameters"]
+    totals: dict[str, list[int]] = {}
+    for shape, dtype in tensors.values():
+        totals.setdefault(dtype, []).append(math.prod(shape) * _itemsize(dtype))
+    lines += [f"  {dtype}: {len(s)} tensors, {sum(s):,} bytes" for dtype, s in totals.items()]
+    width = max(len(kind) for kind, *_ in kinds) if kinds else 0
+    for (kind, shape, dtype), layers in kinds.items():
+        which = "" if layers == [-1] else f"  layers {_ranges(sorted(layers))}"
+        lines.append(f"  {kind:<{width}}  {dtype}{list(shape)}{which}")
+    return lines
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(bfloat16 if dtype == "bfloat16" else dtype).itemsize
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Runs of consecutive numbers: 0-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _run(run: RunDirectory) -> str:
+    config = load_run_config(run.config)
+    steps = run.steps()
+    return "\n".join(
+        [
+            f"{run.path}: training run",
+            f"  began with: {config.model.source}",
+            f"  trains: {config.model.trainable}",
+            f"  languages: {', '.join(config.data.seen)}",
+            f"  method: {config.resolve.aggregator}, blocks {config.resolve.blocks}",
+            f"  steps: {config.train.steps}",
+            f"  checkpoints: {', '.join(map(str, steps)) or 'none'}",
+            f"  exported: {'yes' if run.export.is_dir() else 'no'}",
+        ]
+    )

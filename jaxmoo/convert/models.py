@@ -1,0 +1,321 @@
+"""Between Hugging Face directories and Orbax checkpoints, in both directions.
+
+A *checkpoint directory* is what `from_hf` makes::
+
+    checkpoint.json      the Hugging Face tensors it stands for, with shapes and dtypes
+    config.json          and tokenizer files, as they were
+    params/              an Orbax checkpoint: the decoder's parameters as a nested dict
+
+Nothing else is needed to go back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxmoo import mesh
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf.card import ModelCard
+from jaxmoo.hf.directory import check_target, new_directory
+from jaxmoo.hf.load import load_config, load_model, read_json, with_dtypes
+from jaxmoo.hf.save import (
+    MAX_SHARD_BYTES,
+    check_space,
+    copy_companions,
+    model_tensors,
+    save_model,
+)
+from jaxmoo.hf.source import resolve_source
+from jaxmoo.hf.weights import DTYPES, Weights
+from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
+from jaxmoo.train.card import run_card
+from jaxmoo.train.config import load_config as load_run_config
+from jaxmoo.train.directory import RunDirectory
+from jaxmoo.train.gradients import STACKED
+
+__all__ = ["CHECKPOINT_FILE", "Opened", "from_hf", "kind_of", "open_model", "to_hf"]
+
+CHECKPOINT_FILE = "checkpoint.json"
+_PARAMS = "params"
+
+
+class Opened(NamedTuple):
+    """A model with what is needed to export it.
+
+    Attributes:
+      model: the decoder.
+      source: directory with its config and tokenizer.
+      dtypes: dtype of each Hugging Face tensor, by name.
+      card: facts that are known about it, or None.
+    """
+
+    model: Decoder
+    source: Path
+    dtypes: Mapping[str, str]
+    card: ModelCard | None
+
+
+def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> None:
+    """Convert a Hugging Face directory into a checkpoint directory.
+
+    Parameters are spread over all of JAX's devices, keep their dtypes, and are written as they lie
+    there. The directory appears only when all is written.
+
+    Args:
+      source: the Hugging Face directory; see `jaxmoo.hf.resolve_source`.
+      out: the directory to make; may exist if it is empty.
+      say: called with lines for a person to read.
+
+    Raises:
+      CheckpointError: when ``out`` is not empty or ``source`` is damaged.
+      ConfigError: when the architecture is not supported.
+    """
+    source, out = Path(source), Path(out)
+    check_target(out)
+    model = load_model(source, param_dtype=None, shardings=_shardings)
+    params = nnx.state(model)
+    stored = Weights(source)
+    tensors = {
+        tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
+        for tensor in model_tensors(model, stored.dtype)
+    }
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with new_directory(out) as directory:
+        check_space(directory, size)
+        say(f"Writing {size / 1e9:.2f} GB of parameters ...")
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((directory / _PARAMS).absolute(), _nested(params))
+        (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+        copy_companions(source, directory)
+        text = json.dumps({"format": 1, "tensors": tensors}, indent=1)
+        (directory / CHECKPOINT_FILE).write_text(text + "\n", "utf-8")
+
+
+def to_hf(
+    source: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    base: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Convert a checkpoint directory, or a step of a training run, into a Hugging Face directory.
+
+    Args:
+      source: what `from_hf` made, or the output directory of a training run.
+      out: the directory to make; may exist if it is empty.
+      step: which of the run's checkpoints; the newest by default.
+      dtype: dtype of all tensors; by default each has that of the model it comes from.
+      max_shard_bytes: size beyond which the weights are split into several files.
+      base: the model that the run began with, if it is no longer where the run's config says.
+      say: called with lines for a person to read.
+
+    Raises:
+      CheckpointError: when ``out`` is not empty, or ``source`` is damaged, of another kind, or has
+        no such step.
+    """
+    check_target(Path(out))
+    opened = open_model(Path(source), step=step, base=base, say=say)
+    save_model(
+        opened.model,
+        Path(out),
+        source=opened.source,
+        dtype=opened.dtypes if dtype is None else dtype,
+        max_shard_bytes=max_shard_bytes,
+        card=opened.card,
+    )
+
+
+def kind_of(path: Path) -> str:
+    """Tell what a directory is: "run", "checkpoint" or "hf".
+
+    Raises:
+      CheckpointError: when it is none of them.
+    """
+    path = Path(path)
+    if RunDirectory(path).config.is_file():
+        return "run"
+    if (path / CHECKPOINT_FILE).is_file():
+        return "checkpoint"
+    if (path / "config.json").is_file():
+        return "hf"
+    run = path.absolute().parent.parent
+    if (
+        RunDirectory(run).checkpoints == path.absolute().parent
+        and RunDirectory(run).config.is_file()
+    ):
+        raise CheckpointError(
+            f"{path} is one checkpoint of a training run: name the run, {run}, and step {path.name}"
+        )
+    raise CheckpointError(
+        f"{path} is not a model: expected a Hugging Face directory (config.json), a checkpoint "
+        f"directory ({CHECKPOINT_FILE}) or the output of a training run (config.yaml)"
+    )
+
+
+def open_model(
+    path: Path,
+    *,
+    step: int | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Opened:
+    """Load the model in a directory of any kind, every parameter in its stored dtype.
+
+    Args:
+      path: a Hugging Face directory, a checkpoint directory or a training run.
+      step: which of a run's checkpoints; the newest by default.
+      base: see `to_hf`.
+      say: called with lines for a person to read.
+
+    Raises:
+      CheckpointError: when the directory is damaged, of no kind, or has no such step.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "run":
+        return _open_run(RunDirectory(path), step, base, say)
+    if step is not None or base is not None:
+        raise CheckpointError(f"a step or base was given, but {path} is not a training run")
+    if kind == "checkpoint":
+        return _open_checkpoint(path)
+    weights = Weights(path)
+    model = load_model(path, param_dtype=None, shardings=_shardings)
+    return Opened(model, path, {name: weights.dtype(name) for name in weights.names()}, None)
+
+
+def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor that a checkpoint directory stands for.
+
+    Raises:
+      CheckpointError: when its list is damaged.
+    """
+    content = read_json(path / CHECKPOINT_FILE)
+    if content.get("format") != 1:
+        raise CheckpointError(
+            f"{path / CHECKPOINT_FILE} has format {content.get('format')!r}, expected 1"
+        )
+    try:
+        tensors = {
+            name: (tuple(map(int, tensor["shape"])), str(tensor["dtype"]))
+            for name, tensor in content["tensors"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / CHECKPOINT_FILE} is damaged: {error!r}") from error
+    unknown = {dtype for _, dtype in tensors.values()} - set(DTYPES.values())
+    if unknown:
+        raise CheckpointError(
+            f"{path / CHECKPOINT_FILE} is damaged: unknown dtype {', '.join(sorted(unknown))}"
+        )
+    return tensors
+
+
+def _open_checkpoint(path: Path) -> Opened:
+    tensors = stored_tensors(path)
+    config = load_config(path)
+    # Before that many names are made up: the config may be damaged or forged.
+    if config.num_hidden_layers > len(tensors):
+        raise CheckpointError(
+            f"the config.json in {path} says num_hidden_layers={config.num_hidden_layers}, but "
+            f"{CHECKPOINT_FILE} lists only {len(tensors)} tensors"
+        )
+    graph, state = nnx.split(Decoder.abstract(config))
+
+    def dtype_of(name: str) -> str:
+        if name not in tensors:
+            raise CheckpointError(f"{path / CHECKPOINT_FILE} lacks {name}, which config.json needs")
+        return tensors[name][1]
+
+    state = _restore(path / _PARAMS, with_dtypes(state, dtype_of))
+    dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
+    return Opened(nnx.merge(graph, state), path, dtypes, None)
+
+
+def _open_run(
+    run: RunDirectory, step: int | None, base: str | None, say: Callable[[str], None]
+) -> Opened:
+    config = load_run_config(run.config)
+    steps = run.steps()
+    if not steps:
+        raise CheckpointError(f"{run.path} has no complete checkpoint (in {run.checkpoints})")
+    if step is None:
+        step = steps[-1]
+    if step not in steps:
+        raise CheckpointError(
+            f"{run.path} has no checkpoint of step {step}. It has {', '.join(map(str, steps))}."
+        )
+    source = resolve_source(base or config.model.source)
+    say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
+    pattern = config.model.trainable
+    segments = segments_for(load_config(source), pattern)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
+    graph, trained, frozen = nnx.split(model, trainable_filter(pattern), ...)
+    like = with_dtypes(trained, lambda _: config.model.param_dtype)
+    del trained, model
+    trained = _restore(run.checkpoints / str(step) / "default", like, within="params")
+    weights = Weights(source)
+    return Opened(
+        nnx.merge(graph, trained, frozen),
+        source,
+        {name: weights.dtype(name) for name in weights.names()},
+        run_card(run, config, step),
+    )
+
+
+def _shardings(state: nnx.State) -> Any:
+    """Spread parameters over all devices."""
+    everything = mesh.make_mesh(1)
+    return mesh.parameter_shardings(everything, state, stacked=STACKED)
+
+
+def _nested(state: nnx.State) -> dict[str, Any]:
+    """A state as nested dicts, which is how it is stored."""
+    tree: dict[str, Any] = {}
+    for path, leaf in named_leaves(state):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _restore(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.State:
+    """Read parameters, or those under one name of a larger checkpoint, straight into place."""
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        _shardings(like),
+    )
+    # A run stores the state itself, with NNX's own keys; ours are nested dicts.
+    item: Any = _nested(like) if within is None else {within: like}
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(
+                path.absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item=item, restore_args=arguments, partial_restore=within is not None
+                ),
+            )
+    # A damaged checkpoint fails in any way at all inside the library.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be restored: {error}") from error
+    if within is not None:
+        return found[within]
+    leaves = []
+    for keys, _ in named_leaves(like):
+        node = found
+        for key in keys:
+            node = node[key]
+        leaves.append(node)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -1,0 +1,45 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxmoo.hf import ModelCard
+from jaxmoo.train.config import Config
+from jaxmoo.train.directory import RunDirectory
+
+__all__ = ["run_card"]
+
+
+def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
+    """Make a model card of what a run's own files say.
+
+    Args:
+      run: the run's directory.
+      config: its settings.
+      step: the step whose weights are exported.
+    """
+    before, after = run.scores(0), run.scores(step)
+    metrics = {}
+    if before and after:
+        metrics["Held-out reply NLL per token"] = {
+            code: {"before": before[code].nll, "after": after[code].nll}
+            for code in before
+            if code in after
+        }
+    resolve = config.resolve
+    return ModelCard(
+        title=run.path.absolute().name,
+        base_model=_public(config.model.source),
+        languages=tuple(config.data.seen),
+        method=f"fine-tuning with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
+        f"language, resolved by {resolve.aggregator} in blocks ({resolve.blocks})",
+        data=_public(config.data.source),
+        metrics=metrics,
+    )
+
+
+def _public(name: str) -> str:
+    """A name without the place on this machine, where it is a path."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() or name.startswith(".") else name
