@@ -296,6 +296,7 @@ class ResolvedGradients:
             layout = self.layouts[number]
             piece = math.prod(layout.piece_shape(self.topology.pieces)) * (layout.layers or 1)
             itemsize = jnp.dtype(layout.gathered_dtype).itemsize
+            itemsize = max(itemsize, 4) if self.accumulate else itemsize
             kept[layout.path] = self.topology.objectives * piece * itemsize
         return kept
 
@@ -371,7 +372,11 @@ class ResolvedGradients:
                 losses, _, taps, _ = one_pass(part, weights, dynamic, state)
                 return jax.tree.map(jnp.add, total, (losses, taps)), None
 
-            zeros = (jnp.zeros(weights.shape, jnp.float32), self._taps(values, tapped))
+            # Sums of many small numbers: in float32, whatever the gradients are sent in.
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+                (weights, self._taps(values, tapped)),
+            )
             (losses, taps), _ = jax.lax.scan(add, zeros, parts)
             none = jax.tree.map(jnp.zeros_like, state)
             tables = Tables(self.rules.empty_report(top.objectives), none)
