@@ -14,7 +14,7 @@ from jaxmoo.train.config import (
     ResolveConfig,
     TrainConfig,
 )
-from jaxmoo.train.gradients import GradientSource, make_gradients
+from jaxmoo.train.gradients import GradientSource, engine_source, make_gradients
 from jaxmoo.train.plan import AbstractStep, abstract_step, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")
@@ -88,10 +88,4 @@ def _plain(*arguments: Any) -> GradientSource:
     engine = make_gradients(*arguments).engine
     assert engine is not None
     engine = dataclasses.replace(engine, rules=dataclasses.replace(engine.rules, groups=None))
-    return GradientSource(
-        init=lambda params: engine.init(),
-        compute=lambda params, frozen, batch, state: engine(params, batch, state, frozen),
-        diagnostics=lambda state: state,
-        partition=engine.partition,
-        engine=engine,
-    )
+    return engine_source(engine)

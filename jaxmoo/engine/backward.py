@@ -30,9 +30,10 @@ from jaxmoo.aggregators import Aggregator
 from jaxmoo.engine.layout import Layout, Topology, gather, scatter, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.errors import ConfigError
+from jaxmoo.mesh import DATA
 from jaxmoo.resolve import Group, Resolution, Section, resolve_sections
 
-__all__ = ["GATHERED", "Backward", "Dynamic", "Rules", "Tables"]
+__all__ = ["GATHERED", "Backward", "Dynamic", "Rules", "Tables", "empty_report"]
 
 # Name under which checkpoint policies know gathered parameters: they are never kept.
 GATHERED = "jaxmoo_gathered"
@@ -78,18 +79,13 @@ class Rules:
             found[np.asarray(group.blocks)] = number
         return found
 
-    def empty_report(self, objectives: int) -> dict[str, jax.Array]:
-        """A table of zeros."""
-        rows = self.num_blocks + 1
-        shapes = {
-            "gram": (rows, objectives, objectives),
-            "weights": (rows, objectives),
-            "update_norm": (rows,),
-            "mean_norm": (rows,),
-            "nonfinite": (rows, objectives),
-            "resolved": (rows,),
-        }
-        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+def empty_report(rows: int, objectives: int) -> dict[str, jax.Array]:
+    """A table of zeros for the diagnostics of as many blocks."""
+    k = objectives
+    shapes = {"gram": (k, k), "weights": (k,), "nonfinite": (k,)}
+    names = ("gram", "weights", "update_norm", "mean_norm", "nonfinite", "resolved")
+    return {name: jnp.zeros((rows, *shapes.get(name, ())), jnp.float32) for name in names}
 
 
 class Backward:
@@ -233,7 +229,7 @@ class Backward:
         """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
         x = scatter(gradients, axis, self.topology)
         if self.topology.data > 1 and self.rules.replicas == "mean_then_resolve":
-            x = jax.lax.psum(x, "data")
+            x = jax.lax.psum(x, DATA)
         return x
 
     def resolve(
@@ -442,10 +438,7 @@ class CallBlocks(NamedTuple):
 
     def no_rows(self) -> Tables:
         """Rows of a call that resolves nothing."""
-        k = self.objectives
-        shapes = {"gram": (0, k, k), "weights": (0, k), "nonfinite": (0, k)}
-        names = ("gram", "weights", "update_norm", "mean_norm", "nonfinite", "resolved")
-        return Tables({n: jnp.zeros(shapes.get(n, (0,)), jnp.float32) for n in names}, ())
+        return Tables(empty_report(0, self.objectives), ())
 
 
 def _lie_apart(tables: Sequence[np.ndarray], axes: Sequence[int | None], pieces: int) -> bool:

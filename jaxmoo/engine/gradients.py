@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
-from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables
+from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables, empty_report
 from jaxmoo.engine.block import running
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.parameter import Parameter
@@ -379,7 +379,7 @@ class ResolvedGradients:
             )
             (losses, taps), _ = jax.lax.scan(add, zeros, parts)
             none = jax.tree.map(jnp.zeros_like, state)
-            tables = Tables(self.rules.empty_report(top.objectives), none)
+            tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), none)
             return losses, *complete(values, taps, dynamic, state, tables)
 
         def each(carry: Any, numbered: Any) -> tuple[Any, None]:
@@ -402,7 +402,7 @@ class ResolvedGradients:
             jnp.zeros(weights.shape, jnp.float32),
             jnp.zeros(weights.shape, jnp.float32),
             [jnp.zeros_like(v) for v in values],
-            self.rules.empty_report(top.objectives),
+            empty_report(self.rules.num_blocks + 1, top.objectives),
             state,
         )
         end, _ = jax.lax.scan(each, start, (jnp.arange(n), parts))
@@ -502,7 +502,7 @@ class ResolvedGradients:
             with running(engine):
                 return self._loss([*values, *frozen], taps, trees, batch) * scale
 
-        tables = Tables(self.rules.empty_report(top.objectives), state)
+        tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), state)
         inputs = (values, self._taps(values, tapped), tables)
         losses, (updates, taps, tables) = jax.vmap(
             jax.value_and_grad(loss), in_axes=(None, 0, 0), out_axes=(0, None)

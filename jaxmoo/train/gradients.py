@@ -22,7 +22,7 @@ from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
 from jaxmoo.train.config import Config
 from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
 
-__all__ = ["STACKED", "GradientSource", "block_rule", "make_gradients"]
+__all__ = ["STACKED", "GradientSource", "block_rule", "engine_source", "make_gradients"]
 
 # Layers are stacked by segment; a segment carries the number of its first layer.
 STACKED = r"^layers\.(\d+)\."
@@ -129,6 +129,11 @@ def make_gradients(
         dtype=None if model.dtype == model.param_dtype else model.dtype,
         **common,
     )
+    return engine_source(engine)
+
+
+def engine_source(engine: ResolvedGradients) -> GradientSource:
+    """Make the source of gradients that an engine is."""
     return GradientSource(
         init=lambda params: engine.init(),
         compute=lambda params, frozen, batch, state: engine(params, batch, state, frozen),

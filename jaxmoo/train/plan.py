@@ -159,15 +159,16 @@ def plan(config: Config, architecture: DecoderConfig) -> Plan:
     compiled = cost.compile_to_count(traced.lower())
     seconds = time.perf_counter() - begun
     memory = cost.memory(compiled)
+    late = _late(step)
     counted = cost.flops(traced.jaxpr, step.device_mesh.size)
     return Plan(
         axes=dict(step.device_mesh.shape),
         blocks=len(step.gradients.partition),
-        memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory),
+        memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory, sum(late.values())),
         total=memory["peak"],
         collectives=bytes_sent(step, traced, compiled),
         flops=counted["total"] + _head_flops(architecture, step),
-        late=_late(step),
+        late=late,
         compile_seconds=seconds,
     )
 
@@ -258,7 +259,9 @@ def _nbytes(tree: Any) -> int:
     )
 
 
-def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> dict[str, int]:
+def _memory_by_kind(
+    step: AbstractStep, jaxpr: Any, memory: dict[str, int], late: int
+) -> dict[str, int]:
     state, frozen, batch = step.arguments
     kinds = {
         PARAMETERS: _nbytes(state.params) + _nbytes(frozen),
@@ -283,7 +286,7 @@ def _memory_by_kind(step: AbstractStep, jaxpr: Any, memory: dict[str, int]) -> d
         held = top.local_objectives + top.objectives / top.pieces
         held /= step.device_mesh.shape[mesh.TENSOR]
         kinds[OBJECTIVES] = round(size * itemsize * held) if engine.rules.groups else 0
-        kinds[TAPS] = sum(_late(step).values())
+        kinds[TAPS] = late
     kinds[ACTIVATIONS] = round(_kept(jaxpr, step.device_mesh))
     kinds[REST] = memory["arguments"] - kinds[PARAMETERS] - kinds[OPTIMISER]
     # What does not exist at the worst moment, such as during the optimiser's update, is left out.
