@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
-from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables, empty_report
+from jaxmoo.engine.backward import Rules, Tables
 from jaxmoo.engine.block import running
+from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Recorder, Usage
@@ -222,8 +223,17 @@ class ResolvedGradients:
         pad = self.topology.local_objectives * self.topology.language - self.topology.objectives
         if pad:
             batch = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), batch)
-        tapped = self.tapped(usage)
-        per_device = functools.partial(self._per_device, tree, frozen_tree, tapped, usage.tied())
+        per_device = DevicePass(
+            loss=functools.partial(self._loss, trees=(tree, frozen_tree)),
+            weight_fn=self.weight_fn,
+            layouts=self.layouts,
+            topology=self.topology,
+            rules=self.rules,
+            microbatches=self.microbatches,
+            accumulate=self.accumulate,
+            tapped=self.tapped(usage),
+            tied=usage.tied(),
+        )
         specs = [layout.spec for layout in self.layouts]
         trained, fixed = specs[: self.num_trained], specs[self.num_trained :]
         key = jax.random.key_data(jax.random.fold_in(state.key, state.step))
@@ -259,7 +269,7 @@ class ResolvedGradients:
 
         def loss(values: list[Any], batch: Any) -> jax.Array:
             with running(recorder):
-                return self._loss(values, [None] * len(values), trees, batch)
+                return self._loss(values, [None] * len(values), batch, trees=trees)
 
         trees = (jax.tree.structure(params), jax.tree.structure(frozen))
         arrays = [*jax.tree.leaves(params), *jax.tree.leaves(frozen)]
@@ -301,7 +311,7 @@ class ResolvedGradients:
         return kept
 
     def _loss(
-        self, values: Sequence[Any], taps: Sequence[Any], trees: Any, batch: Any
+        self, values: Sequence[Any], taps: Sequence[Any], batch: Any, *, trees: Any
     ) -> jax.Array:
         """Call the loss function of one objective with parameters it may read in blocks only."""
         wrapped = [
@@ -330,188 +340,6 @@ class ResolvedGradients:
                     f"{rows} (data {top.data} x fsdp {top.fsdp} x microbatches "
                     f"{self.microbatches}), found {found}."
                 )
-
-    # What follows runs on every device, on its pieces and its part of the batch.
-
-    def _per_device(
-        self,
-        tree: Any,
-        frozen_tree: Any,
-        tapped: frozenset[int],
-        tied: frozenset[int],
-        values: list[jax.Array],
-        frozen: list[jax.Array],
-        batch: Any,
-        key: jax.Array,
-        state: tuple[Any, ...],
-    ) -> tuple[jax.Array, list[jax.Array], Tables]:
-        n, top = self.microbatches, self.topology
-        apart: set[int] = set()  # known once a pass is traced
-        one_pass = functools.partial(
-            self._backward,
-            values,
-            trees=(tree, frozen_tree),
-            tapped=tapped,
-            tied=tied,
-            apart=apart,
-            frozen=frozen,
-        )
-        complete = functools.partial(self._complete, apart=apart)
-        weights, active = self._weights(batch)
-        dynamic = Dynamic(key, active)
-        if n == 1:
-            losses, updates, taps, tables = one_pass(batch, weights, dynamic, state)
-            return losses, *complete(updates, taps, dynamic, state, tables)
-
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0), batch
-        )
-        if self.accumulate:
-
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                losses, _, taps, _ = one_pass(part, weights, dynamic, state)
-                return jax.tree.map(jnp.add, total, (losses, taps)), None
-
-            # Sums of many small numbers: in float32, whatever the gradients are sent in.
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-                (weights, self._taps(values, tapped)),
-            )
-            (losses, taps), _ = jax.lax.scan(add, zeros, parts)
-            none = jax.tree.map(jnp.zeros_like, state)
-            tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), none)
-            return losses, *complete(values, taps, dynamic, state, tables)
-
-        def each(carry: Any, numbered: Any) -> tuple[Any, None]:
-            losses, seen, updates, report, state = carry
-            number, part = numbered
-            weights, active = self._weights(part)
-            fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
-            dynamic = Dynamic(jax.random.key_data(fold), active)
-            loss, update, taps, tables = one_pass(part, weights, dynamic, state)
-            update, tables = complete(update, taps, dynamic, state, tables)
-            return (
-                losses + loss,
-                seen + (weights > 0),
-                jax.tree.map(lambda total, u: total + u / n, updates, update),
-                jax.tree.map(lambda total, x: total + x / n, report, tables.report),
-                tables.state,
-            ), None
-
-        start = (
-            jnp.zeros(weights.shape, jnp.float32),
-            jnp.zeros(weights.shape, jnp.float32),
-            [jnp.zeros_like(v) for v in values],
-            empty_report(self.rules.num_blocks + 1, top.objectives),
-            state,
-        )
-        end, _ = jax.lax.scan(each, start, (jnp.arange(n), parts))
-        losses, seen, updates, report, state = end
-        return losses / jnp.maximum(seen, 1), updates, Tables(report, state)
-
-    def _complete(
-        self,
-        updates: list[Any],
-        taps: list[Any],
-        dynamic: Dynamic,
-        state: tuple[Any, ...],
-        tables: Tables,
-        *,
-        apart: set[int],
-    ) -> tuple[list[jax.Array], Tables]:
-        """Resolve what the backward pass could not, and keep the state of blocks not resolved."""
-        if apart:  # every device has the rows of its own blocks
-            rows = np.array(sorted(apart))
-            tables = jax.tree.map(lambda x: x.at[rows].set(self.topology.total(x[rows])), tables)
-        if any(tap is not None for tap in taps):
-            engine = Backward(
-                self.layouts,
-                self.topology,
-                self.rules,
-                tables=Tables(tables.report, state),
-                dynamic=dynamic,
-            )
-            updates, tables = engine.resolve_late(updates, taps, tables)
-        done = tables.report["resolved"] > 0
-
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-        return updates, Tables(tables.report, jax.tree.map(keep, tables.state, state))
-
-    def _weights(self, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """Weights of this device's objectives [K / L], and which of all K are present."""
-        top = self.topology
-        weights = jax.vmap(self.weight_fn)(batch).astype(jnp.float32)
-        if top.data * top.fsdp > 1:
-            weights = jax.lax.psum(weights, (DATA, FSDP))
-        everyone = weights
-        if top.language > 1:
-            everyone = jax.lax.all_gather(weights, LANGUAGE, tiled=True)
-        present = everyone > 0
-        if top.local_objectives * top.language > top.objectives:  # places without an objective
-            first = jax.lax.axis_index(LANGUAGE) * top.local_objectives
-            real = first + jnp.arange(top.local_objectives) < top.objectives
-            weights = jnp.where(real, weights, 0)
-        return weights, present[: top.objectives]
-
-    def _taps(self, values: Sequence[jax.Array], tapped: frozenset[int]) -> list[Any]:
-        k = self.topology.objectives
-        taps: list[Any] = []
-        for number, value in enumerate(values):
-            lead = int(self.layouts[number].layers is not None)
-            shape = (*value.shape[:lead], k, *value.shape[lead:])
-            dtype = self.layouts[number].gathered_dtype
-            taps.append(jnp.zeros(shape, dtype) if number in tapped else None)
-        return taps
-
-    def _backward(
-        self,
-        values: list[jax.Array],
-        batch: Any,
-        weights: jax.Array,
-        dynamic: Dynamic,
-        state: tuple[Any, ...],
-        *,
-        trees: Any,
-        tapped: frozenset[int],
-        tied: frozenset[int],
-        apart: set[int],
-        frozen: list[jax.Array],
-    ) -> tuple[jax.Array, list[jax.Array], list[Any], Tables]:
-        """One forward and backward pass: losses, gradients of pieces, taps, tables."""
-        top = self.topology
-        # Replicas that resolve on their own see their share as if it were everything.
-        alone = self.rules.replicas != "mean_then_resolve"
-        scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
-        scale = scale * top.data if alone else scale
-
-        def loss(differentiated: Any, batch: Any, scale: jax.Array) -> jax.Array:
-            values, taps, tables = differentiated
-            engine = Backward(
-                self.layouts,
-                top,
-                self.rules,
-                tapped=tapped,
-                tied=tied,
-                apart=apart,
-                tables=tables,
-                dynamic=dynamic,
-            )
-            taps = [*taps, *(None for _ in frozen)]
-            with running(engine):
-                return self._loss([*values, *frozen], taps, trees, batch) * scale
-
-        tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), state)
-        inputs = (values, self._taps(values, tapped), tables)
-        losses, (updates, taps, tables) = jax.vmap(
-            jax.value_and_grad(loss), in_axes=(None, 0, 0), out_axes=(0, None)
-        )(inputs, batch, scale)
-        if alone:
-            losses = losses / top.data
-        if top.data * top.fsdp > 1:
-            losses = jax.lax.psum(losses, (DATA, FSDP))
-        return losses, updates, taps, tables
 
     def _expand(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give every group's state a row per block, and one to spare."""
