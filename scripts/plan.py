@@ -16,8 +16,9 @@ import sys
 import jax
 
 from jaxmoo.errors import JaxmooError
+from jaxmoo.sizes import parse_size
 from jaxmoo.train.config import load_config
-from jaxmoo.train.plan import parse_memory, plan, shape_of
+from jaxmoo.train.plan import plan, shape_of
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
     try:
-        device_memory = parse_memory(options.device_memory)
+        device_memory = parse_size(options.device_memory, what="--device-memory", needs_unit=True)
         config = load_config(options.config, options.overrides)
         found = plan(config, shape_of(options.model or config.model.source))
     except JaxmooError as error:

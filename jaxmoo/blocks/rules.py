@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmoo.blocks.piece import Blocks, Piece, Rule, natural_key
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.sizes import parse_size
 
 # A path component that numbers a layer: "3", or Flax Linen's "Dense_3".
 _NUMBERED = re.compile(r"(?:.*_)?\d+")
@@ -88,7 +89,7 @@ def of_bytes(limit: int | str) -> Blocks:
       >>> partition(of_bytes(32), params).pieces
       (2, 2)
     """
-    size = _parse_bytes(limit)
+    size = parse_size(limit, what=f"blocks=bytes:{limit}")
 
     def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
         order = sorted(range(len(pieces)), key=lambda i: (natural_key(pieces[i].path), i))
@@ -338,19 +339,3 @@ def get(spec: Rule) -> Blocks:
         f"Unknown blocks {spec!r}.{did_you_mean(kind, _KINDS)} Expected one of "
         f"{', '.join(_FORMS)}, or a function from path to name."
     )
-
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMG", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
-
-
-def _parse_bytes(text: int | str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", str(text).strip())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(
-            f"bytes:{text}: expected a positive size such as 25MiB, 100MB or 1048576."
-        )
-    return max(1, int(float(match[1]) * _UNITS[match[2]]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from jaxmoo.blocks.partition import Partition, partition
 from jaxmoo.blocks.piece import Rule
+from jaxmoo.sizes import format_size
 
 
 def describe(
@@ -35,11 +35,11 @@ def describe(
     """
     part = blocks if isinstance(blocks, Partition) else partition(blocks, tree, stacked=stacked)
     columns = (part.names, part.pieces, part.sizes, part.nbytes)
-    rows = [(n, f"{p}", f"{s:,}", _format_bytes(b)) for n, p, s, b in zip(*columns, strict=True)]
+    rows = [(n, f"{p}", f"{s:,}", format_size(b)) for n, p, s, b in zip(*columns, strict=True)]
     if len(rows) > max_rows:
         half = max_rows // 2
         rows[half:-half] = [(f"... {len(rows) - 2 * half} more", "", "", "")]
-    total = (f"{sum(part.pieces)}", f"{sum(part.sizes):,}", _format_bytes(sum(part.nbytes)))
+    total = (f"{sum(part.pieces)}", f"{sum(part.sizes):,}", format_size(sum(part.nbytes)))
     rows = [("block", "pieces", "parameters", "bytes"), *rows, ("total", *total)]
     widths = [max(len(row[c]) for row in rows) for c in range(4)]
     return "\n".join(
@@ -49,10 +49,3 @@ def describe(
         ).rstrip()
         for row in rows
     )
-
-
-def _format_bytes(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxmoo.convert.describe import describe
 from jaxmoo.convert.models import from_hf, to_hf
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.hf.source import resolve_source
+from jaxmoo.sizes import parse_size
 
 __all__ = ["main"]
 
@@ -25,7 +25,6 @@ _EXAMPLES = """examples:
   python scripts/convert.py verify path/to/hf-model path/to/hf-copy
   python scripts/convert.py to-hf runs/quickstart exported --step 30 --dtype bfloat16
 """
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +106,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         options.out,
         step=options.step,
         dtype=None if options.dtype is None else _dtype(options.dtype),
-        max_shard_bytes=_bytes(options.max_file_size),
+        max_shard_bytes=parse_size(options.max_file_size, what="--max-file-size", needs_unit=True),
         base=options.base,
     )
     print(f"Wrote {options.out} (Hugging Face format).")
@@ -140,11 +139,3 @@ def _dtype(name: str) -> str:
     if name not in known:
         raise ConfigError(f"--dtype must be one of {', '.join(known)}, got {name!r}")
     return name
-
-
-def _bytes(text: str) -> int:
-    """Read a size such as "5GB"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B|)", text.strip().upper())
-    if match is None:
-        raise ConfigError(f"a size is a number and KB, MB or GB, as in 5GB; got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])

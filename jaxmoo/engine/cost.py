@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jax.extend import core
+from jaxmoo.engine.jaxprs import inner_jaxprs
 
 __all__ = [
     "PER_ROUND",
@@ -308,7 +308,7 @@ def _steps(
     """Walk through a traced program: every primitive operation and how often it is executed."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, inner = equation.primitive.name, axes or {}
-        subs = list(_jaxprs(equation.params.values()))
+        subs = list(inner_jaxprs(equation))
         if not subs:
             yield _Step(equation, times, counted, inner)
             continue
@@ -340,13 +340,3 @@ def _convolution(equation: Any) -> float:
 
 
 _PRODUCTS = {"dot_general": _dot_general, "conv_general_dilated": _convolution}
-
-
-def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _jaxprs(value)

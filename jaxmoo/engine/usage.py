@@ -8,16 +8,15 @@ and weights shared by the steps of a loop are resolved after the pass instead.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.engine.layout import Layout
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.errors import ConfigError
@@ -183,17 +182,6 @@ def _executions(jaxpr: Any, times: float = 1) -> Counter[Any]:
             inner = times * equation.params["length"]
         elif equation.primitive.name == "while":
             inner = math.inf
-        for value in equation.params.values():
-            for sub in _jaxprs(value):
-                counts.update(_executions(sub, inner))
+        for sub in inner_jaxprs(equation):
+            counts.update(_executions(sub, inner))
     return counts
-
-
-def _jaxprs(value: Any) -> Iterable[Any]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, tuple | list):
-        return itertools.chain.from_iterable(map(_jaxprs, value))
-    return []

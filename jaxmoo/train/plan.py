@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ from jax.sharding import Mesh
 
 from jaxmoo import mesh
 from jaxmoo.engine import cost
-from jaxmoo.errors import ConfigError
+from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.models.presets import preset
+from jaxmoo.sizes import format_size
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.setup import make_run_mesh
@@ -37,7 +37,6 @@ __all__ = [
     "Plan",
     "abstract_step",
     "bytes_sent",
-    "parse_memory",
     "plan",
     "shape_of",
 ]
@@ -116,13 +115,13 @@ class Plan:
         Args:
           device_memory: bytes.
         """
-        needed, there = _size(self.total), _size(device_memory)
+        needed, there = format_size(self.total), format_size(device_memory)
         if self.total <= device_memory:
             return f"Fits: {needed} of {there} per device."
         kind, size = max(self.memory.items(), key=lambda item: item[1])
         return (
             f"Does not fit: {needed} needed, {there} there. The largest part is {kind} "
-            f"({_size(size)}): {_REMEDIES[kind]}."
+            f"({format_size(size)}): {_REMEDIES[kind]}."
         )
 
     def table(self) -> str:
@@ -184,23 +183,6 @@ def shape_of(source: str) -> DecoderConfig:
       ConfigError, CheckpointError: it is neither, or cannot be read.
     """
     return load_model_config(Path(source)) if Path(source).is_dir() else preset(source)
-
-
-def parse_memory(text: str) -> int:
-    """Read a number of bytes.
-
-    Raises:
-      ConfigError: it is not one.
-
-    Example:
-      >>> parse_memory("80GB"), parse_memory("1.5 GiB")
-      (80000000000, 1610612736)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text.strip())
-    if not found:
-        raise ConfigError(f"memory: expected a size such as 80GB or 141GiB, found {text!r}.")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** (2 if found[2] == "M" else 3))
 
 
 def abstract_step(
@@ -332,15 +314,8 @@ def _kept(jaxpr: Any, device_mesh: Mesh, divided: int = 1) -> float:
             continue
         if equation.primitive.name == "shard_map":
             divided = math.prod(cost.divided_axes(equation).values())
-        total += sum(_kept(sub, device_mesh, divided) for sub in _jaxprs(equation.params))
+        total += sum(_kept(sub, device_mesh, divided) for sub in inner_jaxprs(equation))
     return total
-
-
-def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        found = getattr(value, "jaxpr", value)
-        if hasattr(found, "eqns"):
-            yield found
 
 
 def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
@@ -357,11 +332,7 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
 
 def _rows(title: str, items: dict[str, int]) -> list[str]:
     width = max(map(len, (*items, title)))
-    return [title, *(f"  {name:<{width}}  {_size(count):>12}" for name, count in items.items())]
-
-
-def _size(count: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:,.2f} {name}"
-    return f"{count} B"
+    return [
+        title,
+        *(f"  {name:<{width}}  {format_size(count):>12}" for name, count in items.items()),
+    ]

@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 from devices import run_python
-from jaxmoo.errors import ConfigError
 from jaxmoo.models import DecoderConfig
 from jaxmoo.train.config import load_config
-from jaxmoo.train.plan import abstract_step, parse_memory, plan, shape_of
+from jaxmoo.train.plan import abstract_step, plan, shape_of
 from jaxmoo.train.setup import prepare
 
 MODEL = DecoderConfig(
@@ -116,16 +115,6 @@ def test_the_plan_is_of_the_step_that_the_trainer_runs(write_config):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
             lambda x: (x.shape, x.dtype), shapes
         )
-
-
-@pytest.mark.parametrize(("text", "count"), [("80GB", 80e9), ("1.5 GiB", 1.5 * 2**30)])
-def test_memory_is_read_with_its_unit(text, count):
-    assert parse_memory(text) == count
-
-
-def test_memory_without_a_unit_is_refused():
-    with pytest.raises(ConfigError, match="such as 80GB"):
-        parse_memory("80")
 
 
 # --- The command ------------------------------------------------------------------------------
