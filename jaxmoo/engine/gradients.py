@@ -131,8 +131,8 @@ def resolved_value_and_grad(
     )
     if aggregator is None and num_objectives > 1:
         raise ConfigError(
-            f"aggregator=None is ordinary training of a single objective, found {num_objectives}. Name "
-            "a method; aggregator='mean' averages the objectives."
+            f"aggregator=None is ordinary training of a single objective, found {num_objectives}. "
+            "Name a method; aggregator='mean' averages the objectives."
         )
     groups = None if aggregator is None else group_blocks(part, aggregator)
     for group in groups or ():
