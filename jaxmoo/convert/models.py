@@ -260,9 +260,11 @@ def _open_run(
     segments = segments_for(load_config(source), pattern)
     model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
     graph, trained, frozen = nnx.split(model, trainable_filter(pattern), ...)
-    like = with_dtypes(trained, lambda _: config.model.param_dtype)
+    averaged = config.optimizer.ema is not None
+    like = with_dtypes(trained, lambda _: "float32" if averaged else config.model.param_dtype)
     del trained, model
-    trained = _restore(run.checkpoints / str(step) / "default", like, within="params")
+    within = "ema" if averaged else "params"
+    trained = _restore(run.checkpoints / str(step) / "default", like, within=within)
     weights = Weights(source)
     return Opened(
         nnx.merge(graph, trained, frozen),

@@ -29,8 +29,9 @@ from jaxmoo.models.presets import preset
 from jaxmoo.sizes import format_size
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
+from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.setup import make_run_mesh
-from jaxmoo.train.step import TrainState, abstract_state, make_optimizer, make_train_step
+from jaxmoo.train.step import TrainState, abstract_state, make_train_step
 
 __all__ = [
     "AbstractStep",
@@ -217,14 +218,18 @@ def abstract_step(
     params, frozen = place(params), place(frozen)
     source = gradients(config, lambda p, f: nnx.merge(graph, p, f), params, frozen, device_mesh)
     optimizer = make_optimizer(config)
-    state = abstract_state(source, optimizer, params, device_mesh)
+    state = abstract_state(
+        source, optimizer, params, device_mesh, ema=config.optimizer.ema is not None
+    )
     shape = (len(data.seen), data.batch_size, data.sequence_length)
     rows = mesh.batch_sharding(device_mesh)
     batch = {
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
         "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
     }
-    function = jax.jit(make_train_step(source, optimizer), donate_argnums=0)
+    function = jax.jit(
+        make_train_step(source, optimizer, ema=config.optimizer.ema), donate_argnums=0
+    )
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)
 
 
@@ -247,7 +252,7 @@ def _memory_by_kind(
     state, frozen, batch = step.arguments
     kinds = {
         PARAMETERS: _nbytes(state.params) + _nbytes(frozen),
-        OPTIMISER: _nbytes(state.opt_state),
+        OPTIMISER: _nbytes((state.opt_state, state.ema)),
         GRADIENT: _nbytes(state.params),
     }
     engine = step.gradients.engine

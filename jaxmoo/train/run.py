@@ -22,9 +22,10 @@ from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import MetricsWriter, Progress, read_metrics
+from jaxmoo.train.optimizer import learning_rate
 from jaxmoo.train.setup import Setup, prepare
 from jaxmoo.train.signals import StopRequest
-from jaxmoo.train.step import TrainState, learning_rate
+from jaxmoo.train.step import TrainState
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 

@@ -19,7 +19,8 @@ from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
-from jaxmoo.train.step import TrainState, initial_state, make_optimizer, make_train_step
+from jaxmoo.train.optimizer import make_optimizer
+from jaxmoo.train.step import TrainState, initial_state, make_train_step
 
 __all__ = ["Setup", "prepare"]
 
@@ -139,7 +140,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     gradients = make_gradients(config, merge, params, frozen, device_mesh)
     optimizer = make_optimizer(config)
-    state = initial_state(gradients, optimizer, params, device_mesh)
+    state = initial_state(
+        gradients, optimizer, params, device_mesh, ema=config.optimizer.ema is not None
+    )
 
     return Setup(
         source=source,
@@ -150,7 +153,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         state=state,
         frozen=frozen,
         gradients=gradients,
-        step=jax.jit(make_train_step(gradients, optimizer), donate_argnums=0),
+        step=jax.jit(
+            make_train_step(gradients, optimizer, ema=config.optimizer.ema), donate_argnums=0
+        ),
         nll=jax.jit(lambda params, frozen, batch: token_nll(merge(params, frozen), batch)),
         merge=merge,
     )

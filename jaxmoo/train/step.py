@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,16 +11,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoo.blocks import path_string
-from jaxmoo.train.config import Config, OptimizerConfig
 from jaxmoo.train.gradients import GradientSource
 
 __all__ = [
     "TrainState",
     "abstract_state",
     "initial_state",
-    "learning_rate",
-    "make_optimizer",
+    "language_conflict",
     "make_train_step",
     "mean_cosines",
 ]
@@ -34,47 +30,14 @@ class TrainState(NamedTuple):
     params: Any  # trainable parameters
     resolver: Any  # of the conflict resolution, with the last step's diagnostics
     opt_state: Any
+    ema: Any = None  # float32 moving average of params, where one is kept
 
-
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step: linear warm-up, then decay to 0.
-
-    Step 0 is the first update; the warm-up reaches the peak at step ``warmup_steps``.
-
-    Example:
-      >>> rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=2), 4)
-      >>> [round(float(rate(t)), 2) for t in range(5)]
-      [0.33, 0.67, 1.0, 0.5, 0.0]
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    rest = max(steps - warmup, 1)
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "constant": optax.constant_schedule(peak),
-    }[config.decay]
-    if not warmup:
-        return after
-    # The first update already moves: a rate of exactly 0 would waste it.
-    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rising, after], [warmup])
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipping and AdamW, for the resolved gradient."""
-    settings = config.optimizer
-    clip = settings.clip_norm
-    return optax.chain(
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-        optax.adamw(
-            learning_rate(settings, config.train.steps),
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            mask=_decayed,
-        ),
-    )
+    @property
+    def weights(self) -> Any:
+        """The trainable parameters to evaluate and export: the average where one is kept."""
+        if self.ema is None:
+            return self.params
+        return jax.tree.map(lambda p, average: average.astype(p.dtype), self.params, self.ema)
 
 
 def abstract_state(
@@ -82,14 +45,17 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     params: Any,
     device_mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Shapes and shardings of a training state.
 
     Args:
       gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
-      optimizer: from :func:`make_optimizer`.
+      optimizer: from :func:`jaxmoo.train.optimizer.make_optimizer`.
       params: trainable parameters, or their shapes; they have shardings.
       device_mesh: the devices.
+      ema: whether to keep a moving average of the parameters.
 
     Returns:
       A state of `jax.ShapeDtypeStruct`. What the optimiser keeps per parameter lies where the
@@ -109,11 +75,17 @@ def abstract_state(
         resolver=replicated(jax.eval_shape(gradients.init, params)),
         opt_state=optax.tree.map_params(
             optimizer,
-            lambda x, p: placed(x, p.sharding),
+            # Factored moments have fewer axes than their parameter.
+            lambda x, p: placed(x, p.sharding if x.shape == p.shape else everywhere),
             jax.eval_shape(optimizer.init, params),
             params,
             transform_non_params=replicated,
         ),
+        ema=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), params
+        )
+        if ema
+        else None,
     )
 
 
@@ -122,40 +94,41 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     params: Any,
     device_mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Make the state before the first step, laid out as :func:`abstract_state` says."""
     where = jax.tree.map(
-        lambda x: x.sharding, abstract_state(gradients, optimizer, params, device_mesh)
+        lambda x: x.sharding, abstract_state(gradients, optimizer, params, device_mesh, ema=ema)
     )
     return TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), where.step),
         params=params,
         resolver=jax.jit(gradients.init, out_shardings=where.resolver)(params),
         opt_state=jax.jit(optimizer.init, out_shardings=where.opt_state)(params),
-    )
-
-
-def _decayed(params: Any) -> Any:
-    """Weight decay is for matrices, not for norms and biases."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: re.search(r"(kernel|embedding)$", path_string(path)) is not None, params
+        # Arrays of their own: a step gives away those of its state.
+        ema=jax.tree.map(lambda x: jnp.array(x, jnp.float32), params) if ema else None,
     )
 
 
 def make_train_step(
-    gradients: GradientSource, optimizer: optax.GradientTransformation
+    gradients: GradientSource,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Make the training step, to be compiled with its state donated.
 
     Args:
       gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
-      optimizer: from :func:`make_optimizer`.
+      optimizer: from :func:`jaxmoo.train.optimizer.make_optimizer`.
+      ema: decay of the moving average of the parameters that the state keeps, if any.
 
     Returns:
       A function ``(state, frozen, batch) -> (state, metrics)``. Batch arrays are [K, B, ...].
       Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
-      ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K], ``skipped``
-      [K].
+      ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K],
+      ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K].
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -163,6 +136,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         resolved = gradients.diagnostics(resolver)
+        average = state.ema
+        if ema is not None:
+            average = optax.incremental_update(params, average, 1 - ema)
         metrics = {
             "loss": losses,
             "grad_norm": jnp.sqrt((resolved.update_norm**2).sum()),
@@ -171,9 +147,11 @@ def make_train_step(
             "mean_norm": resolved.mean_norm,
             "weights": resolved.weights,
             "cosine": mean_cosines(resolved.gram),
+            "language_norm": jnp.sqrt(jnp.diagonal(resolved.gram, axis1=1, axis2=2).sum(0)),
+            "language_conflict": language_conflict(resolved.gram),
             "skipped": resolved.skipped,
         }
-        return TrainState(state.step + 1, params, resolver, opt_state), metrics
+        return TrainState(state.step + 1, params, resolver, opt_state, average), metrics
 
     return step
 
@@ -191,3 +169,19 @@ def mean_cosines(grams: jax.Array) -> jax.Array:
     norms = jnp.sqrt(jnp.diagonal(grams, axis1=1, axis2=2))
     scale = norms[:, :, None] * norms[:, None, :]
     return jnp.where(scale > 0, grams / jnp.where(scale > 0, scale, 1), 0).mean(0)
+
+
+def language_conflict(grams: jax.Array) -> jax.Array:
+    """Share of each objective's partners whose gradient opposes its own [K], over all blocks.
+
+    Args:
+      grams: Gram matrices [B, K, K]; an objective with a zero row is absent there.
+
+    Example:
+      >>> gram = jnp.array([[[1.0, -1.0, 1.0], [-1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]])
+      >>> language_conflict(gram).tolist()
+      [0.5, 0.5, 0.0]
+    """
+    present = jnp.diagonal(grams, axis1=1, axis2=2) > 0
+    partners = jnp.where(present, present.sum(1, keepdims=True) - 1, 0).sum(0)
+    return (grams < 0).sum((0, 2)) / jnp.maximum(partners, 1)
