@@ -198,9 +198,9 @@ class OptimizerConfig:
 
     name: str = setting(
         "adamw",
-        "`adamw`; `adafactor` (second moments as row and column averages: least memory); `muon` "
-        "(orthogonalised momentum for the layers' matrices, AdamW for the rest); or `sgd` with "
-        "momentum.",
+        "Method: `adamw`; `adafactor` (second moments as row and column averages: least memory); "
+        "`muon` (orthogonalised momentum for the layers' matrices, AdamW for the rest); or `sgd` "
+        "with momentum.",
         choices=("adamw", "adafactor", "muon", "sgd"),
     )
     learning_rate: float = setting(1e-4, "Learning rate after the warm-up.", within=_POSITIVE)
