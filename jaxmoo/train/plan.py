@@ -30,7 +30,7 @@ from jaxmoo.models.presets import preset
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.setup import make_run_mesh
-from jaxmoo.train.step import TrainState, abstract_state, make_optimizer, make_train_step
+from jaxmoo.train.step import TrainState, abstract_state, compiled_step, make_optimizer
 
 __all__ = [
     "AbstractStep",
@@ -242,7 +242,7 @@ def abstract_step(
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
         "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
     }
-    function = jax.jit(make_train_step(source, optimizer), donate_argnums=0)
+    function = compiled_step(source, optimizer, state, device_mesh)
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)
 
 
