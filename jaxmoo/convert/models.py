@@ -37,6 +37,7 @@ from jaxmoo.hf.weights import DTYPES, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
 from jaxmoo.train.card import run_card
+from jaxmoo.train.checkpoint import STATE
 from jaxmoo.train.config import load_config as load_run_config
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
@@ -264,7 +265,7 @@ def _open_run(
     like = with_dtypes(trained, lambda _: "float32" if averaged else config.model.param_dtype)
     del trained, model
     within = "ema" if averaged else "params"
-    trained = _restore(run.checkpoints / str(step) / "default", like, within=within)
+    trained = _restore(run.checkpoints / str(step) / STATE, like, within=within)
     weights = Weights(source)
     return Opened(
         nnx.merge(graph, trained, frozen),

@@ -6,15 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from jaxmoo.errors import JaxmooError
+from jaxmoo.train.checkpoint import UnsavedError
 from jaxmoo.train.config import help_text, load_config, to_yaml
-from jaxmoo.train.run import InterruptedRunError, train
+from jaxmoo.train.distributed import Launch, start
+from jaxmoo.train.run import InterruptedRunError, NonFiniteLossError, train
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 2 bad input, 1 failed, 128 + N on signal N."""
+    """Run the command.
+
+    Returns:
+      Its exit code: 0 done; 2 bad input, nothing was trained; 1 failed along the way; 128 + N
+      stopped by signal N, everything saved.
+    """
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Fine-tune one language model on many languages, conflicts between them "
@@ -24,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file with the run's settings")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    _add_processes(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
     options = parser.parse_args(arguments)
     try:
@@ -31,14 +41,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(to_yaml(config), end="")
             return 0
+        start(
+            Launch(
+                coordinator=options.coordinator_address,
+                processes=options.num_processes,
+                process=options.process_id,
+                detect=options.distributed,
+                heartbeat=options.heartbeat_timeout,
+            )
+        )
         train(config)
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
         return 128 + error.signal
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (NonFiniteLossError, UnsavedError) as error:
+        return _failed(error, 1)
     except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
+    except OSError as error:  # a full disk, most often
+        return _failed(error, 1)
     return 0
+
+
+def _failed(error: Exception, code: int) -> int:
+    where = f" (process {jax.process_index()})" if jax.distributed.is_initialized() else ""
+    print(f"error{where}: {error}", file=sys.stderr)
+    return code
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "Slurm (srun), Open MPI and the TPU pods of GKE are recognised. Elsewhere, name the "
+        "first process, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    )
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0")
+    group.add_argument(
+        "--distributed", action="store_true", help="look for other processes, as on a TPU VM"
+    )
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=Launch().heartbeat,
+        metavar="SECONDS",
+        help="after which a silent process is taken for dead and all are ended (%(default)s)",
+    )

@@ -278,6 +278,14 @@ class TrainConfig:
     keep_checkpoints: int = setting(
         2, "Newest checkpoints to keep; older ones are deleted.", within=_AT_LEAST_1, free=True
     )
+    hang_timeout: float = setting(
+        1800.0,
+        "Seconds without progress (a step, a batch of the evaluation, a checkpoint) after which "
+        "the run shows what it is doing and ends; 0 waits for ever. The first step includes its "
+        "compilation.",
+        within=_AT_LEAST_0,
+        free=True,
+    )
     log_every: int = setting(
         1, "Steps between metrics of single blocks.", within=_AT_LEAST_1, free=True
     )

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+from filelock import FileLock, Timeout
 
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.config import Config, differences, load_config, to_yaml
+from jaxmoo.train.distributed import barrier, is_first
 
 __all__ = ["RunDirectory"]
+
+# Seconds for which a run waits for another to leave its directory, and for files to be seen by all.
+_PATIENCE = 10
 
 
 class RunDirectory:
@@ -28,6 +37,8 @@ class RunDirectory:
         results.json     held-out scores before and after, and their means
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
+
+    What is being written, or says who writes, begins with a dot.
 
     Args:
       path: the directory; need not exist yet.
@@ -52,7 +63,7 @@ class RunDirectory:
         """
         if self.path.is_file():
             raise ConfigError(f"output: {self.path} is a file; name a directory.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(p.name.startswith(".") for p in self.path.iterdir()):
             return
         if not self.config.exists():
             raise ConfigError(
@@ -67,11 +78,58 @@ class RunDirectory:
                 + "\nGo on with that run's settings, or start a new one with output=..."
             )
 
-    def claim(self, config: Config) -> None:
-        """Make the directory that of a run with these settings."""
+    @contextlib.contextmanager
+    def claim(self, config: Config) -> Iterator[None]:
+        """Make the directory that of a run with these settings, and of nobody else meanwhile.
+
+        All processes of the run call this together.
+
+        Raises:
+          ConfigError: another run is at work here, or the processes do not see the same directory.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            if is_first():
+                self._make()
+                self._acquire(lock)
+                self.check(config)
+                _write(self.config, to_yaml(config))
+            barrier("the directory of the run is made")
+            self._see(config)
+            yield
+        finally:
+            lock.release()
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {self.path} cannot be made: {error}") from error
+
+    def _acquire(self, lock: FileLock) -> None:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout as error:
+            raise ConfigError(
+                f"output: another run is at work in {self.path}. Wait for it, end it, or choose "
+                "another directory with output=..."
+            ) from error
+        except (NotImplementedError, OSError):
+            # A file system without locks: nobody can tell, and the run need not fail for that.
+            return
+
+    def _see(self, config: Config) -> None:
+        """Make sure that this process sees what the first one writes."""
+        # A file system over a network may take its time.
+        deadline = time.monotonic() + _PATIENCE
+        while not self.config.exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"output: process {jax.process_index()} does not see what process 0 writes to "
+                    f"{self.path}. Name a directory on a file system that all hosts share."
+                )
+            time.sleep(0.1)
         self.check(config)
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.config, to_yaml(config))
 
     def steps(self) -> list[int]:
         """Return the steps of which there is a complete checkpoint, in order."""
@@ -112,6 +170,6 @@ class RunDirectory:
 
 def _write(file: Path, text: str) -> None:
     """Replace a file's contents at once: a reader sees the old or the new, never a part."""
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text)
     os.replace(partial, file)

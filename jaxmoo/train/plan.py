@@ -31,7 +31,7 @@ from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.setup import make_run_mesh
-from jaxmoo.train.step import TrainState, abstract_state, make_train_step
+from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 
 __all__ = [
     "AbstractStep",
@@ -227,9 +227,7 @@ def abstract_step(
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
         "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
     }
-    function = jax.jit(
-        make_train_step(source, optimizer, ema=config.optimizer.ema), donate_argnums=0
-    )
+    function = compiled_step(source, optimizer, state, device_mesh, ema=config.optimizer.ema)
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data import Corpus, LanguageBatches, load_corpus
@@ -20,7 +21,7 @@ from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.step import TrainState, initial_state, make_train_step
+from jaxmoo.train.step import TrainState, compiled_step, initial_state
 
 __all__ = ["Setup", "prepare"]
 
@@ -34,11 +35,12 @@ class Setup:
       corpus: tokenised examples.
       batches: training batches by step.
       device_mesh: how the devices are arranged.
-      state: the state before the first step.
+      state: the state before the first step; the first step consumes it.
       frozen: parameters that stay as they are.
       gradients: how a step comes by its gradient.
       step: the compiled training step.
-      nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood.
+      nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood, which
+        every process can read.
       merge: ``(params, frozen) -> Decoder``.
     """
 
@@ -153,9 +155,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         state=state,
         frozen=frozen,
         gradients=gradients,
-        step=jax.jit(
-            make_train_step(gradients, optimizer, ema=config.optimizer.ema), donate_argnums=0
+        step=compiled_step(gradients, optimizer, state, device_mesh, ema=config.optimizer.ema),
+        nll=jax.jit(
+            lambda params, frozen, batch: token_nll(merge(params, frozen), batch),
+            out_shardings=NamedSharding(device_mesh, P()),
         ),
-        nll=jax.jit(lambda params, frozen, batch: token_nll(merge(params, frozen), batch)),
         merge=merge,
     )

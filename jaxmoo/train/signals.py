@@ -1,40 +1,126 @@
-"""Stop a run between two steps when the process is asked to end."""
+"""Stop a run, in all its processes at the same place, when it is asked to end."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-__all__ = ["StopRequest"]
+import jax
+from jax.experimental import multihost_utils
+
+from jaxmoo.errors import JaxmooError
+
+__all__ = ["InterruptedRunError", "StopRequest"]
+
+
+class InterruptedRunError(JaxmooError):
+    """The run was asked to stop; it saved what it had and can be resumed.
+
+    Attributes:
+      signal: what asked it.
+    """
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 class StopRequest:
     """While the context is open, SIGINT and SIGTERM are noted rather than obeyed.
 
-    The loop asks :attr:`signal` between steps. A second SIGINT interrupts at once.
+    A second SIGINT ends the process at once, whatever it is doing.
+
+    In several processes a signal to any of them counts for all: JAX's preemption service tells
+    the others and chooses the point, the same for everybody, at which :meth:`requested` says so.
+    That costs a look at a local variable. It listens to SIGTERM alone, so SIGINT is turned into it.
 
     Example:
       >>> with StopRequest() as stop:
-      ...     stop.signal is None
+      ...     stop.requested() is None
       True
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self._several = jax.process_count() > 1
+        self._noted: signal.Signals | None = None
+        self._agreed = False
+        self._at_once = False
+        self._points = 0
         self._previous: dict[signal.Signals, object] = {}
+        self._wakeup = -1
 
     def __enter__(self) -> StopRequest:
         # Only the main thread may set handlers; elsewhere, whoever runs us handles signals.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        # Python runs handlers between its own instructions, not while it waits for a device or
+        # the compiler. What sees the second SIGINT must not wait.
+        self._watched, writer = socket.socketpair()
+        self._writer = writer
+        writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
+    def _watch(self) -> None:
+        interrupts = 0
+        while numbers := self._watched.recv(16):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+            again = "; SIGINT again ends it at once" if interrupts else ""
+            name = signal.Signals(numbers[0]).name
+            print(
+                f"\n{name}: stopping where nothing is lost{again}.", file=sys.__stderr__, flush=True
+            )
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._noted = signal.Signals(number)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._at_once:
+            self._stop()
+
+    def _stop(self) -> None:
+        assert self._noted is not None
+        raise InterruptedRunError(f"Stopped by {self._noted.name}.", self._noted)
+
+    def requested(self) -> signal.Signals | None:
+        """Return the signal that asks to stop here, if any.
+
+        Every process must call this equally often.
+        """
+        if not self._several:
+            return self._noted
+        self._points += 1
+        if multihost_utils.reached_preemption_sync_point(self._points):
+            self._noted, self._agreed = signal.SIGTERM, True
+        return self._noted if self._agreed else None
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Stop wherever it is: for work that leaves nothing behind, and that nobody waits for.
+
+        In several processes, the next :meth:`requested` decides as ever.
+
+        Raises:
+          InterruptedRunError: when a signal arrives, or has arrived.
+        """
+        self._at_once = True
+        try:
+            if self._noted and not self._several:
+                self._stop()
+            yield
+        finally:
+            self._at_once = False
 
     def __exit__(
         self,
@@ -42,5 +128,9 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._previous:
+            return
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()  # which ends the thread
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

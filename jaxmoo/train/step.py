@@ -102,7 +102,7 @@ def initial_state(
         lambda x: x.sharding, abstract_state(gradients, optimizer, params, device_mesh, ema=ema)
     )
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), where.step),
+        step=jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=where.step)(),
         params=params,
         resolver=jax.jit(gradients.init, out_shardings=where.resolver)(params),
         opt_state=jax.jit(optimizer.init, out_shardings=where.opt_state)(params),
@@ -117,7 +117,7 @@ def make_train_step(
     *,
     ema: float | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Make the training step, to be compiled with its state donated.
+    """Make the training step; see :func:`compiled_step`.
 
     Args:
       gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
@@ -154,6 +154,35 @@ def make_train_step(
         return TrainState(state.step + 1, params, resolver, opt_state, average), metrics
 
     return step
+
+
+def compiled_step(
+    gradients: GradientSource,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    device_mesh: Mesh,
+    *,
+    ema: float | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Make the training step, compiled when it is first called.
+
+    Args:
+      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
+      optimizer: from :func:`make_optimizer`.
+      state: where the state lies, or its shapes; it stays there.
+      device_mesh: the devices.
+      ema: see :func:`make_train_step`.
+
+    Returns:
+      The function of :func:`make_train_step`. The state it is given is consumed; every process
+      can read the metrics.
+    """
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        make_train_step(gradients, optimizer, ema=ema),
+        donate_argnums=0,
+        out_shardings=(where, NamedSharding(device_mesh, P())),
+    )
 
 
 def mean_cosines(grams: jax.Array) -> jax.Array:

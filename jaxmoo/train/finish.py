@@ -1,0 +1,97 @@
+"""What a run leaves when its last step is done: results, the exported model, the report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoo.analysis import write_report
+from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
+from jaxmoo.hf import save_model
+from jaxmoo.train.card import run_card
+from jaxmoo.train.config import Config
+from jaxmoo.train.distributed import barrier, from_first, is_first
+from jaxmoo.train.job import Job
+from jaxmoo.train.metrics import read_metrics
+
+__all__ = ["finish"]
+
+
+def finish(
+    job: Job,
+    params: Any,
+    before: Mapping[str, LanguageScore],
+    after: Mapping[str, LanguageScore],
+) -> dict[str, Any]:
+    """Export the model, record the results, draw the report and show the table.
+
+    Args:
+      job: the run.
+      params: the trained parameters.
+      before: held-out scores before the first step.
+      after: held-out scores after the last one.
+
+    Returns:
+      The results.
+
+    Raises:
+      InterruptedRunError: when the run is asked to stop; the same command does the rest.
+      CheckpointError: the model cannot be written.
+    """
+    config, directory = job.config, job.directory
+    results = _results(config, before, after)
+    with job.stop.at_once():
+        if config.export:
+            _export(job, params)
+        job.point(config.train.steps)
+        if is_first():
+            directory.write_results(results)
+            if config.report:
+                write_report(
+                    directory.report,
+                    rows=read_metrics(directory.metrics),
+                    seen=config.data.seen,
+                    unseen=config.data.unseen,
+                    before=before,
+                    after=after,
+                )
+                job.say(f"Report: {directory.report / 'index.html'}")
+    job.say(before_after_table(before, after, config.data.seen, config.data.unseen))
+    # None leaves before the first one is done: it would be waited for in vain.
+    barrier("the run is complete")
+    return results
+
+
+def _results(
+    config: Config, before: Mapping[str, LanguageScore], after: Mapping[str, LanguageScore]
+) -> dict[str, Any]:
+    seen, unseen = config.data.seen, config.data.unseen
+    return {
+        "aggregator": config.resolve.aggregator,
+        "blocks": config.resolve.blocks,
+        "steps": config.train.steps,
+        "before": {code: score.to_dict() for code, score in before.items()},
+        "after": {code: score.to_dict() for code, score in after.items()},
+        "summary_before": summarise(before, seen, unseen).to_dict(),
+        "summary_after": summarise(after, seen, unseen).to_dict(),
+    }
+
+
+def _export(job: Job, params: Any) -> None:
+    directory, steps = job.directory, job.config.train.steps
+    exported = directory.export.exists() and directory.exported_step() == steps
+    if from_first(exported):
+        return
+    if is_first():
+        # This run's own: of an earlier end, or cut short.
+        for old in (directory.export, *directory.path.glob(f".{directory.export.name}.*.tmp")):
+            shutil.rmtree(old, ignore_errors=True)
+    barrier("nothing is in the way of the export")
+    save_model(
+        job.setup.merge(params, job.setup.frozen),
+        directory.export,
+        source=job.setup.source,
+        card=run_card(directory, job.config, steps),
+    )
+    job.say(f"Exported to {directory.export} (Hugging Face format).")

@@ -1,0 +1,78 @@
+"""What a checkpoint tells about the run it belongs to, and whether the run is still that one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmoo.data import LanguageBatches
+from jaxmoo.errors import CheckpointError
+from jaxmoo.train.config import Config, to_yaml
+from jaxmoo.train.setup import Setup
+
+__all__ = ["about", "batch_digest", "check_data", "versions"]
+
+_PACKAGES = ("jaxmoo", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on.
+
+    Example:
+      >>> "jax" in versions()
+      True
+    """
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from its sources
+            continue
+    return found
+
+
+def batch_digest(batches: LanguageBatches, step: int) -> str:
+    """Return a fingerprint of the batch of a step."""
+    digest = hashlib.sha256()
+    for name, array in sorted(batches.batch(step).items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def about(config: Config, setup: Setup, step: int) -> dict[str, Any]:
+    """Describe a run for its checkpoint of a step: settings, versions, devices, next batch."""
+    return {
+        "step": step,
+        "config": to_yaml(config),
+        "versions": versions(),
+        "mesh": dict(setup.device_mesh.shape),
+        # Batches are a function of the step, so this is all there is to the data's position.
+        "next_batch": batch_digest(setup.batches, step),
+    }
+
+
+def check_data(described: Mapping[str, Any], setup: Setup) -> None:
+    """Raise unless the run goes on with the data that it has been trained on.
+
+    The settings may be the same and the files behind them not.
+
+    Args:
+      described: what :func:`about` returned for the checkpoint.
+      setup: what is to go on from it.
+
+    Raises:
+      CheckpointError: the next batch is not the one it would have been.
+    """
+    step = described["step"]
+    if described["next_batch"] != batch_digest(setup.batches, step):
+        raise CheckpointError(
+            f"data: the examples are no longer those of the run's beginning; its batch of step "
+            f"{step + 1} would be another. Restore the files behind data.source (and the tokenizer "
+            "of model.source), or start a new run with output=..."
+        )

@@ -1,0 +1,180 @@
+"""Rows of metrics of a run, and the check that its numbers are finite."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmoo.errors import JaxmooError
+from jaxmoo.evaluate import LanguageScore
+from jaxmoo.train.distributed import is_first
+from jaxmoo.train.job import Job
+from jaxmoo.train.metrics import MetricsWriter, Progress
+from jaxmoo.train.optimizer import learning_rate
+
+__all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
+
+
+class NonFiniteLossError(JaxmooError, FloatingPointError):
+    """A loss or gradient is NaN or infinite."""
+
+
+class StepDone(NamedTuple):
+    """A step that was sent to the devices.
+
+    Attributes:
+      step: its number, from 1.
+      batch: what it was trained on.
+      metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
+      begun: when it was sent, by ``time.perf_counter``.
+    """
+
+    step: int
+    batch: Mapping[str, np.ndarray]
+    metrics: Mapping[str, jax.Array]
+    begun: float
+
+
+class Reporter:
+    """Reads what steps measure, checks it and writes it down, one step behind the devices.
+
+    Every process reads and checks; the first one writes.
+
+    Args:
+      job: the run.
+      start: steps already done.
+      skipped: per language the steps so far in which it was left out [K].
+    """
+
+    def __init__(self, job: Job, start: int, skipped: np.ndarray) -> None:
+        self._job, self._start, self._skipped = job, start, skipped
+        self._pending: StepDone | None = None
+        self._rate = learning_rate(job.config.optimizer, job.config.train.steps)
+        self._read_at = 0.0
+
+    def __enter__(self) -> Reporter:
+        self._open = contextlib.ExitStack()
+        self._metrics: MetricsWriter | None = None
+        if is_first():
+            config, steps = self._job.config, self._job.config.train.steps
+            self._metrics = self._open.enter_context(
+                MetricsWriter(
+                    self._job.directory.path,
+                    tensorboard=config.tensorboard,
+                    resume_step=self._start or None,
+                )
+            )
+            self._progress = self._open.enter_context(Progress(steps, start=self._start))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def step(self, done: StepDone) -> None:
+        """Take note of a step; read the one before, which the devices have finished, or soon will.
+
+        Raises:
+          NonFiniteLossError: a number is not finite that has to be.
+        """
+        self.flush()
+        self._pending = done
+
+    def flush(self) -> None:
+        """Wait for the last step and read what it measured.
+
+        Raises:
+          NonFiniteLossError: a number is not finite that has to be.
+        """
+        if self._pending is None:
+            return
+        done, self._pending = self._pending, None
+        measured = jax.device_get(done.metrics)
+        # The devices began with it when it was sent, or when they were done with the one before.
+        now, began = time.perf_counter(), max(done.begun, self._read_at)
+        self._read_at = now
+        self._check_finite(done.step, measured)
+        if self._metrics is not None:
+            row = self._row(done, measured, now - began)
+            self._progress.update(row)
+            self._metrics.write(row)
+
+    def held_out(self, step: int, scores: Mapping[str, LanguageScore]) -> None:
+        """Write down the held-out scores of a step."""
+        if self._metrics is not None:
+            held_out = {code: score.nll for code, score in scores.items()}
+            self._metrics.write({"step": step, "held_out": held_out})
+
+    def message(self, text: str) -> None:
+        """Show a line for a person to read."""
+        if self._metrics is not None:
+            self._progress.message(text)
+
+    def _row(
+        self, done: StepDone, measured: Mapping[str, np.ndarray], seconds: float
+    ) -> dict[str, Any]:
+        config, part = self._job.config, self._job.setup.gradients.partition
+        seen = config.data.seen
+        # Tokens up to the end of each reply: what comes behind is padding.
+        mask = done.batch["loss_mask"]
+        tokens = int((mask.shape[-1] - mask[..., ::-1].argmax(-1)).sum())
+        row = {
+            "step": done.step,
+            "loss": dict(zip(seen, measured["loss"], strict=True)),
+            "learning_rate": float(self._rate(done.step - 1)),
+            "tokens": tokens,
+            "step_seconds": seconds,
+            "grad_norm": measured["grad_norm"],
+            "conflict_share": measured["conflict"].mean(),
+            "weights": dict(zip(seen, measured["weights"].mean(0), strict=True)),
+            "cosine": measured["cosine"],
+            "skipped": dict(zip(seen, measured["skipped"], strict=True)),
+        }
+        if done.step > self._start + 1:  # the first step's time is the compiler's
+            row["tokens_per_second"] = tokens / seconds
+        if done.step % config.train.log_every == 0 or done.step == config.train.steps:
+            row["blocks"] = {
+                name: {
+                    "conflict_share": measured["conflict"][i],
+                    "update_norm": measured["update_norm"][i],
+                    "mean_norm": measured["mean_norm"][i],
+                }
+                for i, name in enumerate(part.names)
+            }
+        return row
+
+    def _check_finite(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
+        """Stop the run when languages whose numbers are not finite may not be left out."""
+        config = self._job.config
+        seen = config.data.seen
+        skipped = measured["skipped"] - self._skipped
+        self._skipped = measured["skipped"]
+        bad = [c for c, loss in zip(seen, measured["loss"], strict=True) if not np.isfinite(loss)]
+        what = f"The loss of {', '.join(bad)}"
+        if config.resolve.nonfinite == "skip" and len(bad) < len(seen):
+            return
+        if not bad:
+            if not skipped.any():
+                return
+            left_out = [c for c, s in zip(seen, skipped, strict=True) if s]
+            what = f"The gradient of {', '.join(left_out)}"
+        steps = self._job.directory.steps()
+        saved = (
+            f"The checkpoint of step {steps[-1]} is untouched."
+            if steps
+            else "No checkpoint had been saved."
+        )
+        raise NonFiniteLossError(
+            f"{what} is not finite in step {step}. {saved} Lower optimizer.learning_rate, lengthen "
+            "optimizer.warmup_steps, or use model.dtype=float32."
+        )
