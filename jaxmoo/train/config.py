@@ -289,6 +289,21 @@ class TrainConfig:
     log_every: int = setting(
         1, "Steps between metrics of single blocks.", within=_AT_LEAST_1, free=True
     )
+    profile_from: int | None = setting(
+        None,
+        "First step, counted from 1, of a profile of devices and host in `profile/`; null records "
+        "none. The first step of all compiles.",
+        within=_AT_LEAST_1,
+        free=True,
+    )
+    profile_steps: int = setting(3, "Steps in the profile.", within=_AT_LEAST_1, free=True)
+    peak_tflops: float | None = setting(
+        None,
+        "Peak of one device in 10^12 operations per second, for the utilisation (`mfu`) in the "
+        "metrics; null takes the data sheet's for bfloat16, where the device is known.",
+        within=_POSITIVE,
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +352,12 @@ class Config:
     report: bool = setting(True, "Draw the plots of `report/` at the end.", free=True)
     tensorboard: bool = setting(
         True, "Write TensorBoard events to `tensorboard/`, besides `metrics.jsonl`.", free=True
+    )
+    wandb: str | None = setting(
+        None,
+        "Project of Weights & Biases to which metrics are sent, too (package `wandb`); the run is "
+        "called after the output directory.",
+        free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -35,6 +35,7 @@ class RunDirectory:
         checkpoints/     by step
         evaluation/      held-out scores by step
         results.json     held-out scores before and after, and their means
+        profile/         what devices and host did in a few steps, if asked
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
 
@@ -51,6 +52,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
+        self.profile = self.path / "profile"
         self.report = self.path / "report"
         self.export = self.path / "export"
         self.results = self.path / "results.json"

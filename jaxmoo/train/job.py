@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from jaxmoo.train.clock import Clock
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.hang import HangTimeout
@@ -25,6 +26,7 @@ class Job:
       stop: whether it is asked to stop.
       hang: ends it when it makes no progress.
       say: called with lines for a person to read, in the first process alone.
+      clock: where its time goes.
     """
 
     config: Config
@@ -33,6 +35,7 @@ class Job:
     stop: StopRequest
     hang: HangTimeout
     say: Callable[[str], None]
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def point(self, done: int) -> None:
         """Pass a place where the run may stop, so many steps being done.

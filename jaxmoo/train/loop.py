@@ -12,6 +12,7 @@ from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.distributed import place
 from jaxmoo.train.evaluation import evaluate
 from jaxmoo.train.job import Job
+from jaxmoo.train.profile import ProfileWindow
 from jaxmoo.train.provenance import about
 from jaxmoo.train.reporter import Reporter, StepDone
 from jaxmoo.train.signals import InterruptedRunError
@@ -36,6 +37,10 @@ class Loop:
     def __init__(self, job: Job, checkpoints: Checkpoints, state: TrainState, done: int) -> None:
         self._job, self._checkpoints = job, checkpoints
         self._state, self._done = state, done
+        settings = job.config.train
+        self._profile = ProfileWindow(
+            job.directory.profile, settings.profile_from, settings.profile_steps
+        )
 
     def run(self) -> TrainState:
         """Train; return the final state, which is saved.
@@ -52,14 +57,17 @@ class Loop:
                 self._evaluate(reporter)  # what an interrupted run did not come to
                 job.say("Compiling the training step ...")
                 while self._done < steps:
+                    self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
+                self._profile.close(reporter.flush)
         self._checkpoints.wait()
         return self._state
 
     def _step(self, reporter: Reporter) -> None:
         job, setup = self._job, self._job.setup
-        batch = setup.batches.batch(self._done)
-        placed = place(batch, mesh.batch_sharding(setup.device_mesh))
+        with job.clock.part("data"):
+            batch = setup.batches.batch(self._done)
+            placed = place(batch, mesh.batch_sharding(setup.device_mesh))
         begun = time.perf_counter()
         self._state, metrics = setup.step(self._state, setup.frozen, placed)
         self._done += 1
@@ -78,7 +86,8 @@ class Loop:
 
     def _save(self) -> None:
         described = about(self._job.config, self._job.setup, self._done)
-        self._checkpoints.save(self._done, self._state, described)
+        with self._job.clock.part("checkpoint"):
+            self._checkpoints.save(self._done, self._state, described)
 
     def _evaluate(self, reporter: Reporter) -> None:
         """Evaluate if it is time; the first and the last state are evaluated elsewhere."""
@@ -87,7 +96,8 @@ class Loop:
             return
         reporter.flush()
         try:
-            scores = evaluate(self._job, self._done, self._state.weights, reporter.message)
+            with self._job.clock.part("evaluate"):
+                scores = evaluate(self._job, self._done, self._state.weights, reporter.message)
         except InterruptedRunError:
             self._save()
             raise

@@ -9,14 +9,22 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "weights": {"en": 0.11, ...},          # mean over blocks
      "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
      "skipped": {"en": 0, ...},             # steps so far in which it was not finite somewhere
+     "language_norm": {"en": 1.3, ...},     # of its gradient, all blocks
+     "language_conflict": {"en": 0.4, ...}, # share of the others whose gradient opposes its own
+     "seconds": {"data": 0.01, ...},        # of the host since the last row, beside the devices
+     "goodput": 0.93,                       # share of the run's time spent in training steps
+     "mfu": 0.41,                           # see jaxmoo.train.throughput
+     "device_memory_peak": 30e9,            # bytes, of the first device
      "blocks": {"layers.22": {"conflict_share": 0.29, "update_norm": 0.1}, ...}}
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +36,7 @@ from tqdm import tqdm
 
 from jaxmoo.errors import ConfigError, DataError
 
-__all__ = ["MetricsWriter", "Progress", "read_metrics"]
+__all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
 
 
 class MetricsWriter:
@@ -41,21 +49,29 @@ class MetricsWriter:
     Args:
       directory: the run's directory; made if need be.
       tensorboard: also write TensorBoard events to ``directory/tensorboard``.
+      wandb: also send rows to a run of this Weights & Biases project, named as the directory.
       resume_step: last step whose rows are kept; None starts afresh.
 
     Raises:
-      ConfigError: TensorBoard events are wanted and the package tensorboardX is missing.
+      ConfigError: a package is missing; see :func:`check_packages`.
       DataError: the rows that are there cannot be read.
     """
 
     def __init__(
-        self, directory: str | Path, *, tensorboard: bool = True, resume_step: int | None = None
+        self,
+        directory: str | Path,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        resume_step: int | None = None,
     ):
+        check_packages(tensorboard=tensorboard, wandb=wandb)
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
         self._events = _summary_writer(directory, first_step) if tensorboard else None
+        self._wandb = _wandb_run(directory, wandb) if wandb else None
         _keep_until(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -70,12 +86,16 @@ class MetricsWriter:
             for tag, value in _scalars(plain):
                 self._events.add_scalar(tag, value, plain["step"])
             self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(_scalars(plain)), step=plain["step"])
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -181,20 +201,44 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raise unless what metrics are to be written with is installed.
+
+    Raises:
+      ConfigError: names the setting and the package.
+    """
+    for wanted, setting, package, off in (
+        (tensorboard, "tensorboard", "tensorboardX", "tensorboard=false"),
+        (wandb, "wandb", "wandb", "wandb=null"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{setting} is {wanted!r}, but the package {package} is not installed. Install it "
+                f"with pip, or set {off}."
+            )
+
+
 def _summary_writer(directory: Path, first_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "tensorboard is true, but the package tensorboardX is not installed. Install "
-            "'jaxmoo[train]' or tensorboardX, or set tensorboard=false."
-        ) from error
+    from tensorboardX import SummaryWriter
+
     # TensorBoard drops what earlier event files hold from the purge step on. Their names count
     # seconds; the suffix keeps two starts within one second apart.
     return SummaryWriter(
         str(directory / "tensorboard"),
         purge_step=first_step,
         filename_suffix=f".{time.time_ns()}",
+    )
+
+
+def _wandb_run(directory: Path, project: str) -> Any:
+    import wandb
+
+    # So that a resumed run goes on in its own.
+    kept = directory / "wandb_id"
+    name = kept.read_text().strip() if kept.exists() else secrets.token_hex(8)
+    kept.write_text(name + "\n")
+    return wandb.init(
+        project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
     )
 
 

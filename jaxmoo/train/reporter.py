@@ -17,6 +17,7 @@ from jaxmoo.train.distributed import is_first
 from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import MetricsWriter, Progress
 from jaxmoo.train.optimizer import learning_rate
+from jaxmoo.train.throughput import peak_flops
 
 __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
 
@@ -57,6 +58,10 @@ class Reporter:
         self._pending: StepDone | None = None
         self._rate = learning_rate(job.config.optimizer, job.config.train.steps)
         self._read_at = 0.0
+        self._parts = dict(job.clock.seconds)
+        peak = job.config.train.peak_tflops
+        one = peak_flops(jax.devices()[0]) if peak is None else peak * 1e12
+        self._peak = None if one is None else one * job.setup.device_mesh.size
 
     def __enter__(self) -> Reporter:
         self._open = contextlib.ExitStack()
@@ -67,6 +72,7 @@ class Reporter:
                 MetricsWriter(
                     self._job.directory.path,
                     tensorboard=config.tensorboard,
+                    wandb=config.wandb,
                     resume_step=self._start or None,
                 )
             )
@@ -103,6 +109,8 @@ class Reporter:
         # The devices began with it when it was sent, or when they were done with the one before.
         now, began = time.perf_counter(), max(done.begun, self._read_at)
         self._read_at = now
+        if done.step > self._start + 1:  # the first step's time is the compiler's
+            self._job.clock.add("step", now - began)
         self._check_finite(done.step, measured)
         if self._metrics is not None:
             row = self._row(done, measured, now - began)
@@ -138,10 +146,19 @@ class Reporter:
             "conflict_share": measured["conflict"].mean(),
             "weights": dict(zip(seen, measured["weights"].mean(0), strict=True)),
             "cosine": measured["cosine"],
+            "language_norm": dict(zip(seen, measured["language_norm"], strict=True)),
+            "language_conflict": dict(zip(seen, measured["language_conflict"], strict=True)),
             "skipped": dict(zip(seen, measured["skipped"], strict=True)),
+            "seconds": self._seconds(),
+            "goodput": self._job.clock.goodput(),
         }
-        if done.step > self._start + 1:  # the first step's time is the compiler's
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:
+            row["device_memory_peak"] = memory["peak_bytes_in_use"]
+        if done.step > self._start + 1:
             row["tokens_per_second"] = tokens / seconds
+            if self._peak:
+                row["mfu"] = self._job.setup.flops / seconds / self._peak
         if done.step % config.train.log_every == 0 or done.step == config.train.steps:
             row["blocks"] = {
                 name: {
@@ -152,6 +169,13 @@ class Reporter:
                 for i, name in enumerate(part.names)
             }
         return row
+
+    def _seconds(self) -> dict[str, float]:
+        """What the host's parts took since the last row; they overlap with the devices' work."""
+        now = {k: v for k, v in self._job.clock.seconds.items() if k != "step"}
+        spent = {name: total - self._parts.get(name, 0.0) for name, total in now.items()}
+        self._parts = now
+        return spent
 
     def _check_finite(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
         """Stop the run when languages whose numbers are not finite may not be left out."""

@@ -18,6 +18,7 @@ from jaxmoo.train.finish import finish
 from jaxmoo.train.hang import HangTimeout
 from jaxmoo.train.job import Job
 from jaxmoo.train.loop import Loop
+from jaxmoo.train.metrics import check_packages
 from jaxmoo.train.provenance import batch_digest, check_data, versions
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.setup import Setup, prepare
@@ -53,6 +54,7 @@ def train(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     with StopRequest() as stop:
         with stop.at_once():
             directory.check(config)
+            check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
             setup = prepare(config, say)
             say(_plan(config, setup))
         with HangTimeout(config.train.hang_timeout) as hang, directory.claim(config):

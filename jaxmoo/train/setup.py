@@ -22,6 +22,7 @@ from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
+from jaxmoo.train.throughput import model_flops
 
 __all__ = ["Setup", "prepare"]
 
@@ -42,6 +43,7 @@ class Setup:
       nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood, which
         every process can read.
       merge: ``(params, frozen) -> Decoder``.
+      flops: model FLOPs of a step; see :mod:`jaxmoo.train.throughput`.
     """
 
     source: Path
@@ -55,6 +57,7 @@ class Setup:
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
     nll: Callable[[Any, Any, Any], jax.Array]
     merge: Callable[[Any, Any], Decoder]
+    flops: float
 
 
 def make_run_mesh(config: Config) -> Mesh:
@@ -161,4 +164,11 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             out_shardings=NamedSharding(device_mesh, P()),
         ),
         merge=merge,
+        flops=model_flops(
+            architecture,
+            params,
+            frozen,
+            len(data.seen) * data.batch_size * data.sequence_length,
+            data.sequence_length,
+        ),
     )

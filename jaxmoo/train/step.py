@@ -73,20 +73,32 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         params=jax.tree.map(lambda x: placed(x, x.sharding), params),
         resolver=replicated(jax.eval_shape(gradients.init, params)),
-        opt_state=optax.tree.map_params(
-            optimizer,
-            # Factored moments have fewer axes than their parameter.
-            lambda x, p: placed(x, p.sharding if x.shape == p.shape else everywhere),
-            jax.eval_shape(optimizer.init, params),
-            params,
-            transform_non_params=replicated,
-        ),
+        opt_state=_like_parameters(jax.eval_shape(optimizer.init, params), params, everywhere),
         ema=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), params
         )
         if ema
         else None,
     )
+
+
+def _like_parameters(state: Any, params: Any, everywhere: NamedSharding) -> Any:
+    """Place what an optimiser keeps per parameter where that lies, everything else everywhere.
+
+    An optimiser's state holds trees like the parameters', or parts of them where it treats groups
+    differently: the path of such a leaf ends with its parameter's.
+    """
+    known = {path: p for path, p in jax.tree_util.tree_leaves_with_path(params)}
+
+    def placed(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+        ends = (path[i:] for i in range(len(path) + 1))
+        parameter = next((known[end] for end in ends if end in known), None)
+        # Factored moments have fewer axes than their parameter.
+        alike = parameter is not None and parameter.shape == x.shape
+        sharding = parameter.sharding if alike else everywhere
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, state)
 
 
 def initial_state(
