@@ -272,6 +272,26 @@ class TrainConfig:
         within=_AT_LEAST_0,
         free=True,
     )
+    score: str = setting(
+        "seen_mean",
+        "What makes an evaluation better than another: a lower `seen_mean` of the seen languages' "
+        "held-out NLL, or a lower NLL of the `worst` of them.",
+        choices=("seen_mean", "worst"),
+        free=True,
+    )
+    patience: int | None = setting(
+        None,
+        "Evaluations without a better score after which the run ends early; null never does.",
+        within=_AT_LEAST_1,
+        free=True,
+    )
+    select: str = setting(
+        "last",
+        "Which weights are exported and compared with the beginning: those after the `last` step, "
+        "or the `best` of those evaluated.",
+        choices=("last", "best"),
+        free=True,
+    )
     checkpoint_every: int = setting(
         0, "Steps between checkpoints; 0 saves only at the end.", within=_AT_LEAST_0, free=True
     )
@@ -412,6 +432,12 @@ def validate(config: Config) -> None:
             re.compile(config.model.trainable)
         except re.error as error:
             problems.append(f"model.trainable is not a regular expression: {error}.")
+        for name, wanted in (
+            ("patience", config.train.patience is not None),
+            ("select=best", config.train.select == "best"),
+        ):
+            if wanted and not config.train.evaluate_every:
+                problems.append(f"train.{name} needs evaluations: set train.evaluate_every.")
         if config.optimizer.warmup_steps > config.train.steps:
             problems.append(
                 f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than the "

@@ -21,6 +21,7 @@ __all__ = ["finish"]
 def finish(
     job: Job,
     params: Any,
+    step: int,
     before: Mapping[str, LanguageScore],
     after: Mapping[str, LanguageScore],
 ) -> dict[str, Any]:
@@ -29,8 +30,9 @@ def finish(
     Args:
       job: the run.
       params: the trained parameters.
+      step: the steps that they have behind them.
       before: held-out scores before the first step.
-      after: held-out scores after the last one.
+      after: held-out scores of these parameters.
 
     Returns:
       The results.
@@ -40,11 +42,11 @@ def finish(
       CheckpointError: the model cannot be written.
     """
     config, directory = job.config, job.directory
-    results = _results(config, before, after)
+    results = _results(config, step, before, after)
     with job.stop.at_once():
         if config.export:
-            _export(job, params)
-        job.point(config.train.steps)
+            _export(job, params, step)
+        job.point(step)
         if is_first():
             directory.write_results(results)
             if config.report:
@@ -64,13 +66,16 @@ def finish(
 
 
 def _results(
-    config: Config, before: Mapping[str, LanguageScore], after: Mapping[str, LanguageScore]
+    config: Config,
+    step: int,
+    before: Mapping[str, LanguageScore],
+    after: Mapping[str, LanguageScore],
 ) -> dict[str, Any]:
     seen, unseen = config.data.seen, config.data.unseen
     return {
         "aggregator": config.resolve.aggregator,
         "blocks": config.resolve.blocks,
-        "steps": config.train.steps,
+        "steps": step,
         "before": {code: score.to_dict() for code, score in before.items()},
         "after": {code: score.to_dict() for code, score in after.items()},
         "summary_before": summarise(before, seen, unseen).to_dict(),
@@ -78,9 +83,9 @@ def _results(
     }
 
 
-def _export(job: Job, params: Any) -> None:
-    directory, steps = job.directory, job.config.train.steps
-    exported = directory.export.exists() and directory.exported_step() == steps
+def _export(job: Job, params: Any, step: int) -> None:
+    directory = job.directory
+    exported = directory.export.exists() and directory.exported_step() == step
     if from_first(exported):
         return
     if is_first():
@@ -92,6 +97,6 @@ def _export(job: Job, params: Any) -> None:
         job.setup.merge(params, job.setup.frozen),
         directory.export,
         source=job.setup.source,
-        card=run_card(directory, job.config, steps),
+        card=run_card(directory, job.config, step),
     )
     job.say(f"Exported to {directory.export} (Hugging Face format).")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import jax
+import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
-from jaxmoo.evaluate import summarise
+from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.distributed import place
-from jaxmoo.train.evaluation import evaluate
+from jaxmoo.train.evaluation import evaluate, stored_scores
 from jaxmoo.train.job import Job
 from jaxmoo.train.profile import ProfileWindow
 from jaxmoo.train.provenance import about
 from jaxmoo.train.reporter import Reporter, StepDone
+from jaxmoo.train.selection import Selection
 from jaxmoo.train.signals import InterruptedRunError
 from jaxmoo.train.step import TrainState
 
@@ -38,30 +41,60 @@ class Loop:
         self._job, self._checkpoints = job, checkpoints
         self._state, self._done = state, done
         settings = job.config.train
+        self._selection = Selection(job.config)
+        every = settings.evaluate_every
+        for step in range(every, min(done + 1, settings.steps), every) if every else ():
+            scores = stored_scores(job, step)
+            if scores is not None:
+                self._note(step, scores)
         self._profile = ProfileWindow(
             job.directory.profile, settings.profile_from, settings.profile_steps
         )
 
-    def run(self) -> TrainState:
-        """Train; return the final state, which is saved.
+    def run(self) -> tuple[TrainState, int]:
+        """Train; return the chosen state and its step; it is saved.
 
         Raises:
           InterruptedRunError: when the run is asked to stop; the state is saved.
           NonFiniteLossError: a loss is NaN or infinite; the state is not saved.
           UnsavedError: a checkpoint cannot be written.
         """
-        job, steps = self._job, self._job.config.train.steps
-        if self._done < steps:
+        job = self._job
+        if self._goes_on():
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             with Reporter(job, self._done, jax.device_get(skipped)) as reporter:
                 self._evaluate(reporter)  # what an interrupted run did not come to
                 job.say("Compiling the training step ...")
-                while self._done < steps:
+                while self._goes_on():
                     self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
                 self._profile.close(reporter.flush)
+        self._save()
+        self._note(self._done, evaluate(job, self._done, self._state.weights))
         self._checkpoints.wait()
-        return self._state
+        return self._select()
+
+    def _goes_on(self) -> bool:
+        return self._done < self._job.config.train.steps and not self._selection.exhausted
+
+    def _note(self, step: int, scores: Mapping[str, LanguageScore]) -> None:
+        self._selection.add(step, scores)
+        self._checkpoints.score(step, self._selection.scores[step])
+
+    def _select(self) -> tuple[TrainState, int]:
+        job, settings = self._job, self._job.config.train
+        if self._done < settings.steps:
+            job.say(
+                f"Ended after step {self._done} of {settings.steps}: no better score than that of "
+                f"step {self._selection.best} in {settings.patience} evaluations."
+            )
+        best = self._checkpoints.best()
+        if settings.select == "last" or best in (None, self._done):
+            return self._state, self._done
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._state)
+        jax.tree.map(lambda x: x.delete(), self._state)
+        job.say(f"The best score is that of step {best}.")
+        return self._checkpoints.restore(best, shapes), best
 
     def _step(self, reporter: Reporter) -> None:
         job, setup = self._job, self._job.setup
@@ -101,7 +134,9 @@ class Loop:
         except InterruptedRunError:
             self._save()
             raise
-        self._checkpoints.score(self._done, summarise(scores, self._job.config.data.seen).seen_nll)
+        self._note(self._done, scores)
+        if settings.select == "best" and self._selection.best == self._done:
+            self._save()
         reporter.held_out(self._done, scores)
 
 

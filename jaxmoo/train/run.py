@@ -67,13 +67,12 @@ def train(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def _train(job: Job) -> dict[str, Any]:
-    steps, directory = job.config.train.steps, job.directory
+    directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
     with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = _resume(job, checkpoints)
-        state = Loop(job, checkpoints, state, done).run()
-        after = evaluate(job, steps, state.weights)
-    return finish(job, state.weights, before, after)
+        state, step = Loop(job, checkpoints, state, done).run()
+    return finish(job, state.weights, step, before, evaluate(job, step, state.weights))
 
 
 def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
