@@ -28,6 +28,7 @@ class RunDirectory:
         results.json     held-out scores before and after, and their means
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
+        adapter/         the trained adapters in PEFT format
 
     Args:
       path: the directory; need not exist yet.
@@ -42,6 +43,7 @@ class RunDirectory:
         self.evaluation = self.path / "evaluation"
         self.report = self.path / "report"
         self.export = self.path / "export"
+        self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
 
     def check(self, config: Config) -> None:

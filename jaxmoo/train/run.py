@@ -16,8 +16,9 @@ from jaxmoo.analysis import write_report
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore, before_after_table, evaluate_nll, summarise
-from jaxmoo.hf import save_model
-from jaxmoo.train.card import run_card
+from jaxmoo.hf import save_adapter, save_model
+from jaxmoo.models import merge_adapters
+from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
@@ -267,18 +268,24 @@ def _export(
     state: TrainState,
     say: Callable[[str], None],
 ) -> None:
-    if directory.export.exists():
-        if directory.exported_step() == config.train.steps:
-            return
-        # This run's own: of an earlier end, or cut short before it was recorded.
-        shutil.rmtree(directory.export)
-    save_model(
-        setup.merge(state.params, setup.frozen),
-        directory.export,
-        source=setup.source,
-        card=run_card(directory, config, config.train.steps),
-    )
-    say(f"Exported to {directory.export} (Hugging Face format).")
+    wanted = {"merged": [directory.export], "adapter": [directory.adapter]}
+    wanted["both"] = [directory.export, directory.adapter]
+    for path in wanted[config.lora.export]:
+        if path.exists():
+            if directory.exported_step() == config.train.steps:
+                continue
+            # This run's own: of an earlier end, or cut short before it was recorded.
+            shutil.rmtree(path)
+        model = setup.merge(state.params, setup.frozen)
+        card = run_card(directory, config, config.train.steps)
+        if path == directory.adapter:
+            base = public_name(config.model.source)
+            save_adapter(model, path, base_model=base, card=adapter_card(card))
+            say(f"Exported the adapters to {path} (PEFT format).")
+        else:
+            merge_adapters(model)
+            save_model(model, path, source=setup.source, card=card)
+            say(f"Exported to {path} (Hugging Face format).")
 
 
 def _plan(config: Config, setup: Setup) -> str:
