@@ -438,7 +438,7 @@ def _check_lora(lora: LoraConfig) -> list[str]:
             for field in dataclasses.fields(lora)
             if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
         ]
-        return [f"{', '.join(changed)} set without lora.rank."] if changed else []
+        return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
     try:
         LoRA(lora.rank, lora.alpha, lora.targets)
     except ConfigError as error:
