@@ -281,7 +281,8 @@ def _memory_by_kind(
         kinds[STACK] = _nbytes(stack)
     else:
         size, _ = engine.usage(state.params, batch, frozen).largest_call()
-        itemsize = max(engine.layouts, key=lambda layout: layout.size).gathered_dtype.itemsize
+        trained = [layout for layout in engine.layouts if layout.labels is not None]
+        itemsize = max(trained, key=lambda layout: layout.size).gathered_dtype.itemsize
         top = engine.topology
         # Whole arrays of this device's languages, then its pieces of all languages.
         held = top.local_objectives + top.objectives / top.pieces

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from jaxmoo.convert.cli import main as convert
+from jaxmoo.engine import cost
 from jaxmoo.hf import save_adapter
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.lora import initial_adapters
@@ -133,7 +134,7 @@ def test_new_adapters_change_nothing_and_are_spread_as_pefts(config_file):
         assert abs(np.corrcoef(a[0].ravel(), a[1].ravel())[0, 1]) < 0.1  # layers differ
 
 
-def test_the_plan_counts_adapters(config_file):
+def test_the_plan_counts_adapters_and_no_gradients_of_what_they_adapt(config_file):
     sizes = DecoderConfig(
         vocab_size=64,
         hidden_size=32,
@@ -144,16 +145,23 @@ def test_the_plan_counts_adapters(config_file):
         head_dim=8,
         max_position_embeddings=96,
     )
-    state, frozen, _ = abstract_step(load_config(config_file), sizes).arguments
-    trained = 2 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
-    assert sum(x.size for x in jax.tree.leaves(state.params)) == trained
-    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == pytest.approx(
-        2 * trained, abs=8
-    )
-    whole = nnx.state(Decoder.abstract(sizes))
-    assert sum(x.size for x in jax.tree.leaves(frozen)) == sum(
-        x.size for x in jax.tree.leaves(whole)
-    )
+    step = abstract_step(load_config(config_file, ["model.trainable=.*"]), sizes)
+    state, frozen, _ = step.arguments
+    trained = 4 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
+    assert count(state.params) == trained
+    assert count(state.opt_state) == pytest.approx(2 * trained, abs=8)  # two moments, and steps
+    assert count(frozen) == count(nnx.state(Decoder.abstract(sizes)))
+    # Forward, once more in the backward pass, and the inputs' gradients; the fourth product of a
+    # layer's parameters, their own gradient, is not formed.
+    tokens, layer = 4 * 2 * 96, 32 * (32 + 2 * 16 + 32) + 3 * 32 * 64
+    attention = 4 * 96 * 32
+    forward = 4 * tokens * (2 * layer + attention)
+    flops = cost.flops(step.function.trace(*step.arguments).jaxpr, 1)["total"]
+    assert 3 * forward < flops < 3 * forward + 4 * tokens * 2 * layer
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 # --- Bad input ---------------------------------------------------------------------------------
