@@ -268,8 +268,8 @@ def _export(
     state: TrainState,
     say: Callable[[str], None],
 ) -> None:
-    wanted = {"merged": [directory.export], "adapter": [directory.adapter]}
-    wanted["both"] = [directory.export, directory.adapter]
+    merged, adapter = directory.export, directory.adapter
+    wanted = {"merged": (merged,), "adapter": (adapter,), "both": (merged, adapter)}
     for path in wanted[config.lora.export]:
         if path.exists():
             if directory.exported_step() == config.train.steps:
@@ -278,7 +278,7 @@ def _export(
             shutil.rmtree(path)
         model = setup.merge(state.params, setup.frozen)
         card = run_card(directory, config, config.train.steps)
-        if path == directory.adapter:
+        if path == adapter:
             base = public_name(config.model.source)
             save_adapter(model, path, base_model=base, card=adapter_card(card))
             say(f"Exported the adapters to {path} (PEFT format).")
