@@ -11,7 +11,7 @@ import jax
 
 from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
-from jaxmoo.convert.models import from_hf, to_hf
+from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   python scripts/convert.py to-hf path/to/checkpoint path/to/hf-copy
   python scripts/convert.py verify path/to/hf-model path/to/hf-copy
   python scripts/convert.py to-hf runs/quickstart exported --step 30 --dtype bfloat16
+  python scripts/convert.py to-hf runs/lora adapter --adapter
 """
 
 
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
     sub.add_argument("--base", help="model that the run began with, if it has moved")
     sub.add_argument("--dtype", help="float32, bfloat16 or float16 (as the model came)")
+    sub.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: the adapters alone, in PEFT format"
+    )
     sub.add_argument("--max-file-size", default="5GB", help="size of a file of weights (5GB)")
 
     sub = command("verify", "Compare two models: every tensor, and the logits of a prompt")
@@ -101,6 +105,12 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    if options.adapter:
+        if options.dtype is not None:
+            raise ConfigError("--dtype does not go with --adapter: adapters are float32")
+        to_adapter(options.source, options.out, step=options.step, base=options.base)
+        print(f"Wrote {options.out} (PEFT format).")
+        return 0
     to_hf(
         options.source,
         options.out,

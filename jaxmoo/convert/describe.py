@@ -102,11 +102,15 @@ def _ranges(numbers: list[int]) -> str:
 def _run(run: RunDirectory) -> str:
     config = load_run_config(run.config)
     steps = run.steps()
+    lora = config.lora
+    trains = config.model.trainable
+    if lora.rank is not None:
+        trains = f"adapters of rank {lora.rank} on {', '.join(lora.targets)} of {trains}"
     return "\n".join(
         [
             f"{run.path}: training run",
             f"  began with: {config.model.source}",
-            f"  trains: {config.model.trainable}",
+            f"  trains: {trains}",
             f"  languages: {', '.join(config.data.seen)}",
             f"  method: {config.resolve.aggregator}, blocks {config.resolve.blocks}",
             f"  steps: {config.train.steps}",

@@ -22,6 +22,7 @@ from flax import nnx
 
 from jaxmoo import mesh
 from jaxmoo.errors import CheckpointError
+from jaxmoo.hf.adapter import save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.load import load_config, load_model, read_json, with_dtypes
@@ -35,14 +36,16 @@ from jaxmoo.hf.save import (
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.hf.weights import DTYPES, Weights
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
-from jaxmoo.train.card import run_card
+from jaxmoo.models.lora import merge_adapters
+from jaxmoo.models.paths import named_leaves
+from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import STATE
 from jaxmoo.train.config import load_config as load_run_config
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
+from jaxmoo.train.parameters import run_segments, split_model
 
-__all__ = ["CHECKPOINT_FILE", "Opened", "from_hf", "kind_of", "open_model", "to_hf"]
+__all__ = ["CHECKPOINT_FILE", "Opened", "from_hf", "kind_of", "open_model", "to_adapter", "to_hf"]
 
 CHECKPOINT_FILE = "checkpoint.json"
 _PARAMS = "params"
@@ -137,6 +140,40 @@ def to_hf(
     )
 
 
+def to_adapter(
+    source: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the adapters of a step of a training run as a directory in PEFT format.
+
+    Args:
+      source: the output directory of the run.
+      out: the directory to make; may exist if it is empty.
+      step: as for `to_hf`.
+      base: as for `to_hf`.
+      say: called with lines for a person to read.
+
+    Raises:
+      CheckpointError: when ``out`` is not empty, or ``source`` is damaged, trained no adapters, or
+        has no such step.
+    """
+    check_target(Path(out))
+    run = RunDirectory(source)
+    if kind_of(Path(source)) != "run" or load_run_config(run.config).lora.rank is None:
+        raise CheckpointError(f"{source} is not a training run with adapters (lora.rank)")
+    opened = _open_run(run, step, base, say)
+    save_adapter(
+        opened.model,
+        Path(out),
+        base_model=public_name(base or load_run_config(run.config).model.source),
+        card=None if opened.card is None else adapter_card(opened.card),
+    )
+
+
 def kind_of(path: Path) -> str:
     """Tell what a directory is: "run", "checkpoint" or "hf".
 
@@ -173,6 +210,8 @@ def open_model(
 ) -> Opened:
     """Load the model in a directory of any kind, every parameter in its stored dtype.
 
+    Adapters that a run trained are merged into the parameters they adapt.
+
     Args:
       path: a Hugging Face directory, a checkpoint directory or a training run.
       step: which of a run's checkpoints; the newest by default.
@@ -185,7 +224,9 @@ def open_model(
     path = Path(path)
     kind = kind_of(path)
     if kind == "run":
-        return _open_run(RunDirectory(path), step, base, say)
+        opened = _open_run(RunDirectory(path), step, base, say)
+        merge_adapters(opened.model)
+        return opened
     if step is not None or base is not None:
         raise CheckpointError(f"a step or base was given, but {path} is not a training run")
     if kind == "checkpoint":
@@ -257,14 +298,15 @@ def _open_run(
         )
     source = resolve_source(base or config.model.source)
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
-    pattern = config.model.trainable
-    segments = segments_for(load_config(source), pattern)
+    segments = run_segments(config, load_config(source))
     model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
-    graph, trained, frozen = nnx.split(model, trainable_filter(pattern), ...)
-    averaged = config.optimizer.ema is not None
-    like = with_dtypes(trained, lambda _: "float32" if averaged else config.model.param_dtype)
+    graph, trained, frozen = split_model(config, model)
+    like, within = trained, "params"
+    if config.optimizer.ema is not None:
+        like, within = with_dtypes(trained, lambda _: "float32"), "ema"
+    elif config.lora.rank is None:
+        like = with_dtypes(trained, lambda _: config.model.param_dtype)
     del trained, model
-    within = "ema" if averaged else "params"
     trained = _restore(run.checkpoints / str(step) / STATE, like, within=within)
     weights = Weights(source)
     return Opened(

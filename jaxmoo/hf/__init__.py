@@ -1,5 +1,6 @@
 """Hugging Face directories: finding, loading and saving models and tokenizers."""
 
+from jaxmoo.hf.adapter import load_adapter, save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.load import load_config, load_model
@@ -13,9 +14,11 @@ __all__ = [
     "cache_directory",
     "convert_gguf",
     "fetch_wheel",
+    "load_adapter",
     "load_config",
     "load_model",
     "load_tokenizer",
     "resolve_source",
+    "save_adapter",
     "save_model",
 ]

@@ -21,6 +21,7 @@ class ModelCard:
       method: how it was trained, in a sentence.
       data: what it was trained on, in a sentence.
       metrics: tables of numbers: a heading, and for every row a value of every column.
+      library: what loads it: "transformers", or "peft" for adapters.
 
     Example:
       >>> card = ModelCard("tiny", base_model="org/base", languages=("en", "ja"),
@@ -52,11 +53,12 @@ class ModelCard:
     method: str | None = None
     data: str | None = None
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    library: str = "transformers"
 
     def text(self) -> str:
         """Contents of the README.md: metadata for the hub, then the facts as Markdown."""
         # JSON strings and lists are valid YAML, whatever they hold.
-        lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+        lines = ["---", f"library_name: {self.library}", "pipeline_tag: text-generation"]
         if self.base_model and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_model):
             lines.append(f"base_model: {json.dumps(self.base_model)}")
         if self.languages:

@@ -21,7 +21,7 @@ from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.load import load_config, progress, read_json
-from jaxmoo.hf.names import hf_tensor
+from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
@@ -32,6 +32,9 @@ __all__ = [
     "copy_companions",
     "model_tensors",
     "save_model",
+    "state_tensors",
+    "write_directory",
+    "write_file",
     "write_weights",
 ]
 
@@ -102,18 +105,39 @@ def save_model(
         dtype_of = lambda _: dtype  # noqa: E731
     tensors = model_tensors(model, dtype_of)
 
-    def write(tensors: Sequence[Tensor]) -> None:
+    def write(directory: Path, tensors: Sequence[Tensor]) -> None:
+        write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
+        (directory / "config.json").write_text(config, "utf-8")
+        copy_companions(source, directory)
+        if card is not None:
+            (directory / "README.md").write_text(card.text(), "utf-8")
+
+    write_directory(path, tensors, write)
+
+
+def write_directory(
+    path: Path, tensors: Sequence[Tensor], write: Callable[[Path, Sequence[Tensor]], None]
+) -> None:
+    """Make a directory of tensors that may be spread over several processes.
+
+    Args:
+      path: the directory to make; it may exist if it is empty. It appears when all is written.
+      tensors: what to write.
+      write: writes the tensors it is given, and what belongs to them, into the directory it is
+        given. Only the first process calls it.
+
+    Raises:
+      CheckpointError: when ``path`` is not empty, or something could not be read or written.
+    """
+
+    def whole(tensors: Sequence[Tensor]) -> None:
         with new_directory(path) as directory:
-            write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
-            (directory / "config.json").write_text(config, "utf-8")
-            copy_companions(source, directory)
-            if card is not None:
-                (directory / "README.md").write_text(card.text(), "utf-8")
+            write(directory, tensors)
 
     if jax.process_count() == 1:
-        write(tensors)
+        whole(tensors)
     else:
-        _with_all_processes(tensors, write)
+        _with_all_processes(tensors, whole)
 
 
 def _with_all_processes(
@@ -169,10 +193,25 @@ def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
     Returns:
       The tensors; each is brought to the host, and converted, when it is read.
     """
+    return state_tensors(nnx.state(model), dtype)
+
+
+def state_tensors(
+    state: nnx.State,
+    dtype: Callable[[str], Any],
+    tensor_of: Callable[[str], HFTensor] = hf_tensor,
+) -> list[Tensor]:
+    """List the tensors of a decoder's state, or a part of it; see `model_tensors`.
+
+    Args:
+      state: the state.
+      dtype: gives the dtype of a tensor in the file, by its name.
+      tensor_of: gives the tensor that holds a parameter, by its logical path.
+    """
     return [
-        _model_tensor(leaf, layer, logical, dtype)
-        for leaf_path, leaf in named_leaves(nnx.state(model))
-        for layer, logical in enumerate(logical_paths(leaf_path, leaf.shape))
+        _state_tensor(leaf, layer if path[0] == "layers" else None, tensor_of(logical), dtype)
+        for path, leaf in named_leaves(state)
+        for layer, logical in enumerate(logical_paths(path, leaf.shape))
     ]
 
 
@@ -239,7 +278,7 @@ def write_weights(
             name = WEIGHTS_FILE
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_file(directory / name, shard, bar.update)
+            write_file(directory / name, shard, bar.update)
             weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -255,11 +294,18 @@ def check_space(directory: Path, total: int) -> None:
         )
 
 
-def _write_file(file: Path, tensors: Sequence[Tensor], done: Callable[[int], Any]) -> None:
+def write_file(
+    file: Path, tensors: Sequence[Tensor], done: Callable[[int], Any] = lambda _: None
+) -> None:
     """Write a safetensors file tensor by tensor, where the library wants all of them at once.
 
     The format: https://github.com/huggingface/safetensors#format. Order and header are the
     library's own, so that files are the same to the byte.
+
+    Args:
+      file: where to write.
+      tensors: what to write.
+      done: is told of bytes written.
     """
     # Wider types come first, which keeps every tensor aligned.
     tensors = sorted(tensors, key=_file_order)
@@ -295,16 +341,17 @@ _SHORT = {long: short for short, long in DTYPES.items()}
 _ORDER = ("float64", "float32", "bfloat16", "float16")
 
 
-def _model_tensor(leaf: jax.Array, layer: int, logical: str, dtype: Callable[[str], Any]) -> Tensor:
+def _state_tensor(
+    leaf: jax.Array, layer: int | None, tensor: HFTensor, dtype: Callable[[str], Any]
+) -> Tensor:
     """The tensor that holds a parameter, or one layer of a stack of parameters."""
-    name, transposed = hf_tensor(logical)
+    name, transposed = tensor
     storage = jnp.dtype(dtype(name))
-    stacked = logical.startswith("layers.")
-    shape = leaf.shape[1:] if stacked else leaf.shape
+    shape = leaf.shape if layer is None else leaf.shape[1:]
 
     def read() -> np.ndarray:
         # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
-        array = _tensor(leaf, layer if stacked else None, transposed)
+        array = _tensor(leaf, layer, transposed)
         if array.is_fully_addressable:
             value = np.asarray(array)
         else:

@@ -3,6 +3,7 @@
 from jaxmoo.models.config import DecoderConfig, Llama3Rope
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.lora import LoRA, add_adapters, initial_adapters, merge_adapters
 from jaxmoo.models.loss import language_loss, target_mask, token_nll
 from jaxmoo.models.paths import (
     logical_paths,
@@ -17,8 +18,12 @@ __all__ = [
     "DecoderConfig",
     "DecoderLayer",
     "Llama3Rope",
+    "LoRA",
+    "add_adapters",
+    "initial_adapters",
     "language_loss",
     "logical_paths",
+    "merge_adapters",
     "named_leaves",
     "parameter_paths",
     "rope_tables",

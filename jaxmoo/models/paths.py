@@ -17,7 +17,14 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 
-__all__ = ["logical_paths", "named_leaves", "parameter_paths", "segments_for", "trainable_filter"]
+__all__ = [
+    "compile_regex",
+    "logical_paths",
+    "named_leaves",
+    "parameter_paths",
+    "segments_for",
+    "trainable_filter",
+]
 
 
 def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:
@@ -89,7 +96,7 @@ def segments_for(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
       >>> segments_for(config, r"^layers\\.(2[2-9])\\.")
       (0, 22)
     """
-    regex = _compile(pattern)
+    regex = compile_regex(pattern)
     names = parameter_paths(config)
     matched = [name for name in names if regex.search(name)]
     if not matched:
@@ -133,7 +140,7 @@ def trainable_filter(pattern: str) -> Callable[[tuple[Any, ...], Any], bool]:
       >>> [".".join(path) for path, _ in nnx.to_flat_state(trainable)]
       ['layers.2.input_layernorm.scale', 'layers.2.post_attention_layernorm.scale']
     """
-    regex = _compile(pattern)
+    regex = compile_regex(pattern)
 
     def select(path: tuple[Any, ...], leaf: Any) -> bool:
         names = logical_paths(path, leaf.shape)
@@ -149,7 +156,12 @@ def trainable_filter(pattern: str) -> Callable[[tuple[Any, ...], Any], bool]:
     return select
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_regex(pattern: str) -> re.Pattern[str]:
+    """Compile a user's regular expression.
+
+    Raises:
+      ConfigError: it is none.
+    """
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from jaxmoo.hf import ModelCard
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
 
-__all__ = ["run_card"]
+__all__ = ["adapter_card", "public_name", "run_card"]
 
 
 def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
@@ -28,18 +29,26 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
             if code in after
         }
     resolve = config.resolve
+    tuned = "fine-tuning"
+    if config.lora.rank is not None:
+        tuned = f"LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
     return ModelCard(
         title=run.path.absolute().name,
-        base_model=_public(config.model.source),
+        base_model=public_name(config.model.source),
         languages=tuple(config.data.seen),
-        method=f"fine-tuning with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
+        method=f"{tuned} with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
         f"language, resolved by {resolve.aggregator} in blocks ({resolve.blocks})",
-        data=_public(config.data.source),
+        data=public_name(config.data.source),
         metrics=metrics,
     )
 
 
-def _public(name: str) -> str:
+def adapter_card(card: ModelCard) -> ModelCard:
+    """The card of the adapters alone."""
+    return dataclasses.replace(card, library="peft")
+
+
+def public_name(name: str) -> str:
     """A name without the place on this machine, where it is a path."""
     path = Path(name).expanduser()
     return path.name if path.is_absolute() or path.exists() or name.startswith(".") else name

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.models.lora import PROJECTIONS, LoRA
 from jaxmoo.train import schema
 from jaxmoo.train.schema import MISSING, Range, setting
 from jaxmoo.train.yaml_text import dump, flow
@@ -26,6 +27,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "DataConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -59,17 +61,49 @@ class ModelConfig:
         ".*",
         "Regular expression searched for in parameter paths such as "
         "`layers.25.mlp.up_proj.kernel`; what does not match stays as it is. Freezing the first "
-        "layers also saves their share of the backward pass.",
+        "layers also saves their share of the backward pass. With `lora.rank` it chooses the "
+        "layers that get adapters, and must match whole layers, such as "
+        "`^layers\\.(2[2-9])\\.`, or everything.",
     )
     dtype: str = setting("float32", "Precision of the computation.", choices=_PRECISIONS)
     param_dtype: str = setting(
-        "float32", "Precision in which parameters are kept and updated.", choices=_PRECISIONS
+        "float32",
+        "Precision in which parameters are kept and updated; adapters are float32 in any case.",
+        choices=_PRECISIONS,
     )
     remat: str = setting(
         "full",
         "What the backward pass computes again instead of keeping it: whole layers (`full`), all "
         "but their matrix products (`dots`), or nothing (`none`: fastest, most memory).",
         choices=("full", "dots", "none"),
+        free=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the model stays as it is, and only what is added to it learns."""
+
+    rank: int | None = setting(
+        None,
+        "Rank of the adapters. null trains parameters themselves; with a rank `model.trainable` "
+        "chooses the layers that get adapters.",
+        within=_AT_LEAST_1,
+    )
+    alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=_POSITIVE)
+    targets: list[str] = setting(
+        list(PROJECTIONS), "Projections of those layers that get adapters; by default all."
+    )
+    adapter: str | None = setting(
+        None,
+        "Directory in PEFT format with the adapters to begin with; null begins with new ones, "
+        "which change nothing yet.",
+    )
+    export: str = setting(
+        "merged",
+        "What `export` writes: the whole model with the adapters merged into it (`merged`, to "
+        "`export/`), the adapters alone in PEFT format (`adapter`, to `adapter/`), or `both`.",
+        choices=("merged", "adapter", "both"),
         free=True,
     )
 
@@ -380,6 +414,7 @@ class Config:
         free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     resolve: ResolveConfig = dataclasses.field(default_factory=ResolveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -432,6 +467,7 @@ def validate(config: Config) -> None:
             re.compile(config.model.trainable)
         except re.error as error:
             problems.append(f"model.trainable is not a regular expression: {error}.")
+        problems += _check_lora(config.lora)
         for name, wanted in (
             ("patience", config.train.patience is not None),
             ("select=best", config.train.select == "best"),
@@ -473,6 +509,22 @@ def _check_data(data: DataConfig) -> list[str]:
     if columns.messages is not None and (columns.prompt, columns.completion) != (None, None):
         problems.append("data.columns takes either messages or prompt and completion, not both.")
     return problems
+
+
+def _check_lora(lora: LoraConfig) -> list[str]:
+    if lora.rank is None:
+        # They would have no effect, which may not be what was meant.
+        changed = [
+            f"lora.{field.name}"
+            for field in dataclasses.fields(lora)
+            if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
+        ]
+        return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
+    try:
+        LoRA(lora.rank, lora.alpha, lora.targets)
+    except ConfigError as error:
+        return [f"lora: {error}"]
+    return []
 
 
 def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:

@@ -38,6 +38,7 @@ class RunDirectory:
         profile/         what devices and host did in a few steps, if asked
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
+        adapter/         the trained adapters in PEFT format
 
     What is being written, or says who writes, begins with a dot.
 
@@ -55,6 +56,7 @@ class RunDirectory:
         self.profile = self.path / "profile"
         self.report = self.path / "report"
         self.export = self.path / "export"
+        self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
 
     def check(self, config: Config) -> None:

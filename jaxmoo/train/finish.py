@@ -8,8 +8,9 @@ from typing import Any
 
 from jaxmoo.analysis import write_report
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
-from jaxmoo.hf import save_model
-from jaxmoo.train.card import run_card
+from jaxmoo.hf import save_adapter, save_model
+from jaxmoo.models import merge_adapters
+from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.config import Config
 from jaxmoo.train.distributed import barrier, from_first, is_first
 from jaxmoo.train.job import Job
@@ -84,19 +85,25 @@ def _results(
 
 
 def _export(job: Job, params: Any, step: int) -> None:
-    directory = job.directory
-    exported = directory.export.exists() and directory.exported_step() == step
-    if from_first(exported):
-        return
-    if is_first():
-        # This run's own: of an earlier end, or cut short.
-        for old in (directory.export, *directory.path.glob(f".{directory.export.name}.*.tmp")):
-            shutil.rmtree(old, ignore_errors=True)
-    barrier("nothing is in the way of the export")
-    save_model(
-        job.setup.merge(params, job.setup.frozen),
-        directory.export,
-        source=job.setup.source,
-        card=run_card(directory, job.config, step),
-    )
-    job.say(f"Exported to {directory.export} (Hugging Face format).")
+    directory, config = job.directory, job.config
+    recorded = directory.exported_step() == step
+    merged, adapter = directory.export, directory.adapter
+    wanted = {"merged": (merged,), "adapter": (adapter,), "both": (merged, adapter)}
+    for path in wanted[config.lora.export]:
+        if from_first(recorded and path.exists()):
+            continue
+        if is_first():
+            # This run's own: of an earlier end, or cut short.
+            for old in (path, *directory.path.glob(f".{path.name}.*.tmp")):
+                shutil.rmtree(old, ignore_errors=True)
+        barrier("nothing is in the way of the export")
+        model = job.setup.merge(params, job.setup.frozen)
+        card = run_card(directory, config, step)
+        if path == adapter:
+            base = public_name(config.model.source)
+            save_adapter(model, path, base_model=base, card=adapter_card(card))
+            job.say(f"Exported the adapters to {path} (PEFT format).")
+        else:
+            merge_adapters(model)
+            save_model(model, path, source=job.setup.source, card=card)
+            job.say(f"Exported to {path} (Hugging Face format).")

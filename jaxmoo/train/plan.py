@@ -23,13 +23,14 @@ from jaxmoo import mesh
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
+from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.models.presets import preset
 from jaxmoo.sizes import format_size
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
+from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.setup import make_run_mesh
 from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 
@@ -55,8 +56,8 @@ REST = "batch and diagnostics"
 # What makes each of them smaller.
 _REMEDIES = {
     PARAMETERS: "use more devices, or model.param_dtype=bfloat16",
-    OPTIMISER: "use more devices, or train fewer parameters (model.trainable)",
-    GRADIENT: "use more devices, or train fewer parameters (model.trainable)",
+    OPTIMISER: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
+    GRADIENT: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
     OBJECTIVES: "use smaller blocks (resolve.blocks=module, or more resolve.vocabulary_slices)",
     TAPS: "use blocks that one layer holds (resolve.blocks=layer) and "
     "train.accumulation=resolve_each",
@@ -205,12 +206,12 @@ def abstract_step(
     model, data = config.model, config.data
     decoder = Decoder.abstract(
         architecture,
-        segments=segments_for(architecture, model.trainable),
+        segments=run_segments(config, architecture),
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
     )
-    graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
+    graph, params, frozen = split_model(config, decoder)
 
     def place(tree: Any) -> Any:
         return _with_sharding(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
@@ -265,7 +266,8 @@ def _memory_by_kind(
         kinds[STACK] = _nbytes(stack)
     else:
         size, _ = engine.usage(state.params, batch, frozen).largest_call()
-        itemsize = max(engine.layouts, key=lambda layout: layout.size).gathered_dtype.itemsize
+        trained = [layout for layout in engine.layouts if layout.labels is not None]
+        itemsize = max(trained, key=lambda layout: layout.size).gathered_dtype.itemsize
         top = engine.topology
         # Whole arrays of this device's languages, then its pieces of all languages.
         held = top.local_objectives + top.objectives / top.pieces

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
@@ -126,6 +127,6 @@ def _late(config: Config, setup: Setup) -> str:
     return (
         f"The gradients of {len(kept)} arrays are kept for all languages until the end of the "
         f"backward pass, where their blocks ({config.resolve.blocks}, train.accumulation="
-        f"{config.train.accumulation}) are resolved: {sum(kept.values()) / 2**20:,.0f} MiB per "
+        f"{config.train.accumulation}) are resolved: {format_size(sum(kept.values()))} per "
         "device.\n"
     )

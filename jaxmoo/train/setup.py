@@ -15,12 +15,14 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import mesh
 from jaxmoo.data import Corpus, LanguageBatches, load_corpus
 from jaxmoo.errors import ConfigError
+from jaxmoo.hf import load_adapter, load_model, load_tokenizer, resolve_source
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.hf import load_model, load_tokenizer, resolve_source
-from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
+from jaxmoo.models import Decoder, token_nll
+from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
+from jaxmoo.train.parameters import lora_of, run_segments, split_model
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 
@@ -106,7 +108,12 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             f"data.sequence_length is {data.sequence_length}, but {model.source} reads at most "
             f"{architecture.max_position_embeddings} tokens."
         )
-    segments = segments_for(architecture, model.trainable)
+    segments = run_segments(config, architecture)
+
+    def shardings(tree: Any) -> Any:
+        return mesh.parameter_shardings(device_mesh, tree, stacked=STACKED)
+
+    adapters = _adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
 
     tokenizer = load_tokenizer(source)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -136,9 +143,11 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         dtype=jax.numpy.dtype(model.dtype),
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
-        shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
+        shardings=shardings,
     )
-    graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
+    graph, params, frozen = split_model(config, decoder)
+    if adapters is not None:
+        params = adapters
 
     def merge(params: Any, frozen: Any) -> Decoder:
         return nnx.merge(graph, params, frozen)
@@ -172,3 +181,16 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             data.sequence_length,
         ),
     )
+
+
+def _adapters(
+    config: Config, abstract: Decoder, shardings: Callable[[Any], Any]
+) -> nnx.State | None:
+    """The adapters a run begins with, or None when it trains parameters themselves."""
+    lora = lora_of(config)
+    if lora is None:
+        return None
+    shapes = split_model(config, abstract)[1]
+    if config.lora.adapter is None:
+        return initial_adapters(shapes, config.seed, shardings(shapes))
+    return load_adapter(Path(config.lora.adapter).expanduser(), shapes, lora, shardings(shapes))

@@ -1,0 +1,59 @@
+"""What a run trains: parameters that an expression matches, or adapters on matching layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
+from jaxmoo.models.lora import ADAPTERS, LoRA, adapted_layers, add_adapters
+from jaxmoo.train.config import Config
+
+__all__ = ["lora_of", "run_segments", "split_model"]
+
+
+def lora_of(config: Config) -> LoRA | None:
+    """Return the kind of adapters a run trains, or None when it trains parameters themselves."""
+    settings = config.lora
+    if settings.rank is None:
+        return None
+    return LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+
+
+def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
+    """Choose the segments of a run's decoder, which part what is trained from what is not.
+
+    Args:
+      config: the run's settings.
+      architecture: the model's sizes.
+
+    Raises:
+      ConfigError: ``model.trainable`` matches nothing, or not whole layers where those get
+        adapters.
+    """
+    pattern = config.model.trainable
+    if config.lora.rank is not None:
+        try:
+            adapted_layers(architecture, pattern)
+        except ConfigError as error:
+            raise ConfigError(f"model.trainable, with lora.rank: {error}") from None
+    return segments_for(architecture, pattern)
+
+
+def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.State]:
+    """Part what a run trains from what stays as it is.
+
+    Args:
+      config: the run's settings.
+      decoder: built with :func:`run_segments`; it gets the adapters, if there are to be any.
+
+    Returns:
+      ``(graph, trained, frozen)``. Adapters are shapes only.
+    """
+    lora, pattern = lora_of(config), config.model.trainable
+    if lora is None:
+        return nnx.split(decoder, trainable_filter(pattern), ...)
+    add_adapters(decoder, lora, adapted_layers(decoder.config, pattern))
+    return nnx.split(decoder, trainable_filter(ADAPTERS), ...)

@@ -1,0 +1,232 @@
+"""Adapters against the peft library: logits, gradients, merging, and its files both ways."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+
+import tiny_models
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf import ModelCard, load_adapter, load_model, save_adapter, save_model
+from jaxmoo.hf.adapter import peft_tensor
+from jaxmoo.models import LoRA, add_adapters, language_loss, merge_adapters, trainable_filter
+from jaxmoo.models.lora import ADAPTERS, PROJECTIONS
+from tiny_models import by_logical_path, relative_error, tokens_and_mask
+
+TOLERANCE = 1e-5
+WEIGHTS = "adapter_model.safetensors"
+TOKENS, MASK = tokens_and_mask(tiny_models.SIZES["vocab_size"], (3, 23))
+
+
+def with_adapters(base: Path, lora: LoRA, layers, segments=(0,)):
+    """A model with adapters that are shapes only, in three parts."""
+    model = load_model(base, segments=segments)
+    add_adapters(model, lora, layers)
+    return nnx.split(model, trainable_filter(ADAPTERS), ...)
+
+
+class Case:
+    """A base model, and adapters that peft made for it with random A and B.
+
+    A, B and W are of one size, so that an adapter misplaced or misscaled shows.
+    """
+
+    def __init__(self, directory: Path, variant: str, **settings):
+        self.variant = variant
+        self.base, self.adapter = directory / "base", directory / "adapter"
+        tiny_models.save(variant, self.base)
+        model = get_peft_model(
+            tiny_models.make(variant),
+            LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings),
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.15 * torch.randn_like(parameter))
+        model.save_pretrained(self.adapter)
+        self.model = model.eval()
+
+    def reload(self, adapter: Path):
+        """The base model with adapters from files, by peft."""
+        return PeftModel.from_pretrained(tiny_models.make(self.variant), adapter).eval()
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory) -> Case:
+    """Qwen2 (biases on q, k and v, tied head), adapters on all projections."""
+    directory = tmp_path_factory.mktemp("qwen2")
+    return Case(directory, "qwen2", r=4, lora_alpha=8, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory) -> Case:
+    """Llama, adapters on some projections of the last two layers, scaled by alpha / sqrt(rank)."""
+    return Case(
+        tmp_path_factory.mktemp("llama"),
+        "llama",
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["q_proj", "o_proj", "down_proj"],
+        layers_to_transform=[1, 2],
+        layers_pattern="layers",
+    )
+
+
+ALL = LoRA(rank=4, alpha=8)
+SOME = LoRA(rank=4, alpha=12, targets=("q_proj", "o_proj", "down_proj"))  # 6 x sqrt(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "layers", "segments"),
+    [("everywhere", ALL, range(3), (0,)), ("somewhere", SOME, [1, 2], (0, 1))],
+)
+def test_logits_gradients_and_merged_weights_equal_pefts(
+    name, lora, layers, segments, request, tmp_path: Path
+):
+    case = request.getfixturevalue(name)
+    graph, abstract, frozen = with_adapters(case.base, lora, layers, segments)
+    params = load_adapter(case.adapter, abstract, lora)
+    batch = {"tokens": jnp.asarray(TOKENS), "loss_mask": jnp.asarray(MASK)}
+
+    @jax.jit
+    def compute(params):
+        gradients = jax.grad(lambda p: language_loss(nnx.merge(graph, p, frozen), batch))(params)
+        return nnx.merge(graph, params, frozen)(batch["tokens"]), gradients
+
+    our_logits, gradients = compute(params)
+
+    ids, targets = torch.tensor(TOKENS).long(), torch.tensor(MASK)[:, 1:].flatten()
+    case.model.zero_grad()
+    logits = case.model(ids).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    nll[targets].mean().backward()
+    theirs = {n: p.grad.numpy() for n, p in case.model.named_parameters() if p.grad is not None}
+    ours = by_logical_path(gradients)
+    assert len(ours) == len(theirs) == 2 * len(lora.targets) * len(layers)
+    for path, gradient in ours.items():
+        tensor = peft_tensor(path).name.replace(".weight", ".default.weight")
+        assert relative_error(gradient.T, theirs[tensor]) < TOLERANCE, path
+
+    assert relative_error(our_logits, logits.detach().numpy()) < TOLERANCE
+    model = nnx.merge(graph, params, frozen)
+    merge_adapters(model)
+    save_model(model, tmp_path / "merged", source=case.base)
+    expected = case.reload(case.adapter).merge_and_unload().state_dict()
+    found, before = (load_file(d / "model.safetensors") for d in (tmp_path / "merged", case.base))
+    assert found.keys() == before.keys()
+    adapted = {
+        f"model.layers.{i}.{'mlp' if name in PROJECTIONS[4:] else 'self_attn'}.{name}.weight"
+        for i in layers
+        for name in lora.targets
+    }
+    for tensor, value in found.items():
+        if tensor in adapted:
+            assert relative_error(value, expected[tensor].numpy()) < 1e-6, tensor
+            assert relative_error(value, before[tensor]) > 0.01, tensor
+        else:
+            np.testing.assert_array_equal(value, before[tensor], tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "layers", "segments"),
+    [("everywhere", ALL, range(3), (0, 2)), ("somewhere", SOME, [1, 2], (0, 1))],
+)
+def test_what_we_write_peft_loads_with_equal_logits(
+    name, lora, layers, segments, request, tmp_path: Path
+):
+    case = request.getfixturevalue(name)
+    graph, abstract, frozen = with_adapters(case.base, lora, layers, segments)
+    model = nnx.merge(graph, load_adapter(case.adapter, abstract, lora), frozen)
+    out = tmp_path / "out"
+    save_adapter(model, out, base_model="org/base", card=ModelCard("a", library="peft"))
+    theirs, ours = load_file(case.adapter / WEIGHTS), load_file(out / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for tensor in ours:
+        np.testing.assert_array_equal(ours[tensor], theirs[tensor], tensor)
+    with torch.no_grad():
+        expected = case.model(torch.tensor(TOKENS).long()).logits.numpy()
+        found = case.reload(out)(torch.tensor(TOKENS).long()).logits.numpy()
+    assert relative_error(found, expected) < 1e-6
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    assert set(config["target_modules"]) == set(lora.targets)
+    assert (config["r"], config["lora_alpha"]) == (lora.rank, lora.alpha)
+    assert "library_name: peft" in (out / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="not an empty directory"):
+        save_adapter(model, out, base_model="org/base")
+
+
+# --- Bad input ---------------------------------------------------------------------------------
+
+
+def test_adapters_of_another_kind_are_refused(everywhere: Case, tmp_path: Path):
+    _, abstract, _ = with_adapters(everywhere.base, ALL, range(3))
+    config = json.loads((everywhere.adapter / "adapter_config.json").read_text())
+
+    def refuse(match: str, lora: LoRA = ALL, **changes) -> None:
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        shutil.copytree(everywhere.adapter, tmp_path / "other")
+        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(CheckpointError, match=match):
+            load_adapter(tmp_path / "other", abstract, lora)
+
+    refuse("peft_type is 'IA3'", peft_type="IA3")
+    refuse("use_dora is set; bias is 'all'", use_dora=True, bias="all")
+    refuse("'pissa' changes the base model", init_lora_weights="pissa")
+    refuse("alpha_pattern is set", alpha_pattern={"q_proj": 3})
+    refuse("rank 4 and alpha 8, this run's are to have rank 2", LoRA(rank=2, alpha=8))
+    refuse(r"set lora\.alpha=8", LoRA(rank=4, alpha=16))
+    refuse(r"set lora\.alpha=16", use_rslora=True)
+    refuse("rank None", r=None)
+
+
+def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere: Case):
+    _, abstract, _ = with_adapters(everywhere.base, SOME, range(3))
+    with pytest.raises(CheckpointError, match=r"missing: .*layers\.0\.self_attn\.q_proj") as error:
+        load_adapter(somewhere.adapter, abstract, SOME)
+    assert "down_proj, o_proj, q_proj of the layers [1, 2]" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"not adapted by this run: .*k_proj"):
+        load_adapter(everywhere.adapter, abstract, LoRA(rank=4, alpha=8))
+
+
+def test_damaged_adapters_are_refused(everywhere: Case, tmp_path: Path):
+    _, abstract, _ = with_adapters(everywhere.base, ALL, range(3))
+    copy = shutil.copytree(everywhere.adapter, tmp_path / "copy")
+    weights = load_file(copy / WEIGHTS)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name][:-1]}, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{name}: expected shape .*, found"):
+        load_adapter(copy, abstract, ALL)
+    data = (everywhere.adapter / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} cannot be read"):
+        load_adapter(copy, abstract, ALL)
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="save the adapters as safetensors"):
+        load_adapter(copy, abstract, ALL)
+    (copy / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load_adapter(copy, abstract, ALL)
+
+
+def test_a_model_with_adapters_is_not_saved_without_them(everywhere: Case, tmp_path: Path):
+    graph, abstract, frozen = with_adapters(everywhere.base, ALL, range(3))
+    model = nnx.merge(graph, load_adapter(everywhere.adapter, abstract, ALL), frozen)
+    with pytest.raises(CheckpointError, match="has no Hugging Face name"):
+        save_model(model, tmp_path / "out", source=everywhere.base)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="no adapters"):
+        save_adapter(load_model(everywhere.base), tmp_path / "out", base_model="org/base")

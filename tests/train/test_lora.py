@@ -1,0 +1,197 @@
+"""A run that trains adapters, from its config to files that peft and transformers load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from jaxmoo.convert.cli import main as convert
+from jaxmoo.engine import cost
+from jaxmoo.hf import save_adapter
+from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.models.lora import initial_adapters
+from jaxmoo.train.cli import main
+from jaxmoo.train.config import load_config
+from jaxmoo.train.metrics import read_metrics
+from jaxmoo.train.parameters import run_segments, split_model
+from jaxmoo.train.plan import abstract_step
+from jaxmoo.train.setup import prepare
+
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"], "export": "both"}
+
+
+@pytest.fixture
+def config_file(write_config):
+    return write_config(
+        lora=LORA, optimizer__learning_rate=1e-2, report=False, tensorboard=False, data__unseen=[]
+    )
+
+
+def copied(run, path, *without):
+    """A copy of a run as it was before it had written some things."""
+    shutil.copytree(run, path)
+    for name in ("results.json", "export", "adapter", *without):
+        target = path / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    return path
+
+
+def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["--config", str(config_file)]) == 0
+    # Adapters on layers 2 and 3: (in + out) x rank of three projections.
+    trained = 2 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
+    assert f"Training {trained:,} of " in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert results["summary_after"]["seen_nll"] < results["summary_before"]["seen_nll"]
+    rows = read_metrics(run / "metrics.jsonl")
+    assert set(rows[0]["blocks"]) == {"layers.2", "layers.3"}
+
+    # The base is as it was but for what the adapters add.
+    before, after = load_file(tiny_model / WEIGHTS), load_file(run / "export" / WEIGHTS)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{i}.{module}.weight"
+        for i in (2, 3)
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+
+    # What transformers reads and what peft reads predict the same.
+    tokens = np.arange(40)[None] * 7 % 49152
+
+    def theirs(model):
+        with torch.no_grad():
+            return model(torch.tensor(tokens)).logits.numpy()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    start = theirs(base)
+    expected = theirs(AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32))
+    largest = np.abs(expected).max()
+    adapted = theirs(PeftModel.from_pretrained(base, run / "adapter"))
+    np.testing.assert_allclose(adapted, expected, atol=1e-5 * largest)
+    assert np.abs(adapted - start).max() > 1e-3 * largest
+
+    # Checkpoints hold adapters and their moments, nothing of the model's size.
+    stored = sum(f.stat().st_size for f in (run / "checkpoints" / "4").rglob("*") if f.is_file())
+    assert stored < 4 * 49152 * 32 / 10
+
+    # What is exported later is the same.
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    assert convert(["to-hf", str(run), str(merged)]) == 0
+    assert convert(["to-hf", str(run), str(adapter), "--adapter"]) == 0
+    assert (merged / WEIGHTS).read_bytes() == (run / "export" / WEIGHTS).read_bytes()
+    assert (adapter / ADAPTER).read_bytes() == (run / "adapter" / ADAPTER).read_bytes()
+    assert convert(["inspect", str(run)]) == 0
+    assert "adapters of rank 4 on q_proj, v_proj, down_proj" in capsys.readouterr().out
+
+    # Interrupted after step 2 and resumed, a run ends with the same adapters.
+    resumed = copied(run, tmp_path / "resumed", "checkpoints/4")
+    assert main(["--config", str(config_file), f"output={resumed}"]) == 0
+    assert "Resuming from the checkpoint of step 2" in capsys.readouterr().out
+    assert (resumed / "adapter" / ADAPTER).read_bytes() == (run / "adapter" / ADAPTER).read_bytes()
+
+    # Another run may begin with them.
+    config = load_config(config_file, [f"lora.adapter={adapter}"])
+    more = prepare(config, lambda _: None)
+    save_adapter(more.merge(more.state.params, more.frozen), tmp_path / "more", base_model="base")
+    assert (tmp_path / "more" / ADAPTER).read_bytes() == (adapter / ADAPTER).read_bytes()
+
+
+def test_new_adapters_change_nothing_and_are_spread_as_pefts(config_file):
+    config = load_config(config_file, ["model.trainable=.*"])
+    sizes = DecoderConfig(
+        vocab_size=64,
+        hidden_size=400,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=32,
+    )
+    model = Decoder.abstract(sizes, segments=run_segments(config, sizes))
+    _, shapes, _ = split_model(config, model)
+    found = nnx.to_pure_dict(initial_adapters(shapes, seed=0))["layers"]["0"]
+    assert not any(x.any() for x in jax.tree.leaves(found) if x.shape[1] == 4)
+    for name, size in (("self_attn", 400), ("mlp", 100)):
+        projection = found[name]["q_proj" if name == "self_attn" else "down_proj"]
+        a = np.asarray(projection["lora_A"]["kernel"])
+        bound = size**-0.5
+        assert np.abs(a).max() <= bound
+        # Of a uniform distribution, a third of the square.
+        assert np.mean(a**2) == pytest.approx(bound**2 / 3, rel=0.1)
+        assert abs(np.corrcoef(a[0].ravel(), a[1].ravel())[0, 1]) < 0.1  # layers differ
+
+
+def test_the_plan_counts_adapters_and_no_gradients_of_what_they_adapt(config_file):
+    sizes = DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=96,
+    )
+    step = abstract_step(load_config(config_file, ["model.trainable=.*"]), sizes)
+    state, frozen, _ = step.arguments
+    trained = 4 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
+    assert count(state.params) == trained
+    assert count(state.opt_state) == pytest.approx(2 * trained, abs=8)  # two moments, and steps
+    assert count(frozen) == count(nnx.state(Decoder.abstract(sizes)))
+    # Forward, once more in the backward pass, and the inputs' gradients; the fourth product of a
+    # layer's parameters, their own gradient, is not formed.
+    tokens, layer = 4 * 2 * 96, 32 * (32 + 2 * 16 + 32) + 3 * 32 * 64
+    attention = 4 * 96 * 32
+    forward = 4 * tokens * (2 * layer + attention)
+    flops = cost.flops(step.function.trace(*step.arguments).jaxpr, 1)["total"]
+    assert 3 * forward < flops < 3 * forward + 4 * tokens * 2 * layer
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+# --- Bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rank=0", "lora.rank"),
+        ("lora.alpha=0", "lora.alpha"),
+        ("lora.targets=[q_proj, qproj]", "no projection is called 'qproj'. Did you mean 'q_proj'"),
+        ("lora.targets=[lm_head]", "embeddings and the head get no adapters"),
+        ("lora.targets=[]", "no projections to adapt"),
+        ("lora.rank=null", "lora.alpha, lora.targets, lora.export have no effect without"),
+        ("model.trainable=layernorm", "lora.rank: 'layernorm' matches part of layer 0"),
+        (r"model.trainable=embed_tokens|layers\.3\.", "part of what lies outside of the layers"),
+        (r"model.trainable=q_proj", "it chooses whole layers"),
+        ("model.trainable=lora_A", "matches no layer"),
+        ("lora.adapter=nowhere", "nowhere/adapter_config.json cannot be read"),
+    ],
+)
+def test_settings_that_contradict_adapters_end_the_command(override, message, config_file, capsys):
+    assert main(["--config", str(config_file), override]) == 2
+    captured = capsys.readouterr()
+    assert re.sub(r"\s+", " ", message) in re.sub(r"\s+", " ", captured.err)
+    assert "Traceback" not in captured.err and "Loading" not in captured.err
+
+
+def test_adapters_of_a_run_without_them_are_refused(write_config, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(write_config(), tmp_path / "run" / "config.yaml")
+    assert convert(["to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"]) == 2
+    assert "is not a training run with adapters" in capsys.readouterr().err
