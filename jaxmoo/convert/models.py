@@ -38,6 +38,7 @@ from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
 from jaxmoo.train.card import run_card
 from jaxmoo.train.config import load_config as load_run_config
+from jaxmoo.train.data import read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 
@@ -55,12 +56,14 @@ class Opened(NamedTuple):
       source: directory with its config and tokenizer.
       dtypes: dtype of each Hugging Face tensor, by name.
       card: facts that are known about it, or None.
+      chat_template: where it is not the one in ``source``.
     """
 
     model: Decoder
     source: Path
     dtypes: Mapping[str, str]
     card: ModelCard | None
+    chat_template: str | None = None
 
 
 def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -133,6 +136,7 @@ def to_hf(
         dtype=opened.dtypes if dtype is None else dtype,
         max_shard_bytes=max_shard_bytes,
         card=opened.card,
+        chat_template=opened.chat_template,
     )
 
 
@@ -269,6 +273,7 @@ def _open_run(
         source,
         {name: weights.dtype(name) for name in weights.names()},
         run_card(run, config, step),
+        read_template(config.data.chat_template),
     )
 
 

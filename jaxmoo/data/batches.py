@@ -218,9 +218,7 @@ def batch_spec(
     return spec
 
 
-def global_batch(
-    batches: LanguageBatches, step: int, sharding: Sharding
-) -> dict[str, jax.Array]:
+def global_batch(batches: LanguageBatches, step: int, sharding: Sharding) -> dict[str, jax.Array]:
     """Put a step's batch on the devices; each process makes only the rows of its own.
 
     Args:

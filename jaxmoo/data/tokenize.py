@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 import numpy as np
 
 from jaxmoo.data.example import Example
@@ -157,7 +157,7 @@ def _tokenize_chats(
             "give a template (data.chat_template, tokenizer.chat_template)."
         )
     conversations = [list(example.messages) for example in examples]
-    wholes = tokenizer.apply_chat_template(conversations, tokenize=False)
+    wholes = _render(tokenizer, conversations)
     encoded = list(_encode(examples, wholes, tokenizer))
     turns: list[list[_Turn] | None] = [None] * len(examples)
     if _GENERATION.search(str(tokenizer.chat_template)):
@@ -174,6 +174,29 @@ def _tokenize_chats(
         _masked(rendered, found or [], max_length)
         for rendered, found in zip(encoded, turns, strict=True)
     ]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[list[Mapping[str, str]]],
+    **options: Any,
+) -> list[str]:
+    """Render conversations, or say which one the template refuses and why."""
+    if not conversations:
+        return []
+    try:
+        return tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        for conversation in conversations:
+            try:
+                tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+            except jinja2.TemplateError as refusal:
+                shown = [(message["role"], message["content"][:40]) for message in conversation]
+                raise DataError(
+                    f"The chat template cannot render {shown}: {refusal}. Change the data, or give "
+                    "another template (data.chat_template)."
+                ) from None
+        raise DataError(f"The chat template cannot be used: {error}.") from None
 
 
 def _encode(
@@ -245,19 +268,15 @@ def _prefix_turns(
     ]
     if not wanted:
         return [[] for _ in conversations]
-    prompts = tokenizer.apply_chat_template(
+    prompts = _render(
+        tokenizer,
         [list(rendered.example.messages[:at]) for rendered, at in wanted],
-        tokenize=False,
         add_generation_prompt=True,
     )
     # What follows an inner turn is told apart from it by rendering the conversation up to it.
     inner = [(r, at) for r, at in wanted if at + 1 < len(r.example.messages)]
     ends = iter(
-        tokenizer.apply_chat_template(
-            [list(rendered.example.messages[: at + 1]) for rendered, at in inner], tokenize=False
-        )
-        if inner
-        else ()
+        _render(tokenizer, [list(rendered.example.messages[: at + 1]) for rendered, at in inner])
     )
     prompt_ids = tokenizer(
         prompts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -307,7 +326,8 @@ def _prefix_turn(
         )
     # Some templates render a turn otherwise once another follows; then only a special token ends
     # it.
-    shared = len(os.path.commonprefix((whole, ended)))
+    shared = next((i for i, (a, b) in enumerate(zip(whole, ended, strict=False)) if a != b), None)
+    shared = min(len(whole), len(ended)) if shared is None else shared
     limit = shared if shared >= text_end else len(whole)
     inside = itertools.takewhile(lambda at: offsets[at][0] < limit, range(start, len(offsets)))
     positions = [at for at in inside if offsets[at][1] <= limit]

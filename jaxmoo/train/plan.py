@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoo import mesh
+from jaxmoo.data import batch_spec
 from jaxmoo.engine import cost
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
@@ -236,11 +237,17 @@ def abstract_step(
     source = gradients(config, lambda p, f: nnx.merge(graph, p, f), params, frozen, device_mesh)
     optimizer = make_optimizer(config)
     state = abstract_state(source, optimizer, params, device_mesh)
-    shape = (len(data.seen), data.batch_size, data.sequence_length)
+    spec = batch_spec(
+        data.step_languages,
+        data.batch_size,
+        data.sequence_length,
+        packing=data.packing,
+        sampled=data.samples,
+    )
     rows = mesh.batch_sharding(device_mesh)
     batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
-        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in spec.items()
     }
     function = jax.jit(make_train_step(source, optimizer), donate_argnums=0)
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)

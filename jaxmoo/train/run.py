@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ import numpy as np
 from jaxmoo import mesh
 from jaxmoo.analysis import write_report
 from jaxmoo.blocks import Partition
+from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore, before_after_table, evaluate_nll, summarise
 from jaxmoo.hf import save_model
 from jaxmoo.train.card import run_card
 from jaxmoo.train.checkpoint import Checkpoints
 from jaxmoo.train.config import Config
+from jaxmoo.train.data import read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import MetricsWriter, Progress, read_metrics
 from jaxmoo.train.setup import Setup, prepare
@@ -129,8 +131,10 @@ def _loop(
             batch = setup.batches.batch(index)
             state, measured = setup.step(state, setup.frozen, jax.device_put(batch, sharding))
             measured = jax.device_get(measured)
-            row = _row(config, part, batch, measured, time.perf_counter() - begun)
+            here = setup.batches.in_step(index)
+            row = _row(config, part, batch, here, measured, time.perf_counter() - begun)
             row |= {"step": index + 1, "learning_rate": float(rate(index))}
+            row["epochs"] = setup.batches.epochs(index + 1)
             _check_finite(config, row, measured["skipped"] - skipped, checkpoints)
             skipped = measured["skipped"]
             if index > start:  # the first step's time is the compiler's
@@ -161,22 +165,23 @@ def _row(
     config: Config,
     part: Partition,
     batch: Mapping[str, np.ndarray],
+    here: Sequence[str],
     measured: Mapping[str, np.ndarray],
     seconds: float,
 ) -> dict[str, Any]:
-    """One row of metrics from what a step returned."""
+    """One row of metrics from what a step returned; ``here`` are the languages of its batch."""
     seen = config.data.seen
-    # Tokens up to the end of each reply: what comes behind is padding.
-    length = batch["loss_mask"].shape[-1]
-    tokens = length - batch["loss_mask"][..., ::-1].argmax(-1)
+    number = [seen.index(code) for code in here]
+    cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
+    cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
     return {
-        "loss": dict(zip(seen, measured["loss"], strict=True)),
-        "tokens": int(tokens.sum()),
+        "loss": dict(zip(here, measured["loss"][number], strict=True)),
+        "tokens": int(count_tokens(batch).sum()),
         "step_seconds": seconds,
         "grad_norm": measured["grad_norm"],
         "conflict_share": measured["conflict"].mean(),
-        "weights": dict(zip(seen, measured["weights"].mean(0), strict=True)),
-        "cosine": measured["cosine"],
+        "weights": dict(zip(here, measured["weights"].mean(0)[number], strict=True)),
+        "cosine": cosine,
         "skipped": dict(zip(seen, measured["skipped"], strict=True)),
         "blocks": {
             name: {
@@ -277,6 +282,7 @@ def _export(
         directory.export,
         source=setup.source,
         card=run_card(directory, config, config.train.steps),
+        chat_template=read_template(config.data.chat_template),
     )
     say(f"Exported to {directory.export} (Hugging Face format).")
 
