@@ -276,7 +276,8 @@ def _summary(row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
             parts.append(f"worst {worst} {losses[worst]:.3f}")
     if row.get("epochs"):
         epochs = row["epochs"].values()
-        parts.append("epoch " + "-".join(f"{x:.1f}" for x in sorted({min(epochs), max(epochs)})))
+        ends = dict.fromkeys(f"{x:.1f}" for x in (min(epochs), max(epochs)))
+        parts.append(f"epoch {' to '.join(ends)}")
     if row.get("conflict_share") is not None:
         parts.append(f"conflict {100 * row['conflict_share']:.0f}%")
     if row.get("tokens_per_second") is not None:
