@@ -92,9 +92,7 @@ def epochs_table(description: Mapping[str, Any]) -> str:
     """
     header = ["language", "rows", "tokens", "filled", "targets", "steps", "epochs"]
     header += ["% of corpus", "% of run"]
-    trained = {
-        language: one for language, one in description["languages"].items() if "rows" in one
-    }
+    trained = {language: one for language, one in description["languages"].items() if "rows" in one}
     rows = [
         [
             language,

@@ -178,14 +178,14 @@ def _scaled(batch: Any, nll: jax.Array) -> jax.Array:
 def token_mean(source: GradientSource) -> GradientSource:
     """Weigh every language's loss by its share of the step's target tokens.
 
-    A language's loss is the mean over its own tokens; times K n_k / n, for n_k of n tokens, the
-    mean over languages is the mean over all tokens. The losses returned stay those of the
-    languages.
+    A language's loss is the mean over its own tokens; times K n_k / n, for n_k of the n tokens of
+    the K languages that have any, the mean over languages is the mean over all tokens. The losses
+    returned stay those of the languages.
     """
 
     def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
         count = jax.vmap(target_mask)(batch).sum((1, 2)).astype(jnp.float32)
-        scale = count * (len(count) / jnp.maximum(count.sum(), 1))
+        scale = count * ((count > 0).sum() / jnp.maximum(count.sum(), 1))
         batch = batch | {SCALE: jnp.broadcast_to(scale[:, None], batch["tokens"].shape[:2])}
         losses, updates, state = source.compute(params, frozen, batch, state)
         return losses / jnp.where(scale > 0, scale, 1), updates, state
