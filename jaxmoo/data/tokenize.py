@@ -186,17 +186,20 @@ def _render(
         return []
     try:
         return tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"The chat template is broken, line {error.lineno}: {error}") from None
     except jinja2.TemplateError as error:
-        for conversation in conversations:
-            try:
-                tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-            except jinja2.TemplateError as refusal:
-                shown = [(message["role"], message["content"][:40]) for message in conversation]
-                raise DataError(
-                    f"The chat template cannot render {shown}: {refusal}. Change the data, or give "
-                    "another template (data.chat_template)."
-                ) from None
-        raise DataError(f"The chat template cannot be used: {error}.") from None
+        failure = error
+    for conversation in conversations:
+        try:
+            tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            shown = [(message["role"], message["content"][:40]) for message in conversation]
+            raise DataError(
+                f"The chat template cannot render {shown}: {error}. Change the data, or give "
+                "another template (data.chat_template)."
+            ) from None
+    raise DataError(f"The chat template cannot be used: {failure}")
 
 
 def _encode(
