@@ -51,18 +51,18 @@ def loss_curves(
     small panel each, with the others faint behind.
 
     Args:
-      rows: metrics with ``loss``.
+      rows: metrics with ``loss``, each of some or all of the languages.
       languages: which languages, in the order of their colours.
       path: the image to write.
 
     Raises:
-      DataError: no row has the loss of every language.
+      DataError: of some language no row has the loss.
     """
-    used = [row for row in rows if set(languages) <= set(row.get("loss") or {})]
-    if not used or not languages:
+    used = {code: [row for row in rows if code in (row.get("loss") or {})] for code in languages}
+    if not used or not all(used.values()):
         raise DataError("There are no rows with the loss of every language to plot.")
-    steps = np.array([row["step"] for row in used])
-    losses = {code: _numbers(row["loss"][code] for row in used) for code in languages}
+    steps = {code: np.array([row["step"] for row in mine]) for code, mine in used.items()}
+    losses = {code: _numbers(row["loss"][code] for row in mine) for code, mine in used.items()}
     smooth = {code: _smooth(values) for code, values in losses.items()}
     explanation = "mean negative log-likelihood per reply token"
     if any(smooth[code] is not losses[code] for code in languages):
@@ -73,17 +73,17 @@ def loss_curves(
         title(figure, "Training loss per language", explanation)
         axes = figure.subplots()
         for (code, values), style in zip(losses.items(), line_styles(), strict=False):
-            axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.28)
-            axes.plot(steps, smooth[code], linewidth=1.9, label=code, **style)
+            axes.plot(steps[code], values, color=style["color"], linewidth=0.7, alpha=0.28)
+            axes.plot(steps[code], smooth[code], linewidth=1.9, label=code, **style)
         _loss_axes(axes, steps, losses, smooth)
         axes.set_xlabel("training step")
         axes.set_ylabel("loss [nats per token]")
-        _label_ends(axes, steps[-1], {c: _last(smooth[c]) for c in languages})
+        _label_ends(axes, axes.get_xlim()[1], {c: _last(smooth[c]) for c in languages})
         return figure
 
 
 def _loss_panels(
-    steps: np.ndarray,
+    steps: Mapping[str, np.ndarray],
     losses: Mapping[str, np.ndarray],
     smooth: Mapping[str, np.ndarray],
     explanation: str,
@@ -98,9 +98,9 @@ def _loss_panels(
             axes.set_visible(False)
         for axes, code in zip(grid.flat, losses, strict=False):
             for other in losses:
-                axes.plot(steps, smooth[other], color="#D9D9D9", linewidth=0.6)
-            axes.plot(steps, losses[code], color=SEEN, linewidth=0.6, alpha=0.3)
-            axes.plot(steps, smooth[code], color=SEEN, linewidth=1.8, label=code)
+                axes.plot(steps[other], smooth[other], color="#D9D9D9", linewidth=0.6)
+            axes.plot(steps[code], losses[code], color=SEEN, linewidth=0.6, alpha=0.3)
+            axes.plot(steps[code], smooth[code], color=SEEN, linewidth=1.8, label=code)
             axes.set_title(code, fontweight="bold", pad=2)
             _loss_axes(axes, steps, losses, smooth)
             axes.xaxis.set_major_locator(whole_numbers(3))
@@ -111,7 +111,7 @@ def _loss_panels(
 
 def _loss_axes(
     axes: Axes,
-    steps: np.ndarray,
+    steps: Mapping[str, np.ndarray],
     losses: Mapping[str, np.ndarray],
     smooth: Mapping[str, np.ndarray],
 ) -> None:
@@ -123,8 +123,9 @@ def _loss_axes(
         high = max(kept.max(), np.quantile(raw, 0.995))
         margin = 0.05 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
-    if steps[-1] > steps[0]:
-        axes.set_xlim(steps[0], steps[-1])
+    first, last = min(s[0] for s in steps.values()), max(s[-1] for s in steps.values())
+    if last > first:
+        axes.set_xlim(first, last)
     axes.xaxis.set_major_locator(whole_numbers(7))
     axes.grid(axis="y")
 
@@ -325,7 +326,7 @@ def language_cosines(
             _matrix_axes(axes, languages, cell=72 * side / count)
             first, last = part[0]["step"], part[-1]["step"]
             steps = f"step {first}" if first == last else f"steps {first} to {last}"
-            overall = f"{mean[off_diagonal].mean():+.2f}".replace("-", "\N{MINUS SIGN}")
+            overall = f"{_mean(mean[off_diagonal], axis=0):+.2f}".replace("-", "\N{MINUS SIGN}")
             axes.set_title(f"{steps} (mean {overall})")
             if count <= 16:
                 _annotate(axes, mean, limit)

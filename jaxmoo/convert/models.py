@@ -41,6 +41,7 @@ from jaxmoo.models.paths import named_leaves
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import STATE
 from jaxmoo.train.config import load_config as load_run_config
+from jaxmoo.train.data import read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
@@ -59,12 +60,14 @@ class Opened(NamedTuple):
       source: directory with its config and tokenizer.
       dtypes: dtype of each Hugging Face tensor, by name.
       card: facts that are known about it, or None.
+      chat_template: where it is not the one in ``source``.
     """
 
     model: Decoder
     source: Path
     dtypes: Mapping[str, str]
     card: ModelCard | None
+    chat_template: str | None = None
 
 
 def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -137,6 +140,7 @@ def to_hf(
         dtype=opened.dtypes if dtype is None else dtype,
         max_shard_bytes=max_shard_bytes,
         card=opened.card,
+        chat_template=opened.chat_template,
     )
 
 
@@ -314,6 +318,7 @@ def _open_run(
         source,
         {name: weights.dtype(name) for name in weights.names()},
         run_card(run, config, step),
+        read_template(config.data.chat_template),
     )
 
 

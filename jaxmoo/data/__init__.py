@@ -1,9 +1,10 @@
-"""Per-language examples: sources, the held-out split, tokenising and batches."""
+"""Per-language examples: sources, the held-out split, tokenising, packing, mixture, batches."""
 
-from jaxmoo.data.batches import LanguageBatches
+from jaxmoo.data.batches import LanguageBatches, batch_spec, count_tokens, global_batch
 from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.languages import LANGUAGE_NAMES, language_name
+from jaxmoo.data.mixture import shares
 from jaxmoo.data.sources import load_examples
 from jaxmoo.data.split import deduplicate, split_examples
 from jaxmoo.data.table import text_table
@@ -16,10 +17,14 @@ __all__ = [
     "LanguageBatches",
     "LanguageReport",
     "Tokenized",
+    "batch_spec",
+    "count_tokens",
     "deduplicate",
+    "global_batch",
     "language_name",
     "load_corpus",
     "load_examples",
+    "shares",
     "split_examples",
     "text_table",
     "tokenize",

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxmoo.data.languages import nearest_language
+from jaxmoo.data.mixture import Mixture
+from jaxmoo.data.packing import Rows
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 
 
 class LanguageBatches:
-    """Batches of all languages, ``batch(step)`` being a pure function of the seed and the step.
+    """Batches of several languages, ``batch(step)`` being a pure function of seed and step.
 
-    Each language goes through its examples in an order shuffled anew in every epoch, and starts
-    over when it has shown them all, so small languages repeat while large ones are on their first
+    Each language goes through its rows in an order shuffled anew in every epoch, and starts over
+    when it has shown them all, so small languages repeat while large ones are on their first
     pass. The order comes from the seed and the language's code alone: it does not change when
     other languages are added or `languages` is reordered, and no two languages share it. Nothing
-    is stored between calls, so a run is resumed from its step number.
+    is stored between calls, so a run is resumed from its step number, and every process of a run
+    makes the same batches.
+
+    A row holds one example, padded on the right, or with `packing` as many as fit (see
+    :func:`~jaxmoo.data.packing.plan_rows`). With `mixture`, a step has k of the K languages.
 
     Args:
       tokenized: per language its training examples, each with at least one target token.
-      languages: the K languages of a batch, in order.
-      batch_size: B, examples per language and step.
-      sequence_length: S; shorter examples are padded on the right.
+      languages: the K languages, in order.
+      batch_size: B, rows per language and step.
+      sequence_length: S, tokens per row.
       seed: any integer.
       pad_id: the token to pad with; the loss mask is false there.
+      packing: put several examples of a language into one row.
+      per_step: k, languages per step; all of them by default.
+      shares: per language its share of the steps' places; equal by default.
 
     Raises:
-      ConfigError: a size is not positive, or a language is unknown.
+      ConfigError: a size is not positive, a language is unknown, or k or a share makes no sense.
       DataError: a language has no examples, or an example is too long or without target tokens.
 
     Example:
@@ -52,6 +64,9 @@ class LanguageBatches:
         seed: int,
         *,
         pad_id: int = 0,
+        packing: bool = False,
+        per_step: int | None = None,
+        shares: Mapping[str, float] | None = None,
     ):
         for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
             if size < 1:
@@ -67,51 +82,184 @@ class LanguageBatches:
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.pad_id = pad_id
-        self._sizes = {language: len(tokenized[language]) for language in languages}
+        self.packing = packing
+        self.mixture = None
+        if per_step is not None and per_step != len(self.languages):
+            weights = [1.0 if shares is None else shares[language] for language in languages]
+            self.mixture = Mixture(weights, per_step, _derived_seed(seed, "/mixture"))
+        self._tokenized = {language: tokenized[language] for language in languages}
+        self.rows = {
+            language: Rows(
+                [len(example.tokens) for example in tokenized[language]],
+                sequence_length,
+                packing=packing,
+                seed=_derived_seed(seed, language),
+            )
+            for language in languages
+        }
         self._order = {
-            language: grain.MapDataset.source(list(tokenized[language]))
-            .seed(_language_seed(seed, language))
+            language: grain.MapDataset.range(len(self.rows[language]))
+            .seed(_derived_seed(seed, language))
             .shuffle()
             .repeat()
             for language in languages
         }
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the batch of one step.
 
         Args:
           step: from 0.
+          rows: bool [k, B]; those left out stay padding, for a process that needs only its own.
 
         Returns:
-          ``tokens`` int32 [K, B, S] and ``loss_mask`` bool [K, B, S].
+          The arrays that :func:`batch_spec` lists, with k = K unless languages are sampled.
 
         Raises:
           ValueError: `step` is negative.
         """
         if step < 0:
             raise ValueError(f"step counts from 0, found {step}.")
-        shape = (len(self.languages), self.batch_size, self.sequence_length)
-        tokens = np.full(shape, self.pad_id, np.int32)
-        loss_mask = np.zeros(shape, bool)
-        for k, language in enumerate(self.languages):
-            order = self._order[language]
+        taking_part = np.arange(len(self.languages))
+        before = np.full(len(self.languages), step)
+        if self.mixture is not None:
+            taking_part, before = self.mixture.languages(step), self.mixture.taken(step)
+        batch = {
+            name: np.zeros(shape, dtype)
+            for name, (shape, dtype) in batch_spec(
+                len(taking_part),
+                self.batch_size,
+                self.sequence_length,
+                packing=self.packing,
+                sampled=self.mixture is not None,
+            ).items()
+        }
+        batch["tokens"][:] = self.pad_id
+        if self.mixture is not None:
+            batch["language"][:] = taking_part[:, None]
+        for k, number in enumerate(taking_part):
+            language = self.languages[number]
             for b in range(self.batch_size):
-                example = order[step * self.batch_size + b]
-                tokens[k, b, : len(example.tokens)] = example.tokens
-                loss_mask[k, b, : len(example.tokens)] = example.loss_mask
-        return {"tokens": tokens, "loss_mask": loss_mask}
+                if rows is None or rows[k, b]:
+                    index = int(before[number]) * self.batch_size + b
+                    self._fill(language, index, {n: x[k, b] for n, x in batch.items()})
+        return batch
+
+    def _fill(self, language: str, index: int, row: Mapping[str, np.ndarray]) -> None:
+        """Write a language's row of all its epochs, counted through."""
+        plan, start = self.rows[language], 0
+        members = plan.examples(self._order[language][index], index // len(plan))
+        for segment, number in enumerate(members, start=1):
+            example = self._tokenized[language][number]
+            here = slice(start, start := start + len(example.tokens))
+            row["tokens"][here] = example.tokens
+            row["loss_mask"][here] = example.loss_mask
+            if self.packing:
+                # A text's first token is predicted from nothing, not from the text before.
+                row["loss_mask"][here.start] = False
+                row["positions"][here] = np.arange(len(example.tokens))
+                row["segment_ids"][here] = segment
 
     def epochs(self, step: int) -> dict[str, float]:
-        """Return how often each language's examples were shown before a step.
+        """Return how often each language's rows were shown before a step.
 
         Args:
           step: from 0.
 
         Returns:
-          Per language the number of passes over its examples, with fractions.
+          Per language the number of passes over its rows, with fractions.
         """
-        shown = step * self.batch_size
-        return {language: shown / size for language, size in self._sizes.items()}
+        steps = np.full(len(self.languages), step)
+        if self.mixture is not None:
+            steps = self.mixture.taken(step)
+        return {
+            language: int(steps[number]) * self.batch_size / len(self.rows[language])
+            for number, language in enumerate(self.languages)
+        }
+
+    def in_step(self, step: int) -> list[str]:
+        """Return the languages of a step, in the order of its batch."""
+        if self.mixture is None:
+            return list(self.languages)
+        return [self.languages[number] for number in self.mixture.languages(step)]
+
+
+def batch_spec(
+    num_languages: int, batch_size: int, sequence_length: int, *, packing: bool, sampled: bool
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the arrays of a batch.
+
+    ``tokens`` int32 and ``loss_mask`` bool [k, B, S]; with packing ``positions``, which start at 0
+    in every example, and ``segment_ids``, from 1 on in every row and 0 for padding, int32
+    [k, B, S]; where languages are sampled ``language`` int32 [k, B], each row's number among the
+    K languages. The first two axes of all of them are languages and rows, so one sharding suits
+    all.
+
+    Args:
+      num_languages: k, languages of a step.
+      batch_size: B, rows per language.
+      sequence_length: S.
+      packing: whether rows hold several examples.
+      sampled: whether k of K languages are sampled.
+
+    Returns:
+      Per name a shape and a dtype.
+    """
+    rows = (num_languages, batch_size)
+    whole = (*rows, sequence_length)
+    spec: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": (whole, np.int32),
+        "loss_mask": (whole, np.bool_),
+    }
+    if packing:
+        spec |= {"positions": (whole, np.int32), "segment_ids": (whole, np.int32)}
+    if sampled:
+        spec |= {"language": (rows, np.int32)}
+    return spec
+
+
+def global_batch(batches: LanguageBatches, step: int, sharding: Sharding) -> dict[str, jax.Array]:
+    """Put a step's batch on the devices; each process makes only the rows of its own.
+
+    Args:
+      batches: the same in every process.
+      step: from 0.
+      sharding: of [k, B, ...], as :func:`jaxmoo.mesh.batch_sharding` gives it.
+
+    Returns:
+      The batch as global arrays.
+    """
+    k = len(batches.languages) if batches.mixture is None else batches.mixture.k
+    shape = (k, batches.batch_size)
+    mine = np.zeros(shape, bool)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        mine[index] = True
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        for name, x in batches.batch(step, mine).items()
+    }
+
+
+def count_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Count the tokens of a batch that are not padding.
+
+    Args:
+      batch: from :meth:`LanguageBatches.batch`.
+
+    Returns:
+      int [k], per language of the step.
+
+    Example:
+      >>> mask = np.array([[[0, 1, 1, 0], [0, 1, 0, 0]]], bool)
+      >>> count_tokens({"loss_mask": mask}).tolist()
+      [5]
+    """
+    if "segment_ids" in batch:
+        return (batch["segment_ids"] > 0).sum((1, 2))
+    # An example ends with a target: what comes behind its last is padding.
+    mask = batch["loss_mask"]
+    length = np.where(mask.any(-1), mask.shape[-1] - mask[..., ::-1].argmax(-1), 0)
+    return length.sum(1)
 
 
 def _check(language: str, examples: Sequence[Tokenized], sequence_length: int) -> None:
@@ -128,7 +276,7 @@ def _check(language: str, examples: Sequence[Tokenized], sequence_length: int) -
         raise DataError(f"Language {language!r} has an example without target tokens.")
 
 
-def _language_seed(seed: int, language: str) -> int:
-    """A seed of its own for each language, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{language}".encode()).digest()
+def _derived_seed(seed: int, name: str) -> int:
+    """A seed of its own for each language and purpose, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

@@ -27,8 +27,8 @@ class LanguageReport:
     Attributes:
       language: its code.
       seen: whether it is trained on.
-      records: prompts and replies in the source.
-      skipped: entries of the source that are not a prompt and a reply.
+      records: examples in the source.
+      skipped: records of the source that are malformed.
       duplicates: records dropped because prompt and reply had occurred before.
       leaked: held-out examples dropped because they, or others of their group, are among the
         training examples of another language.
@@ -73,20 +73,23 @@ class Corpus:
       train: per seen language the examples to train on.
       held_out: per seen and unseen language the examples to evaluate.
       report: per seen and unseen language what became of its records.
+      complaints: what is wrong with each malformed record that was left out.
     """
 
     train: dict[str, list[Tokenized]]
     held_out: dict[str, list[Tokenized]]
     report: dict[str, LanguageReport]
+    complaints: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Return the report as an aligned table."""
-        header = ["language", "records", "duplicates", "train", "held-out", "truncated"]
-        header += ["dropped", "tokens median", "95 %", "max"]
+        """Return the report as an aligned table, and what is wrong with malformed records."""
+        header = ["language", "records", "malformed", "duplicates", "train", "held-out"]
+        header += ["truncated", "dropped", "tokens median", "95 %", "max"]
         rows = [
             [
                 r.language if r.seen else f"{r.language} (unseen)",
                 r.records,
+                r.skipped,
                 r.duplicates,
                 r.train,
                 r.held_out,
@@ -98,7 +101,14 @@ class Corpus:
             ]
             for r in self.report.values()
         ]
-        return text_table(header, rows)
+        lines = [text_table(header, rows)]
+        if self.complaints:
+            lines += [
+                f"Malformed records left out: {len(self.complaints):,}.",
+                *self.complaints[:5],
+            ]
+            lines += ["..."] * (len(self.complaints) > 5)
+        return "\n".join(lines)
 
 
 def load_corpus(
@@ -116,6 +126,7 @@ def load_corpus(
     language_column: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    max_malformed: float = 0.0,
     cache_dir: Path | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
@@ -126,7 +137,7 @@ def load_corpus(
 
     Args:
       source: as in `read_examples`, and so are `columns`, `codes`, `language_column`, `subset`,
-        `split` and `cache_dir`.
+        `split`, `max_malformed` and `cache_dir`.
       tokenizer: a fast tokenizer with a chat template.
       seen: codes of the languages to train on.
       unseen: codes of the languages that are only evaluated.
@@ -154,7 +165,7 @@ def load_corpus(
         )
     if max_held_out is not None and max_held_out < 1:
         raise ConfigError(f"max_held_out is a positive number or null, found {max_held_out}.")
-    loaded = read_examples(
+    reading = read_examples(
         source,
         [*seen, *unseen],
         columns=columns,
@@ -162,9 +173,12 @@ def load_corpus(
         language_column=language_column,
         subset=subset,
         split=split,
+        max_malformed=max_malformed,
         cache_dir=cache_dir,
     )
-    distinct = {language: deduplicate(examples) for language, (examples, _) in loaded.items()}
+    distinct = {
+        language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
+    }
     sides = {
         language: split_examples(
             examples,
@@ -179,7 +193,7 @@ def load_corpus(
     train: dict[str, list[Tokenized]] = {}
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
-    for language, (examples, skipped) in loaded.items():
+    for language, (examples, skipped) in reading.languages.items():
         candidates = sides[language][1]
         clean = [e for e in candidates if e.key not in trained and e.group not in trained]
         # The limit leaves the rest unused, so that what is trained on does not depend on how much
@@ -207,7 +221,7 @@ def load_corpus(
             leaked=len(candidates) - len(clean),
             reserve=len(clean) - len(parts["held_out"]),
         )
-    return Corpus(train, evaluated, report)
+    return Corpus(train, evaluated, report, tuple(reading.complaints))
 
 
 def _usable(

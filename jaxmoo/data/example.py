@@ -1,4 +1,4 @@
-"""One training or evaluation example: a conversation that ends with a reply."""
+"""One training or evaluation example: a conversation that ends with a reply, or plain text."""
 
 from __future__ import annotations
 
@@ -63,13 +63,15 @@ def clean_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation in one language whose last message is the assistant's reply.
+    """A conversation in one language whose last message is the assistant's reply, or a text.
 
     Attributes:
       language: the language's code, such as ``"pt"``.
-      messages: chat messages ``{"role": ..., "content": ...}``, the last of role ``assistant``.
+      messages: chat messages ``{"role": ..., "content": ...}``, the last of role ``assistant``;
+        none for plain text.
       group: an identifier shared by examples that must stay on the same side of the held-out
         split (parallel translations of one sentence, say), or None.
+      text: plain text, all of which is learnt; None for a conversation.
 
     Example:
       >>> example = Example.from_pair("it", "Ciao!", "Ciao, come stai?")
@@ -80,6 +82,27 @@ class Example:
     language: str
     messages: tuple[Mapping[str, str], ...]
     group: str | None = None
+    text: str | None = None
+
+    @classmethod
+    def from_text(cls, language: str, text: Any, *, group: str | None = None) -> Example:
+        """Build an example of plain text.
+
+        Args:
+          language: the language's code.
+          text: the text.
+          group: see the class.
+
+        Returns:
+          The example.
+
+        Raises:
+          DataError: it is not text, or empty.
+        """
+        cleaned = clean_text(text)
+        if not cleaned:
+            raise DataError("expected text, found none")
+        return cls(language, (), group, cleaned)
 
     @classmethod
     def from_pair(
@@ -157,12 +180,17 @@ class Example:
 
     @property
     def reply(self) -> str:
-        """The text of the last assistant turn."""
-        return self.messages[-1]["content"]
+        """The text of the last assistant turn, or the plain text."""
+        return self.messages[-1]["content"] if self.text is None else self.text
 
     @property
     def prompt_key(self) -> str:
-        """Roles and normalised text of every message before the reply."""
+        """What is given: role and normalised text of every message before the reply.
+
+        Nothing is given of a plain text; its key is the text, so that texts differ by it.
+        """
+        if self.text is not None:
+            return f"text:{normalise(self.text)}"
         return "\x1f".join(f"{m['role']}:{normalise(m['content'])}" for m in self.messages[:-1])
 
     @property

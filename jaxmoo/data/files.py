@@ -10,8 +10,9 @@ from typing import Any
 
 from jaxmoo.errors import DataError
 
-# A record and where it was found: "data/en.jsonl:12" or "data/en.parquet: row 12".
-Record = tuple[str, Mapping[str, Any]]
+# Where a record was found, "data/en.jsonl:12" or "data/en.parquet: row 12", and the record, or what
+# is wrong with it.
+Record = tuple[str, Mapping[str, Any] | DataError]
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -25,46 +26,58 @@ def read_records(path: Path) -> Iterator[Record]:
       path: a file whose suffix is one of `READERS`.
 
     Yields:
-      Pairs of a place ("file:line") and a record.
+      Pairs of a place ("file:line") and a record, or a `DataError` in the place of one that is not
+      an object of its own.
 
     Raises:
-      DataError: the file is not what its suffix says, or a record is not an object.
+      DataError: the file is not what its suffix says, and reading cannot go on.
     """
     return READERS[path.suffix.lower()](path)
 
 
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        # Only the first line may carry a byte order mark.
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: not UTF-8 text ({error.reason}). Convert the file to UTF-8."
+        ) from None
+
+
+def _decoded_lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                # Only the first line may carry a byte order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 text ({error.reason}). Convert the file to UTF-8."
-                ) from None
+            yield _decoded(path, number, line)
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in _decoded_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: expected one JSON object per line, found invalid JSON "
-                f"({error.msg} at column {error.colno}): {line.strip()[:80]!r}"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}:{number}: expected a JSON object, found {type(record).__name__}"
-            )
-        yield f"{path}:{number}", record
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    record: Mapping[str, Any] | DataError = _parsed_line(path, number, line)
+                except DataError as error:
+                    record = error
+                yield f"{path}:{number}", record
+
+
+def _parsed_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    text = _decoded(path, number, line).strip()
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: expected one JSON object per line, found invalid JSON "
+            f"({error.msg} at column {error.colno}): {text[:80]!r}"
+        ) from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+    return record
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    text = "".join(line for _, line in _decoded_lines(path))
+    text = "".join(_decoded_lines(path))
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -73,17 +86,18 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a JSON list of objects, found {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}: record {number}: expected a JSON object, found {type(record).__name__}"
-            )
-        yield f"{path}: record {number}", record
+        place = f"{path}: record {number}"
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            found = type(record).__name__
+            yield place, DataError(f"{place}: expected a JSON object, found {found}")
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
     # One field may hold a whole document; the module's own limit is 128 KiB.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _decoded_lines(path)), strict=True)
+    reader = csv.reader(_decoded_lines(path), strict=True)
     header: list[str] = []
     while True:
         # Where the record begins; a quoted field may hold line breaks.
@@ -99,8 +113,11 @@ def _read_csv(path: Path) -> Iterator[Record]:
         elif len(row) == len(header):
             yield place, dict(zip(header, row, strict=True))
         elif row:
-            raise DataError(
-                f"{place}: expected {len(header)} fields as in the header, found {len(row)}"
+            yield (
+                place,
+                DataError(
+                    f"{place}: expected {len(header)} fields as in the header, found {len(row)}"
+                ),
             )
 
 

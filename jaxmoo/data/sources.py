@@ -7,17 +7,45 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxmoo.data.chatterbot import read_chatterbot
 from jaxmoo.data.example import Example
 from jaxmoo.data.files import READERS, Record, read_records
 from jaxmoo.data.languages import nearest_language
+from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 BUILT_IN = "chatterbot"
-COLUMN_KEYS = ("prompt", "completion", "messages", "group")
+# What a record's content may be.
+CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
+COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group")
+
+
+class Loaded(NamedTuple):
+    """One language's examples.
+
+    Attributes:
+      examples: in the order of the source, duplicates included.
+      skipped: number of malformed records left out.
+    """
+
+    examples: list[Example]
+    skipped: int
+
+
+class Reading(NamedTuple):
+    """What a source holds.
+
+    Attributes:
+      languages: per language its examples.
+      complaints: what is wrong with each record left out, with file and line; in a table of all
+        languages also with those whose language cannot be told.
+    """
+
+    languages: dict[str, Loaded]
+    complaints: list[str]
 
 
 def load_examples(
@@ -29,6 +57,7 @@ def load_examples(
     language_column: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    max_malformed: float = 0.0,
     cache_dir: Path | None = None,
 ) -> dict[str, list[Example]]:
     """Load each language's examples, without duplicates.
@@ -51,9 +80,10 @@ def load_examples(
         language_column=language_column,
         subset=subset,
         split=split,
+        max_malformed=max_malformed,
         cache_dir=cache_dir,
     )
-    return {language: deduplicate(examples) for language, (examples, _) in loaded.items()}
+    return {language: deduplicate(found.examples) for language, found in loaded.languages.items()}
 
 
 def read_examples(
@@ -65,8 +95,9 @@ def read_examples(
     language_column: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    max_malformed: float = 0.0,
     cache_dir: Path | None = None,
-) -> dict[str, tuple[list[Example], int]]:
+) -> Reading:
     """Read each language's examples as the source holds them.
 
     Args:
@@ -80,8 +111,9 @@ def read_examples(
         - the id of a hub dataset, ``"owner/name"``.
       languages: the codes to load.
       columns: which column of a record holds what. Keys: ``prompt`` and ``completion``, or
-        ``messages`` (a list of ``{"role", "content"}``), and ``group`` (see `Example`). By
-        default ``messages`` where a record has it, else ``prompt`` and ``completion``.
+        ``messages`` (a list of ``{"role", "content"}``), or ``text``; and ``group`` (see
+        `Example`). By default ``messages`` where a record has it, else ``prompt`` and
+        ``completion``, else ``text``.
       codes: the source's own names of languages, ``{"pt": "por_Latn"}``; the code itself where
         absent.
       language_column: the column that names a record's language.
@@ -89,12 +121,13 @@ def read_examples(
         Default: the one named as the language is, unless `language_column` or `split` tell
         languages apart.
       split: a hub dataset's split; ``{language}`` stands for the language.
+      max_malformed: the largest share of a language's records that may be malformed; they are
+        left out. By default the first one is an error.
       cache_dir: where the built-in corpus is kept.
 
     Returns:
-      Per language, in the order of `languages`, its examples (duplicates included) and the number
-      of entries skipped as malformed. Only the built-in corpus, whose faults are known, skips; in
-      other sources a malformed record is an error.
+      Per language, in the order of `languages`, its examples, and what is wrong with the records
+      left out. The known faults of the built-in corpus are left out in any case.
 
     Raises:
       ConfigError: arguments that contradict each other.
@@ -104,31 +137,49 @@ def read_examples(
     columns = _check_columns(columns)
     names = {language: (codes or {}).get(language, language) for language in languages}
     path = Path(source).expanduser()
+    complaints: list[str] = []
 
     if source == BUILT_IN:
-        loaded = read_chatterbot(languages, cache_dir=cache_dir)
+        loaded = {
+            language: Loaded(*found)
+            for language, found in read_chatterbot(languages, cache_dir=cache_dir).items()
+        }
     else:
         if "{language}" in source or path.is_dir():
             records = _pattern_records(source, names)
         elif path.is_file():
-            records = _file_records(path, names, language_column)
+            stray = Malformed(str(path), max_malformed)
+            records = _file_records(path, names, language_column, stray)
+            complaints += stray.complaints
         else:
-            records = hub_records(_check_hub_id(source), names, subset, split, language_column)
-        loaded = {
-            language: ([to_example(record, language, columns) for record in found], 0)
-            for language, found in records.items()
-        }
-    for language, (examples, _) in loaded.items():
-        if not examples:
+            stray = Malformed(source, max_malformed)
+            records = hub_records(
+                _check_hub_id(source), names, subset, split, language_column, stray
+            )
+            complaints += stray.complaints
+        loaded = {}
+        for language, found in records.items():
+            malformed = Malformed(f"language {language!r}", max_malformed)
+            examples = []
+            for record in found:
+                try:
+                    examples.append(to_example(record, language, columns))
+                except DataError as error:
+                    malformed.add(error)
+            malformed.check(len(examples))
+            loaded[language] = Loaded(examples, len(malformed.complaints))
+            complaints += malformed.complaints
+    for language, found in loaded.items():
+        if not found.examples:
             raise DataError(f"{source}: language {language!r} has no examples.")
-    return loaded
+    return Reading(loaded, complaints)
 
 
 def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
     """Turn a record into an example.
 
     Args:
-      record: where it was found, and its columns.
+      record: where it was found, and its columns or what is wrong with it.
       language: the record's language.
       columns: as in `read_examples`.
 
@@ -136,9 +187,12 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
       The example.
 
     Raises:
-      DataError: naming the place, when a column is missing or does not hold what it should.
+      DataError: naming the place, when the record is malformed, or a column is missing or does not
+        hold what it should.
     """
     place, values = record
+    if isinstance(values, DataError):
+        raise values
 
     def column(key: str) -> Any:
         name = columns.get(key, key)
@@ -151,11 +205,13 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         return values[name]
 
     group = str(column("group")) if "group" in columns else None
+    mapped = {"messages", "prompt", "completion", "text"} & set(columns)
     try:
-        if "messages" in columns or (
-            "messages" in values and not {"prompt", "completion"} & set(columns)
-        ):
+        if "messages" in mapped or (not mapped and "messages" in values):
             return Example.from_messages(language, column("messages"), group=group)
+        paired = {"prompt", "completion"} & set(values)
+        if "text" in mapped or (not mapped and not paired and "text" in values):
+            return Example.from_text(language, column("text"), group=group)
         return Example.from_pair(language, column("prompt"), column("completion"), group=group)
     except DataError as error:
         message = str(error)
@@ -179,8 +235,12 @@ def _check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
                 f"Unknown key {key!r} in columns; expected {', '.join(COLUMN_KEYS)}."
                 f"{did_you_mean(key, COLUMN_KEYS)}"
             )
-    if "messages" in columns and {"prompt", "completion"} & set(columns):
-        raise ConfigError("Columns take either messages, or prompt and completion, not both.")
+    kinds = [kind for kind in CONTENTS if set(kind) & set(columns)]
+    if len(kinds) > 1:
+        raise ConfigError(
+            "Columns take either messages, or prompt and completion, or text, not both "
+            f"{' and '.join(kinds[0])} and {' and '.join(kinds[1])}."
+        )
     return columns
 
 
@@ -238,21 +298,33 @@ def _pattern_records(source: str, names: Mapping[str, str]) -> dict[str, Iterato
 
 
 def _by_column(
-    source: str | Path, records: Iterable[Record], names: Mapping[str, str], column: str
+    source: str | Path,
+    records: Iterable[Record],
+    names: Mapping[str, str],
+    column: str,
+    stray: Malformed,
 ) -> dict[str, list[Record]]:
     """Records of one table, sorted into languages by a column."""
     table: dict[str, list[Record]] = {name: [] for name in names.values()}
     available = set()
+    count = 0
     for place, values in records:
+        if isinstance(values, DataError):
+            stray.add(values)
+            continue
         if column not in values:
-            raise DataError(
+            complaint = (
                 f"{place}: no column {column!r} for the language. Columns: "
                 f"{', '.join(map(str, values))}.{did_you_mean(column, values)}"
             )
+            stray.add(DataError(complaint))
+            continue
         name = str(values[column])
         available.add(name)
+        count += 1
         if name in table:
             table[name].append((place, values))
+    stray.check(count)
     for name, found in table.items():
         if not found:
             raise _missing_language(source, name, available)
@@ -260,7 +332,7 @@ def _by_column(
 
 
 def _file_records(
-    path: Path, names: Mapping[str, str], language_column: str | None
+    path: Path, names: Mapping[str, str], language_column: str | None, stray: Malformed
 ) -> dict[str, list[Record]]:
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: expected a file ending in {', '.join(READERS)}.")
@@ -269,7 +341,7 @@ def _file_records(
             f"{path} is one file: say which column names the language (language_column), or give "
             "one file per language, 'data/{language}.jsonl'."
         )
-    return _by_column(path, read_records(path), names, language_column)
+    return _by_column(path, read_records(path), names, language_column, stray)
 
 
 def hub_records(
@@ -278,6 +350,7 @@ def hub_records(
     subset: str | None,
     split: str,
     language_column: str | None,
+    stray: Malformed,
 ) -> dict[str, Iterable[Record]]:
     """Read a hub dataset whose languages are subsets, splits or values of a column.
 
@@ -287,6 +360,7 @@ def hub_records(
       subset: as in `read_examples`, and so are `split` and `language_column`.
       split: the split.
       language_column: the column of the language.
+      stray: notes records without that column.
 
     Returns:
       Per language its records.
@@ -311,7 +385,7 @@ def hub_records(
             yield f"{dataset} ({subset or 'default'}, {split}): row {number}", values
 
     if language_column is not None:
-        return _by_column(dataset, rows(subset, split), names, language_column)
+        return _by_column(dataset, rows(subset, split), names, language_column, stray)
     if subset is None and "{language}" not in split:
         subset = "{language}"
     if subset is not None and "{language}" in subset:

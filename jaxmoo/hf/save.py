@@ -64,6 +64,7 @@ def save_model(
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: ModelCard | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that loads without jaxmoo.
 
@@ -82,6 +83,7 @@ def save_model(
         ``source`` without weights.
       max_shard_bytes: weights are split into several files and an index beyond this size.
       card: what the README.md in the directory shall say; by default there is none.
+      chat_template: the chat template, where it is not the one in ``source``.
 
     Raises:
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
@@ -109,6 +111,8 @@ def save_model(
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
         (directory / "config.json").write_text(config, "utf-8")
         copy_companions(source, directory)
+        if chat_template is not None:
+            (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
         if card is not None:
             (directory / "README.md").write_text(card.text(), "utf-8")
 

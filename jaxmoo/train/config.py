@@ -16,10 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.models.lora import PROJECTIONS, LoRA
 from jaxmoo.train import schema
+from jaxmoo.train.data_config import ColumnsConfig, DataConfig, SamplingConfig, check_data
 from jaxmoo.train.schema import MISSING, Range, setting
 from jaxmoo.train.yaml_text import dump, flow
 
@@ -32,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ResolveConfig",
+    "SamplingConfig",
     "TrainConfig",
     "differences",
     "help_text",
@@ -109,70 +113,6 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ColumnsConfig:
-    """Columns of the data, where they are not called `messages`, or `prompt` and `completion`."""
-
-    messages: str | None = setting(
-        None, "Column with the conversation, a list of `{role, content}`."
-    )
-    prompt: str | None = setting(None, "Column with what the user says.")
-    completion: str | None = setting(None, "Column with the reply that is learnt.")
-    group: str | None = setting(
-        None,
-        "Column that names what belongs together, such as translations of one text: a group is "
-        "held out as a whole.",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The examples of every language."""
-
-    source: str = setting(
-        MISSING,
-        "Where the examples come from: `chatterbot` (built in), a file pattern such as "
-        "`data/{language}.jsonl` (also .json, .parquet, .csv), a directory of such files, or the "
-        "id of a data set on a Hugging Face hub.",
-    )
-    seen: list[str] = setting(
-        MISSING, "Languages to train on, by their code in the data. Each gives one gradient."
-    )
-    unseen: list[str] = setting(
-        [], "Languages that are only evaluated, before and after, to see what transfers."
-    )
-    batch_size: int = setting(4, "Examples per language and step.", within=_AT_LEAST_1)
-    sequence_length: int = setting(
-        512, "Tokens per example; what is longer is cut.", within=Range(least=2)
-    )
-    held_out: float = setting(
-        0.1,
-        "Share of a seen language's examples that is kept from training, for evaluation.",
-        within=Range(above=0, below=1),
-    )
-    max_held_out: int | None = setting(
-        None, "Most examples evaluated per language; null evaluates all.", within=_AT_LEAST_1
-    )
-    disjoint_replies: bool = setting(
-        False,
-        "Hold out every example that shares its reply with a held-out one. Right where prompts "
-        "paraphrase one another, wrong where replies are labels.",
-    )
-    codes: dict[str, str] = setting(
-        {}, "The data's own names of languages where they differ, such as `{pt: por_Latn}`."
-    )
-    language_column: str | None = setting(
-        None, "Column that names the language, where one table holds them all."
-    )
-    subset: str | None = setting(
-        None,
-        "Subset (configuration) of a hub data set; `{language}` stands for the language. null "
-        "takes the one named as the language, unless a column or split tells languages apart.",
-    )
-    split: str = setting("train", "Split of a hub data set; `{language}` stands for the language.")
-    columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
-
-
-@dataclasses.dataclass(frozen=True)
 class ResolveConfig:
     """How the languages' gradients become one update."""
 
@@ -213,6 +153,11 @@ class ResolveConfig:
         "loss is finite.",
         choices=("skip", "raise"),
         free=True,
+    )
+    token_mean: bool = setting(
+        False,
+        "Weigh each language's loss by its share of the step's target tokens, instead of all "
+        "alike. With `aggregator: mean` that is ordinary fine-tuning on one mixed batch.",
     )
     match_norm: bool = setting(
         False,
@@ -460,7 +405,9 @@ def validate(config: Config) -> None:
     """
     problems = [text for _, text in schema.check_values(config)]
     if not problems:
-        problems = [*_check_data(config.data), *_check_resolve(config.resolve, config.data.seen)]
+        problems = [*check_data(config.data), *_check_resolve(config.resolve, config.data.seen)]
+        if config.data.samples:
+            problems += _check_sampled(config.resolve)
         if config.resolve.engine == "stacked" and config.train.microbatches > 1:
             problems.append("train.microbatches above 1 needs resolve.engine=backward.")
         try:
@@ -480,35 +427,6 @@ def validate(config: Config) -> None:
                 f"{config.train.steps} of train.steps."
             )
     schema.raise_problems(problems)
-
-
-# Languages name files, metrics and plots.
-_CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
-
-def _check_data(data: DataConfig) -> list[str]:
-    problems = []
-    if not data.seen:
-        problems.append("data.seen is empty: name at least one language to train on.")
-    for name, codes in (("seen", data.seen), ("unseen", data.unseen)):
-        twice = sorted({code for code in codes if codes.count(code) > 1})
-        if twice:
-            problems.append(f"data.{name} names {', '.join(twice)} more than once.")
-        odd = [code for code in codes if not _CODE.fullmatch(code)]
-        if odd:
-            problems.append(
-                f"data.{name}: expected language codes of letters, digits, - and _, found "
-                f"{', '.join(map(repr, odd))}."
-            )
-    both = sorted(set(data.seen) & set(data.unseen))
-    if both:
-        problems.append(
-            f"{', '.join(both)} in both data.seen and data.unseen: a language is one or the other."
-        )
-    columns = data.columns
-    if columns.messages is not None and (columns.prompt, columns.completion) != (None, None):
-        problems.append("data.columns takes either messages or prompt and completion, not both.")
-    return problems
 
 
 def _check_lora(lora: LoraConfig) -> list[str]:
@@ -564,6 +482,27 @@ def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
             )
         if weight not in _POSITIVE:
             problems.append(f"resolve.preference.{code} must be above 0, found {weight}.")
+    return problems
+
+
+def _check_sampled(resolve: ResolveConfig) -> list[str]:
+    """What the resolver cannot do when each step has other languages."""
+    problems = []
+    if resolve.preference is not None:
+        problems.append(
+            "resolve.preference belongs to fixed languages; with data.languages_per_step give "
+            "data.sampling.weights instead."
+        )
+    try:
+        method = aggregators.get(resolve.aggregator, **resolve.options)
+    except (ConfigError, TypeError, ValueError):
+        return problems  # that it is unknown was found before
+    if method.importance is not None or jax.tree.leaves(method.init(2)):
+        problems.append(
+            f"resolve.aggregator: {method.name} has or keeps numbers for each language, and "
+            "data.languages_per_step gives it other languages in every step. Use all languages, "
+            "or another method."
+        )
     return problems
 
 

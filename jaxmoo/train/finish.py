@@ -12,6 +12,7 @@ from jaxmoo.hf import save_adapter, save_model
 from jaxmoo.models import merge_adapters
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.config import Config
+from jaxmoo.train.data import read_template
 from jaxmoo.train.distributed import barrier, from_first, is_first
 from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import read_metrics
@@ -105,5 +106,11 @@ def _export(job: Job, params: Any, step: int) -> None:
             job.say(f"Exported the adapters to {path} (PEFT format).")
         else:
             merge_adapters(model)
-            save_model(model, path, source=job.setup.source, card=card)
+            save_model(
+                model,
+                path,
+                source=job.setup.source,
+                card=card,
+                chat_template=read_template(config.data.chat_template),
+            )
             job.say(f"Exported to {path} (Hugging Face format).")

@@ -22,7 +22,16 @@ from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
 from jaxmoo.train.config import Config
 from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
 
-__all__ = ["STACKED", "GradientSource", "block_rule", "engine_source", "make_gradients"]
+__all__ = [
+    "STACKED",
+    "GradientSource",
+    "SampledState",
+    "block_rule",
+    "engine_source",
+    "make_gradients",
+    "sampled",
+    "token_mean",
+]
 
 # Layers are stacked by segment; a segment carries the number of its first layer.
 STACKED = r"^layers\.(\d+)\."
@@ -36,7 +45,7 @@ class GradientSource(NamedTuple):
     Attributes:
       init: ``params -> state``.
       compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
-      diagnostics: the resolver's part of the state.
+      diagnostics: the resolver's part of the state, for all K languages.
       partition: the blocks.
       engine: the in-backward engine, where it is used.
     """
@@ -109,16 +118,31 @@ def make_gradients(
         "aggregator": aggregators.get(resolution.aggregator, **resolution.options),
         "blocks": block_rule(config, params, device_mesh),
         "stacked": STACKED,
-        "num_objectives": len(seen),
+        "num_objectives": config.data.step_languages,
         "preference": None if preference is None else [preference.get(c, 1.0) for c in seen],
         "match_norm": resolution.match_norm,
         "seed": config.seed,
     }
     if resolution.engine == "stacked":
-        return _stacked(config, merge, params, device_mesh, common)
-    model = config.model
+        source = _stacked(config, merge, params, device_mesh, common)
+    else:
+        source = _backward(config, merge, params, frozen, device_mesh, common)
+    if resolution.token_mean:
+        source = token_mean(source)
+    return sampled(source, len(seen)) if config.data.samples else source
+
+
+def _backward(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    frozen: Any,
+    device_mesh: Mesh,
+    common: dict[str, Any],
+) -> GradientSource:
+    model, resolution = config.model, config.resolve
     engine = resolved_value_and_grad(
-        lambda params, frozen, batch: token_nll(merge(params, frozen), batch).sum(),
+        lambda params, frozen, batch: _scaled(batch, token_nll(merge(params, frozen), batch)).sum(),
         params,
         frozen=frozen,
         weight_fn=lambda batch: target_mask(batch).sum(),
@@ -141,6 +165,89 @@ def engine_source(engine: ResolvedGradients) -> GradientSource:
         partition=engine.partition,
         engine=engine,
     )
+
+
+SCALE = "loss_scale"
+
+
+def _scaled(batch: Any, nll: jax.Array) -> jax.Array:
+    """Losses [B, S], times each row's scale where a batch has one."""
+    return nll * batch[SCALE][:, None] if SCALE in batch else nll
+
+
+def token_mean(source: GradientSource) -> GradientSource:
+    """Weigh every language's loss by its share of the step's target tokens.
+
+    A language's loss is the mean over its own tokens; times K n_k / n, for n_k of the n tokens of
+    the K languages that have any, the mean over languages is the mean over all tokens. The losses
+    returned stay those of the languages.
+    """
+
+    def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
+        count = jax.vmap(target_mask)(batch).sum((1, 2)).astype(jnp.float32)
+        scale = count * ((count > 0).sum() / jnp.maximum(count.sum(), 1))
+        batch = batch | {SCALE: jnp.broadcast_to(scale[:, None], batch["tokens"].shape[:2])}
+        losses, updates, state = source.compute(params, frozen, batch, state)
+        return losses / jnp.where(scale > 0, scale, 1), updates, state
+
+    return source._replace(compute=compute)
+
+
+class SampledState(NamedTuple):
+    """State of :func:`sampled`; B blocks, K languages."""
+
+    resolver: Any  # of the languages of a step, in the order of its batch
+    gram: jax.Array  # float32 [B, K, K], of the last step; zero for languages that had no part
+    weights: jax.Array  # float32 [B, K], likewise
+    skipped: jax.Array  # int32 [K]
+
+
+def sampled(source: GradientSource, num_languages: int) -> GradientSource:
+    """Make a source for steps of k languages one for all K.
+
+    Batches carry the number of each row's language, ``language`` [k, B]. What the resolver says of
+    the k languages of a step is put into arrays over all K; the losses of the others are 0.
+
+    Args:
+      source: for k languages, keeping nothing for each of them from step to step.
+      num_languages: K.
+    """
+
+    def init(params: Any) -> SampledState:
+        blocks = len(source.partition)
+        return SampledState(
+            resolver=source.init(params),
+            gram=jnp.zeros((blocks, num_languages, num_languages), jnp.float32),
+            weights=jnp.zeros((blocks, num_languages), jnp.float32),
+            skipped=jnp.zeros(num_languages, jnp.int32),
+        )
+
+    def compute(
+        params: Any, frozen: Any, batch: Any, state: SampledState
+    ) -> tuple[jax.Array, Any, SampledState]:
+        here = batch["language"][:, 0]
+        batch = {name: x for name, x in batch.items() if name != "language"}
+        before = source.diagnostics(state.resolver).skipped
+        losses, updates, resolver = source.compute(params, frozen, batch, state.resolver)
+        found = source.diagnostics(resolver)
+        blank = jax.tree.map(jnp.zeros_like, state._replace(resolver=None))
+        return (
+            jnp.zeros(num_languages, losses.dtype).at[here].set(losses),
+            updates,
+            SampledState(
+                resolver=resolver,
+                gram=blank.gram.at[:, here[:, None], here[None, :]].set(found.gram),
+                weights=blank.weights.at[:, here].set(found.weights),
+                skipped=state.skipped.at[here].add(found.skipped - before),
+            ),
+        )
+
+    def diagnostics(state: SampledState) -> ResolveConflictsState:
+        return source.diagnostics(state.resolver)._replace(
+            gram=state.gram, weights=state.weights, skipped=state.skipped
+        )
+
+    return source._replace(init=init, compute=compute, diagnostics=diagnostics)
 
 
 def _stacked(
@@ -166,7 +273,9 @@ def _stacked(
 
     def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
         value_and_grad = stacked_value_and_grad(
-            lambda params, one: language_loss(merge(params, frozen), one)
+            lambda params, one: (
+                language_loss(merge(params, frozen), one) * (one[SCALE][0] if SCALE in one else 1.0)
+            )
         )
         losses, gradients = value_and_grad(params, batch)
         gradients = jax.lax.with_sharding_constraint(gradients, per_language)

@@ -3,12 +3,15 @@
 A *row* is a mapping with an integer ``step`` and any of these, as far as they are known then::
 
     {"step": 12,
-     "loss": {"en": 2.31, ...},             # mean per target token, before the step's update
+     "loss": {"en": 2.31, ...},             # mean per target token, before the step's update; of
+                                            # the languages of the step
+     "epochs": {"en": 0.4, ...},            # passes over each language's examples so far
      "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
      "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
      "weights": {"en": 0.11, ...},          # mean over blocks
      "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
      "skipped": {"en": 0, ...},             # steps so far in which it was not finite somewhere
+     "tokens": 4100, "language_tokens": {"en": 512, ...},  # of the step, without padding
      "language_norm": {"en": 1.3, ...},     # of its gradient, all blocks
      "language_conflict": {"en": 0.4, ...}, # share of the others whose gradient opposes its own
      "seconds": {"data": 0.01, ...},        # of the host since the last row, beside the devices
@@ -316,6 +319,10 @@ def _summary(row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
         parts.append(f"loss {sum(losses.values()) / len(losses):.3f}")
         if len(losses) > 1:
             parts.append(f"worst {worst} {losses[worst]:.3f}")
+    if row.get("epochs"):
+        epochs = row["epochs"].values()
+        ends = dict.fromkeys(f"{x:.1f}" for x in (min(epochs), max(epochs)))
+        parts.append(f"epoch {' to '.join(ends)}")
     if row.get("conflict_share") is not None:
         parts.append(f"conflict {100 * row['conflict_share']:.0f}%")
     if row.get("tokens_per_second") is not None:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoo import mesh
+from jaxmoo.data import batch_spec
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
@@ -222,11 +223,17 @@ def abstract_step(
     state = abstract_state(
         source, optimizer, params, device_mesh, ema=config.optimizer.ema is not None
     )
-    shape = (len(data.seen), data.batch_size, data.sequence_length)
+    spec = batch_spec(
+        data.step_languages,
+        data.batch_size,
+        data.sequence_length,
+        packing=data.packing,
+        sampled=data.samples,
+    )
     rows = mesh.batch_sharding(device_mesh)
     batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
-        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in spec.items()
     }
     function = compiled_step(source, optimizer, state, device_mesh, ema=config.optimizer.ema)
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.distributed import is_first
@@ -132,22 +133,31 @@ class Reporter:
         self, done: StepDone, measured: Mapping[str, np.ndarray], seconds: float
     ) -> dict[str, Any]:
         config, part = self._job.config, self._job.setup.gradients.partition
-        seen = config.data.seen
-        # Tokens up to the end of each reply: what comes behind is padding.
-        mask = done.batch["loss_mask"]
-        tokens = int((mask.shape[-1] - mask[..., ::-1].argmax(-1)).sum())
+        batches, seen = self._job.setup.batches, config.data.seen
+        here = batches.in_step(done.step - 1)
+        number = [seen.index(code) for code in here]
+        counts = count_tokens(done.batch)
+        tokens = int(counts.sum())
+        cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
+        cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
+
+        def by_language(values: np.ndarray) -> dict[str, Any]:
+            return dict(zip(here, values[number], strict=True))
+
         row = {
             "step": done.step,
-            "loss": dict(zip(seen, measured["loss"], strict=True)),
+            "loss": by_language(measured["loss"]),
+            "epochs": batches.epochs(done.step),
             "learning_rate": float(self._rate(done.step - 1)),
             "tokens": tokens,
+            "language_tokens": dict(zip(here, counts, strict=True)),
             "step_seconds": seconds,
             "grad_norm": measured["grad_norm"],
             "conflict_share": measured["conflict"].mean(),
-            "weights": dict(zip(seen, measured["weights"].mean(0), strict=True)),
-            "cosine": measured["cosine"],
-            "language_norm": dict(zip(seen, measured["language_norm"], strict=True)),
-            "language_conflict": dict(zip(seen, measured["language_conflict"], strict=True)),
+            "weights": by_language(measured["weights"].mean(0)),
+            "cosine": cosine,
+            "language_norm": by_language(measured["language_norm"]),
+            "language_conflict": by_language(measured["language_conflict"]),
             "skipped": dict(zip(seen, measured["skipped"], strict=True)),
             "seconds": self._seconds(),
             "goodput": self._job.clock.goodput(),

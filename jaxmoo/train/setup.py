@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.data import Corpus, LanguageBatches, load_corpus
+from jaxmoo.data import Corpus, LanguageBatches
 from jaxmoo.errors import ConfigError
-from jaxmoo.hf import load_adapter, load_model, load_tokenizer, resolve_source
+from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, token_nll
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
+from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.parameters import lora_of, run_segments, split_model
@@ -70,7 +71,7 @@ def make_run_mesh(config: Config) -> Mesh:
     """
     sizes = config.mesh
     device_mesh = mesh.make_mesh(
-        len(config.data.seen),
+        config.data.step_languages,
         language=sizes.language,
         fsdp=sizes.fsdp,
         data=sizes.data,
@@ -115,27 +116,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     adapters = _adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
 
-    tokenizer = load_tokenizer(source)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    corpus = load_corpus(
-        data.source,
-        tokenizer,
-        seen=data.seen,
-        unseen=data.unseen,
-        sequence_length=data.sequence_length,
-        held_out=data.held_out,
-        max_held_out=data.max_held_out,
-        disjoint_replies=data.disjoint_replies,
-        columns=dataclasses.asdict(data.columns),
-        codes=data.codes,
-        language_column=data.language_column,
-        subset=data.subset,
-        split=data.split,
-    )
-    say(corpus.table())
-    batches = LanguageBatches(
-        corpus.train, data.seen, data.batch_size, data.sequence_length, config.seed, pad_id=pad_id
-    )
+    loaded = load_data(config, source, say)
 
     decoder = load_model(
         source,
@@ -160,9 +141,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     return Setup(
         source=source,
-        corpus=corpus,
-        batches=batches,
-        pad_id=pad_id,
+        corpus=loaded.corpus,
+        batches=loaded.batches,
+        pad_id=loaded.batches.pad_id,
         device_mesh=device_mesh,
         state=state,
         frozen=frozen,
@@ -177,7 +158,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             architecture,
             params,
             frozen,
-            len(data.seen) * data.batch_size * data.sequence_length,
+            data.step_languages * data.batch_size * data.sequence_length,
             data.sequence_length,
         ),
     )

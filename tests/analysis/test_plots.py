@@ -182,6 +182,20 @@ def test_language_cosines_compare_start_and_end(tmp_path):
     assert png_size(tmp_path / "cosines.png")[0] > 1000
 
 
+def test_losses_of_languages_that_take_part_in_some_steps(tmp_path):
+    rows = make_rows(steps=40)
+    for row in rows:
+        row["loss"] = {
+            c: x for i, (c, x) in enumerate(row["loss"].items()) if row["step"] % 2 ^ i % 2
+        }
+    figure = loss_curves(rows, SEEN, tmp_path / "loss.png")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    for number, code in enumerate(SEEN):
+        steps = lines[code].get_xdata()
+        assert (steps % 2 != number % 2).all() and len(steps) == 20
+        assert np.isfinite(lines[code].get_ydata()).all()
+
+
 def test_language_cosines_of_an_absent_language(tmp_path):
     cosine = [[1.0, None], [None, 1.0]]
     rows = [{"step": 1, "cosine": cosine}]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import socket
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from devices import run_python
 from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 
 LENGTH = 8
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def examples(n, first=10):
@@ -97,24 +104,66 @@ def test_epochs_counts_what_was_shown(data):
     assert make(data).epochs(7) == {"en": 0.7, "fa": 4, "zh": 0.7}
 
 
-def test_every_process_makes_the_same_batches(data):
-    program = (
-        "import numpy as np\n"
-        "from jaxmoo.data import LanguageBatches, Tokenized\n"
-        "e = [Tokenized(np.full(3, i, np.int32), np.ones(3, bool), 3, 3) for i in range(50)]\n"
-        "print(LanguageBatches({'en': e, 'fa': e}, ['en', 'fa'], 6, 3, 5).batch(12)['tokens'])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(outputs) == 1
+def test_rows_may_be_made_alone(data):
+    """As a process does that holds only some of a batch."""
+    batches = LanguageBatches(data, list(data), 4, LENGTH, 0, pad_id=1, packing=True, per_step=2)
+    whole = batches.batch(5)
+    mine = np.zeros((2, 4), bool)
+    mine[1, 2:] = True
+    part = batches.batch(5, mine)
+    for name, x in whole.items():
+        assert (part[name][mine] == x[mine]).all()
+    assert (part["tokens"][~mine] == 1).all() and not part["loss_mask"][~mine].any()
+
+
+SPLIT = """
+import sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+address, number, out = sys.argv[1:]
+if address != "alone":
+    jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+from jaxmoo.data import LanguageBatches, Tokenized, global_batch
+from jaxmoo.mesh import batch_sharding, make_mesh
+e = [Tokenized(np.full(n := 2 + i % 7, i, np.int32), np.ones(n, bool), n, n) for i in range(50)]
+seen = ["en", "fa", "zh"]
+shares = {"en": 3, "fa": 2, "zh": 1}
+batches = LanguageBatches(
+    dict.fromkeys(seen, e), seen, 8, 16, 5, packing=True, per_step=2, shares=shares
+)
+made = []
+whole = batches.batch
+batches.batch = lambda step, rows=None: made.append(rows) or whole(step, rows)
+sharding = batch_sharding(make_mesh(2, language=2, fsdp=2, data=2))
+found = {}
+for step in (0, 40):
+    batch = global_batch(batches, step, sharding)
+    for name, x in batch.items():
+        for shard in x.addressable_shards:
+            assert (np.asarray(shard.data) == whole(step)[name][shard.index]).all()
+        found[f"{step}/{name}"] = multihost_utils.process_allgather(x, tiled=True)
+np.savez(out, made=made[0], **found)
+"""
+
+
+def test_two_processes_make_the_stream_of_one_each_its_own_rows(tmp_path):
+    address = f"localhost:{free_port()}"
+
+    def run(number):
+        out = tmp_path / f"{number}.npz"
+        alone = number == 2
+        arguments = ["-c", SPLIT, "alone" if alone else address, number, out]
+        run_python(arguments, devices=8 if alone else 4, PYTHONHASHSEED=str(number))
+        return dict(np.load(out))
+
+    with ThreadPoolExecutor(3) as pool:
+        *both, alone = pool.map(run, range(3))
+    for name, x in alone.items():
+        if name != "made":
+            assert all((found[name] == x).all() for found in both), name
+    # Half of the rows each, and none twice.
+    assert alone["made"].all()
+    assert (both[0]["made"] ^ both[1]["made"]).all() and both[0]["made"].sum() == 8
 
 
 @pytest.mark.parametrize(

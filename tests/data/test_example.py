@@ -76,3 +76,14 @@ def test_the_key_of_a_prompt_knows_its_roles():
 def test_normalising_twice_changes_nothing():
     for text in (" a\t b ", "e\u0301", "\u3000全角　空白"):
         assert normalise(normalise(text)) == normalise(text)
+
+
+def test_texts_differ_by_what_they_say():
+    first, same, other = (
+        Example.from_text("en", text) for text in ("Once  upon", " Once upon\n", "Twice")
+    )
+    assert first.key == same.key != other.key
+    assert first.reply == "Once  upon" and first.messages == () and first.prompt == ""
+    assert first.key != Example.from_pair("en", "Once upon", "Once upon").key
+    with pytest.raises(DataError, match="expected text, found none"):
+        Example.from_text("en", " ")

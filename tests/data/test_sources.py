@@ -10,9 +10,11 @@ import pytest
 
 from jaxmoo.data.example import Example
 from jaxmoo.data.files import read_records
+from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.sources import hub_records, load_examples, read_examples
 from jaxmoo.errors import ConfigError, DataError
 
+STRICT = Malformed("all", 0.0)
 ROWS = {
     "en": [
         {"prompt": "Hello,\nyou?", "completion": 'Hi "there"'},
@@ -111,8 +113,43 @@ def test_conversations_in_messages(columns, suffix, tmp_path):
 def test_duplicates_are_dropped_when_loading_and_kept_when_reading(tmp_path):
     write(tmp_path / "en.jsonl", [*ROWS["en"], {"prompt": " a ", "completion": "b\n"}])
     assert load_examples(str(tmp_path), ["en"]) == {"en": expected("en")}
-    examples, skipped = read_examples(str(tmp_path), ["en"])["en"]
+    examples, skipped = read_examples(str(tmp_path), ["en"]).languages["en"]
     assert (len(examples), skipped) == (3, 0)
+
+
+@pytest.mark.parametrize("columns", [None, {"text": "text"}])
+def test_plain_text(columns, tmp_path):
+    write(tmp_path / "en.jsonl", [{"text": " Once upon a time. ", "url": "x"}])
+    loaded = load_examples(str(tmp_path), ["en"], columns=columns)
+    assert loaded == {"en": [Example.from_text("en", "Once upon a time.")]}
+    # Beside a mapped column, or a prompt, text is a column like any other.
+    with pytest.raises(DataError, match="no column 'prompt'"):
+        load_examples(str(tmp_path), ["en"], columns={"completion": "url"})
+
+
+def test_malformed_records_are_counted_up_to_a_share(tmp_path):
+    lines = [json.dumps({"prompt": f"a{i}", "completion": "b"}) for i in range(8)]
+    lines[3:3] = ["{broken", '{"prompt": 1}']
+    (tmp_path / "en.jsonl").write_text("\n".join(lines))
+    reading = read_examples(str(tmp_path), ["en"], max_malformed=0.2)
+    assert len(reading.languages["en"].examples) == 8 and reading.languages["en"].skipped == 2
+    assert [complaint.split(": ")[0] for complaint in reading.complaints] == [
+        f"{tmp_path}/en.jsonl:{line}" for line in (4, 5)
+    ]
+    with pytest.raises(DataError, match=r"en\.jsonl:4: .*\n.* 2 of the 10 records of lang"):
+        read_examples(str(tmp_path), ["en"], max_malformed=0.19)
+
+
+def test_records_of_no_language_count_against_the_table(tmp_path):
+    rows = [{"lang": "en", "prompt": f"a{i}", "completion": "b"} for i in range(8)]
+    write(tmp_path / "all.jsonl", [*rows, {"prompt": "a", "completion": "b"}])
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.write("\n[]")
+    options = {"language_column": "lang"}
+    reading = read_examples(str(tmp_path / "all.jsonl"), ["en"], max_malformed=0.2, **options)
+    assert reading.languages["en"].skipped == 0 and len(reading.complaints) == 2
+    with pytest.raises(DataError, match=r"all\.jsonl:9: no column 'lang'.*\n.* 2 of the 10 rec"):
+        read_examples(str(tmp_path / "all.jsonl"), ["en"], max_malformed=0.1, **options)
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -200,7 +237,8 @@ def test_unknown_sources_are_refused(source, complaint):
         ({"languages": "en"}, "Expected a list of language codes, found 'en'"),
         ({"languages": ["en", "fa", "en"]}, "named more than once: en"),
         ({"columns": {"promt": "q"}}, "Unknown key 'promt'.*Did you mean 'prompt'"),
-        ({"columns": {"messages": "m", "prompt": "q"}}, "not both"),
+        ({"columns": {"messages": "m", "prompt": "q"}}, "not both messages and prompt"),
+        ({"columns": {"text": "t", "completion": "q"}}, "not both prompt and completion and text"),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments, complaint, tmp_path):
@@ -230,7 +268,7 @@ def hub_dataset(tmp_path):
 def test_hub_datasets_with_a_subset_per_language(hub_dataset):
     def texts(subset=None, split="train", column=None):
         names = {"fa": "fa", "en": "en"}
-        found = hub_records(hub_dataset, names, subset, split, column)
+        found = hub_records(hub_dataset, names, subset, split, column, STRICT)
         return {
             language: [{key: values[key] for key in ("prompt", "completion")} for _, values in rows]
             for language, rows in found.items()
@@ -242,9 +280,9 @@ def test_hub_datasets_with_a_subset_per_language(hub_dataset):
 
 def test_hub_datasets_without_the_language_say_what_there_is(hub_dataset):
     with pytest.raises(DataError, match=r"no language 'fr'. Available: all, en, fa"):
-        hub_records(hub_dataset, {"fr": "fr"}, None, "train", None)
+        hub_records(hub_dataset, {"fr": "fr"}, None, "train", None, STRICT)
     with pytest.raises(DataError, match=r"no language 'fr'. Available: en, fa"):
-        hub_records(hub_dataset, {"fr": "fr"}, "all", "train", "lang")
-    rows = hub_records(hub_dataset, {"en": "en"}, None, "validation", None)["en"]
+        hub_records(hub_dataset, {"fr": "fr"}, "all", "train", "lang", STRICT)
+    rows = hub_records(hub_dataset, {"en": "en"}, None, "validation", None, STRICT)["en"]
     with pytest.raises(DataError, match=r"Cannot load.*validation"):
         list(rows)

@@ -116,6 +116,67 @@ def test_the_first_token_of_a_packed_text_is_not_a_target(make_model):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def packed_and_alone():
+    """A batch of two packed rows, and the same texts in a row of their own each."""
+    rng = np.random.default_rng(4)
+    lengths = [[7, 9, 2], [4, 11]]
+    packed = {
+        "tokens": np.zeros((2, 20), np.int32),
+        "loss_mask": np.zeros((2, 20), bool),
+        "positions": np.zeros((2, 20), np.int32),
+        "segment_ids": np.zeros((2, 20), np.int32),
+    }
+    alone = {name: np.zeros((5, 20), x.dtype) for name, x in list(packed.items())[:2]}
+    places = []
+    for row, parts in enumerate(lengths):
+        start = 0
+        for segment, n in enumerate(parts, start=1):
+            here = (row, slice(start, start + n))
+            tokens, mask = rng.integers(1, 67, n), np.arange(n) >= min(n // 2, 1)
+            packed["tokens"][here], packed["loss_mask"][here] = tokens, mask
+            packed["positions"][here], packed["segment_ids"][here] = np.arange(n), segment
+            alone["tokens"][len(places), :n], alone["loss_mask"][len(places), :n] = tokens, mask
+            places.append(here)
+            start += n
+    return packed, alone, places
+
+
+def test_packed_texts_have_the_losses_and_gradients_they_have_alone(make_model):
+    packed, alone, places = packed_and_alone()
+    graphdef, state = nnx.split(make_model())
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss_and_nll(state, batch):
+        nll = token_nll(nnx.merge(graphdef, state), batch)
+        return nll.sum() / target_mask(batch).sum(), nll
+
+    (loss, together), gradients = loss_and_nll(state, packed)
+    (expected_loss, apart), expected_gradients = loss_and_nll(state, alone)
+    for number, here in enumerate(places):
+        n = here[1].stop - here[1].start
+        np.testing.assert_allclose(together[here], apart[number, :n], atol=2e-6)
+        assert together[here][0] == 0
+    # Every target of the one is one of the other, so the means are of the same tokens.
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    for found, wanted in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_packed_texts_do_not_see_each_other(make_model):
+    packed, _, places = packed_and_alone()
+    nll = jax.jit(token_nll)
+    before = np.asarray(nll(make_model(), packed))
+    for changed in places:
+        tokens = packed["tokens"].copy()
+        tokens[changed] = (tokens[changed] + 5) % 67
+        after = np.asarray(nll(make_model(), packed | {"tokens": tokens}))
+        others = np.ones(before.shape, bool)
+        others[changed] = False
+        assert (after[others] == before[others]).all()
+        assert (after[changed][1:] != before[changed][1:]).any()
+
+
 WIDE = DecoderConfig(
     vocab_size=49152,  # as SmolLM2's
     hidden_size=32,

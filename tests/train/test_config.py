@@ -188,6 +188,13 @@ BAD_OVERRIDES = {
     "resolve.preference={en: 0}": r"resolve\.preference\.en must be above 0",
     "optimizer.warmup_steps=11": "more than the 10 of train.steps",
     "data.columns={messages: a, prompt: b}": "either messages or prompt and completion",
+    "data.columns={text: a, prompt: b}": "or text: name columns of one kind",
+    "data.max_malformed=1": "at least 0 and below 1",
+    "data.languages_per_step=3": "is 3, but data.seen has 2 languages",
+    "data.sampling.temperature=2": "no effect when every language takes part",
+    "data={languages_per_step: 1, sampling: {weights: {eng: 2}}}": "'eng', which is not in data.s",
+    "data={languages_per_step: 1, sampling: {weights: {en: 0}}}": "weights.en must be above 0",
+    "data={languages_per_step: 1, sampling: {weights: {en: 1}, temperature: 1}}": "not both",
     # syntax
     "train.steps": "expected section.key=value",
     "data.seen=[en": "not YAML",
@@ -200,6 +207,20 @@ BAD_OVERRIDES = {
 def test_bad_override(load, override):
     with pytest.raises(ConfigError, match=BAD_OVERRIDES[override]):
         load(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resolve.preference={en: 2}", "give data.sampling.weights instead"),
+        ("resolve.aggregator=gradvac", "gradvac has or keeps numbers for each language"),
+        ("resolve={aggregator: constant, options: {weights: [1, 2]}}", "constant has or keeps"),
+    ],
+)
+def test_what_belongs_to_fixed_languages_is_refused_when_they_are_sampled(load, override, message):
+    load(override)
+    with pytest.raises(ConfigError, match=message):
+        load("data.languages_per_step=1", override)
 
 
 def test_errors_in_the_file_name_it_and_the_line(load):

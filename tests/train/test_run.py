@@ -16,6 +16,11 @@ from devices import ROOT, run_python
 from jaxmoo.train.cli import main
 from jaxmoo.train.metrics import read_metrics
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def weights(run):
     return load_file(run / "export" / "model.safetensors")
@@ -72,7 +77,16 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
-    config = write_config(train__steps=6, train__checkpoint_every=2, report=False)
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
+    config = write_config(
+        train__steps=6,
+        train__checkpoint_every=2,
+        data__packing=True,
+        data__languages_per_step=2,
+        data__sampling={"temperature": 2.0},
+        data__chat_template=str(template),
+    )
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert main(["--config", str(config), f"output={unbroken}"]) == 0
 
@@ -91,10 +105,21 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
         assert np.array_equal(weights(killed)[name], array), name
     steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
     assert steps == list(range(1, 7))
-    losses = [
-        [row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (unbroken, killed)
-    ]
-    assert losses[0] == losses[1]
+    rows, resumed = (read_metrics(run / "metrics.jsonl") for run in (unbroken, killed))
+    for name in ("loss", "weights", "cosine", "skipped", "tokens", "epochs"):
+        assert [row[name] for row in rows] == [row[name] for row in resumed], name
+
+    # Each step has the metrics of its own languages, and rows with more than one example.
+    shown = dict.fromkeys(("it", "pt", "es", "fa"), 0)
+    for row in rows:
+        assert len(row["loss"]) == 2 and row["loss"].keys() == row["weights"].keys()
+        assert all((code in row["loss"]) == (row["epochs"][code] > shown[code]) for code in shown)
+        shown = row["epochs"]
+        assert row["tokens"] > 0.7 * 2 * 2 * 96
+        assert np.isfinite(np.array(row["cosine"], float)).sum() == 4
+    assert (killed / "report" / "loss.png").exists()
+    # The exported model is prompted as it was trained.
+    assert (killed / "export" / "chat_template.jinja").read_text() == CHATML
 
 
 def test_sigterm_saves_and_the_exit_code_says_so(write_config, tmp_path):

@@ -1,0 +1,55 @@
+"""Malformed records: left out and counted up to a share, an error beyond it."""
+
+from __future__ import annotations
+
+from jaxmoo.errors import DataError
+
+
+class Malformed:
+    """The malformed records of a part of a source.
+
+    Args:
+      part: what they are a part of, for the error.
+      limit: the largest share of all records that may be malformed; at 0 the first is an error.
+
+    Attributes:
+      complaints: what is wrong with each, with file and line.
+
+    Example:
+      >>> malformed = Malformed("language 'en'", 0.1)
+      >>> malformed.add(DataError("en.jsonl:7: expected text, found NoneType"))
+      >>> malformed.check(good=99)
+      >>> len(malformed.complaints)
+      1
+    """
+
+    def __init__(self, part: str, limit: float):
+        self._part, self._limit = part, limit
+        self.complaints: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """Note a malformed record.
+
+        Raises:
+          DataError: this one, where none is allowed.
+        """
+        if not self._limit:
+            raise error
+        self.complaints.append(str(error))
+
+    def check(self, good: int) -> None:
+        """Compare their number with the limit, once all records were read.
+
+        Args:
+          good: how many records are well formed.
+
+        Raises:
+          DataError: too many are not.
+        """
+        bad = len(self.complaints)
+        if bad > self._limit * (bad + good):
+            raise DataError(
+                f"{self.complaints[0]}\nSo or otherwise malformed are {bad:,} of the "
+                f"{bad + good:,} records of {self._part}; max_malformed allows a share of "
+                f"{self._limit:g}."
+            )

@@ -1,0 +1,117 @@
+"""A run's data, from its settings: the tokenizer, the corpus and the batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxmoo.data import Corpus, LanguageBatches, load_corpus, shares
+from jaxmoo.errors import ConfigError
+from jaxmoo.hf import load_tokenizer
+from jaxmoo.train.config import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["RunData", "load_data", "read_template"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What :func:`load_data` put together.
+
+    Attributes:
+      tokenizer: with the chat template that is used.
+      corpus: tokenised examples.
+      batches: training batches by step.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    corpus: Corpus
+    batches: LanguageBatches
+
+
+def load_data(config: Config, source: Path, say: Callable[[str], None] = print) -> RunData:
+    """Read, split and tokenise the examples of a run; no weights are read.
+
+    Args:
+      config: the run's settings.
+      source: the model's directory, for its tokenizer.
+      say: called with the corpus's table.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
+    """
+    data = config.data
+    template = read_template(data.chat_template)
+    tokenizer = load_tokenizer(source)
+    if template is not None:
+        tokenizer.chat_template = template
+    corpus = load_corpus(
+        data.source,
+        tokenizer,
+        seen=data.seen,
+        unseen=data.unseen,
+        sequence_length=data.sequence_length,
+        held_out=data.held_out,
+        max_held_out=data.max_held_out,
+        disjoint_replies=data.disjoint_replies,
+        columns=dataclasses.asdict(data.columns),
+        codes=data.codes,
+        language_column=data.language_column,
+        subset=data.subset,
+        split=data.split,
+        max_malformed=data.max_malformed,
+    )
+    say(corpus.table())
+    batches = LanguageBatches(
+        corpus.train,
+        data.seen,
+        data.batch_size,
+        data.sequence_length,
+        config.seed,
+        pad_id=tokenizer.pad_token_id or 0,
+        packing=data.packing,
+        per_step=data.languages_per_step,
+        shares=_shares(config, corpus),
+    )
+    return RunData(tokenizer, corpus, batches)
+
+
+def _shares(config: Config, corpus: Corpus) -> dict[str, float] | None:
+    sampling, seen = config.data.sampling, config.data.seen
+    if sampling.weights is not None:
+        return {code: sampling.weights.get(code, 1.0) for code in seen}
+    if sampling.temperature is not None:
+        return shares({code: len(corpus.train[code]) for code in seen}, sampling.temperature)
+    return None
+
+
+def read_template(path: str | None) -> str | None:
+    """Read a chat template from a file.
+
+    Args:
+      path: the file, or None.
+
+    Returns:
+      The template; None without a file.
+
+    Raises:
+      ConfigError: there is no such file, or it is not a template.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template: cannot read {path} ({error}). Expected a text file with a Jinja "
+            "template, such as a model's chat_template.jinja."
+        ) from None
+    if "messages" not in text:
+        raise ConfigError(
+            f"data.chat_template: {path} is no chat template: it never mentions messages."
+        )
+    return text

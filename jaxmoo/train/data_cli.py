@@ -1,0 +1,84 @@
+"""The command line of ``scripts/data.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxmoo.analysis.data_plot import lengths_and_shares
+from jaxmoo.data.describe import describe, epochs_table, marked, sample
+from jaxmoo.data.languages import nearest_language
+from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.hf import resolve_source
+from jaxmoo.train.config import Config, load_config
+from jaxmoo.train.data import RunData, load_data
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="data.py",
+        description="Show the data of a run as training will see it: counts, token lengths, "
+        "truncation, packing, epochs, and examples with what is learnt marked. No weights are "
+        "read and nothing is trained.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the run's settings")
+    parser.add_argument(
+        "--out", help="directory for data.json and data.png (default: the run's output + '-data')"
+    )
+    parser.add_argument(
+        "--languages", help="languages to show examples of, as en,fa (default: the first three)"
+    )
+    parser.add_argument("--examples", type=int, default=3, help="examples of each (3)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        shown = _languages(config, options.languages)
+        data = load_data(config, resolve_source(config.model.source))
+        description = describe(data.corpus, data.batches, config.train.steps)
+        print(f"\n{epochs_table(description)}")
+        _show(data, shown, options.examples)
+        out = Path(options.out or f"{config.output.rstrip('/')}-data")
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        (out / "data.json").write_text(text + "\n", encoding="utf-8")
+        lengths_and_shares(description, out / "data.png")
+    except (JaxmooError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\nWritten: {out / 'data.json'}, {out / 'data.png'}")
+    return 0
+
+
+def _languages(config: Config, wanted: str | None) -> list[str]:
+    known = [*config.data.seen, *config.data.unseen]
+    if wanted is None:
+        return known[:3]
+    chosen = [code.strip() for code in wanted.split(",") if code.strip()]
+    for code in chosen:
+        if code not in known:
+            raise ConfigError(
+                f"--languages: {code!r} is not in the run; there are {', '.join(known)}."
+                f"{nearest_language(code, known)}"
+            )
+    return chosen
+
+
+def _show(data: RunData, languages: Sequence[str], count: int) -> None:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    how = "\x1b[32mthis colour\x1b[0m" if colour else "\u27e6such brackets\u27e7"
+    print(f"\nExamples; what is learnt is in {how}.")
+    for language in languages:
+        examples = data.corpus.train.get(language) or data.corpus.held_out[language]
+        for example in sample(examples, count):
+            cut = f", cut from {example.length}" if example.truncated else ""
+            learnt = int(example.loss_mask[1:].sum())
+            print(f"\n--- {language}: {len(example.tokens)} tokens{cut}, {learnt} learnt")
+            print(marked(example, data.tokenizer, colour=colour))
