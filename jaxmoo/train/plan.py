@@ -226,6 +226,7 @@ def abstract_step(
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        attention="xla",  # what can be compiled for the CPU
     )
     graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
 

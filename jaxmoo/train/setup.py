@@ -17,6 +17,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
+from jaxmoo.models.attention import choose_attention
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.step import TrainState, initial_state, make_optimizer, make_train_step
@@ -101,6 +102,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             f"{architecture.max_position_embeddings} tokens."
         )
     segments = segments_for(architecture, model.trainable)
+    # Kernels cannot be divided by the compiler, to which the tensor axis is left.
+    fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention
+    attention = choose_attention(fastest, head_dim=architecture.head_dim, dtype=model.dtype)
+    say(f"Attention: {attention}.")
 
     tokenizer = load_tokenizer(source)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -130,6 +135,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         dtype=jax.numpy.dtype(model.dtype),
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
+        attention=attention,
         shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
     )
     graph, params, frozen = nnx.split(decoder, trainable_filter(model.trainable), ...)
