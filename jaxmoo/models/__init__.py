@@ -2,7 +2,7 @@
 
 from jaxmoo.models.config import DecoderConfig, Llama3Rope
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.layers import DecoderLayer, rope_frequencies, rope_tables
 from jaxmoo.models.loss import language_loss, target_mask, token_nll
 from jaxmoo.models.paths import (
     logical_paths,
@@ -21,6 +21,7 @@ __all__ = [
     "logical_paths",
     "named_leaves",
     "parameter_paths",
+    "rope_frequencies",
     "rope_tables",
     "segments_for",
     "target_mask",

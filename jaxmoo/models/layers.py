@@ -21,7 +21,15 @@ from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.models.attention import attend
 from jaxmoo.models.config import DecoderConfig
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "Linear", "RMSNorm", "rope_tables"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "DecoderLayer",
+    "Linear",
+    "RMSNorm",
+    "rope_frequencies",
+    "rope_tables",
+]
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -36,6 +44,16 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
     Returns:
       (cos, sin), each [..., S, H / 2].
     """
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Angles by which one position turns each pair, float32 [H / 2].
+
+    Args:
+      config: see `rope_tables`.
+    """
     # Constants of the program. In float32 throughout, as the reference implementation has them:
     # a last-bit difference here is multiplied by the position.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -46,8 +64,7 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
         keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         keep = np.clip(keep, 0, 1).astype(np.float32)
         frequencies = (1 - keep) * frequencies / np.float32(s.factor) + keep * frequencies
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    return frequencies.astype(np.float32)
 
 
 def _rotate(x_BSNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
