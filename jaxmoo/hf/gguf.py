@@ -157,7 +157,9 @@ def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    stretched = DecoderConfig.from_hf(config | {"rope_scaling": scaling})
+    parameters = {**scaling, "rope_theta": config["rope_theta"]}
+    settings = {"rope_scaling": scaling, "rope_parameters": parameters}
+    stretched = DecoderConfig.from_hf(config | settings)
     plain = dataclasses.replace(stretched, rope_scaling=None)
     expected = rope_frequencies(plain) / rope_frequencies(stretched)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
@@ -165,8 +167,7 @@ def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
             f"{_ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "
             "cannot be converted"
         )
-    parameters = {**scaling, "rope_theta": config["rope_theta"]}
-    return {"rope_scaling": scaling, "rope_parameters": parameters}
+    return settings
 
 
 def _shortest(value: float) -> float:
