@@ -39,9 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama_tied": {"tie_word_embeddings": True},
     "llama_one_head_per_group": {"num_key_value_heads": 6, "head_dim": 8},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 16},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "qwen3_window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
 }
 
 

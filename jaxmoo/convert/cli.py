@@ -13,6 +13,7 @@ from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
 from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
 
@@ -22,6 +23,7 @@ _EXAMPLES = """examples:
   python scripts/convert.py inspect smollm2-135m-instruct
   python scripts/convert.py from-hf path/to/hf-model path/to/checkpoint
   python scripts/convert.py to-hf path/to/checkpoint path/to/hf-copy
+  python scripts/convert.py from-gguf path/to/model.gguf path/to/hf-model
   python scripts/convert.py verify path/to/hf-model path/to/hf-copy
   python scripts/convert.py to-hf runs/quickstart exported --step 30 --dtype bfloat16
   python scripts/convert.py to-hf runs/lora adapter --adapter
@@ -75,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", help="a directory, a model's id on the hub, or an embedded model")
     sub.add_argument("out", type=Path, help="directory to make")
 
+    sub = command("from-gguf", "GGUF file -> Hugging Face directory, in float32")
+    sub.add_argument(
+        "file", type=Path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
+    )
+    sub.add_argument("out", type=Path, help="directory to make")
+
     sub = command("to-hf", "Orbax checkpoint or training run -> Hugging Face directory")
     sub.add_argument("source", type=Path, help="what from-hf made, or a training run's directory")
     sub.add_argument("out", type=Path, help="directory to make")
@@ -101,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 def _from_hf(options: argparse.Namespace) -> int:
     from_hf(resolve_source(options.source), options.out)
     print(f"Wrote {options.out} (Orbax checkpoint).")
+    return 0
+
+
+def _from_gguf(options: argparse.Namespace) -> int:
+    convert_gguf(options.file, options.out)
+    print(f"Wrote {options.out} (Hugging Face format).")
     return 0
 
 
@@ -135,7 +149,13 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}
+_COMMANDS = {
+    "from-hf": _from_hf,
+    "from-gguf": _from_gguf,
+    "to-hf": _to_hf,
+    "verify": _verify,
+    "inspect": _inspect,
+}
 
 
 def _directory(name: str) -> Path:

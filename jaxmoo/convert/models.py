@@ -24,7 +24,7 @@ from jaxmoo import mesh
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.adapter import save_adapter
 from jaxmoo.hf.card import ModelCard
-from jaxmoo.hf.directory import check_target, new_directory
+from jaxmoo.hf.directory import check_target, first_process, new_directory
 from jaxmoo.hf.load import load_config, load_model, read_json, with_dtypes
 from jaxmoo.hf.save import (
     MAX_SHARD_BYTES,
@@ -74,7 +74,8 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
     """Convert a Hugging Face directory into a checkpoint directory.
 
     Parameters are spread over all of JAX's devices, keep their dtypes, and are written as they lie
-    there. The directory appears only when all is written.
+    there. The directory appears only when all is written. Several processes may call together, if
+    they see the same files; each reads and writes only what lies on its devices.
 
     Args:
       source: the Hugging Face directory; see `jaxmoo.hf.resolve_source`.
@@ -86,7 +87,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
       ConfigError: when the architecture is not supported.
     """
     source, out = Path(source), Path(out)
-    check_target(out)
+    first_process(lambda: check_target(out))
     model = load_model(source, param_dtype=None, shardings=_shardings)
     params = nnx.state(model)
     stored = Weights(source)
@@ -95,15 +96,18 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
         for tensor in model_tensors(model, stored.dtype)
     }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    with new_directory(out) as directory:
-        check_space(directory, size)
-        say(f"Writing {size / 1e9:.2f} GB of parameters ...")
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save((directory / _PARAMS).absolute(), _nested(params))
+
+    def write_rest() -> None:
         (directory / "config.json").write_bytes((source / "config.json").read_bytes())
         copy_companions(source, directory)
         text = json.dumps({"format": 1, "tensors": tensors}, indent=1)
         (directory / CHECKPOINT_FILE).write_text(text + "\n", "utf-8")
+
+    with new_directory(out) as directory:
+        first_process(lambda: check_space(directory, size))
+        say(f"Writing {size / 1e9:.2f} GB of parameters ...")
+        _save(directory / _PARAMS, params, out)
+        first_process(write_rest)
 
 
 def to_hf(
@@ -118,6 +122,8 @@ def to_hf(
 ) -> None:
     """Convert a checkpoint directory, or a step of a training run, into a Hugging Face directory.
 
+    Several processes may call together, as for `from_hf`; the first one writes.
+
     Args:
       source: what `from_hf` made, or the output directory of a training run.
       out: the directory to make; may exist if it is empty.
@@ -131,11 +137,12 @@ def to_hf(
       CheckpointError: when ``out`` is not empty, or ``source`` is damaged, of another kind, or has
         no such step.
     """
-    check_target(Path(out))
+    out = Path(out)
+    first_process(lambda: check_target(out))
     opened = open_model(Path(source), step=step, base=base, say=say)
     save_model(
         opened.model,
-        Path(out),
+        out,
         source=opened.source,
         dtype=opened.dtypes if dtype is None else dtype,
         max_shard_bytes=max_shard_bytes,
@@ -293,7 +300,11 @@ def _open_run(
     config = load_run_config(run.config)
     steps = run.steps()
     if not steps:
-        raise CheckpointError(f"{run.path} has no complete checkpoint (in {run.checkpoints})")
+        raise CheckpointError(
+            f"{run.path} has no complete checkpoint in {run.checkpoints}. Start the run again with "
+            "the same command: it writes one at its end, when it is interrupted, and every "
+            "train.checkpoint_every steps."
+        )
     if step is None:
         step = steps[-1]
     if step not in steps:
@@ -337,6 +348,21 @@ def _nested(state: nnx.State) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
+
+
+def _save(path: Path, params: nnx.State, out: Path) -> None:
+    """Write parameters as they lie on the devices; ``out`` is where they will be found."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), _nested(params))
+    except OSError:
+        raise
+    # The library wraps what the system says, such as that the disk is full, in errors of its own.
+    except Exception as error:
+        raise CheckpointError(
+            f"{out} could not be written: {error}. Nothing was left behind. Check that the disk "
+            "has room and the path can be written to."
+        ) from error
 
 
 def _restore(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.State:

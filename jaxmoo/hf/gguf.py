@@ -1,4 +1,4 @@
-"""A GGUF file of the Llama architecture becomes a Hugging Face directory.
+"""A GGUF file becomes a Hugging Face directory.
 
 Quantised tensors are dequantised to float32. The format: https://github.com/ggml-org/ggml,
 docs/gguf.md.
@@ -6,55 +6,59 @@ docs/gguf.md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from gguf import GGUFReader, TokenType
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
-from tokenizers import decoders, models, pre_tokenizers
 
 from jaxmoo.errors import CheckpointError, did_you_mean
 from jaxmoo.hf.directory import new_directory
+from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
 from jaxmoo.hf.save import Tensor, write_weights
+from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.layers import rope_frequencies
 
 __all__ = ["convert_gguf"]
 
-# GGUF's tensor names; {i} is a layer's number.
-_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "blk.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "blk.{i}.attn_q.weight": "model.layers.{i}.self_attn.q_proj.weight",
-    "blk.{i}.attn_k.weight": "model.layers.{i}.self_attn.k_proj.weight",
-    "blk.{i}.attn_v.weight": "model.layers.{i}.self_attn.v_proj.weight",
-    "blk.{i}.attn_output.weight": "model.layers.{i}.self_attn.o_proj.weight",
-    "blk.{i}.ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "blk.{i}.ffn_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
-    "blk.{i}.ffn_up.weight": "model.layers.{i}.mlp.up_proj.weight",
-    "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+# GGUF's names of tensors and parts of tensors' names, and Hugging Face's.
+_PREFIXES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
 }
-
-# How text is split before merging, by GGUF's name for it. SmolLM: every digit on its own.
-_PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    ),
+_LAYER_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Llama 3's stretched rotary frequencies: GGUF files hold what each is divided by.
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 def convert_gguf(file: Path, path: Path) -> None:
-    """Convert a GGUF file of the Llama architecture into a Hugging Face directory.
+    """Convert a GGUF file of the Llama, Qwen2 or Qwen3 architecture into a Hugging Face directory.
 
     Args:
-      file: the GGUF file.
+      file: the GGUF file; its tensors may be of any type that the ``gguf`` package dequantises,
+        among them F32, F16, BF16, Q4_0 to Q8_0 and the K-quants.
       path: the directory to make: config, float32 weights, tokenizer with its chat template and
         generation config. It appears only when all is written.
 
@@ -62,21 +66,28 @@ def convert_gguf(file: Path, path: Path) -> None:
       CheckpointError: when the file is damaged or of another architecture or tokenizer, or
         ``path`` is not empty.
     """
+    file = Path(file)
     try:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     # A damaged file fails in many ways inside the reader, none of them its own.
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise CheckpointError(f"{file} is not a GGUF file, or is damaged: {error}") from error
-    if fields.get("general.architecture") != "llama":
+    architecture = fields.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{file} has architecture {fields.get('general.architecture')!r}; only 'llama' can be "
-            "converted"
+            f"{file} has architecture {architecture!r}, which cannot be converted."
+            f"{did_you_mean(str(architecture), _ARCHITECTURES)} Supported: "
+            f"{', '.join(_ARCHITECTURES)}"
         )
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     try:
-        config = _config(fields, tied=all(t.name != "output.weight" for t in reader.tensors))
-        tokenizer, tokenizer_config = _tokenizer(fields)
-        tensors = [_tensor(tensor, config) for tensor in reader.tensors]
+        factors = stored.pop(_ROPE_FACTORS, None)
+        config = _config(architecture, fields, tied="output.weight" not in stored)
+        if factors is not None:
+            config |= _stretched(config, np.array(factors.data, np.float32))
+        tokenizer, tokenizer_config = gguf_tokenizer(fields, config["max_position_embeddings"])
+        tensors = [_tensor(tensor, config) for tensor in stored.values()]
     except KeyError as error:
         raise CheckpointError(f"{file} lacks {error}") from error
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -92,25 +103,37 @@ def convert_gguf(file: Path, path: Path) -> None:
         tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    heads = fields["llama.attention.head_count"]
-    hidden = fields["llama.embedding_length"]
-    theta = float(fields.get("llama.rope.freq_base", 10000.0))
-    if any(key.startswith("llama.rope.scaling") for key in fields):
-        raise CheckpointError("GGUF files with scaled rotary frequencies cannot be converted")
+def _config(architecture: str, fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    def field(name: str, *default: Any) -> Any:
+        key = f"{architecture}.{name}"
+        return fields.get(key, *default) if default else fields[key]
+
+    heads, hidden = field("attention.head_count"), field("embedding_length")
+    theta = float(field("rope.freq_base", 10000.0))
+    head_dim = field("attention.key_length", hidden // heads)
+    for name, supported in {
+        "rope.scaling.type": "none",
+        "rope.dimension_count": head_dim,
+        "attention.sliding_window": 0,
+    }.items():
+        if field(name, supported) != supported:
+            raise CheckpointError(
+                f"GGUF files with {architecture}.{name}={field(name)!r} cannot be converted "
+                f"(only {supported!r})"
+            )
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "max_position_embeddings": field("context_length"),
+        "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon")),
         # Both spellings: transformers 4 reads the first and ignores the second.
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -124,6 +147,29 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     }
 
 
+def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """The settings of Llama 3's stretched rotary frequencies, in both spellings."""
+    # Of the four numbers of Llama 3's rule all its models share three.
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _shortest(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    parameters = {**scaling, "rope_theta": config["rope_theta"]}
+    settings = {"rope_scaling": scaling, "rope_parameters": parameters}
+    stretched = DecoderConfig.from_hf(config | settings)
+    plain = dataclasses.replace(stretched, rope_scaling=None)
+    expected = rope_frequencies(plain) / rope_frequencies(stretched)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise CheckpointError(
+            f"{_ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "
+            "cannot be converted"
+        )
+    return settings
+
+
 def _shortest(value: float) -> float:
     """Undo the widening of a float32: 1e-05 rather than 9.999999747378752e-06."""
     return float(str(np.float32(value)))
@@ -131,57 +177,31 @@ def _shortest(value: float) -> float:
 
 def _tensor(tensor: Any, config: dict[str, Any]) -> Tensor:
     """A tensor of the GGUF file under its Hugging Face name."""
-    match = re.match(r"blk\.(\d+)\.", tensor.name)
-    number = match.group(1) if match else ""
-    template = re.sub(r"^blk\.\d+\.", "blk.{i}.", tensor.name)
-    if template not in _NAMES:
-        raise CheckpointError(f"tensor {tensor.name!r} is not part of the Llama architecture")
-    # llama.cpp interleaves the two halves of every query and key head.
-    heads = {
-        "blk.{i}.attn_q.weight": config["num_attention_heads"],
-        "blk.{i}.attn_k.weight": config["num_key_value_heads"],
-    }.get(template)
+    layer, part, leaf = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name).groups()
+    known = _PREFIXES if layer is None else _LAYER_PARTS
+    if part not in known or leaf not in (".weight", ".bias"):
+        raise CheckpointError(
+            f"tensor {tensor.name!r} is not part of the {config['model_type']} architecture"
+        )
+    prefix = known[part] if layer is None else f"model.layers.{layer}.{known[part]}"
+    # llama.cpp interleaves the two halves of every query and key head of this architecture.
+    heads = None
+    if config["model_type"] == "llama" and layer is not None:
+        heads = {
+            "attn_q": config["num_attention_heads"],
+            "attn_k": config["num_key_value_heads"],
+        }.get(part)
+    kind = tensor.tensor_type
 
     def read() -> np.ndarray:
-        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        value = dequantize(tensor.data, kind).astype(np.float32, copy=False)
         if heads is None:
             return value
         return value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
 
-    name = _NAMES[template].replace("{i}", number)
-    return Tensor(name, tuple(map(int, tensor.shape[::-1])), np.dtype(np.float32), read)
-
-
-def _tokenizer(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    pre = fields.get("tokenizer.ggml.pre")
-    if fields["tokenizer.ggml.model"] != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"tokenizer {fields['tokenizer.ggml.model']!r} with pre-tokenizer {pre!r} cannot be "
-            f"converted.{did_you_mean(str(pre), _PRE_TOKENIZERS)} Supported: 'gpt2' with "
-            f"{', '.join(map(repr, _PRE_TOKENIZERS))}"
-        )
-    tokens = fields["tokenizer.ggml.tokens"]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]],
-        )
-    )
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([token for token, kind in kinds if kind == TokenType.CONTROL])
-    config = {
-        # The class that takes tokenizer.json as it is, in transformers 4 and 5 alike.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": fields["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-    }
-    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
-        number = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None:
-            config[f"{name}_token"] = tokens[number]
-    if "tokenizer.chat_template" in fields:
-        config["chat_template"] = fields["tokenizer.chat_template"]
-    return tokenizer, config
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+        raise CheckpointError(f"tensor {tensor.name!r} is of type {kind.name}: {error}") from error
+    shape = tuple(map(int, tensor.shape[::-1]))
+    return Tensor(f"{prefix}{leaf}", shape, np.dtype(np.float32), read)

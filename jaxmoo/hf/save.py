@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.card import ModelCard
-from jaxmoo.hf.directory import check_target, new_directory
+from jaxmoo.hf.directory import agree, check_target, first_process, new_directory
 from jaxmoo.hf.load import load_config, progress, read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
@@ -90,8 +90,7 @@ def save_model(
         the disk is too small, or a value does not fit the dtype of the files.
     """
     path, source = Path(path), Path(source)
-    if jax.process_count() == 1:  # else when they have all come, so that none waits for another
-        check_target(path)
+    first_process(lambda: check_target(path))
     if load_config(source) != model.config:
         raise CheckpointError(
             f"the model does not have the sizes in {source / 'config.json'}; source must be the "
@@ -133,19 +132,15 @@ def write_directory(
     Raises:
       CheckpointError: when ``path`` is not empty, or something could not be read or written.
     """
-
-    def whole(tensors: Sequence[Tensor]) -> None:
-        with new_directory(path) as directory:
+    with new_directory(path) as directory:
+        if jax.process_count() == 1:
             write(directory, tensors)
-
-    if jax.process_count() == 1:
-        whole(tensors)
-    else:
-        _with_all_processes(tensors, whole)
+        else:
+            _write_together(directory, tensors, write)
 
 
-def _with_all_processes(
-    tensors: Sequence[Tensor], write: Callable[[Sequence[Tensor]], None]
+def _write_together(
+    directory: Path, tensors: Sequence[Tensor], write: Callable[[Path, Sequence[Tensor]], None]
 ) -> None:
     """Let the first process write, while the others help it to gather every tensor.
 
@@ -165,19 +160,15 @@ def _with_all_processes(
     failure: Exception | None = None
     try:
         if jax.process_index() == 0:
-            write([counted(tensor) for tensor in tensors])
-    except CheckpointError as error:
+            write(directory, [counted(t) for t in tensors])
+    except (CheckpointError, OSError) as error:
         failure = error
     while pending:
         try:
             pending.popleft().read()
         except CheckpointError as error:
             failure = failure or error
-    written = multihost_utils.broadcast_one_to_all(np.int32(failure is None))
-    if failure is None and not written:
-        failure = CheckpointError("the first process could not write the model; see its message")
-    if failure is not None:
-        raise failure
+    agree(failure)
 
 
 def copy_companions(source: Path, directory: Path) -> None:
@@ -294,7 +285,8 @@ def check_space(directory: Path, total: int) -> None:
     free = shutil.disk_usage(directory).free
     if total > free:
         raise CheckpointError(
-            f"{directory.parent} has {free:,} bytes of free space, the weights need {total:,}"
+            f"{directory.parent} has {free:,} bytes of free space, the weights need {total:,}. "
+            "Nothing was left behind. Free some space, or choose a path on a larger disk."
         )
 
 

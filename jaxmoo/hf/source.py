@@ -48,6 +48,11 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
         return _EMBEDDED[name](cache_dir)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_hub(name)
+    if path.suffix == ".gguf" and path.is_file():
+        raise ConfigError(
+            f"{path} is a GGUF file: make a Hugging Face directory of it first, with "
+            f"`python scripts/convert.py from-gguf {path} DIRECTORY`"
+        )
     raise ConfigError(
         f"no model {name!r}: it is not a directory, not org/model on a hub, and not one of "
         f"{', '.join(_EMBEDDED)}.{did_you_mean(name, _EMBEDDED)}"

@@ -2,7 +2,7 @@
 
 from jaxmoo.models.config import DecoderConfig, Llama3Rope
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.layers import DecoderLayer, rope_frequencies, rope_tables
 from jaxmoo.models.lora import LoRA, add_adapters, initial_adapters, merge_adapters
 from jaxmoo.models.loss import language_loss, target_mask, token_nll
 from jaxmoo.models.paths import (
@@ -26,6 +26,7 @@ __all__ = [
     "merge_adapters",
     "named_leaves",
     "parameter_paths",
+    "rope_frequencies",
     "rope_tables",
     "segments_for",
     "target_mask",

@@ -50,6 +50,8 @@ class DecoderConfig:
       tie_word_embeddings: whether the head reuses the embedding.
       attention_bias: whether the q, k and v projections have biases (Qwen2).
       qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3).
+      sliding_window: number of tokens that a token attends to, itself included (Mistral); None
+        for all before it.
 
     Example:
       >>> config = DecoderConfig(
@@ -74,9 +76,11 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
+        optional = () if self.sliding_window is None else ("sliding_window",)
+        for name in (*_SIZES, *optional):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
@@ -190,18 +194,37 @@ def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(config, sliding_window=None)
-    return {}
+    # 4096 is what transformers takes where an early config does not say.
+    return {"sliding_window": config.get("sliding_window", 4096)}
 
 
 def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(config, use_sliding_window=False)
-    return {"attention_bias": True}
+    return {"attention_bias": True, "sliding_window": _qwen_window(config)}
 
 
 def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(config, use_sliding_window=False, attention_bias=False)
-    return {"qk_norm": True}
+    _refuse(config, attention_bias=False)
+    return {"qk_norm": True, "sliding_window": _qwen_window(config)}
+
+
+def _qwen_window(config: Mapping[str, Any]) -> int | None:
+    """Qwen's window, which the first ``max_window_layers`` layers do without."""
+    window = config.get("sliding_window", 4096)
+    if not config.get("use_sliding_window", False) or window is None:
+        return None
+    kinds = config.get("layer_types")  # transformers 5
+    if isinstance(kinds, list) and kinds:
+        some, all_ = "sliding_attention" in kinds, set(kinds) == {"sliding_attention"}
+    else:
+        first = config.get("max_window_layers", 28)
+        some, all_ = first < (config.get("num_hidden_layers") or 0), first == 0
+    if some and not all_:
+        raise ConfigError(
+            f"{config.get('model_type')} with a sliding window in some layers only "
+            f"(max_window_layers={config.get('max_window_layers')!r}) is not supported (only in "
+            "all of them, or in none)"
+        )
+    return window if some else None
 
 
 # model_type -> what that architecture adds to (or refuses from) the common fields.

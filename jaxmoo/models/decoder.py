@@ -12,6 +12,7 @@ from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.engine.block import block, check_remat
 from jaxmoo.engine.vocabulary import Ticket, lookup
 from jaxmoo.errors import ConfigError
+from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.layers import DecoderLayer, RMSNorm, rope_tables
 
@@ -41,11 +42,12 @@ class Decoder(nnx.Module):
       param_dtype: dtype of the parameters.
       remat: what the backward pass recomputes: "full" keeps only each layer's input (least
         memory), "dots" also the products with parameters, "none" everything (fastest).
-      attention: "xla", or "auto" for the best of the available ones.
+      attention: implementation of attention, "xla", "cudnn" or "tpu", or "auto" for the fastest
+        that can run; chosen once, here, for JAX's default device.
       rngs: random initial values; see `abstract` to have none.
 
     Raises:
-      ConfigError: on segments, remat or attention that make no sense.
+      ConfigError: on segments or remat that make no sense, or attention that cannot run here.
 
     Example:
       >>> config = DecoderConfig(
@@ -72,13 +74,14 @@ class Decoder(nnx.Module):
         self.segments = _check_segments(segments, config.num_hidden_layers)
         self.dtype = jnp.dtype(dtype)
         self.remat = check_remat(remat)
+        self.attention = choose_attention(attention, head_dim=config.head_dim, dtype=self.dtype)
         kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(param_dtype)}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
         ends = (*self.segments[1:], config.num_hidden_layers)
         self.layers = nnx.Dict(
             {
                 str(first): DecoderLayer(
-                    config, stack=(end - first,), attention=attention, rngs=rngs, **kw
+                    config, stack=(end - first,), attention=self.attention, rngs=rngs, **kw
                 )
                 for first, end in zip(self.segments, ends, strict=True)
             }

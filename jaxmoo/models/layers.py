@@ -18,10 +18,18 @@ import numpy as np
 from flax import nnx
 
 from jaxmoo.cross_entropy import at_least_float32
-from jaxmoo.errors import ConfigError
+from jaxmoo.models.attention import attend
 from jaxmoo.models.config import DecoderConfig
 
-__all__ = ["MLP", "Attention", "DecoderLayer", "Linear", "RMSNorm", "rope_tables"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "DecoderLayer",
+    "Linear",
+    "RMSNorm",
+    "rope_frequencies",
+    "rope_tables",
+]
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -36,6 +44,16 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
     Returns:
       (cos, sin), each [..., S, H / 2].
     """
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Angles by which one position turns each pair, float32 [H / 2].
+
+    Args:
+      config: see `rope_tables`.
+    """
     # Constants of the program. In float32 throughout, as the reference implementation has them:
     # a last-bit difference here is multiplied by the position.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -46,8 +64,7 @@ def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array,
         keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         keep = np.clip(keep, 0, 1).astype(np.float32)
         frequencies = (1 - keep) * frequencies / np.float32(s.factor) + keep * frequencies
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    return frequencies.astype(np.float32)
 
 
 def _rotate(x_BSNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -110,13 +127,13 @@ class Attention(nnx.Module):
         config: DecoderConfig,
         *,
         stack: tuple[int, ...] = (),
-        attention: str = "auto",
+        attention: str = "xla",
         rngs: nnx.Rngs,
         **kw: Any,
     ):
-        if attention not in ("auto", "xla"):
-            raise ConfigError(f"attention must be 'auto' or 'xla', got {attention!r}")
         self.head_dim = config.head_dim
+        self.attention = attention
+        self.window = config.sliding_window
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         kw_in = dict(stack=stack, bias=config.attention_bias, rngs=rngs, **kw)
@@ -141,16 +158,13 @@ class Attention(nnx.Module):
         v_BSGH = self.v_proj(x_BSD).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
-        mask = None
-        if segment_ids is not None:
-            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        out_BSNH = jax.nn.dot_product_attention(
+        out_BSNH = attend(
             _rotate(q_BSNH, cos, sin),
             _rotate(k_BSGH, cos, sin),
             v_BSGH,
-            mask=mask,
-            is_causal=True,
-            implementation="xla",
+            segment_ids=segment_ids,
+            window=self.window,
+            implementation=self.attention,
         )
         return self.o_proj(out_BSNH.reshape(*x_BSD.shape[:2], -1))
 
@@ -174,7 +188,7 @@ class DecoderLayer(nnx.Module):
       config: sizes.
       stack: leading axis of every parameter: ``(n,)`` declares n layers at once, ``()`` one.
         A stack is storage; only a module without the axis can be called.
-      attention: attention implementation.
+      attention: one of :data:`jaxmoo.models.attention.IMPLEMENTATIONS`.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
       rngs: source of random initial values.
@@ -185,7 +199,7 @@ class DecoderLayer(nnx.Module):
         config: DecoderConfig,
         *,
         stack: tuple[int, ...] = (),
-        attention: str = "auto",
+        attention: str = "xla",
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,

@@ -29,7 +29,8 @@ def preset(name: str) -> DecoderConfig:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: there is no preset 'qwen3-9b'. Did you mean 'Qwen3-8B'? There are \
-Llama-3.1-8B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-4B, Qwen3-8B, SmolLM2-135M
+Llama-3.1-8B, Llama-3.2-1B, Llama-3.2-3B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, \
+Qwen3-4B, Qwen3-8B, SmolLM2-135M
     """
     wanted = name.rpartition("/")[2].lower()
     for known, config in PRESETS.items():
@@ -58,6 +59,15 @@ def _llama_3(**changes: Any) -> DecoderConfig:
     )
 
 
+def _llama_3_2(**changes: Any) -> DecoderConfig:
+    return _llama_3(
+        max_position_embeddings=131072,
+        rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192),
+        tie_word_embeddings=True,
+        **changes,
+    )
+
+
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=151936,
@@ -78,6 +88,15 @@ PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
     {
         "Llama-3.1-8B": _llama_3(
             max_position_embeddings=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192)
+        ),
+        "Llama-3.2-1B": _llama_3_2(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64
+        ),
+        "Llama-3.2-3B": _llama_3_2(
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
         ),
         "Meta-Llama-3-8B": _llama_3(),
         "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),

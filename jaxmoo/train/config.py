@@ -82,6 +82,14 @@ class ModelConfig:
         choices=("full", "dots", "none"),
         free=True,
     )
+    attention: str = setting(
+        "auto",
+        "Implementation of attention: `xla` (anywhere), `cudnn` (NVIDIA GPUs, with "
+        "`model.dtype=bfloat16`), `tpu`, or the fastest that can run on the devices at hand "
+        "(`auto`).",
+        choices=("auto", "xla", "cudnn", "tpu"),
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +418,11 @@ def validate(config: Config) -> None:
             problems += _check_sampled(config.resolve)
         if config.resolve.engine == "stacked" and config.train.microbatches > 1:
             problems.append("train.microbatches above 1 needs resolve.engine=backward.")
+        if config.model.attention in ("cudnn", "tpu") and config.mesh.tensor > 1:
+            problems.append(
+                f"mesh.tensor above 1 needs model.attention=xla (or auto), not "
+                f"{config.model.attention}."
+            )
         try:
             re.compile(config.model.trainable)
         except re.error as error:

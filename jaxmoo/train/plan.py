@@ -211,6 +211,7 @@ def abstract_step(
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        attention="xla",  # what can be compiled for the CPU
     )
     graph, params, frozen = split_model(config, decoder)
 

@@ -18,6 +18,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, token_nll
+from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
 from jaxmoo.train.data import load_data
@@ -110,6 +111,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             f"{architecture.max_position_embeddings} tokens."
         )
     segments = run_segments(config, architecture)
+    # Kernels cannot be divided by the compiler, to which the tensor axis is left.
+    fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention
+    attention = choose_attention(fastest, head_dim=architecture.head_dim, dtype=model.dtype)
+    say(f"Attention: {attention}.")
 
     def shardings(tree: Any) -> Any:
         return mesh.parameter_shardings(device_mesh, tree, stacked=STACKED)
@@ -124,6 +129,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         dtype=jax.numpy.dtype(model.dtype),
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
+        attention=attention,
         shardings=shardings,
     )
     graph, params, frozen = split_model(config, decoder)

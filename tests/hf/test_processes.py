@@ -22,6 +22,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 assert jax.process_count() == 2 and jax.device_count() == 8
 from flax import nnx
 from jaxmoo import mesh
+from jaxmoo.convert.models import from_hf, to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_model, save_model
 from jaxmoo.hf.weights import Weights
@@ -55,9 +56,18 @@ def save(target, **options):
 save(out, max_shard_bytes=40_000)
 assert (out / "config.json").is_file()  # whichever process this is
 save(out)
+for name in ("float32", "bfloat16", "float16"):
+    place = out.parent / "round trips" / name
+    from_hf(place / "source", place / "checkpoint", say=lambda _: None)
+    size = 40_000 if name == "bfloat16" else 10**9
+    to_hf(place / "checkpoint", place / "copy", max_shard_bytes=size, say=lambda _: None)
+
 kernel.set_value(jax.jit(lambda x: x * 1e9)(kernel.get_value()))
 save(out.with_name("overflow"), dtype="float16")
 """
+
+
+NAMES = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +75,10 @@ def seen(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     """The directory where it happened, and what each process printed."""
     folder = tmp_path_factory.mktemp("processes")
     tiny_models.save("llama", folder / "source", dtype=torch.bfloat16)
+    for name in NAMES:
+        model = tiny_models.make("qwen3").to(getattr(torch, name))
+        size = "40KB" if name == "bfloat16" else "1GB"
+        model.save_pretrained(folder / "round trips" / name / "source", max_shard_size=size)
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -78,17 +92,35 @@ def seen(tmp_path_factory) -> tuple[Path, list[list[str]]]:
         return folder, list(pool.map(run, range(2)))
 
 
+def tensors(directory: Path) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Every tensor of a directory as its dtype and its bytes."""
+    return {
+        name: (value.dtype, value.view(torch.uint8).numpy().tobytes())
+        for file in directory.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
 def test_what_is_saved_is_what_was_loaded(seen):
     folder, printed = seen
     assert [lines[0] for lines in printed] == ["saved", "saved"]
-    files = sorted((folder / "out").glob("*.safetensors"))
-    assert len(files) > 2
-    found = {name: value for file in files for name, value in load_file(file).items()}
-    expected = load_file(folder / "source" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
+    assert len(list((folder / "out").glob("*.safetensors"))) > 2
+    assert tensors(folder / "out") == tensors(folder / "source")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_through_a_checkpoint_and_back_every_byte_is_the_same(seen, name):
+    place = seen[0] / "round trips" / name
+    assert sorted(p.name for p in place.iterdir()) == ["checkpoint", "copy", "source"]
+    number = {p: len(list((place / p).glob("*.safetensors"))) for p in ("source", "copy")}
+    if name == "bfloat16":
+        assert min(number.values()) > 2
+    else:
+        weights = [place / p / "model.safetensors" for p in number]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert tensors(place / "copy") == tensors(place / "source")
+    configs = [(place / p / "config.json").read_bytes() for p in number]
+    assert configs[0] == configs[1]
 
 
 def test_when_the_first_cannot_write_both_say_so(seen):
@@ -101,4 +133,4 @@ def test_a_value_that_does_not_fit_is_an_error_in_both(seen):
     folder, printed = seen
     for lines in printed:
         assert "has values beyond the range of float16" in lines[2]
-    assert sorted(p.name for p in folder.iterdir()) == ["out", "source"]
+    assert sorted(p.name for p in folder.iterdir()) == ["out", "round trips", "source"]

@@ -177,9 +177,44 @@ def test_the_card_says_what_it_is_given_and_no_more(tmp_path: Path):
 
 def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path):
     huge = Tensor("a", (2**60,), np.dtype(np.float32), lambda: np.zeros(1, np.float32))
-    with pytest.raises(CheckpointError, match="bytes of free space, the weights need"):
+    expected = r"bytes of free space, the weights need .* or choose a path on a larger disk"
+    with pytest.raises(CheckpointError, match=expected):
         write_weights(tmp_path, [huge])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path):
+    """The system refuses to write more, as it does where a disk is full."""
+    tiny_models.save("llama", tmp_path / "source")
+    program = f"""
+import resource
+from pathlib import Path
+from jaxmoo.convert.models import from_hf
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf import load_model, save_model
+
+folder = Path({str(tmp_path)!r})
+model = load_model(folder / "source")
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for write in (
+    lambda: save_model(model, folder / "out", source=folder / "source"),
+    lambda: from_hf(folder / "source", folder / "out"),
+):
+    try:
+        write()
+    except CheckpointError as error:
+        print("refused:", error)
+"""
+    done = run_python(["-c", program])
+    refused = [line for line in done.stdout.splitlines() if line.startswith("refused")]
+    assert len(refused) == 2
+    assert "File too large" in refused[0]
+    for line in refused:
+        assert f"{tmp_path / 'out'}" in line
+        assert "could not be written" in line
+        assert "Nothing was left behind." in line
+    assert "Free some space, or choose a path on a larger disk." in refused[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_real_model_survives_a_round_trip(smollm2_dir: Path, tmp_path: Path):

@@ -52,6 +52,31 @@ def test_the_newer_spelling_wins_where_both_are_present():
 
 
 @pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        ({"model_type": "mistral"}, 4096),  # what transformers takes where it is not said
+        ({"model_type": "qwen2", "sliding_window": 16}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, 4096),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            16,
+        ),
+        ({"model_type": "llama", "sliding_window": 16}, None),
+    ],
+)
+def test_the_window_is_that_of_transformers(change, window):
+    assert DecoderConfig.from_hf(LLAMA | change).sliding_window == window
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "lllama"}, "'lllama' is not supported. Did you mean 'llama'"),
@@ -64,8 +89,19 @@ def test_the_newer_spelling_wins_where_both_are_present():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+            r"window in some layers only \(max_window_layers=1\) is not supported",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "window in some layers only",
+        ),
         ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer, got -1"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),

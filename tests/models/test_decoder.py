@@ -134,5 +134,5 @@ def test_segments_that_are_not_runs_of_layers_are_refused(config, segments):
 def test_unknown_options_name_the_known_ones(config):
     with pytest.raises(ConfigError, match="Did you mean 'dots'"):
         Decoder.abstract(config, remat="dot")
-    with pytest.raises(ConfigError, match="'auto' or 'xla'"):
+    with pytest.raises(ConfigError, match="must be one of auto, xla, cudnn, tpu, got 'flash'"):
         Decoder.abstract(config, attention="flash")

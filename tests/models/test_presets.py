@@ -16,6 +16,8 @@ from jaxmoo.models.presets import PRESETS, preset
     ("name", "parameters"),
     [
         ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.2-3B", 3_212_749_824),
         ("Meta-Llama-3-8B", 8_030_261_248),
         ("Qwen3-0.6B", 596_049_920),
         ("Qwen3-1.7B", 1_720_574_976),
@@ -34,6 +36,7 @@ def test_number_of_parameters(name, parameters):
 )
 def test_names_are_those_of_the_hub(name):
     assert preset(name) is PRESETS["Llama-3.1-8B"]
+    assert preset("Qwen/Qwen3-8B-Base") is PRESETS["Qwen3-8B"]
 
 
 def test_an_unknown_name_gets_the_nearest():
