@@ -6,10 +6,10 @@
 A real run: ``scripts/train.py`` on a Llama of two layers with random weights, the tokenizer of
 SmolLM2 and the built-in corpus, with evaluations, checkpoints and the export. ``kill`` makes an
 unbroken run first. A trial starts the same run, sends SIGKILL or SIGTERM (in turn) to one of its
-processes at a random moment between start and end (of CPU time), waits for all of them to be gone, and runs the
-command again. It counts as passed when the exit codes are those documented, the run goes on from a
-checkpoint that was complete, and weights, held-out scores and losses equal the unbroken run's bit
-for bit. The exit code is 1 when a trial fails.
+processes at a random moment between start and end (of CPU time), waits for all of them to be gone,
+and runs the command again. It counts as passed when the exit codes are those documented, the run
+goes on from a checkpoint that was complete, and weights, held-out scores and losses equal the
+unbroken run's bit for bit. The exit code is 1 when a trial fails.
 """
 
 from __future__ import annotations
