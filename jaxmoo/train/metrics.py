@@ -148,7 +148,14 @@ def _keep_until(path: Path, step: int | None) -> None:
     """Cut a metrics file behind a step; the old file stays until the new one is complete."""
     if not path.exists():
         return
-    kept = [] if step is None else [line for line, row in _lines(path) if row["step"] <= step]
+    # A run that goes on begins with the evaluation of its step, and writes that row anew.
+    kept = [
+        line
+        for line, row in _lines(path)
+        if step is not None
+        and row["step"] <= step
+        and ("held_out" not in row or row["step"] < step)
+    ]
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(kept)

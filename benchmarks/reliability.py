@@ -1,0 +1,319 @@
+"""Kill runs at random moments and see that they lose nothing; watch a long one's memory.
+
+    python benchmarks/reliability.py kill --trials 20 --processes 2
+    python benchmarks/reliability.py soak --steps 2000
+
+A real run: ``scripts/train.py`` on a Llama of two layers with random weights, the tokenizer of
+SmolLM2 and the built-in corpus, with evaluations, checkpoints and the export. ``kill`` makes an
+unbroken run first. A trial starts the same run, sends SIGKILL or SIGTERM (in turn) to one of its
+processes at a random moment between start and end (of CPU time), waits for all of them to be gone,
+and runs the command again. It counts as passed when the exit codes are those documented, the run
+goes on from a checkpoint that was complete, and weights, held-out scores and losses equal the
+unbroken run's bit for bit. The exit code is 1 when a trial fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from flax import nnx
+
+from jaxmoo.hf import resolve_source, save_model
+from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.train.directory import RunDirectory
+from jaxmoo.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+HEARTBEAT = 10  # seconds
+
+
+def make_model(path: Path) -> None:
+    """Write a Hugging Face directory of a tiny model with random weights."""
+    source = resolve_source("smollm2-135m-instruct")
+    path.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja") and "safetensors" not in file.name:
+            shutil.copyfile(file, path / file.name)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = json.loads((path / "config.json").read_text()) | sizes
+    (path / "config.json").write_text(json.dumps(config))
+    model = Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0))
+    save_model(model, path / "weights", source=path, dtype="float32")
+    (path / "weights" / "model.safetensors").rename(path / "model.safetensors")
+    shutil.rmtree(path / "weights")
+
+
+def make_config(folder: Path, steps: int, **train: int) -> Path:
+    """Write the settings of the run."""
+    config = {
+        "output": str(folder / "run"),
+        "report": False,
+        "tensorboard": False,
+        "model": {"source": str(folder / "model"), "trainable": r"^layers\."},
+        "data": {
+            "source": "chatterbot",
+            "seen": ["es", "de", "fr", "id"],
+            "batch_size": 2,
+            "sequence_length": 64,
+            "max_held_out": 4,
+        },
+        "resolve": {"aggregator": "pcgrad"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "train": {"steps": steps, "hang_timeout": 120.0, **train},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Run:
+    """A run in one or several processes."""
+
+    def __init__(self, config: Path, output: Path, processes: int, *, devices: int = 1) -> None:
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        command = [sys.executable, "scripts/train.py", "--config", config, f"output={output}"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Compiled once, read by all the others.
+            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.processes = []
+        for number in range(processes):
+            if processes > 1:
+                flags = [f"--coordinator-address=localhost:{port}", f"--num-processes={processes}"]
+                flags += [f"--process-id={number}", f"--heartbeat-timeout={HEARTBEAT}"]
+                arguments = [*command, *flags]
+            else:
+                arguments = command
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- read when the process has ended
+            process = subprocess.Popen(
+                list(map(str, arguments)),
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            self.processes.append((process, log))
+
+    def wait_until(self, seconds: float) -> float:
+        """Wait until the first process has used so much CPU time, or ended; return what it had.
+
+        Other than the time of day, it does not depend on what else the machine is doing.
+        """
+        process, used = self.processes[0][0], 0.0
+        while used < seconds and process.poll() is None:
+            time.sleep(0.01)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") or used
+        return used
+
+    def wait(self) -> tuple[list[int], list[str]]:
+        """Wait until all have ended; return their exit codes and what they have printed."""
+        codes, texts = [], []
+        for process, log in self.processes:
+            codes.append(process.wait(timeout=300))
+            log.seek(0)
+            texts.append(log.read())
+        return codes, texts
+
+
+def result(output: Path) -> dict[str, bytes | list]:
+    """Everything that two equal runs have in common."""
+    run = RunDirectory(output)
+    return {
+        "weights": (run.export / "model.safetensors").read_bytes(),
+        "scores": [file.read_text() for file in sorted(run.evaluation.iterdir())],
+        "losses": [
+            (row["step"], row.get("loss"), row.get("held_out")) for row in read_metrics(run.path)
+        ],
+    }
+
+
+class Trial(NamedTuple):
+    """What happened in one."""
+
+    signal: str
+    after: float
+    codes: list[int]
+    reached: int
+    resumed: int | None
+    problems: list[str]
+
+
+def trial(
+    config: Path, output: Path, processes: int, number: int, longest: float, expected: dict
+) -> Trial:
+    """Kill a run, finish it, and compare."""
+    chance = random.Random(number)
+    sent = (signal.SIGKILL, signal.SIGTERM)[number % 2]
+    after = chance.uniform(0, longest)
+    run = Run(config, output, processes)
+    victim = chance.choice(run.processes)[0]
+    run.wait_until(after)
+    victim.send_signal(sent)
+    codes, texts = run.wait()
+    problems = []
+    directory = RunDirectory(output)
+    complete = directory.steps()
+    stopped = re.search(r"Stopped by SIGTERM after step (\d+) of", texts[0])
+    if sent == signal.SIGTERM:
+        # It may arrive before Python can handle it, or when everything is done.
+        fine = [{128 + sent}, {0}, {-sent}]
+        if set(codes) not in fine and "Resuming" in texts[0]:
+            problems.append(f"exit codes {codes}")
+        if stopped and int(stopped[1]) and int(stopped[1]) not in complete:
+            problems.append(f"stopped after step {stopped[1]}, which is not saved")
+    elif processes > 1 and any(code == 0 for code in codes) and len(set(codes)) > 1:
+        problems.append(f"exit codes {codes}: one process thinks that it is done")
+    rows = directory.metrics.exists() and read_metrics(directory.metrics)
+    reached = rows[-1]["step"] if rows else 0
+    finished = (output / "results.json").exists()
+
+    codes_after, texts_after = Run(config, output, processes).wait()
+    found = re.search(r"Resuming from the checkpoint of step (\d+)", texts_after[0])
+    resumed = int(found[1]) if found else None
+    if set(codes_after) != {0}:
+        problems.append(f"resumed: exit codes {codes_after}\n{texts_after[0][-2000:]}")
+    elif not finished and resumed != (complete[-1] if complete else None):
+        problems.append(f"resumed from {resumed}, complete were {complete}")
+    else:
+        found_result = result(output)
+        problems += [f"{name} differ" for name in expected if found_result[name] != expected[name]]
+    shutil.rmtree(output)
+    return Trial(sent.name, after, codes, reached, resumed, problems)
+
+
+def kill(options: argparse.Namespace, folder: Path) -> bool:
+    """Run the trials; tell whether all have passed."""
+    config = make_config(folder, options.steps, checkpoint_every=5, evaluate_every=10)
+    # Once to compile, once to measure how long it takes when nothing is compiled.
+    for name in ("first", "unbroken"):
+        run = Run(config, folder / name, options.processes)
+        longest = run.wait_until(math.inf)
+        codes, texts = run.wait()
+        if set(codes) != {0}:
+            raise SystemExit(f"The unbroken run failed: {codes}\n{texts[0]}")
+    expected = result(folder / "unbroken")
+    assert result(folder / "first") == expected
+    print(
+        f"unbroken: {options.steps} steps, {options.processes} process(es), {longest:.1f} s of CPU"
+    )
+    print("| trial | signal | after CPU s | exit codes | last step seen | resumed from | result |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    failed = 0
+    for number in range(options.trials):
+        done = trial(
+            config, folder / "trial", options.processes, options.seed + number, longest, expected
+        )
+        failed += bool(done.problems)
+        text = "; ".join(done.problems) or "equal"
+        print(
+            f"| {number + 1} | {done.signal} | {done.after:.1f} | "
+            f"{', '.join(map(str, done.codes))} | {done.reached} | "
+            f"{'the beginning' if done.resumed is None else done.resumed} | {text} |",
+            flush=True,
+        )
+    print(f"{options.trials - failed} of {options.trials} trials passed")
+    return not failed
+
+
+def soak(options: argparse.Namespace, folder: Path) -> bool:
+    """Train for long, with a restart in the middle; tell whether memory stayed flat."""
+    every = max(options.steps // 20, 1)
+    config = make_config(folder, options.steps, checkpoint_every=every, evaluate_every=2 * every)
+    output, flat = folder / "run", True
+    print("| part | exit code | s | steps | memory after 10 % | at half | at the end | growth |")
+    print("|---|---|---|---|---|---|---|---|")
+    for part, stop_at in enumerate((options.steps // 2, None), start=1):
+        begun, run = time.monotonic(), Run(config, output, 1)
+        process = run.processes[0][0]
+        samples: list[tuple[int, float]] = []
+        while process.poll() is None:
+            time.sleep(0.2)
+            step = last_step(RunDirectory(output).metrics)
+            if step and (not samples or step > samples[-1][0]):
+                samples.append((step, resident(process.pid)))
+            if stop_at and step >= stop_at:
+                process.send_signal(signal.SIGTERM)
+                stop_at = None
+        [code], [text] = run.wait()
+        if code != (0 if part == 2 else 128 + signal.SIGTERM):
+            print(text[-3000:])
+            return False
+        first, last = samples[0][0], samples[-1][0]
+        early = next(m for step, m in samples if step >= first + (last - first) / 10)
+        half = next(m for step, m in samples if step >= first + (last - first) / 2)
+        end = max(m for step, m in samples if step > last - (last - first) / 20)
+        flat &= end < 1.05 * early
+        print(
+            f"| {part} | {code} | {time.monotonic() - begun:.0f} | {first} to {last} | "
+            f"{early:,.0f} MiB | {half:,.0f} MiB | {end:,.0f} MiB | {end / early - 1:+.1%} |",
+            flush=True,
+        )
+    steps = [row["step"] for row in read_metrics(output) if "loss" in row]
+    complete = steps == list(range(1, options.steps + 1))
+    print(f"rows of metrics: {len(steps)}, each step once: {complete}")
+    return flat and complete
+
+
+def last_step(metrics: Path) -> int:
+    """The step of the last complete row of a file that is being written; 0 without any."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 20_000))
+        found = re.findall(rb'^{"step": (\d+),.*\n', file.read(), re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def resident(pid: int) -> float:
+    """Memory of a process in MiB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int((re.search(r"VmRSS:\s+(\d+) kB", text) or [0, 0])[1]) / 2**10
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    killing = commands.add_parser("kill", help="kill runs at random moments, resume, compare")
+    killing.add_argument("--trials", type=int, default=20)
+    killing.add_argument("--processes", type=int, default=1)
+    killing.add_argument("--steps", type=int, default=40)
+    killing.add_argument("--seed", type=int, default=0, help="of the moments")
+    soaking = commands.add_parser("soak", help="watch the memory of a long run")
+    soaking.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model")
+        passed = {"kill": kill, "soak": soak}[options.command](options, Path(folder))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

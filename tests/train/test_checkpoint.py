@@ -1,0 +1,120 @@
+"""What checkpoints promise: whole or not there, readable on other devices, the best one kept."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from devices import run_python
+from jaxmoo.errors import CheckpointError
+from jaxmoo.train.checkpoint import Checkpoints
+
+
+def state(value):
+    return {"w": jnp.full((64, 64), value, jnp.float32), "step": jnp.int32(value)}
+
+
+OTHER_MESHES = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jaxmoo import mesh
+from jaxmoo.train.checkpoint import Checkpoints
+
+values = {
+    "layers.0.kernel": jnp.arange(3 * 8 * 16, dtype=jnp.float32).reshape(3, 8, 16),
+    "norm": jnp.arange(16, dtype=jnp.bfloat16),
+    "step": jnp.int32(7),
+}
+
+def placed(grid):
+    where = mesh.parameter_shardings(grid, values, stacked="^layers")
+    return jax.device_put(values, where)
+
+def grid(devices, **sizes):
+    return mesh.make_mesh(4, devices=jax.devices()[:devices], **sizes)
+
+with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+    checkpoints.save(7, placed(grid(8, language=4, fsdp=2)))
+    checkpoints.wait()
+    for other in (grid(1), grid(4, language=2, fsdp=2), grid(8, language=1, fsdp=8)):
+        like = placed(other)
+        found = checkpoints.restore(7, like)
+        for name, value in values.items():
+            assert found[name].sharding == like[name].sharding, name
+            assert found[name].dtype == value.dtype
+            assert np.array_equal(found[name], value), name
+print("equal")
+"""
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_onto_one_and_four(tmp_path):
+    done = run_python(["-c", OTHER_MESHES, tmp_path], devices=8, PYTHONPATH=".")
+    assert "equal" in done.stdout
+
+
+def test_the_newest_and_the_best_are_kept_and_what_was_cut_short_is_cleared(tmp_path):
+    scores = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: float("nan")}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, score in scores.items():
+            checkpoints.save(step, state(step), {"note": step})
+            checkpoints.wait()
+            checkpoints.score(step, score)
+        assert checkpoints.best() == 2
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4, 5]
+    # What a kill leaves of one that was being written.
+    (tmp_path / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 5
+        assert checkpoints.about(5) == {"note": 5}
+        assert np.array_equal(checkpoints.restore(5, state(0))["w"], state(5)["w"])
+        checkpoints.save(6, state(6))
+    assert "6" in {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_damaged_or_unfitting_checkpoint_is_named(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, state(3))
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"3 cannot be restored.*\n.*remove that"):
+            checkpoints.restore(3, {**state(0), "w": jnp.zeros((2, 2))})
+        files = [p for p in (tmp_path / "3" / "state").rglob("*") if p.is_file()]
+        large = max(files, key=lambda p: p.stat().st_size)
+        large.write_bytes(large.read_bytes()[:100])
+        with pytest.raises(CheckpointError, match=r"3 cannot be restored"):
+            checkpoints.restore(3, state(0))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import jax.numpy as jnp
+from jaxmoo.train.checkpoint import Checkpoints, UnsavedError
+
+state = {"w": jnp.arange(1 << 20, dtype=jnp.float32)}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        # From here on no file may become larger than this, as if the disk were full.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        checkpoints.save(2, state)
+        checkpoints.wait()
+except UnsavedError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+    assert checkpoints.latest() == 1
+    assert (checkpoints.restore(1, state)["w"] == state["w"]).all()
+    print("restored")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of file sizes as Linux has them")
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    done = run_python(["-c", FULL_DISK, tmp_path], PYTHONPATH=".")
+    assert "could not be written" in done.stdout
+    assert "The checkpoint of step 1 is whole" in done.stdout
+    assert done.stdout.splitlines()[-1] == "restored"

