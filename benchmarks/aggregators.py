@@ -2,10 +2,14 @@
 
 One process, the same matrices (shared memory, no copies), the same number of threads. Timings are
 interleaved: in every round each contestant runs once, in rotating order, and ratios are formed
-within a round. Prints Markdown; ``--json`` keeps the raw numbers.
+within a round. Prints Markdown.
 
-    python benchmarks/aggregators.py                # some 40 minutes on two quiet cores
-    python benchmarks/aggregators.py --quick        # two minutes, to see that everything runs
+    python benchmarks/aggregators.py --json results.json    # a quarter of an hour on two cores
+    python benchmarks/aggregators.py --json results.json --section blocks    # that one anew
+    python benchmarks/aggregators.py --quick    # two minutes, to see that everything runs
+
+``--json`` keeps the raw numbers, section by section as each is finished. Run again with the same
+file, only sections that are not in it are measured, so an interrupted run can be resumed.
 
 Needs the extra ``bench`` (TorchJD and its solvers).
 """
@@ -137,26 +141,29 @@ def race(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> di
     """Time every call once per round, in rotating order.
 
     Short calls are repeated within a measurement. A pause before each measurement lets the other
-    library's worker threads, which wait actively for a while, go to sleep. LibMTL's formulas fail
-    on some matrices; where they do, they are left out.
+    library's worker threads, which wait actively for a while, go to sleep. A contestant that needs
+    longer than the time budget for one call is not called again. LibMTL's formulas fail on some
+    matrices; where they do, they are left out.
     """
-    once = {}
+    once: dict[str, float] = {}
     for name, call in list(calls.items()):
         try:
-            call()  # compile, allocate
+            for _ in range(2):  # the first compiles and allocates
+                start = time.perf_counter()
+                call()
+                once[name] = time.perf_counter() - start
+                if name != "jaxmoo" and once[name] > seconds:
+                    break
         except (IndexError, ValueError, RuntimeError) as error:
             if name != "LibMTL":
                 raise
             print(f"{name} failed: {error}", file=sys.stderr)
-            del calls[name]
-            continue
-        start = time.perf_counter()
-        call()
-        once[name] = time.perf_counter() - start
-    repeats = {name: int(np.clip(0.003 / t, 1, 100)) for name, t in once.items()}
-    rounds = int(np.clip(seconds / sum(once[n] * r for n, r in repeats.items()), 3, rounds))
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
+            once.pop(name, None)
+    times = {name: [t] for name, t in once.items() if name != "jaxmoo" and t > seconds}
+    names = [name for name in once if name not in times]
+    repeats = {name: int(np.clip(0.003 / once[name], 1, 100)) for name in names}
+    rounds = int(np.clip(seconds / sum(once[n] * repeats[n] for n in names), 3, rounds))
+    times |= {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             time.sleep(0.005)
@@ -164,7 +171,7 @@ def race(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> di
             for _ in range(repeats[name]):
                 calls[name]()
             times[name].append((time.perf_counter() - start) / repeats[name])
-    others = [name for name in names if name != "jaxmoo"]
+    others = [name for name in calls if name in times and name != "jaxmoo"]
     ratios = {name: np.divide(times[name], times["jaxmoo"]) for name in others}
     return {
         "rounds": rounds,
@@ -275,45 +282,55 @@ def time_solves(
     return rows
 
 
+def measure(section: str, options: argparse.Namespace) -> list[dict]:
+    """Rows of one section."""
+    quick = options.quick
+    rounds, seconds = (3, 0.5) if quick else (options.rounds, options.seconds)
+    objectives = (2, 4) if quick else (2, 4, 8, 16, 32)
+    if section == "accuracy":
+        return compare_accuracy(2 if quick else options.draws, objectives)
+    if section == "matrix":
+        lengths = (10_000,) if quick else (100_000, 10_000_000)
+        return time_matrices([(k, n) for n in lengths for k in objectives], rounds, seconds)
+    if section == "blocks":
+        k, n, count = (4, 1000, 4) if quick else (8, 100_000, 32)
+        return time_blocks(k, n, count, rounds, seconds)
+    return time_solves(objectives, (1, 4) if quick else (1, 32), rounds, seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument(
+        "--section", nargs="+", choices=SECTIONS, help="measure these, whether known or not"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU cores for every contestant")
     parser.add_argument("--rounds", type=int, default=15, help="most timing rounds per cell")
-    parser.add_argument("--seconds", type=float, default=6.0, help="time budget per cell")
-    parser.add_argument("--draws", type=int, default=20, help="matrices per family and K")
-    parser.add_argument("--json", type=Path, help="where to write the raw numbers")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time budget per cell")
+    parser.add_argument("--draws", type=int, default=6, help="matrices per family and K")
+    parser.add_argument("--json", type=Path, help="the raw numbers: read, added to and written")
     options = parser.parse_args()
 
     prepare(options.threads)
     torch.set_num_threads(options.threads)
 
-    quick = options.quick
-    rounds, seconds = (3, 0.5) if quick else (options.rounds, options.seconds)
-    objectives = (2, 4) if quick else (2, 4, 8, 16, 32)
-    lengths = (10_000,) if quick else (100_000, 10_000_000)
     packages = ("jax", "optax", "torch", "torchjd", "cvxpy", "quadprog", "numpy", "scipy")
-    about = environment(options.threads, packages)
-    load = f"{os.getloadavg()[0]:.2f} at the start"
-    results: dict[str, list[dict]] = {}
-    if "accuracy" in options.sections:
-        results["accuracy"] = compare_accuracy(2 if quick else options.draws, objectives)
-    if "matrix" in options.sections:
-        sizes = [(k, n) for n in lengths for k in objectives]
-        results["matrix"] = time_matrices(sizes, rounds, seconds)
-    if "blocks" in options.sections:
-        k, n, count = (4, 1000, 4) if quick else (8, 100_000, 32)
-        results["blocks"] = time_blocks(k, n, count, rounds, seconds)
-    if "solves" in options.sections:
-        results["solves"] = time_solves(objectives, (1, 4) if quick else (1, 32), rounds, seconds)
-    about["load of the machine"] = f"{load}, {os.getloadavg()[0]:.2f} at the end"
+    known: dict[str, dict] = {}
+    if options.json and options.json.exists():
+        known = json.loads(options.json.read_text())
+    for section in options.section or [s for s in SECTIONS if s not in known]:
+        load, start = os.getloadavg()[0], time.perf_counter()
+        rows = measure(section, options)
+        about = environment(options.threads, packages)
+        about["load of the machine"] = f"{load:.2f} before, {os.getloadavg()[0]:.2f} after"
+        about["duration"] = f"{time.perf_counter() - start:.0f} s"
+        known[section] = {"about": about, "rows": rows}
+        if options.json:
+            options.json.write_text(json.dumps(known, indent=1))
 
-    print(report.everything(about, results))
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, **results}, indent=1))
+    print(report.everything({s: known[s] for s in SECTIONS if s in known}))
 
 
 if __name__ == "__main__":

@@ -68,19 +68,18 @@ def solves_report(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def everything(about: dict[str, str], results: dict[str, list[dict]]) -> str:
-    """The whole page."""
+def everything(measured: dict[str, dict]) -> str:
+    """The whole page, of what was measured: rows and circumstances of every section."""
     sections = {
         "accuracy": ("Accuracy", accuracy_report),
         "matrix": ("One matrix [K, n] to one update [n]", matrix_report),
         "blocks": ("32 blocks of 1e5 parameters in one call, K = 8", blocks_report),
         "solves": ("Solves alone: Gram matrices to weights", solves_report),
     }
-    parts = [bullets(about)]
-    parts.append(f"### Goals\n\n{goals_report(results)}")
-    for section, rows in results.items():
+    parts = [f"### Goals\n\n{goals_report({s: m['rows'] for s, m in measured.items()})}"]
+    for section, found in measured.items():
         title, page = sections[section]
-        parts.append(f"### {title}\n\n{page(rows)}")
+        parts.append(f"### {title}\n\n{bullets(found['about'])}\n\n{page(found['rows'])}")
     return "\n\n".join(parts)
 
 

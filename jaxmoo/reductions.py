@@ -12,94 +12,45 @@ be contracted as a whole: slicing along a partitioned axis would make it gather 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-__all__ = ["section_cross_grams", "section_grams", "weighted_sum"]
+from jaxmoo.cpu_grams import cross_grams, grams_by_slices
 
-# Entries of one slice of the Gram reduction, K rows of float32: it stays in a core's cache. Slices
-# much narrower than that would cost more to start than to multiply.
-_ENTRIES = 16_384
-_FEWEST_COLUMNS = 512
+__all__ = ["cross_grams", "section_grams", "weighted_sum"]
 
 
-def section_grams(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
+def section_grams(
+    arrays: Sequence[jax.Array], *, partitioned: bool | None = None
+) -> list[jax.Array]:
     """Gram matrix of every section, accumulated in float32.
 
     Args:
-      x: per-objective gradients [K, S, ...].
-      partitioned: whether the compiler partitions ``x`` over several devices. By default, whether
-        there are several.
+      arrays: per-objective gradients, each [K, S, ...]. Given all at once they share the cores of
+        a CPU.
+      partitioned: whether the compiler partitions the arrays over several devices. By default,
+        whether there are several.
 
     Returns:
-      Gram matrices [S, K, K], float32. A non-finite row makes its own row and column non-finite.
+      Gram matrices [S, K, K] of each array, float32. A non-finite row makes its own row and column
+      non-finite.
 
     Example:
-      >>> section_grams(jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]]))
-      Array([[[5., 6.],
-              [6., 9.]]], dtype=float32)
+      >>> section_grams([jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]])])
+      [Array([[[5., 6.],
+              [6., 9.]]], dtype=float32)]
     """
+
+    def whole(arrays: list[jax.Array]) -> list[jax.Array]:
+        return [cross_grams(x, x) for x in arrays]
+
     if partitioned is None:
         partitioned = jax.device_count() > 1
     if partitioned:
-        return section_cross_grams(x, x)
-    return jax.lax.platform_dependent(
-        x, cpu=_gram_by_slices, default=lambda x: section_cross_grams(x, x)
-    )
-
-
-def section_cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Inner products between the gradients of two batches, per section, accumulated in float32.
-
-    Args:
-      x: per-objective gradients [K, S, ...] of one batch.
-      y: those of another.
-
-    Returns:
-      float32 [S, K, K], entry [s, i, j] the product of ``x[i, s]`` and ``y[j, s]``.
-
-    Example:
-      >>> section_cross_grams(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 4.0]]]))
-      Array([[[11.]]], dtype=float32)
-    """
-    contracted = tuple(range(2, x.ndim))
-    return jax.lax.dot_general(
-        x,
-        y,
-        ((contracted, contracted), ((1,), (1,))),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _gram_by_slices(x: jax.Array) -> jax.Array:
-    # XLA's CPU backend copies the operands of a wide, flat product; short slices avoid both the
-    # copy and the trip to memory.
-    k, s = x.shape[:2]
-    dtype, x = x.dtype, x.reshape(k, s, -1)
-    if dtype.itemsize == 2:
-        # As integers, or the backend converts the whole array to float32 before the loop. It
-        # still makes one copy, in 16 bits.
-        x = jax.lax.bitcast_convert_type(x, jnp.uint16)
-    columns = max(_FEWEST_COLUMNS, _ENTRIES // k)
-    full, rest = divmod(x.shape[2], columns)
-
-    def product(section: jax.Array, start: jax.Array | int, width: int) -> jax.Array:
-        rows = jax.lax.dynamic_slice(x, (0, section, start), (k, 1, width))[:, 0]
-        if dtype.itemsize == 2:
-            rows = jax.lax.bitcast_convert_type(rows, dtype)
-        rows = rows.astype(jnp.float32)
-        return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
-
-    def gram(section: jax.Array) -> jax.Array:
-        total = product(section, full * columns, rest)
-        if not full:
-            return total
-        return jax.lax.fori_loop(
-            0, full, lambda i, acc: acc + product(section, i * columns, columns), total
-        )
-
-    return jax.lax.map(gram, jnp.arange(s))
+        return whole(list(arrays))
+    return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None) -> jax.Array:

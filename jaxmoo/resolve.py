@@ -18,7 +18,7 @@ from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
-from jaxmoo.reductions import section_cross_grams, section_grams, weighted_sum
+from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
 
 __all__ = [
     "Group",
@@ -192,7 +192,7 @@ def resolve_sections(
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
         return total(jax.ops.segment_sum(jnp.concatenate(counted), every, num_blocks))
 
-    grams = pooled(blocks_of([section_grams(s.values, partitioned=partitioned) for s in sections]))
+    grams = pooled(blocks_of(section_grams([s.values for s in sections], partitioned=partitioned)))
     squares = jnp.diagonal(grams, axis1=1, axis2=2)  # [B, K]
     present = (squares != 0).any(0) if active is None else active
     finite = jnp.isfinite(squares)
@@ -207,7 +207,7 @@ def resolve_sections(
                 "second=, shaped like the updates."
             )
         products[True] = blocks_of(
-            [section_cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
+            [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
         )
 
     weights = jnp.zeros(used.shape, jnp.float32)

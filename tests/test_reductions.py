@@ -18,9 +18,8 @@ def test_both_forms_equal_float64(shape, dtype, partitioned):
     weights = jax.random.uniform(jax.random.key(1), (shape[1], shape[0]))
     exact = np.asarray(x, np.float64).reshape(*shape[:2], -1)
     grams = np.einsum("ksn,jsn->skj", exact, exact)
-    np.testing.assert_allclose(
-        section_grams(x, partitioned=partitioned), grams, rtol=1e-5, atol=1e-5 * np.abs(grams).max()
-    )
+    found = section_grams([x], partitioned=partitioned)[0]
+    np.testing.assert_allclose(found, grams, rtol=1e-5, atol=1e-5 * np.abs(grams).max())
     total = np.einsum("sk,ksn->sn", np.asarray(weights, np.float64), exact).reshape(shape[1:])
     result = weighted_sum(x, weights, partitioned=partitioned)
     assert result.dtype == dtype
@@ -33,7 +32,7 @@ def test_both_forms_equal_float64(shape, dtype, partitioned):
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_what_is_not_finite_stays_with_its_objective(partitioned):
     x = jnp.ones((3, 2, 4)).at[1, 0, 2].set(jnp.nan).at[1, 1, 0].set(jnp.inf)
-    grams = np.asarray(section_grams(x, partitioned=partitioned))
+    grams = np.asarray(section_grams([x], partitioned=partitioned)[0])
     kept = np.ix_([0, 1], [0, 2], [0, 2])
     assert np.array_equal(grams[kept], np.full((2, 2, 2), 4.0))
     assert not np.isfinite(grams[:, 1]).any()
@@ -46,7 +45,25 @@ def test_float32_gradients_are_not_copied_and_16_bits_never_widened(dtype, copie
     x = jax.ShapeDtypeStruct((8, 4, 500_000), dtype)
     weights = jax.ShapeDtypeStruct((4, 8), jnp.float32)
     size = 8 * 4 * 500_000 * jnp.dtype(dtype).itemsize
-    for function, arguments in ((section_grams, (x,)), (weighted_sum, (x, weights))):
+    for function, arguments in ((section_grams, ([x],)), (weighted_sum, (x, weights))):
         compiled = jax.jit(lambda *a, f=function: f(*a, partitioned=False)).lower(*arguments)
         temporary = compiled.compile().memory_analysis().temp_size_in_bytes
         assert temporary < (copies + 0.05) * size
+
+
+def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
+    shapes = [(4, 3, 9_001), (4, 1, 600), (4, 2, 70, 3), (4, 1, 100_003)]
+    arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    expected = section_grams(arrays, partitioned=True)
+    for found, wanted in zip(section_grams(arrays, partitioned=False), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
+
+    def first(x, partitioned=False):
+        return section_grams([x], partitioned=partitioned)[0]
+
+    x = arrays[0]
+    mapped = jax.vmap(first)(jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(mapped[1], 4 * expected[0], rtol=1e-5, atol=1e-2)
+    slope = jax.grad(lambda x: first(x)[:, 0, 1].sum())(x)
+    wanted = jax.grad(lambda x: first(x, partitioned=True)[:, 0, 1].sum())(x)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-6)

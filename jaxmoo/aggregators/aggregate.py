@@ -20,7 +20,7 @@ from jaxmoo.aggregators.base import (
 from jaxmoo.aggregators.parameters import check_choice
 from jaxmoo.aggregators.registry import get
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.reductions import section_grams, weighted_sum
+from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
 
 _START = 4096  # columns looked at to tell that a row is not zero
 
@@ -42,7 +42,7 @@ def gram(jacobian: jax.Array) -> jax.Array:
       >>> gram(jnp.array([[3.0, 4.0], [1.0, 0.0]])).tolist()
       [[25.0, 3.0], [3.0, 1.0]]
     """
-    return section_grams(jacobian[:, None])[0]
+    return section_grams([jacobian[:, None]])[0][0]
 
 
 def combine_rows(jacobian: jax.Array, weights: jax.Array) -> jax.Array:
@@ -197,14 +197,7 @@ def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:
       >>> cross_gram(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])).tolist()
       [[11.0]]
     """
-    axes = tuple(range(1, first.ndim))
-    return jax.lax.dot_general(
-        first,
-        second,
-        ((axes, axes), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return cross_grams(first[:, None], second[:, None])[0]
 
 
 def _refuse_nonfinite(jacobian: jax.Array, active: jax.Array | None) -> None:

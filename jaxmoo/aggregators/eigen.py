@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmoo.aggregators.interior_point import matvec
+
 _EPS = float(np.finfo(np.float32).eps)
 _MAX_SWEEPS = 12
+_REGULAR = 1e3  # of an inverse: eigenvalues below it cannot be mistaken for rounding
 
 
 def _next_round(x: jax.Array, axis: int) -> jax.Array:
@@ -112,17 +115,39 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
       right: ``[K]``.
 
     Returns:
-      ``gram^+ right``, ``[K]``, with the rank of :func:`eigh_graded`. A component of ``right`` that
-      rounding alone could produce counts as zero, so that nothing is found where nothing is.
+      ``gram^+ right``, ``[K]``, by a Cholesky factor where that proves the matrix well-conditioned,
+      else with the rank of :func:`eigh_graded`; there a component of ``right`` that rounding alone
+      could produce counts as zero, so that nothing is found where nothing is.
 
     Example:
       >>> import jax.numpy as jnp
       >>> pseudo_solve(jnp.ones((2, 2)), jnp.array([1.0, 1.0])).round(4).tolist()
       [0.5, 0.5]
     """
+    inverse = lax.linalg.triangular_solve(
+        jnp.linalg.cholesky(gram, symmetrize_input=False),
+        jnp.eye(gram.shape[0], dtype=gram.dtype),
+        left_side=True,
+        lower=True,
+    )
+    # The trace of the inverse, which bounds its largest eigenvalue; NaN where there is no inverse.
+    regular = jnp.sum(inverse**2) < _REGULAR / jnp.max(jnp.diagonal(gram))
+    quick = matvec(inverse.T, matvec(inverse, right))
+
+    def decompose(carry):
+        gram, right, _ = carry
+        return jnp.zeros_like(gram), _decomposed_solve(gram, right), jnp.ones((), bool)
+
+    # A loop of at most one step: a batch takes it only if one of its matrices must. What it reads
+    # it also changes, or the compiler would compute it beforehand.
+    first = (gram, jnp.where(regular, quick, right), regular)
+    return lax.while_loop(lambda carry: ~carry[2], decompose, first)[1]
+
+
+def _decomposed_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     values, vectors, significant = eigh_graded(gram)
-    along = jnp.matmul(right, vectors, precision=lax.Precision.HIGHEST)
-    terms = jnp.matmul(jnp.abs(right), jnp.abs(vectors), precision=lax.Precision.HIGHEST)
+    along = matvec(vectors.T, right)
+    terms = matvec(jnp.abs(vectors.T), jnp.abs(right))
     significant &= jnp.abs(along) > 16 * _EPS * terms
     along = jnp.where(significant, along / jnp.where(significant, values, 1.0), 0.0)
-    return jnp.matmul(vectors, along, precision=lax.Precision.HIGHEST)
+    return matvec(vectors, along)
