@@ -1,0 +1,74 @@
+"""Every config that comes with the project can be run: its step compiles and fits its devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from devices import run_python
+from jaxmoo.hf import load_tokenizer
+from jaxmoo.train.data import read_template
+
+ROOT = Path(__file__).parents[1]
+# What each file says it is for: devices, and the memory of one in GB.
+DEVICES = {
+    "llama-3-8b": (8, 32),
+    "llama-3.1-8b": (8, 32),
+    "qwen3-4b-base": (8, 32),
+    "qwen3-8b-base": (8, 32),
+    "qwen3-0.6b-base": (1, 24),
+    "qwen3-8b-base-lora": (1, 80),
+    "lora": (1, 8),
+    "quickstart": (1, 8),
+}
+
+PLAN = """
+import json, sys
+from jaxmoo.models.config import DecoderConfig
+from jaxmoo.train.config import load_config
+from jaxmoo.train.plan import plan, shape_of
+total = {}
+for name in sys.argv[1:]:
+    config = load_config(f"configs/{name}.yaml")
+    total[name] = plan(config, shape_of(config.model.source)).total
+print("RESULT", json.dumps(total))
+"""
+
+
+def test_every_config_is_listed():
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(DEVICES)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_step_compiles_and_fits(devices):
+    names = [name for name, (count, _) in DEVICES.items() if count == devices]
+    done = run_python(["-c", PLAN, *names], devices=devices)
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    total = json.loads(line.removeprefix("RESULT"))
+    assert {name: size for name, size in total.items() if size > DEVICES[name][1] * 1e9} == {}
+
+
+def test_the_template_for_llama_3_marks_what_the_assistant_says(smollm2_dir):
+    tokenizer = load_tokenizer(smollm2_dir)
+    tokenizer.chat_template = read_template(str(ROOT / "configs/chat_templates/llama-3.jinja"))
+    chat = [
+        {"role": "user", "content": " How? "},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "Why?"},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    def turn(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    assert text == (
+        f"{tokenizer.bos_token}{turn('user')}How?<|eot_id|>{turn('assistant')}So.<|eot_id|>"
+        f"{turn('user')}Why?<|eot_id|>{turn('assistant')}"
+    )
+    found = tokenizer.apply_chat_template(
+        chat[:2], return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [t for t, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(marked) == "So.<|eot_id|>"
