@@ -350,10 +350,21 @@ def _nested(state: nnx.State) -> dict[str, Any]:
     return tree
 
 
+def _checkpointer(params: nnx.State) -> ocp.Checkpointer:
+    """Orbax, told to hold no more in the host's memory at a time than the largest array needs."""
+    most = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // 10**9 + 1
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=most,
+        restore_concurrent_gb=most,
+        save_device_host_concurrent_gb=most,
+    )
+    return ocp.Checkpointer(handler)
+
+
 def _save(path: Path, params: nnx.State, out: Path) -> None:
     """Write parameters as they lie on the devices; ``out`` is where they will be found."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer(params) as checkpointer:
             checkpointer.save(path.absolute(), _nested(params))
     except OSError:
         raise
@@ -376,7 +387,7 @@ def _restore(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.S
     item: Any = _nested(like) if within is None else {within: like}
     arguments = ocp.checkpoint_utils.construct_restore_args(item)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer(like) as checkpointer:
             found = checkpointer.restore(
                 path.absolute(),
                 args=ocp.args.PyTreeRestore(

@@ -80,6 +80,14 @@ jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(3)))
 model = measured("jaxmoo load", lambda: load_model(source, param_dtype=None))
 measured("jaxmoo save", lambda: save_model(model, out, source=source))
 """
+CONVERT = """
+import jax, jax.numpy as jnp
+from jaxmoo.convert.models import from_hf, to_hf
+jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(3)))
+from_checkpoint = source.name == "checkpoint"
+name, convert = ("jaxmoo to-hf", to_hf) if from_checkpoint else ("jaxmoo from-hf", from_hf)
+measured(name, lambda: convert(source, out, say=lambda _: None))
+"""
 THEIRS = """
 import torch
 from transformers import AutoModelForCausalLM
@@ -128,9 +136,17 @@ def main() -> None:
         source.mkdir()
         total, largest = make_checkpoint(source, options.layers)
         print(f"checkpoint {total / 1e9:.2f} GB, largest tensor {largest / 1e9:.3f} GB", flush=True)
-        for number, program in enumerate((OURS, THEIRS)):
-            out = Path(scratch) / f"out{number}"
-            arguments = [sys.executable, "-c", POLL + program, source, out]
+        checkpoint = Path(scratch) / "checkpoint"
+        for number, (program, begin, end) in enumerate(
+            [
+                (OURS, source, None),
+                (CONVERT, source, checkpoint),
+                (CONVERT, checkpoint, None),
+                (THEIRS, source, None),
+            ]
+        ):
+            out = end or Path(scratch) / f"out{number}"
+            arguments = [sys.executable, "-c", POLL + program, begin, out]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
             subprocess.run(arguments, cwd=ROOT, env=environment, check=True)
 

@@ -1,0 +1,30 @@
+"""What is settled before a run's data and weights are read."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.train.config import load_config
+from jaxmoo.train.setup import prepare
+
+
+@pytest.mark.parametrize("name", ["cudnn", "tpu"])
+def test_attention_that_cannot_run_is_refused_before_anything_is_read(write_config, name):
+    said: list[str] = []
+    config = load_config(write_config(), [f"model.attention={name}", "data.source=no/where"])
+    with pytest.raises(ConfigError, match=f"attention '{name}' cannot run here"):
+        prepare(config, said.append)
+    assert not said
+
+
+def test_the_attention_that_is_chosen_is_told(write_config):
+    said: list[str] = []
+    with pytest.raises(JaxmooError, match="nowhere"):
+        prepare(load_config(write_config(), ["data.source=nowhere/{language}.csv"]), said.append)
+    assert said == ["Attention: xla."]
+
+
+def test_kernels_and_a_tensor_axis_exclude_each_other(write_config):
+    with pytest.raises(ConfigError, match=r"mesh\.tensor above 1 needs model\.attention=xla"):
+        load_config(write_config(), ["model.attention=cudnn", "mesh.tensor=2"])
