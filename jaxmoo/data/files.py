@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +55,7 @@ def _decoded_lines(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     record: Mapping[str, Any] | DataError = _parsed_line(path, number, line)
                 except DataError as error:

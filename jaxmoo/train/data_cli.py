@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--examples", type=int, default=3, help="examples of each (3)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         shown = _languages(config, options.languages)

@@ -18,6 +18,7 @@ CAPACITY = 16
 lengths = st.lists(st.integers(2, CAPACITY), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_a_plan_has_every_place_once_and_fills_no_row_too_far(lengths):
     rows = plan_rows(lengths, CAPACITY)
@@ -29,6 +30,7 @@ def test_a_plan_has_every_place_once_and_fills_no_row_too_far(lengths):
     assert len(filled) < 2 or filled[0] + filled[1] > CAPACITY
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(0, 2**31 - 1))
 def test_every_epoch_has_every_example_once_in_rows_that_hold_them(lengths, seed):
     rows = Rows(lengths, CAPACITY, packing=True, seed=seed)
