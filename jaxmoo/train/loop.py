@@ -48,7 +48,8 @@ class Loop:
         job, steps = self._job, self._job.config.train.steps
         if self._done < steps:
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
-            with Reporter(job, self._done, jax.device_get(skipped)) as reporter:
+            latest = self._checkpoints.latest
+            with Reporter(job, self._done, jax.device_get(skipped), latest) as reporter:
                 self._evaluate(reporter)  # what an interrupted run did not come to
                 job.say("Compiling the training step ...")
                 while self._done < steps:
