@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     _add_processes(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
-    options = parser.parse_args(arguments)
+    # Settings may stand between flags.
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         if options.print_config:

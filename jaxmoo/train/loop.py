@@ -62,7 +62,8 @@ class Loop:
         job = self._job
         if self._goes_on():
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
-            with Reporter(job, self._done, jax.device_get(skipped)) as reporter:
+            latest = self._checkpoints.latest
+            with Reporter(job, self._done, jax.device_get(skipped), latest) as reporter:
                 self._evaluate(reporter)  # what an interrupted run did not come to
                 job.say("Compiling the training step ...")
                 while self._goes_on():

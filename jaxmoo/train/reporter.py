@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -52,10 +52,13 @@ class Reporter:
       job: the run.
       start: steps already done.
       skipped: per language the steps so far in which it was left out [K].
+      saved: gives the step of the newest checkpoint, if any, for a person to know.
     """
 
-    def __init__(self, job: Job, start: int, skipped: np.ndarray) -> None:
-        self._job, self._start, self._skipped = job, start, skipped
+    def __init__(
+        self, job: Job, start: int, skipped: np.ndarray, saved: Callable[[], int | None]
+    ) -> None:
+        self._job, self._start, self._skipped, self._saved = job, start, skipped, saved
         self._pending: StepDone | None = None
         self._rate = learning_rate(job.config.optimizer, job.config.train.steps)
         self._read_at = 0.0
@@ -202,11 +205,11 @@ class Reporter:
                 return
             left_out = [c for c, s in zip(seen, skipped, strict=True) if s]
             what = f"The gradient of {', '.join(left_out)}"
-        steps = self._job.directory.steps()
+        latest = self._saved()
         saved = (
-            f"The checkpoint of step {steps[-1]} is untouched."
-            if steps
-            else "No checkpoint had been saved."
+            "No checkpoint had been saved."
+            if latest is None
+            else f"The checkpoint of step {latest} is untouched."
         )
         raise NonFiniteLossError(
             f"{what} is not finite in step {step}. {saved} Lower optimizer.learning_rate, lengthen "

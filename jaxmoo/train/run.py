@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,11 @@ from jaxmoo.train.step import TrainState
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 
 
-def train(config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
+# At once, so that a log file holds it when the process is killed.
+_say = functools.partial(print, flush=True)
+
+
+def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
     """Run, or resume, the fine-tuning that the settings describe.
 
     Everything is written below ``config.output``; see

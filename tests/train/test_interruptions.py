@@ -101,9 +101,9 @@ def test_one_directory_is_one_run_at_a_time(write_config, tmp_path, monkeypatch)
     config = load_config(write_config())
     monkeypatch.setattr("jaxmoo.train.directory._PATIENCE", 0.1)
     run = RunDirectory(tmp_path / "run")
-    with run.claim(config), pytest.raises(ConfigError, match="another run is at work"):
-        with RunDirectory(tmp_path / "run").claim(config):
-            pytest.fail("both are at work")
+    other = RunDirectory(tmp_path / "run").claim(config)
+    with run.claim(config), pytest.raises(ConfigError, match="another run is at work"), other:
+        pytest.fail("both are at work")
     with run.claim(config):
         assert run.config.exists()
 

@@ -239,3 +239,10 @@ def test_help_names_every_setting(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "resolve.aggregator" in text and "optimizer.learning_rate" in text
+
+
+def test_settings_may_stand_between_flags(write_config, capsys):
+    flags = ["--config", str(write_config()), "seed=7", "--print-config", "train.steps=3"]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert "seed: 7" in text and "steps: 3" in text
