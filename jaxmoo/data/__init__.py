@@ -1,6 +1,6 @@
 """Per-language examples: sources, the held-out split, tokenising, packing, mixture, batches."""
 
-from jaxmoo.data.batches import LanguageBatches, batch_spec, count_tokens, global_batch
+from jaxmoo.data.batches import LanguageBatches, batch_spec, count_tokens
 from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.languages import LANGUAGE_NAMES, language_name
@@ -20,7 +20,6 @@ __all__ = [
     "batch_spec",
     "count_tokens",
     "deduplicate",
-    "global_batch",
     "language_name",
     "load_corpus",
     "load_examples",

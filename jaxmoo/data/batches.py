@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.mixture import Mixture
@@ -105,12 +103,11 @@ class LanguageBatches:
             for language in languages
         }
 
-    def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def batch(self, step: int) -> dict[str, np.ndarray]:
         """Return the batch of one step.
 
         Args:
           step: from 0.
-          rows: bool [k, B]; those left out stay padding, for a process that needs only its own.
 
         Returns:
           The arrays that :func:`batch_spec` lists, with k = K unless languages are sampled.
@@ -140,9 +137,8 @@ class LanguageBatches:
         for k, number in enumerate(taking_part):
             language = self.languages[number]
             for b in range(self.batch_size):
-                if rows is None or rows[k, b]:
-                    index = int(before[number]) * self.batch_size + b
-                    self._fill(language, index, {n: x[k, b] for n, x in batch.items()})
+                index = int(before[number]) * self.batch_size + b
+                self._fill(language, index, {n: x[k, b] for n, x in batch.items()})
         return batch
 
     def _fill(self, language: str, index: int, row: Mapping[str, np.ndarray]) -> None:
@@ -216,28 +212,6 @@ def batch_spec(
     if sampled:
         spec |= {"language": (rows, np.int32)}
     return spec
-
-
-def global_batch(batches: LanguageBatches, step: int, sharding: Sharding) -> dict[str, jax.Array]:
-    """Put a step's batch on the devices; each process makes only the rows of its own.
-
-    Args:
-      batches: the same in every process.
-      step: from 0.
-      sharding: of [k, B, ...], as :func:`jaxmoo.mesh.batch_sharding` gives it.
-
-    Returns:
-      The batch as global arrays.
-    """
-    k = len(batches.languages) if batches.mixture is None else batches.mixture.k
-    shape = (k, batches.batch_size)
-    mine = np.zeros(shape, bool)
-    for index in sharding.addressable_devices_indices_map(shape).values():
-        mine[index] = True
-    return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-        for name, x in batches.batch(step, mine).items()
-    }
 
 
 def count_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:

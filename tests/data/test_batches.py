@@ -104,18 +104,6 @@ def test_epochs_counts_what_was_shown(data):
     assert make(data).epochs(7) == {"en": 0.7, "fa": 4, "zh": 0.7}
 
 
-def test_rows_may_be_made_alone(data):
-    """As a process does that holds only some of a batch."""
-    batches = LanguageBatches(data, list(data), 4, LENGTH, 0, pad_id=1, packing=True, per_step=2)
-    whole = batches.batch(5)
-    mine = np.zeros((2, 4), bool)
-    mine[1, 2:] = True
-    part = batches.batch(5, mine)
-    for name, x in whole.items():
-        assert (part[name][mine] == x[mine]).all()
-    assert (part["tokens"][~mine] == 1).all() and not part["loss_mask"][~mine].any()
-
-
 SPLIT = """
 import sys
 import jax, numpy as np
@@ -123,30 +111,28 @@ from jax.experimental import multihost_utils
 address, number, out = sys.argv[1:]
 if address != "alone":
     jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-from jaxmoo.data import LanguageBatches, Tokenized, global_batch
+from jaxmoo.data import LanguageBatches, Tokenized
 from jaxmoo.mesh import batch_sharding, make_mesh
+from jaxmoo.train.distributed import place
 e = [Tokenized(np.full(n := 2 + i % 7, i, np.int32), np.ones(n, bool), n, n) for i in range(50)]
 seen = ["en", "fa", "zh"]
 shares = {"en": 3, "fa": 2, "zh": 1}
 batches = LanguageBatches(
     dict.fromkeys(seen, e), seen, 8, 16, 5, packing=True, per_step=2, shares=shares
 )
-made = []
-whole = batches.batch
-batches.batch = lambda step, rows=None: made.append(rows) or whole(step, rows)
 sharding = batch_sharding(make_mesh(2, language=2, fsdp=2, data=2))
 found = {}
 for step in (0, 40):
-    batch = global_batch(batches, step, sharding)
+    batch = place(batches.batch(step), sharding)
     for name, x in batch.items():
         for shard in x.addressable_shards:
-            assert (np.asarray(shard.data) == whole(step)[name][shard.index]).all()
+            assert (np.asarray(shard.data) == batches.batch(step)[name][shard.index]).all()
         found[f"{step}/{name}"] = multihost_utils.process_allgather(x, tiled=True)
-np.savez(out, made=made[0], **found)
+np.savez(out, **found)
 """
 
 
-def test_two_processes_make_the_stream_of_one_each_its_own_rows(tmp_path):
+def test_two_processes_hold_the_stream_of_one(tmp_path):
     address = f"localhost:{free_port()}"
 
     def run(number):
@@ -159,11 +145,7 @@ def test_two_processes_make_the_stream_of_one_each_its_own_rows(tmp_path):
     with ThreadPoolExecutor(3) as pool:
         *both, alone = pool.map(run, range(3))
     for name, x in alone.items():
-        if name != "made":
-            assert all((found[name] == x).all() for found in both), name
-    # Half of the rows each, and none twice.
-    assert alone["made"].all()
-    assert (both[0]["made"] ^ both[1]["made"]).all() and both[0]["made"].sum() == 8
+        assert all((found[name] == x).all() for found in both), name
 
 
 @pytest.mark.parametrize(
