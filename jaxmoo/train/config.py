@@ -18,8 +18,8 @@ from typing import Any
 
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.models.lora import PROJECTIONS, LoRA
 from jaxmoo.train import schema
+from jaxmoo.train.lora import LoraConfig, check_lora
 from jaxmoo.train.schema import MISSING, Range, setting
 from jaxmoo.train.yaml_text import dump, flow
 
@@ -76,34 +76,6 @@ class ModelConfig:
         "What the backward pass computes again instead of keeping it: whole layers (`full`), all "
         "but their matrix products (`dots`), or nothing (`none`: fastest, most memory).",
         choices=("full", "dots", "none"),
-        free=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters: the model stays as it is, and only what is added to it learns."""
-
-    rank: int | None = setting(
-        None,
-        "Rank of the adapters. null trains parameters themselves; with a rank `model.trainable` "
-        "chooses the layers that get adapters.",
-        within=_AT_LEAST_1,
-    )
-    alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=_POSITIVE)
-    targets: list[str] = setting(
-        list(PROJECTIONS), "Projections of those layers that get adapters; by default all."
-    )
-    adapter: str | None = setting(
-        None,
-        "Directory in PEFT format with the adapters to begin with; null begins with new ones, "
-        "which change nothing yet.",
-    )
-    export: str = setting(
-        "merged",
-        "What `export` writes: the whole model with the adapters merged into it (`merged`, to "
-        "`export/`), the adapters alone in PEFT format (`adapter`, to `adapter/`), or `both`.",
-        choices=("merged", "adapter", "both"),
         free=True,
     )
 
@@ -392,7 +364,7 @@ def validate(config: Config) -> None:
             re.compile(config.model.trainable)
         except re.error as error:
             problems.append(f"model.trainable is not a regular expression: {error}.")
-        problems += _check_lora(config.lora)
+        problems += check_lora(config.lora)
         if config.optimizer.warmup_steps > config.train.steps:
             problems.append(
                 f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than the "
@@ -428,22 +400,6 @@ def _check_data(data: DataConfig) -> list[str]:
     if columns.messages is not None and (columns.prompt, columns.completion) != (None, None):
         problems.append("data.columns takes either messages or prompt and completion, not both.")
     return problems
-
-
-def _check_lora(lora: LoraConfig) -> list[str]:
-    if lora.rank is None:
-        # They would have no effect, which may not be what was meant.
-        changed = [
-            f"lora.{field.name}"
-            for field in dataclasses.fields(lora)
-            if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
-        ]
-        return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
-    try:
-        LoRA(lora.rank, lora.alpha, lora.targets)
-    except ConfigError as error:
-        return [f"lora: {error}"]
-    return []
 
 
 def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:

@@ -20,7 +20,8 @@ from jaxmoo.models import Decoder, token_nll
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
-from jaxmoo.train.parameters import lora_of, run_segments, split_model
+from jaxmoo.train.lora import lora_of
+from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.step import TrainState, initial_state, make_optimizer, make_train_step
 
 __all__ = ["Setup", "prepare"]
@@ -169,7 +170,7 @@ def _adapters(
     config: Config, abstract: Decoder, shardings: Callable[[Any], Any]
 ) -> nnx.State | None:
     """The adapters a run begins with, or None when it trains parameters themselves."""
-    lora = lora_of(config)
+    lora = lora_of(config.lora)
     if lora is None:
         return None
     shapes = split_model(config, abstract)[1]
