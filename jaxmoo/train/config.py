@@ -20,9 +20,9 @@ import jax
 
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.models.lora import PROJECTIONS, LoRA
 from jaxmoo.train import schema
 from jaxmoo.train.data_config import ColumnsConfig, DataConfig, SamplingConfig, check_data
+from jaxmoo.train.lora import LoraConfig, check_lora
 from jaxmoo.train.schema import MISSING, Range, setting
 from jaxmoo.train.yaml_text import dump, flow
 
@@ -88,34 +88,6 @@ class ModelConfig:
         "`model.dtype=bfloat16`), `tpu`, or the fastest that can run on the devices at hand "
         "(`auto`).",
         choices=("auto", "xla", "cudnn", "tpu"),
-        free=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters: the model stays as it is, and only what is added to it learns."""
-
-    rank: int | None = setting(
-        None,
-        "Rank of the adapters. null trains parameters themselves; with a rank `model.trainable` "
-        "chooses the layers that get adapters.",
-        within=_AT_LEAST_1,
-    )
-    alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=_POSITIVE)
-    targets: list[str] = setting(
-        list(PROJECTIONS), "Projections of those layers that get adapters; by default all."
-    )
-    adapter: str | None = setting(
-        None,
-        "Directory in PEFT format with the adapters to begin with; null begins with new ones, "
-        "which change nothing yet.",
-    )
-    export: str = setting(
-        "merged",
-        "What `export` writes: the whole model with the adapters merged into it (`merged`, to "
-        "`export/`), the adapters alone in PEFT format (`adapter`, to `adapter/`), or `both`.",
-        choices=("merged", "adapter", "both"),
         free=True,
     )
 
@@ -427,7 +399,7 @@ def validate(config: Config) -> None:
             re.compile(config.model.trainable)
         except re.error as error:
             problems.append(f"model.trainable is not a regular expression: {error}.")
-        problems += _check_lora(config.lora)
+        problems += check_lora(config.lora)
         for name, wanted in (
             ("patience", config.train.patience is not None),
             ("select=best", config.train.select == "best"),
@@ -440,22 +412,6 @@ def validate(config: Config) -> None:
                 f"{config.train.steps} of train.steps."
             )
     schema.raise_problems(problems)
-
-
-def _check_lora(lora: LoraConfig) -> list[str]:
-    if lora.rank is None:
-        # They would have no effect, which may not be what was meant.
-        changed = [
-            f"lora.{field.name}"
-            for field in dataclasses.fields(lora)
-            if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
-        ]
-        return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
-    try:
-        LoRA(lora.rank, lora.alpha, lora.targets)
-    except ConfigError as error:
-        return [f"lora: {error}"]
-    return []
 
 
 def _check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:

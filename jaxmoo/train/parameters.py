@@ -8,18 +8,11 @@ from flax import nnx
 
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
-from jaxmoo.models.lora import ADAPTERS, LoRA, adapted_layers, add_adapters
+from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters
 from jaxmoo.train.config import Config
+from jaxmoo.train.lora import lora_of
 
-__all__ = ["lora_of", "run_segments", "split_model"]
-
-
-def lora_of(config: Config) -> LoRA | None:
-    """Return the kind of adapters a run trains, or None when it trains parameters themselves."""
-    settings = config.lora
-    if settings.rank is None:
-        return None
-    return LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+__all__ = ["run_segments", "split_model"]
 
 
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
@@ -52,7 +45,7 @@ def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.S
     Returns:
       ``(graph, trained, frozen)``. Adapters are shapes only.
     """
-    lora, pattern = lora_of(config), config.model.trainable
+    lora, pattern = lora_of(config.lora), config.model.trainable
     if lora is None:
         return nnx.split(decoder, trainable_filter(pattern), ...)
     add_adapters(decoder, lora, adapted_layers(decoder.config, pattern))

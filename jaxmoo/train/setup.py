@@ -23,8 +23,9 @@ from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
 from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
+from jaxmoo.train.lora import lora_of
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.parameters import lora_of, run_segments, split_model
+from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 
@@ -174,7 +175,7 @@ def _adapters(
     config: Config, abstract: Decoder, shardings: Callable[[Any], Any]
 ) -> nnx.State | None:
     """The adapters a run begins with, or None when it trains parameters themselves."""
-    lora = lora_of(config)
+    lora = lora_of(config.lora)
     if lora is None:
         return None
     shapes = split_model(config, abstract)[1]
