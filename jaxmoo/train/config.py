@@ -49,7 +49,6 @@ __all__ = [
 _AT_LEAST_0 = Range(least=0)
 _AT_LEAST_1 = Range(least=1)
 _POSITIVE = Range(above=0)
-_FRACTION = Range(least=0, below=1)
 _PRECISIONS = ("float32", "bfloat16")
 
 
