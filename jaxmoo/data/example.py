@@ -70,6 +70,7 @@ class Example:
       messages: chat messages ``{"role": ..., "content": ...}``, the last of role ``assistant``.
       group: an identifier shared by examples that must stay on the same side of the held-out
         split (parallel translations of one sentence, say), or None.
+      choices: texts that the reply is chosen from, where an evaluation asks for it.
 
     Example:
       >>> example = Example.from_pair("it", "Ciao!", "Ciao, come stai?")
@@ -80,6 +81,7 @@ class Example:
     language: str
     messages: tuple[Mapping[str, str], ...]
     group: str | None = None
+    choices: tuple[str, ...] = ()
 
     @classmethod
     def from_pair(

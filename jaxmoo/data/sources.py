@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import re
 from collections import Counter
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoo.data.chatterbot import read_chatterbot
-from jaxmoo.data.example import Example
+from jaxmoo.data.example import Example, clean_text
 from jaxmoo.data.files import READERS, Record, read_records
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 BUILT_IN = "chatterbot"
-COLUMN_KEYS = ("prompt", "completion", "messages", "group")
+COLUMN_KEYS = ("prompt", "completion", "messages", "group", "choices")
 
 
 def load_examples(
@@ -80,8 +81,9 @@ def read_examples(
         - the id of a hub dataset, ``"owner/name"``.
       languages: the codes to load.
       columns: which column of a record holds what. Keys: ``prompt`` and ``completion``, or
-        ``messages`` (a list of ``{"role", "content"}``), and ``group`` (see `Example`). By
-        default ``messages`` where a record has it, else ``prompt`` and ``completion``.
+        ``messages`` (a list of ``{"role", "content"}``), and ``group`` and ``choices`` (a list of
+        texts; see `Example`). By default ``messages`` where a record has it, else ``prompt`` and
+        ``completion``.
       codes: the source's own names of languages, ``{"pt": "por_Latn"}``; the code itself where
         absent.
       language_column: the column that names a record's language.
@@ -155,11 +157,23 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         if "messages" in columns or (
             "messages" in values and not {"prompt", "completion"} & set(columns)
         ):
-            return Example.from_messages(language, column("messages"), group=group)
-        return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+            example = Example.from_messages(language, column("messages"), group=group)
+        else:
+            example = Example.from_pair(
+                language, column("prompt"), column("completion"), group=group
+            )
+        if "choices" not in columns:
+            return example
+        return dataclasses.replace(example, choices=_choices(column("choices")))
     except DataError as error:
         message = str(error)
         raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"expected a list of choices, found {type(value).__name__}")
+    return tuple(map(clean_text, value))
 
 
 def _check_languages(languages: Sequence[str]) -> list[str]:
