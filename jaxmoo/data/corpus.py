@@ -165,9 +165,7 @@ def load_corpus(
         cache_dir=cache_dir,
     )
     distinct = {language: deduplicate(examples) for language, (examples, _) in loaded.items()}
-    split_by_language = split_languages(
-        distinct, seen, held_out, disjoint_replies=disjoint_replies
-    )
+    split_by_language = split_languages(distinct, seen, held_out, disjoint_replies=disjoint_replies)
 
     train: dict[str, list[Tokenized]] = {}
     evaluated: dict[str, list[Tokenized]] = {}
