@@ -169,6 +169,11 @@ def _settings(options: argparse.Namespace) -> Evaluation:
         seen, unseen = data.seen, data.unseen
     else:
         seen, unseen = options.languages or [], options.unseen or []
+    limit, length = options.max_examples, options.max_length
+    if limit is None and held_out:
+        limit = data.max_held_out
+    if length is None and config is not None:
+        length = data.sequence_length
     return Evaluation(
         model=model,
         output=options.output,
@@ -180,8 +185,8 @@ def _settings(options: argparse.Namespace) -> Evaluation:
         base=options.base,
         choices=options.choices,
         new_tokens=options.generate,
-        max_examples=options.max_examples or (data.max_held_out if held_out else None),
-        max_length=options.max_length or (data.sequence_length if config is not None else None),
+        max_examples=limit,
+        max_length=length,
         batch_size=options.batch_size,
         dtype=options.dtype,
         # A run leaves such examples out, and its own scores are without them.
