@@ -175,6 +175,7 @@ def _settings(options: argparse.Namespace) -> Evaluation:
     if length is None and config is not None:
         length = data.sequence_length
     return Evaluation(
+        name=options.model,
         model=model,
         output=options.output,
         data=data,

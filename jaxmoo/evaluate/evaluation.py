@@ -43,7 +43,8 @@ class Evaluation:
     """What decides an evaluation.
 
     Attributes:
-      model: directory of any kind that `jaxmoo.convert.open_model` opens.
+      name: what the model is called in the results.
+      model: directory of any kind that `jaxmoo.convert.models.open_model` opens.
       output: the results' file, ``*.json``.
       data: where examples come from.
       seen: languages that the model was trained on.
@@ -61,6 +62,7 @@ class Evaluation:
       skip_empty: leave out examples without a reply, or with one that begins too late.
     """
 
+    name: str
     model: Path
     output: Path
     data: DataConfig
@@ -154,7 +156,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         done,
         settings.seen,
         settings.unseen,
-        model=str(settings.model) + ("" if settings.step is None else f", step {settings.step}"),
+        model=settings.name + ("" if settings.step is None else f", step {settings.step}"),
         weights=weights,
         settings=_described(settings),
         versions={name: version(name) for name in ("jaxmoo", "jax", "flax", "transformers")},

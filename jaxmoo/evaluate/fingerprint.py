@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,16 +28,19 @@ def fingerprint(model: Decoder) -> str:
       16 hexadecimal digits.
     """
     leaves = named_leaves(nnx.state(model))
-    stacked = [path[0] == "layers" for path, _ in leaves]
-    found = jax.device_get(
-        jax.jit(lambda arrays: list(map(_checksums, arrays, stacked)))([x for _, x in leaves])
-    )
+    stacked = tuple(path[0] == "layers" for path, _ in leaves)
+    found = jax.device_get(_all_checksums([x for _, x in leaves], stacked))
     lines = [
         f"{name} {x.dtype.name} {number}"
         for (path, x), numbers in zip(leaves, found, strict=True)
         for name, number in zip(logical_paths(path, x.shape), np.atleast_1d(numbers), strict=True)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+@partial(jax.jit, static_argnums=1)
+def _all_checksums(arrays: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
+    return [_checksums(x, stack) for x, stack in zip(arrays, stacked, strict=True)]
 
 
 def _checksums(x: Any, stacked: bool) -> jax.Array:

@@ -70,7 +70,7 @@ def digest(examples: Sequence[Example]) -> str:
 
     Example:
       >>> digest([Example.from_pair("en", "Hi", "Hello")])
-      '3d41b21dcd83fb59'
+      '574508be880b0341'
     """
     texts = [[*map(dict, example.messages), example.choices] for example in examples]
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]

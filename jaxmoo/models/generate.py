@@ -60,12 +60,13 @@ def generate_greedily(
     Example:
       >>> from jaxmoo.models import DecoderConfig
       >>> config = DecoderConfig(
-      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
       ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
       ...     max_position_embeddings=128)
       >>> model = Decoder(config, rngs=nnx.Rngs(0))
       >>> prompts, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
-      >>> generate_greedily(model, prompts, lengths, new_tokens=4, stop=[]).shape
+      >>> jax.jit(lambda *x: generate_greedily(model, *x, new_tokens=4, stop=[]))(
+      ...     prompts, lengths).shape
       (2, 4)
     """
     rows, length = prompts_BP.shape
