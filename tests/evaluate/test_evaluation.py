@@ -15,9 +15,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from devices import ROOT, run_python
-from jaxmoo.data import load_corpus
-from jaxmoo.evaluate import LanguageScore
 from jaxmoo.evaluate.cli import main
+from jaxmoo.train.cli import main as train
 
 COLUMNS = ["--columns", "prompt=text", "completion=topic", "group=id"]
 
@@ -163,8 +162,8 @@ def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_
         assert four["languages"][code] == pytest.approx(scores, rel=1e-5)
 
 
-def test_a_runs_settings_give_the_examples_that_the_run_holds_out(chat_model, tokenizer, tmp_path):
-    """Equal to the corpus that a run evaluates: split, order, limit, and unusable ones left out."""
+def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
+    """As the run scores itself: split, order, limit, and unusable examples left out."""
     for language in ("en", "fa"):
         rows = [
             {"prompt": f"{language} {i}", "completion": "" if i % 7 == 0 else f"answer {i}"}
@@ -173,37 +172,40 @@ def test_a_runs_settings_give_the_examples_that_the_run_holds_out(chat_model, to
         rows += [{"prompt": "shared", "completion": "the same"}]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{language}.jsonl").write_text(text)
-    data = {
-        "source": str(tmp_path / "{language}.jsonl"), "seen": ["en"], "unseen": ["fa"],
-        "held_out": 0.3, "max_held_out": 9, "sequence_length": 64,
-    }  # fmt: skip
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "output": str(tmp_path / "run"), "model": {"source": str(chat_model)},
-                "data": data, "train": {"steps": 1},
-            }
-        )
-    )  # fmt: skip
-    output = tmp_path / "held.json"
-    command = ["--model", str(chat_model), "--config", str(config), "--output", str(output)]
-    assert main(command) == 0
-    found = json.loads(output.read_text())
-    corpus = load_corpus(
-        data["source"], tokenizer, seen=["en"], unseen=["fa"], sequence_length=64, held_out=0.3,
-        max_held_out=9,
-    )  # fmt: skip
-    assert (found["seen"], found["unseen"]) == (["en"], ["fa"])
-    for code, held in corpus.held_out.items():
-        stored = json.loads((tmp_path / "held.examples" / f"{code}.json").read_text())["columns"]
-        assert stored["bytes"] == [e.reply_bytes for e in held]
-        assert stored["tokens"] == [int(e.loss_mask.sum()) for e in held]
-        score = LanguageScore.of_sum(
-            math.fsum(stored["nats"]), sum(stored["tokens"]), sum(stored["bytes"]), len(held)
-        )
-        assert found["languages"][code]["nll"] == score.nll
-        np.testing.assert_allclose(found["languages"][code]["bits_per_byte"], score.bits_per_byte)
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    settings = {
+        "output": str(run),
+        "export": False,
+        "report": False,
+        "tensorboard": False,
+        "model": {"source": str(chat_model), "trainable": r"^layers\.2\."},
+        "data": {
+            "source": str(tmp_path / "{language}.jsonl"),
+            "seen": ["en"],
+            "unseen": ["fa"],
+            "held_out": 0.3,
+            "max_held_out": 9,
+            "sequence_length": 64,
+        },
+        "resolve": {"aggregator": "mean"},
+        "optimizer": {"learning_rate": 0.01},
+        "train": {"steps": 1},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert train(["--config", str(config)]) == 0
+    expected = json.loads((run / "results.json").read_text())
+    assert expected["after"]["en"]["nll"] != expected["before"]["en"]["nll"]
+
+    for when, source in {"before": [chat_model, "--config", config], "after": [run]}.items():
+        output = tmp_path / f"{when}.json"
+        assert main(list(map(str, ["--model", *source, "--output", output]))) == 0
+        found = json.loads(output.read_text())
+        assert (found["seen"], found["unseen"]) == (["en"], ["fa"])
+        for code, wanted in expected[when].items():
+            scores = found["languages"][code]
+            assert scores["examples"] == wanted["examples"]
+            assert scores["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
+            assert scores["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
