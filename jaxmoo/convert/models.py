@@ -46,7 +46,16 @@ from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
 
-__all__ = ["CHECKPOINT_FILE", "Opened", "from_hf", "kind_of", "open_model", "to_adapter", "to_hf"]
+__all__ = [
+    "CHECKPOINT_FILE",
+    "Opened",
+    "from_hf",
+    "kind_of",
+    "open_model",
+    "source_of",
+    "to_adapter",
+    "to_hf",
+]
 
 CHECKPOINT_FILE = "checkpoint.json"
 _PARAMS = "params"
@@ -210,6 +219,23 @@ def kind_of(path: Path) -> str:
         f"{path} is not a model: expected a Hugging Face directory (config.json), a checkpoint "
         f"directory ({CHECKPOINT_FILE}) or the output of a training run (config.yaml)"
     )
+
+
+def source_of(path: Path, *, base: str | None = None) -> Path:
+    """Find the directory with the config and tokenizer of a model of any kind; reads no weights.
+
+    Args:
+      path: a Hugging Face directory, a checkpoint directory or a training run.
+      base: see `to_hf`.
+
+    Raises:
+      CheckpointError: when the directory is of no kind.
+      ConfigError, DownloadError: when the model that a run began with is not to be had.
+    """
+    path = Path(path)
+    if kind_of(path) != "run":
+        return path
+    return resolve_source(base or load_run_config(RunDirectory(path).config).model.source)
 
 
 def open_model(

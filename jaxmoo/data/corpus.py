@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.data.sources import read_examples
-from jaxmoo.data.split import deduplicate, split_examples
+from jaxmoo.data.split import deduplicate, split_languages
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized, tokenize_all
 from jaxmoo.errors import ConfigError, DataError
@@ -179,26 +179,16 @@ def load_corpus(
     distinct = {
         language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
     }
-    sides = {
-        language: split_examples(
-            examples,
-            held_out if language in seen else 1.0,
-            disjoint_replies=disjoint_replies,
-        )
-        for language, examples in distinct.items()
-    }
-    trained = {key for language in seen for e in sides[language][0] for key in (e.key, e.group)}
-    trained.discard(None)
+    split_by_language = split_languages(distinct, seen, held_out, disjoint_replies=disjoint_replies)
 
     train: dict[str, list[Tokenized]] = {}
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
     for language, (examples, skipped) in reading.languages.items():
-        candidates = sides[language][1]
-        clean = [e for e in candidates if e.key not in trained and e.group not in trained]
+        divided = split_by_language[language]
         # The limit leaves the rest unused, so that what is trained on does not depend on how much
         # is evaluated.
-        parts = {"train": sides[language][0], "held_out": clean[:max_held_out]}
+        parts = {"train": divided.train, "held_out": divided.held_out[:max_held_out]}
         tokens = {
             use: tokenize_all(part, tokenizer, sequence_length) for use, part in parts.items()
         }
@@ -218,8 +208,8 @@ def load_corpus(
             records=len(examples),
             skipped=skipped,
             duplicates=len(examples) - len(distinct[language]),
-            leaked=len(candidates) - len(clean),
-            reserve=len(clean) - len(parts["held_out"]),
+            leaked=divided.leaked,
+            reserve=len(divided.held_out) - len(parts["held_out"]),
         )
     return Corpus(train, evaluated, report, tuple(reading.complaints))
 

@@ -72,6 +72,7 @@ class Example:
       group: an identifier shared by examples that must stay on the same side of the held-out
         split (parallel translations of one sentence, say), or None.
       text: plain text, all of which is learnt; None for a conversation.
+      choices: texts that the reply is chosen from, where an evaluation asks for it.
 
     Example:
       >>> example = Example.from_pair("it", "Ciao!", "Ciao, come stai?")
@@ -83,6 +84,7 @@ class Example:
     messages: tuple[Mapping[str, str], ...]
     group: str | None = None
     text: str | None = None
+    choices: tuple[str, ...] = ()
 
     @classmethod
     def from_text(cls, language: str, text: Any, *, group: str | None = None) -> Example:

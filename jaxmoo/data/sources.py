@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoo.data.chatterbot import read_chatterbot
-from jaxmoo.data.example import Example
+from jaxmoo.data.example import Example, clean_text
 from jaxmoo.data.files import READERS, Record, read_records
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.malformed import Malformed
@@ -20,7 +21,7 @@ from jaxmoo.errors import ConfigError, DataError, did_you_mean
 BUILT_IN = "chatterbot"
 # What a record's content may be.
 CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
-COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group")
+COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group", "choices")
 
 
 class Loaded(NamedTuple):
@@ -111,9 +112,9 @@ def read_examples(
         - the id of a hub dataset, ``"owner/name"``.
       languages: the codes to load.
       columns: which column of a record holds what. Keys: ``prompt`` and ``completion``, or
-        ``messages`` (a list of ``{"role", "content"}``), or ``text``; and ``group`` (see
-        `Example`). By default ``messages`` where a record has it, else ``prompt`` and
-        ``completion``, else ``text``.
+        ``messages`` (a list of ``{"role", "content"}``), or ``text``; and ``group`` and ``choices``
+        (a list of texts; see `Example`). By default ``messages`` where a record has it, else
+        ``prompt`` and ``completion``, else ``text``.
       codes: the source's own names of languages, ``{"pt": "por_Latn"}``; the code itself where
         absent.
       language_column: the column that names a record's language.
@@ -207,15 +208,34 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
     group = str(column("group")) if "group" in columns else None
     mapped = {"messages", "prompt", "completion", "text"} & set(columns)
     try:
-        if "messages" in mapped or (not mapped and "messages" in values):
-            return Example.from_messages(language, column("messages"), group=group)
-        paired = {"prompt", "completion"} & set(values)
-        if "text" in mapped or (not mapped and not paired and "text" in values):
-            return Example.from_text(language, column("text"), group=group)
-        return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+        example = _example(language, column, values, mapped, group)
+        if "choices" not in columns:
+            return example
+        return dataclasses.replace(example, choices=_choices(column("choices")))
     except DataError as error:
         message = str(error)
         raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
+
+
+def _example(
+    language: str,
+    column: Callable[[str], Any],
+    values: Mapping[str, Any],
+    mapped: Collection[str],
+    group: str | None,
+) -> Example:
+    if "messages" in mapped or (not mapped and "messages" in values):
+        return Example.from_messages(language, column("messages"), group=group)
+    paired = {"prompt", "completion"} & set(values)
+    if "text" in mapped or (not mapped and not paired and "text" in values):
+        return Example.from_text(language, column("text"), group=group)
+    return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"expected a list of choices, found {type(value).__name__}")
+    return tuple(map(clean_text, value))
 
 
 def _check_languages(languages: Sequence[str]) -> list[str]:

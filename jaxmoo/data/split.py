@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.errors import ConfigError
@@ -81,6 +82,62 @@ def split_examples(
     # By the example's own hash, or else the first n would be a few sets of linked examples.
     held.sort(key=lambda example: hash_fraction("\x1e".join(example.key)))
     return train, held
+
+
+class Split(NamedTuple):
+    """One language's examples, divided.
+
+    Attributes:
+      train: to train on; of an unseen language empty.
+      held_out: to evaluate.
+      leaked: held-out examples that are left out, because they, or others of their group, are among
+        the training examples of another language.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    leaked: int
+
+
+def split_languages(
+    examples: Mapping[str, Sequence[Example]],
+    seen: Collection[str],
+    held_out: float,
+    *,
+    disjoint_replies: bool = False,
+) -> dict[str, Split]:
+    """Split every language's examples, and keep those of one language out of another's training.
+
+    Args:
+      examples: per language its distinct examples.
+      seen: the languages to train on; of the others everything is held out.
+      held_out: see `split_examples`, and so is `disjoint_replies`.
+
+    Returns:
+      Per language its parts, held-out examples in the order of `split_examples`.
+
+    Raises:
+      ConfigError: `held_out` is not a fraction.
+
+    Example:
+      >>> both = {code: [Example.from_pair(code, "1 + 1", "2")] for code in ("en", "fa")}
+      >>> [(len(s.train), len(s.held_out), s.leaked)
+      ...  for s in split_languages(both, ["en"], 0.1).values()]
+      [(1, 0, 0), (0, 0, 1)]
+    """
+    sides = {
+        language: split_examples(
+            part, held_out if language in seen else 1.0, disjoint_replies=disjoint_replies
+        )
+        for language, part in examples.items()
+    }
+    trained = {key for train, _ in sides.values() for e in train for key in (e.key, e.group)}
+    trained.discard(None)
+    split = {}
+    for language, (train, held) in sides.items():
+        clean = [e for e in held if e.key not in trained and e.group not in trained]
+        split[language] = Split(train, clean, len(held) - len(clean))
+    return split
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:

@@ -1,6 +1,19 @@
-"""Measures of a model on held-out text."""
+"""Measures of a model on held-out text, and comparisons of models by them."""
 
-from jaxmoo.evaluate.nll import LanguageScore, evaluate_nll
+from jaxmoo.evaluate.compare import Comparison, compare
+from jaxmoo.evaluate.nll import LanguageScore, evaluate_nll, example_nats
+from jaxmoo.evaluate.results import Results, read_results
 from jaxmoo.evaluate.summary import Summary, before_after_table, summarise
 
-__all__ = ["LanguageScore", "Summary", "before_after_table", "evaluate_nll", "summarise"]
+__all__ = [
+    "Comparison",
+    "LanguageScore",
+    "Results",
+    "Summary",
+    "before_after_table",
+    "compare",
+    "evaluate_nll",
+    "example_nats",
+    "read_results",
+    "summarise",
+]

@@ -114,33 +114,26 @@ def evaluate_nll(
       >>> evaluate_nll(coin, {"en": [example]}, batch_size=2, progress=False)["en"].bits_per_byte
       0.5
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is a positive number, found {batch_size}.")
     for language, examples in tokenized.items():
         # The first token of a sequence is predicted from nothing and is never a target.
         if not examples or not all(e.loss_mask[1:].any() and e.reply_bytes for e in examples):
             raise DataError(
                 f"Language {language!r} has no held-out examples, or some without reply tokens."
             )
-    nats: dict[str, list[float]] = {language: [] for language in tokenized}
-    batches = _length_batches(tokenized, batch_size, buckets)
     with tqdm(
         total=sum(map(len, tokenized.values())),
         desc="evaluating",
         unit="reply",
         disable=None if progress else True,  # None: only on a terminal
     ) as bar:
-        for length, rows in batches:
-            tokens = np.full((batch_size, length), pad_id, np.int32)
-            mask = np.zeros((batch_size, length), bool)
-            for row, (_, example) in enumerate(rows):
-                tokens[row, : len(example.tokens)] = example.tokens
-                mask[row, 1 : len(example.tokens)] = example.loss_mask[1:]
-            result = np.asarray(nll_fn({"tokens": tokens, "loss_mask": mask}), np.float64)
-            sums = np.where(mask, result, 0.0).sum(axis=1)
-            for (language, _), total in zip(rows, sums, strict=False):
-                nats[language].append(total)
-            bar.update(len(rows))
+        nats = example_nats(
+            nll_fn,
+            tokenized,
+            batch_size=batch_size,
+            pad_id=pad_id,
+            buckets=buckets,
+            advance=bar.update,
+        )
     return {
         language: LanguageScore.of_sum(
             # Exactly rounded, so that the order of the batches leaves no trace.
@@ -153,19 +146,72 @@ def evaluate_nll(
     }
 
 
+def example_nats(
+    nll_fn: Callable[[dict[str, np.ndarray]], Any],
+    tokenized: Mapping[str, Sequence[Tokenized]],
+    *,
+    batch_size: int,
+    pad_id: int = 0,
+    buckets: Sequence[int] = BUCKETS,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> dict[str, np.ndarray]:
+    """Negative log-likelihood of every example's targets; `evaluate_nll` sums them.
+
+    Args:
+      nll_fn: see `evaluate_nll`, and so are `tokenized`, `batch_size`, `pad_id` and `buckets`.
+      advance: called with the number of examples of each batch that is done.
+
+    Returns:
+      Per language float64 [N], in nats, in the order of its examples.
+
+    Raises:
+      ConfigError: `batch_size` is not positive.
+
+    Example:
+      >>> example = Tokenized(np.array([5, 6, 7]), np.array([False, True, True]), 4, 3)
+      >>> coin = lambda batch: np.full(batch["tokens"].shape, np.log(2))
+      >>> example_nats(coin, {"en": [example]}, batch_size=2)["en"].round(3)
+      array([1.386])
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is a positive number, found {batch_size}.")
+    nats = {language: np.full(len(examples), np.nan) for language, examples in tokenized.items()}
+    for length, rows in _length_batches(tokenized, batch_size, buckets):
+        tokens = np.full((batch_size, length), pad_id, np.int32)
+        mask = np.zeros((batch_size, length), bool)
+        for row, (language, number) in enumerate(rows):
+            example = tokenized[language][number]
+            tokens[row, : len(example.tokens)] = example.tokens
+            mask[row, 1 : len(example.tokens)] = example.loss_mask[1:]
+        result = np.asarray(nll_fn({"tokens": tokens, "loss_mask": mask}), np.float64)
+        sums = np.where(mask, result, 0.0).sum(axis=1)
+        for (language, number), total in zip(rows, sums, strict=False):
+            nats[language][number] = total
+        advance(len(rows))
+    return nats
+
+
 def _length_batches(
     tokenized: Mapping[str, Sequence[Tokenized]], batch_size: int, buckets: Sequence[int]
-) -> list[tuple[int, list[tuple[str, Tokenized]]]]:
+) -> list[tuple[int, list[tuple[str, int]]]]:
     """Batches of (padded length, rows), longest first: what runs out of memory does so at once."""
-    rows = [(language, example) for language, part in tokenized.items() for example in part]
-    rows.sort(key=lambda row: len(row[1].tokens), reverse=True)
+    rows = [
+        (len(example.tokens), language, number)
+        for language, part in tokenized.items()
+        for number, example in enumerate(part)
+    ]
+    rows.sort(key=lambda row: row[0], reverse=True)
     return [
-        (_bucket(len(rows[start][1].tokens), buckets), rows[start : start + batch_size])
+        (
+            padded_length(rows[start][0], buckets),
+            [(language, number) for _, language, number in rows[start : start + batch_size]],
+        )
         for start in range(0, len(rows), batch_size)
     ]
 
 
-def _bucket(length: int, buckets: Sequence[int]) -> int:
+def padded_length(length: int, buckets: Sequence[int] = BUCKETS) -> int:
+    """The smallest bucket that holds so many tokens; longer ones double the last bucket."""
     for bucket in buckets:
         if length <= bucket:
             return bucket

@@ -6,12 +6,13 @@ from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.load import load_config, load_model
 from jaxmoo.hf.save import save_model
 from jaxmoo.hf.source import resolve_source
-from jaxmoo.hf.tokenizer import load_tokenizer
+from jaxmoo.hf.tokenizer import check_tokenizer, load_tokenizer
 from jaxmoo.hf.wheels import cache_directory, fetch_wheel
 
 __all__ = [
     "ModelCard",
     "cache_directory",
+    "check_tokenizer",
     "convert_gguf",
     "fetch_wheel",
     "load_adapter",

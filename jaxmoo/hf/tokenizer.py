@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxmoo.errors import CheckpointError
 
-__all__ = ["load_tokenizer"]
+__all__ = ["check_tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -39,3 +39,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, path: Path) -> None:
+    """Raise unless a model has a vector for every token.
+
+    Models may have more: many pad their tables.
+
+    Args:
+      tokenizer: the tokenizer.
+      vocab_size: rows of the model's table.
+      path: where both came from.
+
+    Raises:
+      CheckpointError: the tokenizer has tokens that the model does not know.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"model and tokenizer in {path} do not belong together: the tokenizer has tokens up to "
+            f"number {largest}, the model's config.json says vocab_size={vocab_size}. Copy the "
+            "tokenizer files of the model that the weights come from."
+        )

@@ -152,21 +152,28 @@ class Attention(nnx.Module):
         sin: jax.Array,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSNH = self.q_proj(x_BSD).reshape(heads)
-        k_BSGH = self.k_proj(x_BSD).reshape(heads)
-        v_BSGH = self.v_proj(x_BSD).reshape(heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
+        q_BSNH, k_BSGH, v_BSGH = self.project(x_BSD, cos, sin)
         out_BSNH = attend(
-            _rotate(q_BSNH, cos, sin),
-            _rotate(k_BSGH, cos, sin),
+            q_BSNH,
+            k_BSGH,
             v_BSGH,
             segment_ids=segment_ids,
             window=self.window,
             implementation=self.attention,
         )
         return self.o_proj(out_BSNH.reshape(*x_BSD.shape[:2], -1))
+
+    def project(
+        self, x_BSD: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Compute rotated queries [B, S, N, H] and keys, and values, [B, S, G, H]."""
+        heads = (*x_BSD.shape[:2], -1, self.head_dim)
+        q_BSNH = self.q_proj(x_BSD).reshape(heads)
+        k_BSGH = self.k_proj(x_BSD).reshape(heads)
+        v_BSGH = self.v_proj(x_BSD).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSNH, k_BSGH = self.q_norm(q_BSNH), self.k_norm(k_BSGH)
+        return _rotate(q_BSNH, cos, sin), _rotate(k_BSGH, cos, sin), v_BSGH
 
 
 class MLP(nnx.Module):

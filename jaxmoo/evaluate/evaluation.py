@@ -1,0 +1,240 @@
+"""An evaluation from its settings to its results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from jaxmoo.convert.models import open_model, source_of
+from jaxmoo.data import Example, load_examples
+from jaxmoo.data.split import split_languages
+from jaxmoo.errors import ConfigError
+from jaxmoo.evaluate.fingerprint import fingerprint
+from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
+from jaxmoo.evaluate.measures import summary_table
+from jaxmoo.evaluate.model import Evaluator
+from jaxmoo.evaluate.questions import (
+    COLUMN,
+    Questions,
+    check_references,
+    choose_some,
+    digest,
+    prepare_questions,
+    with_choices,
+)
+from jaxmoo.evaluate.results import LanguageResult, ResultStore
+from jaxmoo.hf import check_tokenizer, load_config, load_tokenizer
+from jaxmoo.train.data import read_template
+from jaxmoo.train.data_config import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What decides an evaluation.
+
+    Attributes:
+      name: what the model is called in the results.
+      model: directory of any kind that `jaxmoo.convert.models.open_model` opens.
+      output: the results' file, ``*.json``.
+      data: where examples come from.
+      seen: languages that the model was trained on.
+      unseen: the others.
+      held_out: evaluate only what a run with these data settings holds out, not all examples.
+      step: which of a run's checkpoints; None for the newest.
+      base: the model that a run began with, if it has moved.
+      choices: what a reply is chosen from, as `jaxmoo.evaluate.questions.with_choices` takes it;
+        None to skip it.
+      new_tokens: the most tokens of a generated reply; 0 generates none.
+      max_examples: the most examples per language; None for all.
+      max_length: the most tokens of a sequence; None for the longest the model takes.
+      batch_size: sequences at a time.
+      dtype: dtype of the computation.
+      skip_empty: leave out examples without a reply, or with one that begins too late.
+    """
+
+    name: str
+    model: Path
+    output: Path
+    data: DataConfig
+    seen: list[str]
+    unseen: list[str]
+    held_out: bool = False
+    step: int | None = None
+    base: str | None = None
+    choices: str | None = None
+    new_tokens: int = 0
+    max_examples: int | None = None
+    max_length: int | None = None
+    batch_size: int = 16
+    dtype: str = "float32"
+    skip_empty: bool = False
+
+    def __post_init__(self) -> None:
+        languages = [*self.seen, *self.unseen]
+        if not languages:
+            raise ConfigError("Name the languages to evaluate: --languages en fr.")
+        twice = sorted({code for code in languages if languages.count(code) > 1})
+        if twice:
+            raise ConfigError(f"Languages named more than once: {', '.join(twice)}.")
+        for name in ("max_examples", "max_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} takes a positive number, found {value}.")
+        if self.new_tokens < 0:
+            raise ConfigError(f"--generate takes a number of tokens, found {self.new_tokens}.")
+
+
+def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Score a model on every language, and write the results.
+
+    Everything that can be wrong with data and settings is found before weights are read. Languages
+    that are stored from an earlier, interrupted evaluation with the same settings are not repeated.
+
+    Args:
+      settings: what to evaluate.
+      say: called with lines for a person to read.
+
+    Returns:
+      What is written to ``settings.output``.
+
+    Raises:
+      JaxmooError: anything that would make the evaluation fail or be wrong.
+    """
+    if settings.new_tokens:
+        check_sacrebleu()
+    source = source_of(settings.model, base=settings.base)
+    architecture = load_config(source)
+    tokenizer = load_tokenizer(source)
+    template = read_template(settings.data.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template
+    check_tokenizer(tokenizer, architecture.vocab_size, source)
+    questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
+    store = ResultStore(settings.output)
+
+    opened = open_model(settings.model, step=settings.step, base=settings.base, say=say)
+    weights = fingerprint(opened.model)
+    identities = {
+        language: {
+            "weights": weights,
+            "data": digest(asked.examples),
+            "input": asked.fingerprint(),
+            "new_tokens": settings.new_tokens,
+            "dtype": settings.dtype,
+        }
+        for language, asked in questions.items()
+    }
+    found = {code: store.stored(code, identity) for code, identity in identities.items()}
+    done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
+    if done:
+        say(f"Already evaluated: {', '.join(done)}.")
+    evaluator = Evaluator(
+        opened.model,
+        tokenizer,
+        batch_size=settings.batch_size,
+        dtype=jnp.dtype(settings.dtype),
+        stop=stop_tokens(source, tokenizer),
+        new_tokens=settings.new_tokens,
+    )
+    missing = {code: asked for code, asked in questions.items() if code not in done}
+    total = sum(asked.rows for asked in missing.values())
+    with tqdm(total=total, unit="row", disable=None) as bar:  # None: only on a terminal
+        for code, asked in missing.items():
+            bar.set_description(code)
+            done[code] = evaluator.answer(asked, bar.update)
+            store.store(code, identities[code], done[code])
+
+    results = store.finish(
+        done,
+        settings.seen,
+        settings.unseen,
+        model=settings.name + ("" if settings.step is None else f", step {settings.step}"),
+        weights=weights,
+        settings=_described(settings),
+        versions={name: version(name) for name in ("jaxmoo", "jax", "flax", "transformers")},
+    )
+    say(summary_table(results["languages"], settings.seen, settings.unseen))
+    say(f"Wrote {store.output}; numbers of every example are in {store.directory}.")
+    return results
+
+
+def _questions(
+    settings: Evaluation, tokenizer: PreTrainedTokenizerFast, longest: int
+) -> dict[str, Questions]:
+    """Every language's examples, checked and tokenised."""
+    max_length = settings.max_length or min(longest, tokenizer.model_max_length)
+    if max_length > longest:
+        raise ConfigError(
+            f"--max-length is {max_length}, but the model reads at most {longest} tokens."
+        )
+    examples = _examples(settings)
+    if not settings.skip_empty:
+        check_references(examples)
+    if settings.choices is not None:
+        examples = {
+            code: part if not settings.skip_empty else [e for e in part if e.reply]
+            for code, part in examples.items()
+        }
+        examples = with_choices(examples, settings.choices)
+    return {
+        code: prepare_questions(
+            part,
+            tokenizer,
+            max_length=max_length,
+            new_tokens=settings.new_tokens,
+            drop_unusable=settings.skip_empty,
+        )
+        for code, part in examples.items()
+    }
+
+
+def _examples(settings: Evaluation) -> dict[str, list[Example]]:
+    data, wanted = settings.data, [*settings.seen, *settings.unseen]
+    # What a run holds out of one language depends on what it learns in the others.
+    trained = data.seen if settings.held_out else []
+    columns = dataclasses.asdict(data.columns)
+    choices = settings.choices or ""
+    if choices.startswith(COLUMN):
+        columns["choices"] = choices.removeprefix(COLUMN)
+    examples = load_examples(
+        data.source,
+        list(dict.fromkeys([*wanted, *trained])),
+        columns=columns,
+        codes=data.codes,
+        language_column=data.language_column,
+        subset=data.subset,
+        split=data.split,
+        max_malformed=data.max_malformed,
+    )
+    if not settings.held_out:
+        return {code: choose_some(examples[code], settings.max_examples) for code in wanted}
+    split = split_languages(
+        examples, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
+    )
+    return {code: split[code].held_out[: settings.max_examples] for code in wanted}
+
+
+def _described(settings: Evaluation) -> dict[str, Any]:
+    """The settings for a reader of the results, paths as they were given."""
+    data = settings.data
+    return {
+        "data": data.source,
+        "examples": "held out by the run's settings" if settings.held_out else "all",
+        "choices": settings.choices,
+        "new_tokens": settings.new_tokens,
+        "max_examples": settings.max_examples,
+        "max_length": settings.max_length,
+        "dtype": settings.dtype,
+    }

@@ -1,0 +1,89 @@
+"""Generated replies beside the references: exact match and chrF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxmoo.data.example import normalise
+from jaxmoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["GeneratedScores", "check_sacrebleu", "score_generated", "stop_tokens"]
+
+
+class GeneratedScores(NamedTuple):
+    """Scores of replies.
+
+    Attributes:
+      exact: per reply 1 if it is the reference, but for Unicode's normal form and white space.
+      chrf: per reply sacrebleu's sentence-level chrF2, 0 to 100.
+      corpus_chrf: sacrebleu's chrF2 of all replies together.
+    """
+
+    exact: list[int]
+    chrf: list[float]
+    corpus_chrf: float
+
+
+def score_generated(replies: Sequence[str], references: Sequence[str]) -> GeneratedScores:
+    """Compare replies with references.
+
+    Args:
+      replies: what was generated.
+      references: one for each.
+
+    Raises:
+      ConfigError: sacrebleu is not installed.
+
+    Example:
+      >>> scores = score_generated(["an apple", "two pears"], ["an  apple", "two plums"])
+      >>> scores.exact, [round(x, 1) for x in scores.chrf]
+      ([1, 0], [100.0, 26.4])
+    """
+    check_sacrebleu()
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    return GeneratedScores(
+        [int(normalise(a) == normalise(b)) for a, b in zip(replies, references, strict=True)],
+        [
+            metric.sentence_score(reply, [reference]).score
+            for reply, reference in zip(replies, references, strict=True)
+        ],
+        metric.corpus_score(list(replies), [list(references)]).score,
+    )
+
+
+def check_sacrebleu() -> None:
+    """Raise ConfigError unless sacrebleu can be imported."""
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "Scores of generated text need sacrebleu: pip install 'jaxmoo[eval]'."
+        ) from error
+
+
+def stop_tokens(source: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Tokens that end a reply, as transformers would take them.
+
+    Args:
+      source: the model's directory: its ``generation_config.json``, else its ``config.json``.
+      tokenizer: its own end token is one of them.
+
+    Returns:
+      Token ids in ascending order.
+    """
+    stop = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        file = Path(source) / name
+        found = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            stop |= set(found) if isinstance(found, list) else {found}
+            break
+    return tuple(sorted(int(token) for token in stop if token is not None))

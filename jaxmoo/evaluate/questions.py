@@ -1,0 +1,271 @@
+"""The examples of an evaluation, checked, and as token sequences for each measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxmoo.data.example import Example
+from jaxmoo.data.split import hash_fraction
+from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "Questions",
+    "check_references",
+    "choose_some",
+    "digest",
+    "prepare_questions",
+    "with_choices",
+]
+
+REPLIES, COLUMN = "replies", "column:"
+
+
+class Questions(NamedTuple):
+    """One language's examples as token sequences.
+
+    Attributes:
+      examples: the examples.
+      replies: prompt and reply of each, the reply scored.
+      choices: of each, prompt and every choice, the choice scored; empty without choices.
+      prompts: of each, the tokens to continue; empty when nothing is generated.
+    """
+
+    examples: list[Example]
+    replies: list[Tokenized]
+    choices: list[list[Tokenized]]
+    prompts: list[np.ndarray]
+
+    @property
+    def rows(self) -> int:
+        """How many sequences a model has to read."""
+        return len(self.replies) + sum(map(len, self.choices)) + len(self.prompts)
+
+    @property
+    def units(self) -> list[str]:
+        """Per example what it is drawn with when examples are drawn again: its group, or itself."""
+        return [e.group or f"{e.language}/{number}" for number, e in enumerate(self.examples)]
+
+    def fingerprint(self) -> str:
+        """Digest of everything the model will see and is asked."""
+        found = hashlib.sha256()
+        for one in (*self.replies, *(choice for some in self.choices for choice in some)):
+            found.update(one.tokens.tobytes() + b"|" + one.loss_mask.tobytes() + b";")
+        for prompt in self.prompts:
+            found.update(prompt.tobytes() + b">")
+        return found.hexdigest()[:16]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Digest of the texts of examples, in order: equal where two evaluations asked the same.
+
+    Example:
+      >>> digest([Example.from_pair("en", "Hi", "Hello")])
+      'ec07dd1575380a68'
+    """
+    texts = [[*map(dict, e.messages), e.text, e.choices] for e in examples]
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def choose_some(examples: Sequence[Example], number: int | None) -> list[Example]:
+    """Choose examples by a hash of their text: the same ones on every machine.
+
+    Examples of a group are chosen by the group's name, so that of parallel translations the same
+    are chosen in every language.
+    """
+    if number is None or len(examples) <= number:
+        return list(examples)
+    keys = [hash_fraction(e.group or "\x1e".join(e.key)) for e in examples]
+    chosen = sorted(range(len(examples)), key=keys.__getitem__)[:number]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def check_references(examples: Mapping[str, Sequence[Example]]) -> None:
+    """Raise when a reply is empty: there would be nothing to compare with.
+
+    Raises:
+      DataError: names the languages, and how many.
+    """
+    empty = {code: sum(not e.reply for e in part) for code, part in examples.items()}
+    found = [f"{code}: {n} of {len(examples[code])}" for code, n in empty.items() if n]
+    if found:
+        raise DataError(
+            f"Some examples have an empty reply, and nothing to be scored by ({'; '.join(found)}). "
+            "Mend the data, name another column for the completion, or leave such examples out "
+            "with --skip-empty."
+        )
+
+
+def with_choices(examples: Mapping[str, Sequence[Example]], what: str) -> dict[str, list[Example]]:
+    """Give every example the texts its reply is chosen from.
+
+    Args:
+      examples: per language its examples.
+      what: ``replies`` for the replies that occur in the data, the same set in every language;
+        ``column:NAME`` when examples have their own; or the labels themselves, ``a,b,c``.
+
+    Raises:
+      ConfigError: there are fewer than two labels, or one of them twice.
+      DataError: languages have different labels, or a reply is none of its choices.
+
+    Example:
+      >>> data = {"en": [Example.from_pair("en", "1 < 2?", "yes")]}
+      >>> with_choices(data, "yes,no")["en"][0].choices
+      ('yes', 'no')
+    """
+    if what == REPLIES:
+        labels = _common_labels(examples)
+    elif what.startswith(COLUMN):
+        labels = None
+    else:
+        labels = tuple(label.strip() for label in what.split(","))
+        if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
+            raise ConfigError(
+                f"--choices takes '{REPLIES}', '{COLUMN}NAME' or at least two different labels "
+                f"a,b,c; found {what!r}."
+            )
+    return {
+        language: [
+            _checked(e if labels is None else dataclasses.replace(e, choices=labels)) for e in part
+        ]
+        for language, part in examples.items()
+    }
+
+
+def _common_labels(examples: Mapping[str, Sequence[Example]]) -> tuple[str, ...]:
+    sets = {language: {e.reply for e in part} for language, part in examples.items()}
+    first, labels = next(iter(sets.items()))
+    for language, found in sets.items():
+        if found != labels:
+            only = [f"only {a}: {sorted(x - y)[:5]}" for a, x, y in (
+                (language, found, labels), (first, labels, found)) if x - y]  # fmt: skip
+            raise DataError(
+                f"Languages {first!r} and {language!r} do not have the same labels "
+                f"({'; '.join(only)}). If the labels are the same and some are rare, list them: "
+                f"--choices a,b,c. If they are translated, give every record a column of its "
+                f"choices: --choices {COLUMN}NAME."
+            )
+    if len(labels) < 2:
+        raise DataError(f"All replies are {next(iter(labels))!r}: there is nothing to choose.")
+    return tuple(sorted(labels))
+
+
+def _checked(example: Example) -> Example:
+    choices = example.choices
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
+        raise DataError(
+            f"Language {example.language!r}, reply {example.reply[:40]!r}: expected at least two "
+            f"different choices, found {list(choices)[:8]}."
+        )
+    if example.reply not in choices:
+        raise DataError(
+            f"Language {example.language!r}: the reply {example.reply[:40]!r} is none of its "
+            f"choices {list(choices)[:8]}."
+        )
+    return example
+
+
+def prepare_questions(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    new_tokens: int = 0,
+    drop_unusable: bool = False,
+) -> Questions:
+    """Tokenise one language's examples for every measure that is asked for.
+
+    Args:
+      examples: examples; those with choices are also scored by them.
+      tokenizer: a fast tokenizer with a chat template.
+      max_length: the most tokens of a sequence; the ends of longer replies are not scored.
+      new_tokens: the most tokens to generate; 0 generates nothing.
+      drop_unusable: leave out examples whose reply is empty or begins beyond `max_length`.
+
+    Raises:
+      DataError: a reply begins beyond `max_length`, no example is left, or a prompt leaves no room
+        for its choices or for what is generated.
+    """
+    language = examples[0].language
+    replies = tokenize_all(examples, tokenizer, max_length)
+    usable = [bool(reply.loss_mask[1:].any()) for reply in replies]
+    if not all(usable) and not (drop_unusable and any(usable)):
+        lengths = [r.length for r, ok in zip(replies, usable, strict=True) if not ok]
+        raise DataError(
+            f"Language {language!r}: {len(lengths)} of {len(replies)} examples have no reply "
+            f"within {max_length} tokens; the longest has {max(lengths)} in all. Raise "
+            "--max-length, or leave such examples out with --skip-empty."
+        )
+    examples = [e for e, ok in zip(examples, usable, strict=True) if ok]
+    replies = [r for r, ok in zip(replies, usable, strict=True) if ok]
+    choices: list[list[Tokenized]] = []
+    prompts: list[np.ndarray] = []
+    if examples[0].choices or new_tokens:
+        rendered = tokenizer.apply_chat_template(
+            [list(e.messages[:-1]) for e in examples], tokenize=False, add_generation_prompt=True
+        )
+        if examples[0].choices:
+            choices = _tokenize_choices(examples, rendered, tokenizer, max_length)
+        if new_tokens:
+            ids = _encode(tokenizer, rendered)
+            prompts = [np.asarray(row, np.int32) for row in ids]
+            _check_room(language, [len(p) + new_tokens for p in prompts], max_length, "new tokens")
+    return Questions(examples, replies, choices, prompts)
+
+
+def _tokenize_choices(
+    examples: Sequence[Example],
+    rendered: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+) -> list[list[Tokenized]]:
+    """Every choice after its prompt, as lm-evaluation-harness cuts them.
+
+    White space that ends the prompt is scored with the choice, for tokenizers join it with a word;
+    the end-of-turn token is not scored.
+    """
+    contexts = _encode(tokenizer, [prompt.rstrip() for prompt in rendered])
+    whole = [prompt + choice for e, prompt in zip(examples, rendered, strict=True)
+             for choice in e.choices]  # fmt: skip
+    sequences = iter(_encode(tokenizer, whole))
+    found = []
+    for example, context in zip(examples, contexts, strict=True):
+        some = []
+        for choice in example.choices:
+            ids = next(sequences)
+            if ids[: len(context)] != context or len(ids) == len(context):
+                raise DataError(
+                    f"Language {example.language!r}, choice {choice[:40]!r}: its tokens cannot be "
+                    "told from those of the prompt, because the tokenizer joins them. End the "
+                    "chat template's generation prompt with a special token or a new line."
+                )
+            mask = np.arange(len(ids)) >= len(context)
+            some.append(Tokenized(np.asarray(ids, np.int32), mask, len(choice.encode()), len(ids)))
+        found.append(some)
+    lengths = [len(one.tokens) for some in found for one in some]
+    _check_room(examples[0].language, lengths, max_length, "choices")
+    return found
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    # The template has written every special token, the first included.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), **options)["input_ids"]
+
+
+def _check_room(language: str, lengths: Sequence[int], max_length: int, what: str) -> None:
+    if max(lengths) > max_length:
+        raise DataError(
+            f"Language {language!r}: {sum(n > max_length for n in lengths)} of {len(lengths)} "
+            f"prompts with their {what} exceed {max_length} tokens; the longest has "
+            f"{max(lengths)}. Raise --max-length, or shorten or remove those examples."
+        )

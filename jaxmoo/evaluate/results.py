@@ -1,0 +1,197 @@
+"""Results of an evaluation on disk.
+
+``results.json`` has the scores; the directory ``results.examples`` beside it has a file per
+language with the numbers of every example. A language's file appears whole when the language is
+done, so an evaluation that was stopped goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.evaluate.measures import measured, score, summarise_measures
+
+__all__ = ["LanguageResult", "ResultStore", "Results", "read_results"]
+
+FORMAT = 1
+
+
+class LanguageResult(NamedTuple):
+    """What was found about one language.
+
+    Attributes:
+      data: digest of its examples; see `jaxmoo.evaluate.questions.digest`.
+      units: per example what it is drawn with: its group, or a name of its own.
+      columns: numbers per example, by name.
+      extra: scores of the language that are no mean over examples.
+    """
+
+    data: str
+    units: list[str]
+    columns: dict[str, list[Any]]
+    extra: dict[str, float]
+
+    def scores(self) -> dict[str, Any]:
+        """Number of examples and all scores."""
+        scores: dict[str, Any] = {"examples": len(self.units)}
+        scores |= {name: score(self.columns, name) for name in measured(self.columns)}
+        return scores | self.extra
+
+
+class Results(NamedTuple):
+    """A complete evaluation.
+
+    Attributes:
+      path: where it was read from.
+      model: what was evaluated, for people.
+      seen: languages that the model was trained on.
+      unseen: the others.
+      languages: per language what was found.
+    """
+
+    path: Path
+    model: str
+    seen: list[str]
+    unseen: list[str]
+    languages: dict[str, LanguageResult]
+
+
+class ResultStore:
+    """Where one evaluation writes.
+
+    Args:
+      output: the results' file, ``*.json``.
+
+    Raises:
+      ConfigError: the name does not end in ``.json``, or nothing can be written there.
+    """
+
+    def __init__(self, output: Path):
+        self.output = Path(output)
+        if self.output.suffix != ".json" or self.output.is_dir():
+            raise ConfigError(f"--output names a file that ends in .json, found {output}.")
+        self.directory = _directory(self.output)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output: {self.directory} cannot be made: {error}") from error
+
+    def stored(self, language: str, identity: Mapping[str, Any]) -> LanguageResult | None:
+        """Return what is stored of a language, or None.
+
+        Args:
+          language: its code.
+          identity: what decides the result; it must be that of the stored one.
+
+        Raises:
+          ConfigError: the stored result is of another model, other data or other settings.
+          CheckpointError: the file is damaged.
+        """
+        file = _file(self.directory, language)
+        if not file.exists():
+            return None
+        found = _read(file)
+        if found["identity"] != identity:
+            other = [key for key in identity if found["identity"].get(key) != identity[key]]
+            raise ConfigError(
+                f"--output: {self.directory} holds results of another evaluation (language "
+                f"{language!r}, other {', '.join(other)}). Choose another --output, or remove that "
+                "directory."
+            )
+        return _result(found, file)
+
+    def store(self, language: str, identity: Mapping[str, Any], result: LanguageResult) -> None:
+        """Store a language's result, at once."""
+        content = {"identity": dict(identity), **result._asdict()}
+        _write(_file(self.directory, language), json.dumps(content, ensure_ascii=False))
+
+    def finish(
+        self,
+        languages: Mapping[str, LanguageResult],
+        seen: Sequence[str],
+        unseen: Sequence[str],
+        **facts: Any,
+    ) -> dict[str, Any]:
+        """Write the scores of all languages; return what was written."""
+        scores = {code: languages[code].scores() for code in (*seen, *unseen)}
+        content = {
+            "format": FORMAT,
+            **facts,
+            "seen": list(seen),
+            "unseen": list(unseen),
+            "languages": {code: {"data": languages[code].data, **scores[code]} for code in scores},
+            "summary": summarise_measures(scores, seen, unseen),
+        }
+        _write(self.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return content
+
+
+def read_results(path: Path) -> Results:
+    """Read a complete evaluation, with the numbers of every example.
+
+    Args:
+      path: its ``results.json``.
+
+    Raises:
+      CheckpointError: files are missing or damaged.
+    """
+    path = Path(path)
+    found = _read(path)
+    try:
+        seen, unseen, model = found["seen"], found["unseen"], found["model"]
+        digests = {code: found["languages"][code]["data"] for code in (*seen, *unseen)}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not what evaluate.py writes: it lacks {error}."
+        ) from error
+    languages = {}
+    for code, data in digests.items():
+        file = _file(_directory(path), code)
+        languages[code] = _result(_read(file), file)
+        if languages[code].data != data:
+            raise CheckpointError(f"{file} is of other data than {path}. Evaluate again.")
+    return Results(path, model, seen, unseen, languages)
+
+
+def _result(found: Mapping[str, Any], file: Path) -> LanguageResult:
+    try:
+        result = LanguageResult(**{name: found[name] for name in LanguageResult._fields})
+        lengths = {len(column) for column in (result.units, *result.columns.values())}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error!r}); remove it and evaluate again."
+        ) from None
+    if len(lengths) != 1:
+        raise CheckpointError(f"{file} is damaged: its columns have lengths {sorted(lengths)}.")
+    return result
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not what evaluate.py writes.")
+    return content
+
+
+def _directory(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.examples")
+
+
+def _file(directory: Path, language: str) -> Path:
+    return directory / f"{quote(language, safe='')}.json"
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a file's contents at once: a reader sees the old or the new, never a part."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, file)

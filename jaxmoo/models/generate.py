@@ -1,0 +1,185 @@
+"""Greedy generation with a cache of keys and values.
+
+The cache has one slot per token. The prompts of a batch, padded on the right, fill slots
+0 ... P - 1; the i-th generated token of every row goes to slot P + i, so that one write serves all
+rows. A token's position in its text is the number of slots before it that hold no padding.
+
+Shape suffixes: B rows, P slots of the prompts, N generated tokens, S tokens of one pass, T slots of
+the cache, L layers of a segment, D hidden, G key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.errors import ConfigError
+from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.layers import DecoderLayer, rope_tables
+
+__all__ = ["generate_greedily"]
+
+
+class _Slots(NamedTuple):
+    """What lies where in the cache."""
+
+    position_BT: jax.Array
+    filled_BT: jax.Array  # false for padding; slots after the last token are masked as future
+
+
+def generate_greedily(
+    model: Decoder,
+    prompts_BP: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    new_tokens: int,
+    stop: Sequence[int],
+    pad_id: int = 0,
+) -> jax.Array:
+    """Continue every prompt by the most likely token, again and again.
+
+    Args:
+      model: the decoder.
+      prompts_BP: int32 [B, P], padded on the right with anything.
+      lengths_B: int32 [B], tokens of each prompt, at least 1.
+      new_tokens: N, the most tokens to generate. The loop ends when every row has stopped.
+      stop: a row ends with the first of these tokens, which is its last.
+      pad_id: what follows it.
+
+    Returns:
+      int32 [B, N].
+
+    Raises:
+      ConfigError: when P + N exceeds the model's longest sequence, or N is not positive.
+
+    Example:
+      >>> from jaxmoo.models import DecoderConfig
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> prompts, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
+      >>> jax.jit(lambda *x: generate_greedily(model, *x, new_tokens=4, stop=[]))(
+      ...     prompts, lengths).shape
+      (2, 4)
+    """
+    rows, length = prompts_BP.shape
+    limit = model.config.max_position_embeddings
+    if new_tokens < 1 or length + new_tokens > limit:
+        raise ConfigError(
+            f"{new_tokens} new tokens after prompts of up to {length}: expected at least 1, and "
+            f"at most {limit} in all, the longest sequence of the model."
+        )
+    # The last token is never read again.
+    slots_T = jnp.arange(length + new_tokens - 1)
+    slots = _Slots(
+        jnp.where(slots_T < length, slots_T, lengths_B[:, None] + slots_T - length),
+        (slots_T < lengths_B[:, None]) | (slots_T >= length),
+    )
+    stop_ids = jnp.asarray(tuple(stop), jnp.int32)
+
+    hidden_BPD, cache = _run(model, prompts_BP, jnp.int32(0), slots, _empty_cache(model, slots))
+    last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
+    first_B = _most_likely(model, last_B1D)
+    out_BN = jnp.full((rows, new_tokens), pad_id, jnp.int32).at[:, 0].set(first_B)
+
+    def goes_on(carry: tuple) -> jax.Array:
+        made, _, done_B, _ = carry
+        return (made < new_tokens) & ~done_B.all()
+
+    def step(carry: tuple) -> tuple:
+        made, out_BN, done_B, cache = carry
+        last_B1 = jax.lax.dynamic_slice_in_dim(out_BN, made - 1, 1, 1)
+        hidden_B1D, cache = _run(model, last_B1, length + made - 1, slots, cache)
+        token_B = jnp.where(done_B, pad_id, _most_likely(model, hidden_B1D))
+        out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], made, 1)
+        return made + 1, out_BN, done_B | jnp.isin(token_B, stop_ids), cache
+
+    start = (jnp.int32(1), out_BN, jnp.isin(first_B, stop_ids), cache)
+    return jax.lax.while_loop(goes_on, step, start)[1]
+
+
+def _empty_cache(model: Decoder, slots: _Slots) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Keys and values [L, B, T, G, H] of every segment."""
+    config = model.config
+    heads = (config.num_key_value_heads, config.head_dim)
+    ends = (*model.segments[1:], config.num_hidden_layers)
+    return {
+        str(first): tuple(
+            jnp.zeros((end - first, *slots.position_BT.shape, *heads), model.dtype)
+            for _ in range(2)
+        )
+        for first, end in zip(model.segments, ends, strict=True)
+    }
+
+
+def _run(
+    model: Decoder, tokens_BS: jax.Array, start: jax.Array, slots: _Slots, cache: dict
+) -> tuple[jax.Array, dict]:
+    """Put tokens into slots ``start`` ...; return their hidden states [B, S, D] and the cache."""
+    size = tokens_BS.shape[1]
+    all_slots = jnp.arange(slots.position_BT.shape[1])
+    own = start + jnp.arange(size)
+    position_BS = jax.lax.dynamic_slice_in_dim(slots.position_BT, start, size, 1)
+    mask_BST = slots.filled_BT[:, None, :] & (all_slots <= own[:, None])
+    window = model.config.sliding_window
+    if window is not None:
+        mask_BST &= position_BS[:, :, None] - slots.position_BT[:, None, :] < window
+    cos, sin = rope_tables(model.config, position_BS)
+    h_BSD = model.embed_tokens.embedding.get_value()[tokens_BS].astype(model.dtype)
+    new = {}
+    for first in model.segments:
+        name = str(first)
+        h_BSD, *new[name] = _scan_layers(
+            model.layers[name], h_BSD, cos, sin, mask_BST, start, *cache[name]
+        )
+        new[name] = tuple(new[name])
+    return model.norm(h_BSD), new
+
+
+def _scan_layers(
+    segment: DecoderLayer,
+    h_BSD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    mask_BST: jax.Array,
+    start: jax.Array,
+    k_LBTGH: jax.Array,
+    v_LBTGH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Run a stack of layers; each writes its keys and values in place, then reads the cache."""
+    graphdef, stacked = nnx.split(segment)
+
+    def put(cache: jax.Array, x_BSGH: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, x_BSGH[None], (layer, 0, start, 0, 0))
+
+    def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        h_BSD, k_LBTGH, v_LBTGH = carry
+        number, params = xs
+        layer = nnx.merge(graphdef, params)
+        attention = layer.self_attn
+        q, k, v = attention.project(layer.input_layernorm(h_BSD), cos, sin)
+        k_LBTGH, v_LBTGH = put(k_LBTGH, k, number), put(v_LBTGH, v, number)
+        out = jax.nn.dot_product_attention(
+            q, k_LBTGH[number], v_LBTGH[number], mask=mask_BST[:, None], implementation="xla"
+        )
+        h_BSD = h_BSD + attention.o_proj(out.reshape(*h_BSD.shape[:2], -1))
+        h_BSD = h_BSD + layer.mlp(layer.post_attention_layernorm(h_BSD))
+        return (h_BSD, k_LBTGH, v_LBTGH), None
+
+    numbers = jnp.arange(k_LBTGH.shape[0])
+    return jax.lax.scan(body, (h_BSD, k_LBTGH, v_LBTGH), (numbers, stacked))[0]
+
+
+def _most_likely(model: Decoder, hidden_B1D: jax.Array) -> jax.Array:
+    table_VD = model.head_table().astype(model.dtype)
+    logits = jnp.matmul(
+        hidden_B1D[:, 0], table_VD.T, preferred_element_type=at_least_float32(model.dtype)
+    )
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,12 @@
+"""Score a model language by language, or compare two such results.
+
+    python scripts/evaluate.py --model runs/quickstart --output tuned.json
+    python scripts/evaluate.py --compare base.json tuned.json
+
+``--help`` lists everything; the same command resumes an interrupted evaluation.
+"""
+
+from jaxmoo.evaluate.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

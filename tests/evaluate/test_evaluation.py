@@ -1,0 +1,237 @@
+"""``scripts/evaluate.py`` from its command line to its files, against transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from devices import ROOT, run_python
+from jaxmoo.evaluate.cli import main
+from jaxmoo.train.cli import main as train
+
+COLUMNS = ["--columns", "prompt=text", "completion=topic", "group=id"]
+
+
+@pytest.fixture(scope="module")
+def arguments(chat_model, topics):
+    """A function: the command line of a whole evaluation into a file."""
+
+    def make(output, *more, data=topics, model=chat_model):
+        command = ["--model", model, "--data", data, "--languages", "en", "ja", "--unseen", "uk"]
+        command += [*COLUMNS, "--choices", "replies", "--generate", "8", "--batch-size", "4"]
+        return list(map(str, [*command, "--output", output, *more]))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def results(arguments, tmp_path_factory):
+    """Where a finished evaluation lies."""
+    output = tmp_path_factory.mktemp("results") / "results.json"
+    assert main(arguments(output)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def oracle(chat_model):
+    return AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+
+
+def examples(topics, language):
+    lines = Path(topics.replace("{language}", language)).read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def prompt(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def log_likelihoods(oracle, tokenizer, before, after):
+    """Of every token of a text, given those before it."""
+    ids = tokenizer(before + after, return_tensors="pt")["input_ids"]
+    start = len(tokenizer(before)["input_ids"])
+    with torch.no_grad():
+        logits = torch.log_softmax(oracle(ids).logits.double(), -1)
+    return [logits[0, t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+
+
+def test_likelihoods_and_bits_per_byte_are_those_of_transformers(
+    results, topics, oracle, tokenizer
+):
+    found = json.loads(results.read_text())["languages"]
+    for language in ("en", "ja", "uk"):
+        nats = tokens = n_bytes = 0
+        for example in examples(topics, language):
+            answer = example["topic"] + "<|im_end|>"
+            values = log_likelihoods(oracle, tokenizer, prompt(example["text"]), answer)
+            nats -= sum(values)
+            tokens += len(values)
+            n_bytes += len(example["topic"].encode())
+        np.testing.assert_allclose(found[language]["nll"], nats / tokens, atol=1e-4)
+        expected = nats / math.log(2) / n_bytes
+        np.testing.assert_allclose(found[language]["bits_per_byte"], expected, atol=1e-4)
+
+
+def test_choices_are_made_by_likelihood_over_length(results, topics, oracle, tokenizer):
+    stored = json.loads((results.with_name("results.examples") / "ja.json").read_text())
+    labels = sorted({e["topic"] for e in examples(topics, "ja")})
+    correct, plain = [], []
+    for example, nats in zip(examples(topics, "ja"), stored["columns"]["choice_nats"], strict=True):
+        # White space that ends the prompt is scored with the choice.
+        before = prompt(example["text"]).rstrip()
+        sums = [sum(log_likelihoods(oracle, tokenizer, before, "\n" + c)) for c in labels]
+        np.testing.assert_allclose(nats, np.negative(sums), atol=1e-4)
+        right = labels.index(example["topic"])
+        correct.append(
+            int(np.argmax([s / len(c) for s, c in zip(sums, labels, strict=True)]) == right)
+        )
+        plain.append(int(np.argmax(sums) == right))
+    assert stored["columns"]["correct"] == correct
+    assert stored["columns"]["correct_unnormalised"] == plain
+    scores = json.loads(results.read_text())["languages"]["ja"]
+    assert scores["accuracy"] == np.mean(correct)
+    assert scores["accuracy_unnormalised"] == np.mean(plain)
+
+
+def test_replies_are_those_that_transformers_generates(results, topics, oracle, tokenizer):
+    for language in ("en", "ja"):
+        stored = json.loads(
+            (results.with_name("results.examples") / f"{language}.json").read_text()
+        )
+        for example, generated in zip(
+            examples(topics, language), stored["columns"]["generated"], strict=True
+        ):
+            ids = tokenizer(prompt(example["text"]), return_tensors="pt")
+            out = oracle.generate(**ids, do_sample=False, max_new_tokens=8)
+            text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert generated == text.strip()
+
+
+def test_summaries_are_of_languages_not_examples(results):
+    found = json.loads(results.read_text())
+    languages, summary = found["languages"], found["summary"]
+    for name in ("nll", "bits_per_byte", "accuracy", "exact_match", "chrf"):
+        values = {code: languages[code][name] for code in ("en", "ja", "uk")}
+        np.testing.assert_allclose(summary[name]["seen"], (values["en"] + values["ja"]) / 2)
+        assert summary[name]["unseen"] == values["uk"]
+        pick = max if name in ("nll", "bits_per_byte") else min
+        assert summary[name]["worst"] == pick(values.values())
+        assert values[summary[name]["worst_language"]] == summary[name]["worst"]
+
+
+def test_the_same_command_goes_on_and_repeats_nothing(results, arguments, tmp_path, capsys):
+    shutil.copytree(results.parent, tmp_path, dirs_exist_ok=True)
+    output = tmp_path / "results.json"
+    whole = output.read_text()
+    output.unlink()
+    # As if stopped in the third language; a mark in another shows that it is not done again.
+    stored = tmp_path / "results.examples"
+    (stored / "uk.json").unlink()
+    marked = json.loads((stored / "en.json").read_text())
+    marked["columns"]["nats"][0] += 1000
+    (stored / "en.json").write_text(json.dumps(marked))
+    assert main(arguments(output)) == 0
+    assert "Already evaluated: en, ja." in capsys.readouterr().out
+    before, after = json.loads(whole)["languages"], json.loads(output.read_text())["languages"]
+    assert before["uk"] == after["uk"] and before["ja"] == after["ja"]
+    assert after["en"]["nll"] > before["en"]["nll"] + 10
+
+    # Another evaluation does not mix with it, and what is there stays.
+    for more in (["--generate", "4"], ["--dtype", "bfloat16"], ["--max-examples", "3"]):
+        assert main(arguments(output, *more)) == 2
+        assert "holds results of another evaluation" in capsys.readouterr().err
+    assert json.loads(output.read_text())["languages"] == after
+
+
+def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):
+    output = tmp_path / "four.json"
+    run_python(["scripts/evaluate.py", *arguments(output)], devices=4, PYTHONPATH=str(ROOT))
+    one, four = (json.loads(path.read_text()) for path in (results, output))
+    assert one["weights"] == four["weights"]
+    for code, scores in one["languages"].items():
+        assert scores.pop("data") == four["languages"][code].pop("data")
+        assert four["languages"][code] == pytest.approx(scores, rel=1e-5)
+
+
+def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
+    """As the run scores itself: split, order, limit, and unusable examples left out."""
+    for language in ("en", "fa"):
+        rows = [
+            {"prompt": f"{language} {i}", "completion": "" if i % 7 == 0 else f"answer {i}"}
+            for i in range(60)
+        ]
+        rows += [{"prompt": "shared", "completion": "the same"}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{language}.jsonl").write_text(text)
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    settings = {
+        "output": str(run),
+        "export": False,
+        "report": False,
+        "tensorboard": False,
+        "model": {"source": str(chat_model), "trainable": r"^layers\.2\."},
+        "data": {
+            "source": str(tmp_path / "{language}.jsonl"),
+            "seen": ["en"],
+            "unseen": ["fa"],
+            "held_out": 0.3,
+            "max_held_out": 9,
+            "sequence_length": 64,
+        },
+        "resolve": {"aggregator": "mean"},
+        "optimizer": {"learning_rate": 0.01},
+        "train": {"steps": 1},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert train(["--config", str(config)]) == 0
+    expected = json.loads((run / "results.json").read_text())
+    assert expected["after"]["en"]["nll"] != expected["before"]["en"]["nll"]
+
+    for when, source in {"before": [chat_model, "--config", config], "after": [run]}.items():
+        output = tmp_path / f"{when}.json"
+        assert main(list(map(str, ["--model", *source, "--output", output]))) == 0
+        found = json.loads(output.read_text())
+        assert (found["seen"], found["unseen"]) == (["en"], ["fa"])
+        for code, wanted in expected[when].items():
+            scores = found["languages"][code]
+            assert scores["examples"] == wanted["examples"]
+            assert scores["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
+            assert scores["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--languages", "en", "jp"], "has no language 'jp'.*Did you mean 'ja'"),
+        (["--languages", "en", "en"], "named more than once: en"),
+        (["--columns", "prompt=txt", "completion=topic"], "no column 'txt'.*Did you mean 'text'"),
+        (["--columns", "question=text"], "--columns takes .*found 'question'"),
+        (["--choices", "sports,travel"], "the reply 'politics' is none of its choices"),
+        (["--choices", "sports"], "at least two different labels"),
+        (["--choices", "column:options"], "no column 'options' for the choices"),
+        (["--max-length", "257"], "the model reads at most 256 tokens"),
+        (["--max-length", "20"], "no reply within 20 tokens.*--max-length"),
+        (["--generate", "240"], "prompts with their new tokens exceed 256 tokens"),
+        (["--max-examples", "0"], "--max-examples takes a positive number, found 0"),
+        (["--output", "results.txt"], "ends in .json"),
+        (["--step", "3"], "a step or base was given"),
+    ],
+)
+def test_what_cannot_be_is_said_first(more, complaint, arguments, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    command = arguments(output, *more)
+    if more[0] == "--languages":
+        command.remove("--unseen"), command.remove("uk")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(complaint, error.replace("\n", " ")), error
+    assert not output.exists() and not list(tmp_path.glob("*/*.json"))

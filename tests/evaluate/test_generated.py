@@ -1,0 +1,49 @@
+"""Scores of generated text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sacrebleu
+
+from jaxmoo.evaluate.generated import score_generated, stop_tokens
+
+REPLIES = ["The cat sat.", "昨日は雨が降った", "", "नमस्ते दुनिया", "cafe\u0301  noir"]
+REFERENCES = ["A cat sat down.", "昨日、雨が降った", "nothing", "नमस्ते दुनिया", "café noir"]
+
+
+def test_chrf_is_that_of_sacrebleu():
+    scores = score_generated(REPLIES, REFERENCES)
+    expected = [
+        sacrebleu.sentence_chrf(reply, [reference]).score
+        for reply, reference in zip(REPLIES, REFERENCES, strict=True)
+    ]
+    assert scores.chrf == expected
+    assert scores.corpus_chrf == sacrebleu.corpus_chrf(REPLIES, [REFERENCES]).score
+
+
+def test_exact_match_ignores_normal_form_and_white_space_alone():
+    assert score_generated(REPLIES, REFERENCES).exact == [0, 0, 0, 1, 1]
+    assert score_generated(["Yes"], ["yes"]).exact == [0]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (2,)),
+        ({"config.json": {"eos_token_id": 7}}, (2, 7)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {}}, (2, 7)),
+        (
+            {
+                "config.json": {"eos_token_id": 7},
+                "generation_config.json": {"eos_token_id": [5, 2]},
+            },
+            (2, 5),
+        ),
+    ],
+)
+def test_replies_stop_where_transformers_would(files, expected, tokenizer, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert stop_tokens(tmp_path, tokenizer) == expected
