@@ -150,7 +150,8 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     )
     missing = {code: asked for code, asked in questions.items() if code not in done}
     total = sum(asked.rows for asked in missing.values())
-    with tqdm(total=total, unit="row", disable=None) as bar:  # None: only on a terminal
+    # None: only on a terminal
+    with tqdm(total=total, unit="row", disable=None if missing else True) as bar:
         for code, asked in missing.items():
             bar.set_description(code)
             done[code] = evaluator.answer(asked, bar.update)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 
-from jaxmoo.data import Example
+from jaxmoo.data import Example, load_examples
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
 from jaxmoo.evaluate.measures import score
 from jaxmoo.evaluate.nll import example_nats
@@ -67,6 +68,17 @@ def test_labels_come_from_the_data_the_command_line_or_each_record():
         assert {e.choices for e in found} == {("maybe", "no", "yes")}
     own = {"en": [dataclasses.replace(data["en"][0], choices=("no", "never"))]}
     assert with_choices(own, "column:options") == own
+
+
+def test_a_column_may_hold_each_records_choices(tmp_path):
+    record = {"prompt": "1 + 1", "completion": 2, "options": [1, 2, " 3 "]}
+    (tmp_path / "en.jsonl").write_text(json.dumps(record))
+    source = str(tmp_path / "{language}.jsonl")
+    (found,) = load_examples(source, ["en"], columns={"choices": "options"})["en"]
+    assert (found.reply, found.choices) == ("2", ("1", "2", "3"))
+    (tmp_path / "en.jsonl").write_text(json.dumps(record | {"options": "1, 2"}))
+    with pytest.raises(DataError, match=r"en.jsonl:1: expected a list of choices, found str"):
+        load_examples(source, ["en"], columns={"choices": "options"})
 
 
 @pytest.mark.parametrize(
