@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from jaxmoo.convert.models import open_model, source_of
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.split import split_languages
-from jaxmoo.errors import ConfigError
+from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
@@ -181,6 +181,13 @@ def _questions(
             f"--max-length is {max_length}, but the model reads at most {longest} tokens."
         )
     examples = _examples(settings)
+    if settings.choices is not None or settings.new_tokens:
+        plain = [code for code, part in examples.items() if any(e.text is not None for e in part)]
+        if plain:
+            raise DataError(
+                "--choices and --generate need prompts and replies, but the data of "
+                f"{', '.join(plain)} is plain text, of which only the likelihood can be scored."
+            )
     if not settings.skip_empty:
         check_references(examples)
     if settings.choices is not None:

@@ -214,6 +214,7 @@ def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
         (["--languages", "en", "jp"], "has no language 'jp'.*Did you mean 'ja'"),
         (["--languages", "en", "en"], "named more than once: en"),
         (["--columns", "prompt=txt", "completion=topic"], "no column 'txt'.*Did you mean 'text'"),
+        (["--columns", "text=text"], "data of en, ja, uk is plain text"),
         (["--columns", "question=text"], "--columns takes .*found 'question'"),
         (["--choices", "sports,travel"], "the reply 'politics' is none of its choices"),
         (["--choices", "sports"], "at least two different labels"),
