@@ -40,7 +40,7 @@ from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-HEARTBEAT = 10  # seconds
+HEARTBEAT, CONNECT = 10, 60  # seconds
 
 
 def make_model(path: Path) -> None:
@@ -106,6 +106,7 @@ class Run:
             if processes > 1:
                 flags = [f"--coordinator-address=localhost:{port}", f"--num-processes={processes}"]
                 flags += [f"--process-id={number}", f"--heartbeat-timeout={HEARTBEAT}"]
+                flags.append(f"--connect-timeout={CONNECT}")
                 arguments = [*command, *flags]
             else:
                 arguments = command
@@ -247,7 +248,9 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
     every = max(options.steps // 20, 1)
     config = make_config(folder, options.steps, checkpoint_every=every, evaluate_every=2 * every)
     output, flat = folder / "run", True
-    print("| part | exit code | s | steps | memory after 10 % | at half | at the end | growth |")
+    print(
+        "| part | exit code | s | steps | memory after 10 % | at half | at the end | second half |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for part, stop_at in enumerate((options.steps // 2, None), start=1):
         begun, run = time.monotonic(), Run(config, output, 1)
@@ -269,10 +272,11 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
         early = next(m for step, m in samples if step >= first + (last - first) / 10)
         half = next(m for step, m in samples if step >= first + (last - first) / 2)
         end = max(m for step, m in samples if step > last - (last - first) / 20)
-        flat &= end < 1.05 * early
+        # Allocators and compilers fill their pools in the first half.
+        flat &= end < 1.05 * half
         print(
             f"| {part} | {code} | {time.monotonic() - begun:.0f} | {first} to {last} | "
-            f"{early:,.0f} MiB | {half:,.0f} MiB | {end:,.0f} MiB | {end / early - 1:+.1%} |",
+            f"{early:,.0f} MiB | {half:,.0f} MiB | {end:,.0f} MiB | {end / half - 1:+.1%} |",
             flush=True,
         )
     steps = [row["step"] for row in read_metrics(output) if "loss" in row]

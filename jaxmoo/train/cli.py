@@ -11,7 +11,7 @@ import jax
 from jaxmoo.errors import JaxmooError
 from jaxmoo.train.checkpoint import UnsavedError
 from jaxmoo.train.config import help_text, load_config, to_yaml
-from jaxmoo.train.distributed import Launch, start
+from jaxmoo.train.distributed import Launch, UnreachableError, start
 from jaxmoo.train.run import InterruptedRunError, NonFiniteLossError, train
 
 __all__ = ["main"]
@@ -49,13 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 process=options.process_id,
                 detect=options.distributed,
                 heartbeat=options.heartbeat_timeout,
+                patience=options.connect_timeout,
             )
         )
         train(config)
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
         return 128 + error.signal
-    except (NonFiniteLossError, UnsavedError) as error:
+    except (NonFiniteLossError, UnreachableError, UnsavedError) as error:
         return _failed(error, 1)
     except JaxmooError as error:
         return _failed(error, 2)
@@ -81,6 +82,13 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="from 0")
     group.add_argument(
         "--distributed", action="store_true", help="look for other processes, as on a TPU VM"
+    )
+    group.add_argument(
+        "--connect-timeout",
+        type=int,
+        default=Launch().patience,
+        metavar="SECONDS",
+        help="to wait at the start until all have come (%(default)s)",
     )
     group.add_argument(
         "--heartbeat-timeout",

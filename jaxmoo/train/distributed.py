@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
-from jaxmoo.errors import ConfigError
+from jaxmoo.errors import ConfigError, JaxmooError
 
 __all__ = [
+    "Agreement",
     "Launch",
+    "UnreachableError",
     "barrier",
     "check_same",
     "everywhere",
@@ -36,6 +39,10 @@ __all__ = [
 _SHUTDOWN = 30
 
 
+class UnreachableError(JaxmooError):
+    """The other processes did not come, or went before all were there."""
+
+
 class Launch(NamedTuple):
     """How this process was told of the others; None where it was not.
 
@@ -46,6 +53,7 @@ class Launch(NamedTuple):
       detect: look for them in any case, as ``jax.distributed.initialize()`` does.
       heartbeat: seconds after which a process that is not heard of is taken for dead, and all
         others are ended.
+      patience: seconds to wait at the start until all have come.
     """
 
     coordinator: str | None = None
@@ -53,6 +61,7 @@ class Launch(NamedTuple):
     process: int | None = None
     detect: bool = False
     heartbeat: int = 100
+    patience: int = 300
 
 
 def launched_together(environment: Mapping[str, str] = os.environ) -> bool:
@@ -87,7 +96,8 @@ def start(launch: Launch) -> bool:
       Whether there may be other processes.
 
     Raises:
-      ConfigError: the three contradict each other, or the others cannot be found.
+      ConfigError: the three contradict each other, or nothing says who the others are.
+      UnreachableError: they do not come.
     """
     coordinator = launch.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number(launch.processes, "JAX_NUM_PROCESSES")
@@ -106,18 +116,25 @@ def start(launch: Launch) -> bool:
             f"--process-id counts from 0 to one less than --num-processes ({processes}), found "
             f"{process}."
         )
+    # It would take SIGTERM for itself; see jaxmoo.train.signals.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
+            initialization_timeout=launch.patience,
             heartbeat_timeout_seconds=launch.heartbeat,
             shutdown_timeout_seconds=_SHUTDOWN,
         )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise ConfigError(
-            f"The other processes cannot be found: {error}\nName them with --coordinator-address, "
-            "--num-processes and --process-id."
+            f"Nothing says where the other processes are: {error}\nName them with "
+            "--coordinator-address, --num-processes and --process-id."
+        ) from error
+    except RuntimeError as error:
+        raise UnreachableError(
+            f"Not all processes have come together within {launch.patience} seconds: {error}"
         ) from error
     return True
 
@@ -151,6 +168,29 @@ def from_first(value: int) -> int:
 def everywhere(flag: bool) -> bool:
     """Tell whether something holds in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+class Agreement:
+    """A number that all processes know, one exchange behind.
+
+    Every process calls :meth:`exchange` equally often.
+    """
+
+    def __init__(self) -> None:
+        mesh = Mesh(np.array(jax.devices()), ("device",))
+        self._each = NamedSharding(mesh, P("device"))
+        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+        self._sent: jax.Array | None = None
+
+    def exchange(self, number: int) -> int:
+        """Send this process's number; return the largest that was sent the time before.
+
+        The exchange is queued behind what the devices have to do, and read a call later, when they
+        have done it: nobody waits for it.
+        """
+        sent, mine = self._sent, np.full(len(jax.devices()), number, np.int32)
+        self._sent = self._largest(place(mine, self._each))
+        return 0 if sent is None else int(sent)
 
 
 def check_same(**texts: str) -> None:

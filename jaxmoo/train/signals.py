@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxmoo.errors import JaxmooError
+from jaxmoo.train.distributed import Agreement
 
 __all__ = ["InterruptedRunError", "StopRequest"]
 
@@ -36,9 +36,9 @@ class StopRequest:
 
     A second SIGINT ends the process at once, whatever it is doing.
 
-    In several processes a signal to any of them counts for all: JAX's preemption service tells
-    the others and chooses the point, the same for everybody, at which :meth:`requested` says so.
-    That costs a look at a local variable. It listens to SIGTERM alone, so SIGINT is turned into it.
+    In several processes a signal to any of them counts for all. Each :meth:`requested` sends what
+    this process has noted to all others, as one number that the devices add to their queue, and
+    reads what was sent the time before: the host waits for nothing, and all read the same.
 
     Example:
       >>> with StopRequest() as stop:
@@ -49,9 +49,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._several = jax.process_count() > 1
         self._noted: signal.Signals | None = None
-        self._agreed = False
+        self._agreed = Agreement() if self._several else None
         self._at_once = False
-        self._points = 0
         self._previous: dict[signal.Signals, object] = {}
         self._wakeup = -1
 
@@ -59,7 +58,7 @@ class StopRequest:
         # Only the main thread may set handlers; elsewhere, whoever runs us handles signals.
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
         # Python runs handlers between its own instructions, not while it waits for a device or
         # the compiler. What sees the second SIGINT must not wait.
@@ -84,9 +83,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = signal.Signals(number)
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self._at_once:
+        if self._at_once and not self._several:
             self._stop()
 
     def _stop(self) -> None:
@@ -98,12 +95,10 @@ class StopRequest:
 
         Every process must call this equally often.
         """
-        if not self._several:
+        if self._agreed is None:
             return self._noted
-        self._points += 1
-        if multihost_utils.reached_preemption_sync_point(self._points):
-            self._noted, self._agreed = signal.SIGTERM, True
-        return self._noted if self._agreed else None
+        number = self._agreed.exchange(self._noted or 0)
+        return signal.Signals(number) if number else None
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
     config = write_config(
         model__trainable=r"^layers\.3\.",
         data__seen=["es", "fr"],
-        data__sequence_length=32,
+        data__sequence_length=64,
         data__max_held_out=2,
         report=False,
         tensorboard=False,
