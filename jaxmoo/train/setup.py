@@ -13,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.data import Corpus, LanguageBatches, load_corpus
+from jaxmoo.data import Corpus, LanguageBatches
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.hf import load_model, load_tokenizer, resolve_source
+from jaxmoo.hf import load_model, resolve_source
 from jaxmoo.models import Decoder, segments_for, token_nll, trainable_filter
 from jaxmoo.train.config import Config
+from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.step import TrainState, compiled_step, initial_state, make_optimizer
 
@@ -104,27 +105,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         )
     segments = segments_for(architecture, model.trainable)
 
-    tokenizer = load_tokenizer(source)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    corpus = load_corpus(
-        data.source,
-        tokenizer,
-        seen=data.seen,
-        unseen=data.unseen,
-        sequence_length=data.sequence_length,
-        held_out=data.held_out,
-        max_held_out=data.max_held_out,
-        disjoint_replies=data.disjoint_replies,
-        columns=dataclasses.asdict(data.columns),
-        codes=data.codes,
-        language_column=data.language_column,
-        subset=data.subset,
-        split=data.split,
-    )
-    say(corpus.table())
-    batches = LanguageBatches(
-        corpus.train, data.seen, data.batch_size, data.sequence_length, config.seed, pad_id=pad_id
-    )
+    loaded = load_data(config, source, say)
 
     decoder = load_model(
         source,
@@ -145,9 +126,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     return Setup(
         source=source,
-        corpus=corpus,
-        batches=batches,
-        pad_id=pad_id,
+        corpus=loaded.corpus,
+        batches=loaded.batches,
+        pad_id=loaded.batches.pad_id,
         device_mesh=device_mesh,
         state=state,
         frozen=frozen,

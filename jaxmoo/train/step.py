@@ -171,6 +171,7 @@ def make_train_step(
             "mean_norm": resolved.mean_norm,
             "weights": resolved.weights,
             "cosine": mean_cosines(resolved.gram),
+            "gram": resolved.gram,
             "skipped": resolved.skipped,
         }
         return TrainState(state.step + 1, params, resolver, opt_state), metrics
