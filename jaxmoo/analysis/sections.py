@@ -366,12 +366,12 @@ mean of its tokens' hidden states. The <em>silhouette</em> by language tells how
 clusters of their own: 1 far apart, 0 in one another. Distances are taken in the full space, without
 any projection first. Beside it stands how often the nearest sentence of another language is the
 translation ({sentences} candidates).</p>
-<p class="limits">Limits: higher separability is not plainly better: a model may keep languages apart
-in few directions and still match what they say, which is what retrieval shows. Mean pooling mixes a
-sentence's tokens, and tokenizers give languages different numbers of them. Euclidean distances are
-dominated by few large coordinates, so cosines stand beside them. Intervals are bootstrap intervals
-over sentences ({samples} samples): they say nothing of other texts, or of other seeds of
-training.</p>"""
+<p class="limits">Limits: higher separability is not plainly better: a model may keep languages
+apart in few directions and still match what they say, which is what retrieval shows. Mean pooling
+mixes a sentence's tokens, and tokenizers give languages different numbers of them. Euclidean
+distances are dominated by few large coordinates, so cosines stand beside them. Intervals are
+bootstrap intervals over sentences ({samples} samples): they say nothing of other texts, or of other
+seeds of training.</p>"""
 
 
 def separability_section(

@@ -61,8 +61,9 @@ def distances(points: np.ndarray, metric: str) -> np.ndarray:
 def silhouettes(apart: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Mean silhouette of resampled sentences.
 
-    A sentence drawn several times counts several times, but its copies are not its neighbours:
-    their distance of 0 would make every bootstrap sample look better separated than the data are.
+    A sentence drawn several times counts several times, but its copies are not its neighbours,
+    and it sees every translation of itself once: in the data, too, each is there once. Otherwise
+    every bootstrap sample would look more (copies) or less (translations) separated than the data.
 
     Args:
       apart: distances [K N, K, N].
@@ -74,13 +75,17 @@ def silhouettes(apart: np.ndarray, counts: np.ndarray) -> np.ndarray:
     _, languages, count = apart.shape
     counts = np.asarray(counts, np.float64)
     drawn = counts.sum(0)
+    copies = np.maximum(counts - 1, 0)  # [N, S]
     sums = (apart.reshape(-1, count) @ counts).reshape(languages, count, languages, -1)
     own = sums[np.arange(languages), :, np.arange(languages)]  # [K, N, S]
     neighbours = drawn - counts
     inside = own / np.maximum(neighbours, 1)
-    # The nearest of the other languages.
+    translation = np.diagonal(
+        apart.reshape(languages, count, languages, count), axis1=1, axis2=3
+    ).swapaxes(1, 2)  # [K, N, K]
+    sums -= translation[..., None] * copies[None, :, None]
     sums[np.arange(languages), :, np.arange(languages)] = np.inf
-    outside = sums.min(2) / drawn
+    outside = sums.min(2) / (drawn - copies)  # the nearest of the other languages
     larger = np.maximum(inside, outside)
     value = np.where(larger > 0, (outside - inside) / np.where(larger > 0, larger, 1), 0)
     value = np.where(neighbours > 0, value, 0)
