@@ -87,7 +87,7 @@ class _Inputs:
     """All that was read and checked before the first model is loaded."""
 
     config: Config
-    source: Path
+    source: Path | None  # None where no model is measured
     measures: tuple[str, ...]
     left_out: Mapping[str, str]
     steps: tuple[int, ...]
@@ -141,10 +141,10 @@ def _check(request: Request, say: Callable[[str], None]) -> _Inputs:
     if "interference" in measures:
         interference(run.path, request.singles)
     steps: tuple[int, ...] = ()
-    source = resolve_source(request.base or config.model.source)
-    batch = sentences = None
+    source = batch = sentences = None
     if any(m in measures for m in ("stationarity", *_OF_TEXT)):
         steps = _check_steps(run, request.steps)
+        source = resolve_source(request.base or config.model.source)
     if any(m in measures for m in _OF_TEXT):
         sentences = _sentences(request, config, source)
     if "stationarity" in measures:

@@ -168,7 +168,7 @@ def stationarity_dots(found: Mapping[str, Mapping[str, Stationarity]], path: str
         axes.set_yticks(list(places.values()), blocks)
         axes.get_yticklabels()[0].set_fontweight("bold")
         axes.set_ylim(max(places.values()) + 0.6, -0.6)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(1.03, axes.get_xlim()[1]))
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_xlabel("minimal norm / norm of the mean gradient")
@@ -206,6 +206,7 @@ def neuron_counts(
         axes.set_xticks(x, [f"{c}*" if c in unseen else c for c in languages])
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("neurons")
+        axes.yaxis.set_major_locator(whole_numbers(6))
         if any(c in unseen for c in languages):
             axes.set_xlabel("* not trained on")
         axes.grid(axis="y")
@@ -323,7 +324,7 @@ def interference_bars(found: Mapping[str, Interference], path: str | Path) -> Fi
         values.append(float(np.mean(values)))
         colours = [UNSEEN if v > 0 else SEEN for v in values]
         axes.barh(range(len(names)), values, 0.66, color=colours)
-        reach = max(max(map(abs, values)), 1e-6)
+        reach = max(*map(abs, values), 0.01)
         for y, value in enumerate(values):
             axes.annotate(
                 f"{value:+.3f}".replace("-", "\N{MINUS SIGN}"),

@@ -92,7 +92,7 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
     images.append((directory / "conflict_languages.png", "each language's mean cosine over steps"))
     figures.agreement(log.steps, with_others, log.languages, images[-1][0])
 
-    window = max(1, len(log.steps) // 5)
+    window = max(1, min(len(log.steps) // 3, 20))  # records at the start, and at the end
     first, last = log.steps[:window], log.steps[-window:]
     halves = (_steps(first), _steps(last))
     maps = {}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from browser import chromium, look_at
 
+from browser import chromium, look_at
 from jaxmoo.analysis.cli import main
 from jaxmoo.train.grams import read_grams
 
