@@ -14,18 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmoo.analysis.gradient_sections import (
+    conflict_section,
+    interference_section,
+    stationarity_section,
+)
 from jaxmoo.analysis.interference import interference
 from jaxmoo.analysis.page import page, table
 from jaxmoo.analysis.parallel import Sentence, read_parallel, tokenize_parallel
+from jaxmoo.analysis.representation_sections import neurons_section, separability_section
 from jaxmoo.analysis.representations import represent
-from jaxmoo.analysis.sections import (
-    Section,
-    conflict_section,
-    interference_section,
-    neurons_section,
-    separability_section,
-    stationarity_section,
-)
+from jaxmoo.analysis.section import Section
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch
 from jaxmoo.convert.models import open_model
 from jaxmoo.errors import ConfigError, did_you_mean

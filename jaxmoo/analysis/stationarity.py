@@ -128,8 +128,11 @@ def shortest(gram: np.ndarray) -> np.ndarray:
     # The solver works in float32, and needs no more than the gradients' ratios.
     scaled = gram / np.diagonal(gram).max()
     scaled = np.where(present[:, None] & present[None, :], scaled, 0)
-    weights = min_norm(jnp.asarray(scaled, jnp.float32), jnp.asarray(present))
+    weights = _min_norm(jnp.asarray(scaled, jnp.float32), jnp.asarray(present))
     return np.asarray(weights, np.float64)
+
+
+_min_norm = jax.jit(min_norm)
 
 
 def _square(gram: np.ndarray, weights: np.ndarray) -> float:

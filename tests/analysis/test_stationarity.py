@@ -71,18 +71,18 @@ def test_stationary_points_and_lone_gradients():
 
 
 def test_the_estimate_across_batches_is_free_of_noise():
-    """Three languages, one direction each, in noise ten times as long."""
+    """Three languages, one direction each, in noise twice as long."""
     rng = np.random.default_rng(0)
     signal = np.eye(3, 4000) + 0.5 * np.eye(1, 4000)
-    a, b = (signal + rng.normal(size=(2, 3, 4000)) * 0.15).astype(np.float64)
+    a, b = signal + rng.normal(size=(2, 3, 4000)) * 0.04
     within, across = np.stack([a @ a.T, b @ b.T]), (a @ b.T + b @ a.T) / 2
     found, truth = stationarity(within, across), signal @ signal.T
     true_cosine = truth[1, 0] / np.sqrt(truth[1, 1] * truth[0, 0])
-    assert abs(found.cosine[1, 0]) < 0.1 * true_cosine  # drowned
-    assert found.cosine_across[1, 0] == pytest.approx(true_cosine, abs=0.15)
+    assert abs(found.cosine[1, 0]) < 0.4 * true_cosine  # drowned
+    assert found.cosine_across[1, 0] == pytest.approx(true_cosine, abs=0.2)
     least = exact(truth)
-    assert found.square == pytest.approx(least @ truth @ least, rel=0.5)
-    assert found.one_batch[0] ** 2 > 20 * found.square
+    assert found.square == pytest.approx(least @ truth @ least, rel=0.3)
+    assert found.one_batch[0] ** 2 > 2 * found.square
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What an analysis says of each measure: figures, tables, explanations and numbers."""
+"""Sections on the languages' gradients: conflict, stationarity, and what joint training costs."""
 
 from __future__ import annotations
 
@@ -9,50 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoo.analysis import conflict, figures, neurons
+from jaxmoo.analysis import conflict, figures
 from jaxmoo.analysis.interference import Interference
-from jaxmoo.analysis.page import image, table
+from jaxmoo.analysis.page import table
 from jaxmoo.analysis.plots import conflict_heatmap
-from jaxmoo.analysis.representations import Representations
-from jaxmoo.analysis.separability import METRICS, Separability, separability
+from jaxmoo.analysis.section import Section, mean, signed
 from jaxmoo.analysis.stationarity import PairedGrams, Stationarity, stationarity
 from jaxmoo.train.grams import GramLog
 
-__all__ = [
-    "Section",
-    "conflict_section",
-    "interference_section",
-    "neurons_section",
-    "separability_section",
-    "stationarity_section",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One measure.
-
-    Attributes:
-      name: of the measure.
-      heading: for a person.
-      text: paragraphs, as HTML: what is measured, then its limits.
-      images: files and what they show, in order.
-      tables: as HTML.
-      numbers: everything measured, as JSON holds it (NumPy arrays allowed).
-    """
-
-    name: str
-    heading: str
-    text: str
-    images: Sequence[tuple[Path, str]]
-    numbers: dict[str, Any]
-    tables: Sequence[str] = ()
-
-    def html(self) -> str:
-        """Return the section as HTML."""
-        shown = [f'<h2 id="{self.name}">{self.heading}</h2>', self.text, *self.tables]
-        return "\n".join([*shown, *(image(path, alt) for path, alt in self.images)])
-
+__all__ = ["conflict_section", "interference_section", "stationarity_section"]
 
 _CONFLICT = """<p>Every language gives a gradient. Two languages <em>conflict</em> in a block of
 parameters when the inner product of their gradients there is negative: a step that helps one hurts
@@ -88,7 +53,7 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
 
     k = len(log.languages)
     others = ~np.eye(k, dtype=bool)
-    with_others = _mean(np.where(others, cosine, np.nan), (1, 3))  # [T, K]
+    with_others = mean(np.where(others, cosine, np.nan), (1, 3))  # [T, K]
     images.append((directory / "conflict_languages.png", "each language's mean cosine over steps"))
     figures.agreement(log.steps, with_others, log.languages, images[-1][0])
 
@@ -107,12 +72,12 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
             # One kind of module in all layers: the mean of its cosines, layers counting alike.
             wholes = list(dict.fromkeys(n for n in names if n))
             found = np.stack(
-                [_mean(cosine[:, [i for i, n in enumerate(names) if n == w]], 1) for w in wholes],
+                [mean(cosine[:, [i for i, n in enumerate(names) if n == w]], 1) for w in wholes],
                 axis=1,
             )
         maps[what] = (wholes, found)
         panels = {
-            name: (_mean(found[:window, i], 0), _mean(found[-window:, i], 0))
+            name: (mean(found[:window, i], 0), mean(found[-window:, i], 0))
             for i, name in enumerate(wholes)
         }
         path = directory / f"conflict_{what}.png"
@@ -128,11 +93,11 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
     lines = [
         [
             block,
-            f"{_mean(share[start, i], 0):.0%}",
-            f"{_mean(share[end, i], 0):.0%}",
-            _signed(_mean(conflict.mean_cosine(log.grams)[start, i], 0)),
-            _signed(_mean(conflict.mean_cosine(log.grams)[end, i], 0)),
-            f"{_mean(ratio[end, i], 0):.1f}",
+            f"{mean(share[start, i], 0):.0%}",
+            f"{mean(share[end, i], 0):.0%}",
+            signed(mean(conflict.mean_cosine(log.grams)[start, i], 0)),
+            signed(mean(conflict.mean_cosine(log.grams)[end, i], 0)),
+            f"{mean(ratio[end, i], 0):.1f}",
         ]
         for i, block in enumerate(log.blocks[:60])
     ]
@@ -228,8 +193,8 @@ def stationarity_section(
                 f"{whole.mean_norm:.4g}",
                 f"{whole.ratio:.3f}",
                 f"{whole.ratio_across:.3f}",
-                _signed(_pair_mean(whole.cosine)),
-                _signed(_pair_mean(whole.cosine_across)),
+                signed(_pair_mean(whole.cosine)),
+                signed(_pair_mean(whole.cosine_across)),
             ]
         )
     header = ["model", "minimal norm, whole", "blocks together", "mean gradient"]
@@ -268,166 +233,13 @@ def _by_layer(grams: PairedGrams) -> dict[str, Stationarity]:
 def _mean_of_kind(blocks: Mapping[str, Stationarity], kind: str) -> tuple[np.ndarray, np.ndarray]:
     mine = [s for name, s in blocks.items() if conflict.module_of(name) == kind]
     return (
-        _mean(np.stack([s.cosine for s in mine]), 0),
-        _mean(np.stack([s.cosine_across for s in mine]), 0),
+        mean(np.stack([s.cosine for s in mine]), 0),
+        mean(np.stack([s.cosine_across for s in mine]), 0),
     )
 
 
 def _numbers(found: Stationarity) -> dict[str, Any]:
     return dataclasses.asdict(found) | {"ratio": found.ratio, "ratio_across": found.ratio_across}
-
-
-_NEURONS = """<p>A neuron of an MLP is active in a token where its gate is positive. The entropy of
-its activation probabilities over languages, normalised to sum 1, is low when it serves few
-languages (language activation probability entropy, LAPE; Tang et al. 2024,
-<em>Language-Specific Neurons</em>). In the base model, of the neurons that are active in some
-language more often than 95 % of all probabilities (here above {probability:.3f}), the 1 % of all
-neurons with the lowest entropy are taken (here {entropy:.3f} nats and less); a neuron is specific
-to every language in which it passes the first threshold. Other models are compared at these
-thresholds of the base model: at their own, their numbers would be the same by construction.</p>
-<p class="limits">Limits: probabilities come from {tokens} tokens per language, far fewer than in
-the paper, and from one kind of text. Of the base model's neurons, halves of the sentences agree on
-{agreement:.0%} (intersection over union): numbers that change by less than such noise mean nothing.
-Only gated MLPs are looked at. The first token of a text and special tokens are left out.</p>"""
-
-
-def neurons_section(
-    measured: Mapping[str, Representations],
-    languages: Sequence[str],
-    unseen: Sequence[str],
-    directory: Path,
-) -> Section:
-    """Language-specific neurons of models, at the thresholds of the first.
-
-    Args:
-      measured: per model its activations; the base model first.
-      languages: the K languages.
-      unseen: those that were not trained on.
-      directory: where images go.
-    """
-    probabilities = {
-        model: r.active.sum(0) / r.tokens.sum(0)[:, None, None] for model, r in measured.items()
-    }
-    base = next(iter(probabilities))
-    at = neurons.thresholds(probabilities[base])
-    chosen = {model: neurons.specific(p, at) for model, p in probabilities.items()}
-    halves = [
-        neurons.specific(half, neurons.thresholds(half))
-        for half in measured[base].active / measured[base].tokens[:, :, None, None]
-    ]
-    agreement = float(np.nanmean(neurons.overlap(*halves)))
-    counts = {model: found.sum((1, 2)) for model, found in chosen.items()}
-    kept = {model: neurons.overlap(chosen[base], found) for model, found in chosen.items()}
-    images = [(directory / "neurons.png", "number of language-specific neurons per language")]
-    figures.neuron_counts(counts, languages, unseen, images[0][0])
-    images.append((directory / "neurons_layers.png", "language-specific neurons per layer"))
-    shown = {model: chosen[model].sum(2) for model in dict.fromkeys([base, list(chosen)[-1]])}
-    figures.neuron_layers(shown, languages, images[-1][0])
-    lines = [
-        [code] + [cell for m in chosen for cell in (int(counts[m][i]), _percent(kept[m][i]))]
-        for i, code in enumerate(languages)
-    ]
-    lines.append(
-        ["any language"] + [cell for m in chosen for cell in (int(chosen[m].any(0).sum()), "")]
-    )
-    header = ["language"] + [cell for m in chosen for cell in (m, "same as base")]
-    tokens = measured[base].tokens.sum(0)
-    spread = (
-        f"{tokens.min():,}"
-        if tokens.min() == tokens.max()
-        else (f"{tokens.min():,} to {tokens.max():,}")
-    )
-    return Section(
-        "neurons",
-        "Language-specific neurons",
-        _NEURONS.format(**at._asdict(), tokens=spread, agreement=agreement),
-        images,
-        {
-            "languages": languages,
-            "thresholds": at._asdict(),
-            "tokens": tokens,
-            "agreement_of_halves": agreement,
-            "models": {
-                model: {
-                    "neurons": counts[model],
-                    "any_language": int(found.any(0).sum()),
-                    "by_layer": found.sum(2),
-                    "overlap_with_base": kept[model],
-                }
-                for model, found in chosen.items()
-            },
-        },
-        [table(header, lines)],
-    )
-
-
-_SEPARABILITY = """<p>Every sentence is there in every language. After each layer, a sentence is the
-mean of its tokens' hidden states. The <em>silhouette</em> by language tells how far languages are
-clusters of their own: 1 far apart, 0 in one another. Distances are taken in the full space, without
-any projection first. Beside it stands how often the nearest sentence of another language is the
-translation ({sentences} candidates).</p>
-<p class="limits">Limits: higher separability is not plainly better: a model may keep languages
-apart in few directions and still match what they say, which is what retrieval shows. Mean pooling
-mixes a sentence's tokens, and tokenizers give languages different numbers of them. Euclidean
-distances are dominated by few large coordinates, so cosines stand beside them. Intervals are
-bootstrap intervals over sentences ({samples} samples): they say nothing of other texts, or of other
-seeds of training.</p>"""
-
-
-def separability_section(
-    measured: Mapping[str, Representations],
-    languages: Sequence[str],
-    directory: Path,
-    *,
-    samples: int = 200,
-    seed: int = 0,
-) -> Section:
-    """Silhouettes and retrieval of models, layer by layer.
-
-    Args:
-      measured: per model its hidden states.
-      languages: the K languages.
-      directory: where images go.
-      samples: of the bootstrap.
-      seed: of the bootstrap.
-    """
-    found = {
-        model: [separability(points, samples=samples, seed=seed) for points in r.pooled]
-        for model, r in measured.items()
-    }
-    count = next(iter(measured.values())).pooled.shape[2]
-    path = directory / "separability.png"
-    figures.separability_curves(found, count, path)
-    best = int(np.argmax([layer.retrieval.value for layer in next(iter(found.values()))]))
-    depth = len(next(iter(found.values()))) - 1
-    lines = [
-        [f"{model}, after layer {at} of {depth}"]
-        + [_interval(layers[at].silhouette[m]) for m in METRICS]
-        + [_interval(layers[at].retrieval)]
-        for model, layers in found.items()
-        for at in sorted({best, depth})
-    ]
-    return Section(
-        "separability",
-        "Separability and alignment",
-        _SEPARABILITY.format(sentences=count, samples=samples),
-        [(path, "silhouettes and retrieval accuracy over layers")],
-        {
-            "languages": languages,
-            "sentences": count,
-            "bootstrap_samples": samples,
-            "models": {m: [_layer_numbers(x) for x in layers] for m, layers in found.items()},
-        },
-        [table(["model", *(f"silhouette, {m}" for m in METRICS), "retrieval"], lines)],
-    )
-
-
-def _layer_numbers(layer: Separability) -> dict[str, Any]:
-    return {
-        "silhouette": {m: i._asdict() for m, i in layer.silhouette.items()},
-        "retrieval": layer.retrieval._asdict(),
-        "retrieval_pairs": layer.retrieval_pairs,
-    }
 
 
 _INTERFERENCE = """<p>A language's <em>interference</em> is its held-out loss after training all
@@ -449,7 +261,7 @@ def interference_section(found: Mapping[str, Interference], directory: Path) -> 
     path = directory / "interference.png"
     figures.interference_bars(found, path)
     lines = [
-        [code, f"{x.base:.3f}", f"{x.single:.3f}", f"{x.joint:.3f}", _signed(x.value, 3)]
+        [code, f"{x.base:.3f}", f"{x.single:.3f}", f"{x.joint:.3f}", signed(x.value, 3)]
         for code, x in found.items()
     ]
     return Section(
@@ -477,27 +289,5 @@ def _steps(steps: Sequence[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
-def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Mean of the known values; nan where there is none."""
-    known = np.isfinite(values)
-    count = known.sum(axis)
-    total = np.where(known, values, 0).sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _pair_mean(cosine: np.ndarray) -> float:
-    return float(_mean(cosine[np.triu_indices(len(cosine), 1)], 0))
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0%}" if np.isfinite(value) else "–"
-
-
-def _interval(i: Any) -> str:
-    return f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]".replace("-", "\N{MINUS SIGN}")
+    return float(mean(cosine[np.triu_indices(len(cosine), 1)], 0))
