@@ -51,7 +51,7 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
     total = p.sum(0)
     share = p / np.where(total > 0, total, 1)
     terms = share * np.log(np.where(share > 0, share, 1))
-    return np.where(total > 0, -terms.sum(0), np.inf)
+    return np.where(total > 0, np.abs(terms.sum(0)), np.inf)
 
 
 def thresholds(
