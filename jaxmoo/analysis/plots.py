@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Score", "before_after", "conflict_heatmap", "language_cosines", "loss_curves"]
+__all__ = [
+    "Score",
+    "before_after",
+    "conflict_heatmap",
+    "label_ends",
+    "language_cosines",
+    "loss_curves",
+    "matrix_axes",
+]
 
 
 class Score(Protocol):
@@ -78,7 +86,7 @@ def loss_curves(
         _loss_axes(axes, steps, losses, smooth)
         axes.set_xlabel("training step")
         axes.set_ylabel("loss [nats per token]")
-        _label_ends(axes, axes.get_xlim()[1], {c: _last(smooth[c]) for c in languages})
+        label_ends(axes, axes.get_xlim()[1], {c: _last(smooth[c]) for c in languages})
         return figure
 
 
@@ -130,7 +138,7 @@ def _loss_axes(
     axes.grid(axis="y")
 
 
-def _label_ends(axes: Axes, x: float, ends: Mapping[str, float]) -> None:
+def label_ends(axes: Axes, x: float, ends: Mapping[str, float]) -> None:
     """Write names behind the ends of lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     ends = {name: y for name, y in ends.items() if math.isfinite(y)}
@@ -323,7 +331,7 @@ def language_cosines(
         for axes, mean, part in zip(grid, means, windows, strict=True):
             shown = np.ma.masked_where(~off_diagonal | ~np.isfinite(mean), mean)
             image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-            _matrix_axes(axes, languages, cell=72 * side / count)
+            matrix_axes(axes, languages, cell=72 * side / count)
             first, last = part[0]["step"], part[-1]["step"]
             steps = f"step {first}" if first == last else f"steps {first} to {last}"
             overall = f"{_mean(mean[off_diagonal], axis=0):+.2f}".replace("-", "\N{MINUS SIGN}")
@@ -336,7 +344,7 @@ def language_cosines(
         return figure
 
 
-def _matrix_axes(axes: Axes, languages: Sequence[str], cell: float) -> None:
+def matrix_axes(axes: Axes, languages: Sequence[str], cell: float) -> None:
     """Label a matrix whose cells are ``cell`` points wide."""
     size = min(9, 0.75 * cell)
     axes.set_xticks(range(len(languages)), languages, fontsize=size)

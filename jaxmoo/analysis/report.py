@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmoo.analysis.page import image, page
 from jaxmoo.analysis.plots import (
     Score,
     before_after,
@@ -18,31 +18,8 @@ from jaxmoo.analysis.plots import (
 
 __all__ = ["write_report"]
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{heading}</title>
-<style>
-  body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1020px;
-         margin: 2rem auto; padding: 0 1rem; }}
-  h1 {{ font-size: 1.5rem; }}
-  img {{ max-width: 100%; display: block; margin: 2rem 0; }}
-  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .2rem .9rem; text-align: right; }}
-  th:first-child, td:first-child {{ text-align: left; }}
-  thead th {{ border-bottom: 1px solid #999; }}
-  tr.mean td {{ border-top: 1px solid #ccc; border-bottom: 1px solid #999; font-weight: 600; }}
-  .better {{ color: #006b4f; }}
-  .worse {{ color: #b23a00; }}
-</style>
-<h1>{heading}</h1>
-<p>Negative log-likelihood (NLL, in nats per token) and bits per byte of held-out replies, before
-and after training: lower is better.</p>
-{table}
-{images}
-</html>
-"""
+_INTRODUCTION = """<p>Negative log-likelihood (NLL, in nats per token) and bits per byte of held-out
+replies, before and after training: lower is better.</p>"""
 
 
 def write_report(
@@ -88,21 +65,10 @@ def write_report(
     if len(seen) > 1 and any(row.get("cosine") for row in rows):
         images.append(directory / "cosines.png")
         language_cosines(rows, seen, images[-1])
-    page = directory / "index.html"
-    page.write_text(
-        _PAGE.format(
-            heading=html.escape(heading),
-            table=_table(before, after, seen, unseen),
-            images="\n".join(_embedded(path) for path in images),
-        ),
-        encoding="utf-8",
-    )
-    return [page, *images]
-
-
-def _embedded(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+    index = directory / "index.html"
+    shown = [_INTRODUCTION, _table(before, after, seen, unseen), *map(image, images)]
+    index.write_text(page(heading, "\n".join(shown)), encoding="utf-8")
+    return [index, *images]
 
 
 def _table(

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-__all__ = ["FAINT", "INK", "SEEN", "UNSEEN", "canvas", "line_styles", "title", "whole_numbers"]
+__all__ = [
+    "COLOURS",
+    "FAINT",
+    "INK",
+    "SEEN",
+    "UNSEEN",
+    "canvas",
+    "line_styles",
+    "title",
+    "whole_numbers",
+]
 
 # Okabe and Ito's colours, told apart with any common colour vision; their yellow, too pale for a
 # line on white, is replaced by a dark wine red.

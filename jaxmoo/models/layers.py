@@ -235,5 +235,15 @@ class DecoderLayer(nnx.Module):
         Returns:
           The residual stream after the layer, [B, S, D].
         """
-        h_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), cos, sin, segment_ids)
+        h_BSD = self.attend(h_BSD, cos, sin, segment_ids)
         return h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
+
+    def attend(
+        self,
+        h_BSD: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Apply the attention half of the layer; arguments and result are those of a call."""
+        return h_BSD + self.self_attn(self.input_layernorm(h_BSD), cos, sin, segment_ids)

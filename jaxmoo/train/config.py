@@ -216,6 +216,14 @@ class TrainConfig:
     log_every: int = setting(
         1, "Steps between metrics of single blocks.", within=_AT_LEAST_1, free=True
     )
+    gram_every: int = setting(
+        10,
+        "Steps between records of all inner products of the languages' gradients, per block, in "
+        "`grams/`, from which conflict maps are drawn; the first and the last step are always "
+        "among them. 0 records none.",
+        within=_AT_LEAST_0,
+        free=True,
+    )
     profile_from: int | None = setting(
         None,
         "First step, counted from 1, of a profile of devices and host in `profile/`; null records "

@@ -31,6 +31,7 @@ class RunDirectory:
 
         config.yaml      the settings it was started with
         metrics.jsonl    one row per step
+        grams/           inner products of the languages' gradients, by step
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
         evaluation/      held-out scores by step
@@ -50,6 +51,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.grams = self.path / "grams"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"

@@ -15,6 +15,7 @@ from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.distributed import is_first
+from jaxmoo.train.grams import write_grams
 from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import MetricsWriter, Progress
 from jaxmoo.train.optimizer import learning_rate
@@ -109,7 +110,10 @@ class Reporter:
         if self._pending is None:
             return
         done, self._pending = self._pending, None
-        measured = jax.device_get(done.metrics)
+        recorded = self._metrics is not None and self._records_grams(done.step)
+        # The largest of them by far is fetched only when it is wanted.
+        left = () if recorded else ("gram",)
+        measured = jax.device_get({k: x for k, x in done.metrics.items() if k not in left})
         # The devices began with it when it was sent, or when they were done with the one before.
         now, began = time.perf_counter(), max(done.begun, self._read_at)
         self._read_at = now
@@ -120,6 +124,14 @@ class Reporter:
             row = self._row(done, measured, now - began)
             self._progress.update(row)
             self._metrics.write(row)
+        if recorded:
+            names, seen = self._job.setup.gradients.partition.names, self._job.config.data.seen
+            write_grams(self._job.directory.grams, done.step, names, seen, measured["gram"])
+
+    def _records_grams(self, step: int) -> bool:
+        settings = self._job.config.train
+        every = settings.gram_every
+        return every > 0 and (step in (1, settings.steps) or step % every == 0)
 
     def held_out(self, step: int, scores: Mapping[str, LanguageScore]) -> None:
         """Write down the held-out scores of a step."""

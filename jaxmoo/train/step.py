@@ -161,6 +161,7 @@ def make_train_step(
             "cosine": mean_cosines(resolved.gram),
             "language_norm": jnp.sqrt(jnp.diagonal(resolved.gram, axis1=1, axis2=2).sum(0)),
             "language_conflict": language_conflict(resolved.gram),
+            "gram": resolved.gram,
             "skipped": resolved.skipped,
         }
         return TrainState(state.step + 1, params, resolver, opt_state, average), metrics

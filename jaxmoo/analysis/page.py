@@ -1,0 +1,86 @@
+"""HTML pages that are one file: text, tables, and images inside of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["image", "page", "table"]
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{heading}</title>
+<style>
+  body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1020px;
+         margin: 2rem auto; padding: 0 1rem; }}
+  h1 {{ font-size: 1.5rem; }}
+  h2 {{ font-size: 1.2rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }}
+  p, ul {{ max-width: 46rem; }}
+  p.limits {{ color: #555; font-size: .92em; }}
+  nav a {{ margin-right: 1.2rem; }}
+  img {{ max-width: 100%; display: block; margin: 2rem 0; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
+  th, td {{ padding: .2rem .9rem; text-align: right; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+  thead th {{ border-bottom: 1px solid #999; }}
+  table.settings td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+  tr.mean td {{ border-top: 1px solid #ccc; border-bottom: 1px solid #999; font-weight: 600; }}
+  .better {{ color: #006b4f; }}
+  .worse {{ color: #b23a00; }}
+</style>
+<h1>{heading}</h1>
+{body}
+</html>
+"""
+
+
+def page(heading: str, body: str) -> str:
+    """Return a page.
+
+    Args:
+      heading: its title, as text.
+      body: what follows, as HTML.
+
+    Example:
+      >>> "<h1>a &lt; b</h1>" in page("a < b", "<p>...</p>")
+      True
+    """
+    return _PAGE.format(heading=html.escape(heading), body=body)
+
+
+def image(path: Path, alt: str | None = None) -> str:
+    """Return an element that holds a PNG image.
+
+    Args:
+      path: the file.
+      alt: what it shows; its name by default.
+    """
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(alt or path.stem)}" src="data:image/png;base64,{data}">'
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], css: str = "") -> str:
+    """Return a table of cells, which are text.
+
+    Args:
+      header: names of the columns; none for a table without.
+      rows: the cells.
+      css: class of the table.
+
+    Example:
+      >>> table([], [["K", 8]])
+      '<table class=""><tbody>\\n<tr><td>K</td><td>8</td></tr>\\n</tbody></table>'
+    """
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        inside = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    head = f"<thead>{line(header, 'th')}</thead>" if header else ""
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<table class="{css}">{head}<tbody>\n{body}\n</tbody></table>'

@@ -1,0 +1,86 @@
+"""One pass of a model over parallel sentences, for every measure of its representations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from jaxmoo.analysis.parallel import Sentence
+from jaxmoo.models import Decoder
+from jaxmoo.models.probe import layer_statistics
+
+__all__ = ["Representations", "represent"]
+
+_STEP = 32  # lengths are padded to a multiple of it, so that few programs are compiled
+
+
+class Representations(NamedTuple):
+    """What a model makes of N sentences in K languages; L layers, width D, MLP width F."""
+
+    pooled: np.ndarray  # float32 [L + 1, K, N, D]: mean-pooled residual stream
+    active: np.ndarray  # int64 [2, K, L, F]: tokens with a positive gate, in even and odd sentences
+    tokens: np.ndarray  # int64 [2, K]: number of tokens, likewise
+
+
+def represent(
+    model: Decoder,
+    sentences: Mapping[str, Sequence[Sentence]],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Representations:
+    """Run a model over parallel sentences.
+
+    Args:
+      model: the decoder.
+      sentences: per language, equally many; see :func:`jaxmoo.analysis.parallel.tokenize_parallel`.
+      batch_size: sentences at one time.
+      progress: show a progress bar.
+
+    Returns:
+      Hidden states and gates, summed up.
+    """
+    languages, count = list(sentences), len(next(iter(sentences.values())))
+    config = model.config
+    layers, width = config.num_hidden_layers, config.intermediate_size
+    pooled = np.zeros((layers + 1, len(languages), count, config.hidden_size), np.float32)
+    active = np.zeros((2, len(languages), layers, width), np.int64)
+    tokens = np.zeros((2, len(languages)), np.int64)
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, ids, mask: layer_statistics(nnx.merge(graph, state), ids, mask))
+    rows = [
+        (sentence, k, n)
+        for k, language in enumerate(languages)
+        for n, sentence in enumerate(sentences[language])
+    ]
+    rows.sort(key=lambda row: len(row[0].tokens), reverse=True)
+    with tqdm(
+        total=len(rows),
+        desc="reading sentences",
+        unit="sentence",
+        disable=None if progress else True,  # None: only on a terminal
+    ) as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            length = min(
+                -(-len(batch[0][0].tokens) // _STEP) * _STEP, config.max_position_embeddings
+            )
+            ids = np.zeros((batch_size, length), np.int32)
+            mask = np.zeros((batch_size, length), bool)
+            mask[len(batch) :, 0] = True  # rows to fill up the last batch; not looked at
+            for i, (sentence, _, _) in enumerate(batch):
+                ids[i, : len(sentence.tokens)] = sentence.tokens
+                mask[i, : len(sentence.mask)] = sentence.mask
+            found = jax.device_get(run(state, jnp.asarray(ids), jnp.asarray(mask)))
+            for i, (_, k, n) in enumerate(batch):
+                pooled[:, k, n] = found.pooled_LBD[:, i]
+                active[n % 2, k] += found.active_LBF[:, i]
+                tokens[n % 2, k] += mask[i].sum()
+            bar.update(len(batch))
+    return Representations(pooled, active, tokens)

@@ -1,0 +1,78 @@
+"""What happens inside a decoder: hidden states and MLP gates, summed up layer by layer.
+
+Only sums leave a layer, so that a corpus can be measured without keeping its activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.layers import rope_tables
+
+__all__ = ["LayerStatistics", "layer_statistics"]
+
+
+class LayerStatistics(NamedTuple):
+    """Statistics of B rows of text in a decoder of L layers of width D and MLP width F."""
+
+    pooled_LBD: jax.Array  # float32 [L + 1, B, D]: mean residual stream after 0 ... L layers
+    active_LBF: jax.Array  # int32 [L, B, F]: in how many tokens the neuron's gate is positive
+
+
+def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> LayerStatistics:
+    """Run a decoder's layers and sum up what each of them does.
+
+    Args:
+      model: the decoder.
+      tokens: int32 [B, S], padded on the right.
+      mask: bool [B, S]: the tokens that count; at least one per row. All tokens are read.
+
+    Returns:
+      The residual stream averaged over the tokens that count, before the first layer and after
+      each (without the final norm), and the number of these tokens in which a neuron is active:
+      SiLU(gate) > 0, which is gate > 0.
+
+    Example:
+      >>> from jaxmoo.models import DecoderConfig
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> found = layer_statistics(model, jnp.zeros((3, 5), jnp.int32), jnp.ones((3, 5), bool))
+      >>> found.pooled_LBD.shape, found.active_LBF.shape
+      ((3, 3, 16), (2, 3, 32))
+    """
+    cos, sin = rope_tables(model.config, jnp.arange(tokens.shape[-1]))
+    counted = mask.astype(jnp.float32)
+    share = counted / counted.sum(1, keepdims=True)
+
+    def pool(h_BSD: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "bsd,bs->bd", h_BSD.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST
+        )
+
+    h_BSD = model.embed_tokens.embedding.get_value()[tokens].astype(model.dtype)
+    pooled, active = [pool(h_BSD)[None]], []
+    for first in model.segments:
+        graphdef, stacked = nnx.split(model.layers[str(first)])
+
+        def body(
+            h_BSD: jax.Array, params: nnx.State, graphdef: nnx.GraphDef = graphdef
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            layer = nnx.merge(graphdef, params)
+            h_BSD = layer.attend(h_BSD, cos, sin)
+            x_BSD = layer.post_attention_layernorm(h_BSD)
+            gates = (layer.mlp.gate_proj(x_BSD) > 0) & mask[..., None]
+            h_BSD = h_BSD + layer.mlp(x_BSD)
+            return h_BSD, (pool(h_BSD), gates.sum(1, dtype=jnp.int32))
+
+        h_BSD, (means, counts) = jax.lax.scan(body, h_BSD, stacked)
+        pooled.append(means)
+        active.append(counts)
+    return LayerStatistics(jnp.concatenate(pooled), jnp.concatenate(active))

@@ -1,0 +1,12 @@
+"""Analyse a training run beside the model it began with, and write a report.
+
+    python scripts/analyze.py runs/quickstart [--parallel 'sentences/{language}.txt'] \\
+        [--single runs/en runs/es ...]
+
+``--help`` lists what can be chosen; docs/analysis.md explains every measure.
+"""
+
+from jaxmoo.analysis.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
