@@ -129,14 +129,14 @@ _, params, _ = nnx.split(model, trainable_filter(pattern), ...)
 grid = mesh.make_mesh(4, language=4, fsdp=2)
 params = jax.device_put(params, mesh.parameter_shardings(grid, params, stacked=STACKED))
 run = RunDirectory(path)
-run.claim(config)
-for step, nll in ((0, 3.0), (5, 2.5)):
-    run.store_scores(step, {"ja": LanguageScore(nll, 1.0, 10, 30, 2)})
-with Checkpoints(run.checkpoints, keep=2) as checkpoints:
-    for step in (2, 5):
-        raised = jax.tree.map(lambda x: x + step, params)
-        optimizer = jax.jit(optax.adamw(1e-3).init)(raised)
-        checkpoints.save(step, TrainState(jnp.int32(step), raised, {"w": jnp.ones(3)}, optimizer))
+with run.claim(config):
+    for step, nll in ((0, 3.0), (5, 2.5)):
+        run.store_scores(step, {"ja": LanguageScore(nll, 1.0, 10, 30, 2)})
+    with Checkpoints(run.checkpoints, keep=2) as checkpoints:
+        for step in (2, 5):
+            raised = jax.tree.map(lambda x: x + step, params)
+            moments = jax.jit(optax.adamw(1e-3).init)(raised)
+            checkpoints.save(step, TrainState(jnp.int32(step), raised, {"w": jnp.ones(3)}, moments))
 """
 
 

@@ -130,7 +130,7 @@ def test_blocks_are_not_mapped_over_their_parameters(k):
         ({"aggregator": "cagard"}, "Did you mean 'cagrad'"),
         ({"aggregator": "modo"}, "modo needs gradients of two batches"),
         ({"aggregator": {"layers": "mgda"}}, "No aggregator for block"),
-        ({"aggregator": None}, "for a single objective; found 8"),
+        ({"aggregator": None}, "of a single objective, found 8"),
         ({"blocks": "layers"}, "Did you mean 'layer'"),
         ({"stacked": "^blocks"}, "matches no parameter path"),
         ({"nonfinite": "ignore"}, "nonfinite: expected one of skip, raise"),
