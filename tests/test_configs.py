@@ -1,4 +1,4 @@
-"""Every config that comes with the project can be run: its step compiles and fits its devices."""
+"""Every config that comes with the project can be run: its step is lowered, and the largest fit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ PLAN = """
 import json, sys
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.train.config import load_config
-from jaxmoo.train.plan import plan, shape_of
-total = {}
-for name in sys.argv[1:]:
+from jaxmoo.train.plan import abstract_step, plan, shape_of
+largest, *names = sys.argv[1:]
+for name in names:
     config = load_config(f"configs/{name}.yaml")
-    total[name] = plan(config, shape_of(config.model.source)).total
-print("RESULT", json.dumps(total))
+    step = abstract_step(config, shape_of(config.model.source))
+    step.function.lower(*step.arguments)
+config = load_config(f"configs/{largest}.yaml")
+print("RESULT", json.dumps(plan(config, shape_of(config.model.source)).total))
 """
 
 
@@ -41,13 +43,13 @@ def test_every_config_is_listed():
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(DEVICES)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_step_compiles_and_fits(devices):
-    names = [name for name, (count, _) in DEVICES.items() if count == devices]
-    done = run_python(["-c", PLAN, *names], devices=devices)
+@pytest.mark.parametrize(("devices", "largest"), [(1, "qwen3-0.6b-base"), (8, "qwen3-8b-base")])
+def test_every_step_is_lowered_and_the_largest_compiles_and_fits(devices, largest):
+    """Compiling all of them takes minutes; `scripts/plan.py` does it for one."""
+    names = [name for name, (count, _) in DEVICES.items() if count == devices and name != largest]
+    done = run_python(["-c", PLAN, largest, *names], devices=devices)
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    total = json.loads(line.removeprefix("RESULT"))
-    assert {name: size for name, size in total.items() if size > DEVICES[name][1] * 1e9} == {}
+    assert json.loads(line.removeprefix("RESULT")) < DEVICES[largest][1] * 1e9
 
 
 def test_the_template_for_llama_3_marks_what_the_assistant_says(smollm2_dir):
