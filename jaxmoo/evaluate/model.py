@@ -12,11 +12,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
+from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
 from jaxmoo.evaluate.nll import example_nats, padded_length
 from jaxmoo.evaluate.questions import Questions, digest
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.models import Decoder, token_nll
+from jaxmoo.models.branches import branch_nll
 from jaxmoo.models.generate import generate_greedily
 
 if TYPE_CHECKING:
@@ -64,6 +66,10 @@ class Evaluator:
         everywhere = NamedSharding(devices, P())
         self._nll = jax.jit(
             lambda params, batch: token_nll(nnx.merge(graph, params), batch),
+            out_shardings=everywhere,
+        )
+        self._branches = jax.jit(
+            lambda params, tokens, branch: branch_nll(nnx.merge(graph, params), tokens, branch),
             out_shardings=everywhere,
         )
         self._generate = jax.jit(
@@ -120,9 +126,7 @@ class Evaluator:
         )[""]
 
     def _choose(self, questions: Questions, advance: Callable[[int], object]) -> Columns:
-        flat = [choice for some in questions.choices for choice in some]
-        ends = np.cumsum([len(some) for some in questions.choices])[:-1]
-        parts = np.split(self._nats(flat, advance), ends)
+        parts = self._choice_nats(questions.choices, advance)
         columns: Columns = {"correct": [], "correct_unnormalised": [], "choice_nats": []}
         for example, nats in zip(questions.examples, parts, strict=True):
             right = example.choices.index(example.reply)
@@ -131,6 +135,31 @@ class Evaluator:
             columns["correct_unnormalised"].append(int(np.argmax(-nats) == right))
             columns["choice_nats"].append(nats.tolist())
         return columns
+
+    def _choice_nats(
+        self, choices: list[list[Tokenized]], advance: Callable[[int], object]
+    ) -> list[np.ndarray]:
+        """Nats of every example's choices; their common prompt is read once."""
+        rows = [_branched(some) for some in choices]
+        found: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        # Longest first: what runs out of memory does so at once.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            length = padded_length(len(rows[chosen[0]][0]))
+            tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
+            branch = np.full((self.batch_size, length), -1, np.int32)
+            branch[:, 0] = 0  # rows without an example have a prompt, too
+            for row, number in enumerate(chosen):
+                size = len(rows[number][0])
+                tokens[row, :size], branch[row, :size] = rows[number]
+            placed = jax.device_put((tokens, branch), self._rows)
+            nats = np.asarray(self._branches(self._params, *placed), np.float64)
+            for row, number in enumerate(chosen):
+                own = [nats[row, branch[row] == b + 1].sum() for b in range(len(choices[number]))]
+                found[number] = np.array(own)
+            advance(sum(len(choices[number]) for number in chosen))
+        return found
 
     def _continue(self, prompts: list[np.ndarray], advance: Callable[[int], object]) -> list[str]:
         texts = [""] * len(prompts)
@@ -155,3 +184,11 @@ class Evaluator:
         ends = np.flatnonzero(np.isin(tokens, self.stop))
         kept = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
+
+
+def _branched(choices: Sequence[Tokenized]) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt and its choices as one row, and which token belongs to which; 0 is the prompt."""
+    prompt = choices[0].tokens[: int(np.argmax(choices[0].loss_mask))]
+    own = [choice.tokens[len(prompt) :] for choice in choices]
+    numbers = np.repeat(np.arange(len(choices) + 1), [len(prompt), *map(len, own)])
+    return np.concatenate([prompt, *own]), numbers.astype(np.int32)
