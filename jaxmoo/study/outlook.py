@@ -35,10 +35,14 @@ def outlook(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     took = {key: row["train_seconds"] + row["measure_seconds"] for key, row in done.items()}
     arms = list(dict.fromkeys(cell.key.arm for cell in cells))
     table, left, flops_left, known = [], 0.0, 0.0, bool(took)
+    of_step: dict[str, float] = {}  # by what decides it: arms seldom differ in that
     for arm in arms:
         mine = [cell for cell in cells if cell.key.arm == arm]
         config = mine[0].config
-        steps, flops = config.train.steps, config.train.steps * _flops(config)
+        what = str((config.model, config.lora, _positions(config), config.data.sequence_length))
+        if what not in of_step:
+            of_step[what] = _flops(config)
+        steps, flops = config.train.steps, config.train.steps * of_step[what]
         positions = (
             config.data.step_languages * config.data.batch_size * config.data.sequence_length
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.errors import DataError
@@ -210,15 +211,23 @@ def _hardware() -> str:
 @contextlib.contextmanager
 def _compiled_once(directory: Path) -> Iterator[None]:
     """Keep compiled programs, most of which are the same in many runs, for later runs."""
-    name = "jax_compilation_cache_dir"
-    if getattr(jax.config, name) is not None:  # the user's own
+    if jax.config.jax_compilation_cache_dir is not None:  # the user's own
         yield
         return
-    jax.config.update(name, str(directory.absolute()))
+    wanted = {
+        "jax_compilation_cache_dir": str(directory.absolute()),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # or what it found before would hold
         yield
     finally:
-        jax.config.update(name, None)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def _silent(line: str) -> None:
