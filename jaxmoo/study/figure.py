@@ -39,7 +39,7 @@ def forest(
         title(
             figure,
             f"Difference to {baseline}, paired by seed",
-            "mean and 95 % t-interval; small dots: single seeds",
+            "mean and 95 % t-interval; small strokes: single seeds",
         )
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for axes, measure in zip(panels, measures, strict=True):
@@ -72,6 +72,6 @@ def _points(
             ends = [estimate.mean - estimate.half, estimate.mean + estimate.half]
             axes.plot(ends, [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
         count = len(estimate.values)
-        axes.plot(estimate.values, [y] * count, ".", color=colour, markersize=3, alpha=0.6)
+        axes.plot(estimate.values, [y] * count, "|", color=colour, markersize=7, alpha=0.7)
         axes.plot([estimate.mean], [y], marker, color=colour, markersize=5.5, label=label)
         label = None  # one entry of the legend per group
