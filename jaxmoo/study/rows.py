@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.study.grid import Cell, Key
+from jaxmoo.train.config import Config
+from jaxmoo.train.schema import leaves
 from jaxmoo.train.yaml_text import flow
 
 __all__ = ["Row", "RowStore", "base_row", "check_rows", "key_of", "rows_of"]
@@ -127,11 +129,12 @@ def check_rows(cells: Sequence[Cell], rows: Sequence[Row], path: Path) -> None:
         row = found.get(cell.key)
         if row is None:
             continue
-        names = sorted({*row["settings"], *cell.settings})
+        # A setting that came later had its default.
+        stored = {name: _default(name) for name in cell.settings} | row["settings"]
         changed = [
-            f"{name}: {flow(row['settings'].get(name))} -> {flow(cell.settings.get(name))}"
-            for name in names
-            if row["settings"].get(name) != cell.settings.get(name)
+            f"{name}: {flow(stored[name])} -> {flow(cell.settings.get(name))}"
+            for name in sorted(stored)
+            if stored[name] != cell.settings.get(name)
         ]
         if changed:
             raise ConfigError(
@@ -151,6 +154,11 @@ def check_rows(cells: Sequence[Cell], rows: Sequence[Row], path: Path) -> None:
                 "with output=..."
             )
     _check_paired(found, path)
+
+
+def _default(name: str) -> Any:
+    leaf = leaves(Config).get(name)
+    return None if leaf is None else leaf.default
 
 
 def _check_paired(rows: Mapping[Key, Row], path: Path) -> None:

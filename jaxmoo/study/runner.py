@@ -61,7 +61,7 @@ def run_missing(
       InterruptedRunError: when asked to stop; the run at hand is saved.
     """
     store = RowStore(study.output)
-    with store.claim(), _compiled_once(store.directory / "compiled"):
+    with store.claim(), _compiled_once(store.directory / ".compiled"):
         rows = store.read()
         check_rows(cells, rows, store.path)
         missing = [cell for cell in cells if cell.key not in rows_of(cells, rows)]

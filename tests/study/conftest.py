@@ -48,6 +48,7 @@ def write_study(tmp_path_factory):
             "held_out": 0.4,
             "max_held_out": 1,
         },
+        "resolve": {"engine": "stacked"},  # the quickest to compile
         "train": {"steps": 3},
     }
     (shared / "base.yaml").write_text(yaml.safe_dump(base))

@@ -14,6 +14,8 @@ import yaml
 
 from jaxmoo.study.cli import main
 
+ROOT = Path(__file__).parents[2]
+
 
 def rows_of(file: Path) -> list[dict]:
     lines = (file.parent / "study" / "rows.jsonl").read_text("utf-8").splitlines()
@@ -122,9 +124,19 @@ def test_other_settings_are_refused_by_name(copy, capsys):
     error = capsys.readouterr().err
     assert "mean, seed 1, learning rate 0.001 with other settings" in error
     assert "train.steps: 3 -> 5" in error
+    assert main(["--config", str(copy), "arms.mgda=[resolve.aggregator=mgda]"]) == 2
+    assert "resolve.match_norm: true -> false" in capsys.readouterr().err
     assert main(["--config", str(copy), "measure.choices=law,travel", "--report-only"]) == 2
     assert "measure.choices:" in capsys.readouterr().err
     assert (copy.parent / "study" / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_outlive_settings_that_are_added_later(copy):
+    rows = rows_of(copy)
+    for row in rows[1:]:
+        del row["settings"]["resolve.token_mean"]
+    rewrite(copy, rows)
+    assert main(["--config", str(copy), "--report-only"]) == 0
 
 
 def test_rows_that_do_not_belong_together_are_refused(copy, capsys):
@@ -195,9 +207,21 @@ def test_arms_given_twice_and_unknown_ones(write_study, tmp_path, capsys):
 
 
 def test_the_configs_of_the_project_are_sound(monkeypatch, capsys):
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
-    for file in sorted((root / "configs" / "study").glob("*.yaml")):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((ROOT / "configs" / "study").glob("*.yaml")):
         assert main(["--config", str(file), "--print-config"]) == 0
         assert main(["--config", str(file), "output=nowhere", "seeds=[1]", "--dry-run"]) == 0
         assert re.search(r"\d+ runs, 0 done", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    sorted((ROOT / "docs" / "study").glob("*/rows.jsonl")),
+    ids=lambda rows: rows.parent.name,
+)
+def test_published_tables_come_from_their_rows(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copy(rows, tmp_path)
+    config = f"configs/study/{rows.parent.name}.yaml"
+    assert main(["--config", config, f"output={tmp_path}", "--report-only"]) == 0
+    assert (tmp_path / "study.md").read_text() == (rows.parent / "study.md").read_text()
