@@ -78,14 +78,16 @@ def _about(
         + f"; seen: {', '.join(row['seen'])}"
         + (f"; unseen: {', '.join(row['unseen'])}." if row["unseen"] else ".")
     ]
-    unfinished = {
-        arm: [f"seed {c.key.seed} at {c.key.learning_rate:g}"
-              for c in cells if c.key.arm == arm and c.key not in stored]
-        for arm in study.arms
-    }  # fmt: skip
-    missing = [f"{arm} ({', '.join(which)})" for arm, which in unfinished.items() if which]
-    if missing:
-        lines.append(f"Not run: {'; '.join(missing)}.")
+    missing: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.key not in stored:
+            rate = f" at {cell.key.learning_rate:g}" if len(study.learning_rates) > 1 else ""
+            missing.setdefault(cell.key.arm, []).append(f"seed {cell.key.seed}{rate}")
+    whole = [arm for arm in missing if not any(key.arm == arm for key in stored)]
+    partly = [f"{arm} ({', '.join(m)})" for arm, m in missing.items() if arm not in whole]
+    for what, which in (("Unfinished", partly), ("Not run at all", whole)):
+        if which:
+            lines.append(f"{what}: {', '.join(which)}.")
     return "\n\n".join(lines)
 
 

@@ -163,7 +163,7 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
     rewrite(copy, rows_of(copy)[:-1])
     assert main(["--config", str(copy), "--report-only"]) == 0
     out = capsys.readouterr().out
-    assert "3 of 4 runs" in out and "Not run: mgda (seed 2 at 0.001)." in out
+    assert "3 of 4 runs" in out and "Unfinished: mgda (seed 2)." in out
     # One common seed: a difference without an interval.
     assert re.search(r"\| mgda +\| +1 \| +[+-]\d\.\d{3} \| +– \|", out)
     rewrite(copy, [])
