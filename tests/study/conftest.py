@@ -75,9 +75,9 @@ def write_study(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(write_study, tmp_path_factory) -> Path:
-    """The file of a study that was run, in two portions."""
+    """The file of a study that was run, in two portions; the first run's directory was kept."""
     file = write_study(tmp_path_factory.mktemp("finished"))
-    assert main(["--config", str(file), "--max-runs", "3"]) == 0
+    assert main(["--config", str(file), "--max-runs", "1", "keep_runs=true"]) == 0
     assert main(["--config", str(file)]) == 0
     return file
 
