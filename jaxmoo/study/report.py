@@ -161,9 +161,9 @@ def _reading(
     count = max(len(found) for found in differences.values())
     return (
         "Differences are paired by seed, ± the 95 % t-interval of their mean. p is that of the "
-        f"paired t-test, adjusted by Holm's rule over the comparisons with "
-        f"{study.baseline} in its column ({count}); columns and tables are not adjusted for one another. An "
-        "interval is over the random choices of training, with the same held-out examples.\n\n"
+        f"paired t-test, adjusted by Holm's rule over the comparisons with {study.baseline} in its "
+        f"column ({count}); columns and tables are not adjusted for one another. An interval is "
+        "over the random choices of training, with the same held-out examples.\n\n"
         "![Differences](forest.svg)"
     )
 
