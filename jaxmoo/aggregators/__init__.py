@@ -33,6 +33,7 @@ from jaxmoo.aggregators.random_weights import random
 from jaxmoo.aggregators.registry import get, names
 from jaxmoo.aggregators.sdmgrad import sdmgrad
 from jaxmoo.aggregators.trimmed_mean import trimmed_mean
+from jaxmoo.aggregators.unit_mean import unit_mean
 from jaxmoo.aggregators.upgrad import upgrad
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "sum",
     "track_gradients",
     "trimmed_mean",
+    "unit_mean",
     "upgrad",
     "weigh_block",
     "weigh_blocks",

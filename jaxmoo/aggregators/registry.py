@@ -27,6 +27,7 @@ from jaxmoo.aggregators.pcgrad import pcgrad
 from jaxmoo.aggregators.random_weights import random
 from jaxmoo.aggregators.sdmgrad import sdmgrad
 from jaxmoo.aggregators.trimmed_mean import trimmed_mean
+from jaxmoo.aggregators.unit_mean import unit_mean
 from jaxmoo.aggregators.upgrad import upgrad
 from jaxmoo.errors import ConfigError
 
@@ -37,6 +38,7 @@ _FACTORIES: dict[str, Callable[..., Aggregator]] = {
         sum,
         constant,
         random,
+        unit_mean,
         mgda,
         cagrad,
         pcgrad,

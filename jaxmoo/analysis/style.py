@@ -47,6 +47,8 @@ _STYLE = {
     "font.size": 9,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.7,
+    # The same figure gives the same file.
+    "svg.hashsalt": "jaxmoo",
     "legend.frameon": False,
     "text.color": INK,
     "xtick.color": "#444444",
@@ -70,7 +72,8 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        svg = Path(path).suffix == ".svg"
+        figure.savefig(path, metadata={"Date": None} if svg else None)
 
 
 def title(figure: Figure, heading: str, explanation: str) -> None:

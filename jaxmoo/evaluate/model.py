@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,11 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
+from jaxmoo.data.example import Example
+from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
 from jaxmoo.evaluate.nll import example_nats, padded_length
 from jaxmoo.evaluate.questions import Questions, digest
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.models import Decoder, token_nll
+from jaxmoo.models.branches import branch_nll
 from jaxmoo.models.generate import generate_greedily
 
 if TYPE_CHECKING:
@@ -66,6 +69,10 @@ class Evaluator:
             lambda params, batch: token_nll(nnx.merge(graph, params), batch),
             out_shardings=everywhere,
         )
+        self._branches = jax.jit(
+            lambda params, tokens, branch: branch_nll(nnx.merge(graph, params), tokens, branch),
+            out_shardings=everywhere,
+        )
         self._generate = jax.jit(
             lambda params, tokens, lengths: generate_greedily(
                 nnx.merge(graph, params),
@@ -89,14 +96,21 @@ class Evaluator:
           Numbers per example, and scores of all.
         """
         replies = questions.replies
+        if questions.choices and all(map(_follows, replies, questions.choices)):
+            texts = [[reply, *some] for reply, some in zip(replies, questions.choices, strict=True)]
+            found = self._branch_nats(texts, advance)
+            nats, chosen = [one[0] for one in found], [one[1:] for one in found]
+        else:
+            nats = self._nats(replies, advance).tolist()
+            chosen = self._branch_nats(questions.choices, advance)
         columns: Columns = {
-            "nats": self._nats(replies, advance).tolist(),
+            "nats": nats,
             "tokens": [int(one.loss_mask[1:].sum()) for one in replies],
             "bytes": [one.reply_bytes for one in replies],
         }
         extra = {}
         if questions.choices:
-            columns |= self._choose(questions, advance)
+            columns |= _choose(questions.examples, chosen)
         if questions.prompts:
             found = self._continue(questions.prompts, advance)
             scores = score_generated(found, [e.reply for e in questions.examples])
@@ -119,18 +133,32 @@ class Evaluator:
             advance=advance,
         )[""]
 
-    def _choose(self, questions: Questions, advance: Callable[[int], object]) -> Columns:
-        flat = [choice for some in questions.choices for choice in some]
-        ends = np.cumsum([len(some) for some in questions.choices])[:-1]
-        parts = np.split(self._nats(flat, advance), ends)
-        columns: Columns = {"correct": [], "correct_unnormalised": [], "choice_nats": []}
-        for example, nats in zip(questions.examples, parts, strict=True):
-            right = example.choices.index(example.reply)
-            lengths = np.array([len(choice) for choice in example.choices])
-            columns["correct"].append(int(np.argmax(-nats / lengths) == right))
-            columns["correct_unnormalised"].append(int(np.argmax(-nats) == right))
-            columns["choice_nats"].append(nats.tolist())
-        return columns
+    def _branch_nats(
+        self, texts: list[list[Tokenized]], advance: Callable[[int], object]
+    ) -> list[list[float]]:
+        """Nats of texts, some per example; what those of an example begin with is read once."""
+        rows = [_branched(some) for some in texts]
+        found: list[list[float]] = [[] for _ in rows]
+        # Longest first: what runs out of memory does so at once.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            length = padded_length(len(rows[chosen[0]].tokens))
+            tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
+            branch = np.full((self.batch_size, length), -1, np.int32)
+            branch[:, 0] = 0  # rows without an example begin, too
+            for row, number in enumerate(chosen):
+                size = len(rows[number].tokens)
+                tokens[row, :size], branch[row, :size] = rows[number].tokens, rows[number].branch
+            placed = jax.device_put((tokens, branch), self._rows)
+            nats = np.asarray(self._branches(self._params, *placed), np.float64)
+            for row, number in enumerate(chosen):
+                one = rows[number]
+                own = np.where(one.scored, nats[row, : len(one.tokens)], 0.0)
+                sums = np.bincount(one.branch, own, minlength=len(texts[number]) + 1)
+                found[number] = sums[1:].tolist()
+            advance(sum(len(texts[number]) for number in chosen))
+        return found
 
     def _continue(self, prompts: list[np.ndarray], advance: Callable[[int], object]) -> list[str]:
         texts = [""] * len(prompts)
@@ -155,3 +183,48 @@ class Evaluator:
         ends = np.flatnonzero(np.isin(tokens, self.stop))
         kept = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
+
+
+class _Branched(NamedTuple):
+    """Texts with a common beginning as one row.
+
+    Attributes:
+      tokens: the beginning, then the rest of each text.
+      branch: 0 for the beginning, 1 for the first text, and so on.
+      scored: which tokens are scored.
+    """
+
+    tokens: np.ndarray
+    branch: np.ndarray
+    scored: np.ndarray
+
+
+def _branched(texts: Sequence[Tokenized]) -> _Branched:
+    start = _context(texts[-1])
+    parts = [texts[0].tokens[:start], *(text.tokens[start:] for text in texts)]
+    branch = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    scored = [np.zeros(start, bool), *(text.loss_mask[start:] for text in texts)]
+    return _Branched(np.concatenate(parts), branch, np.concatenate(scored))
+
+
+def _context(choice: Tokenized) -> int:
+    """Number of tokens before the first that is scored."""
+    return int(np.argmax(choice.loss_mask))
+
+
+def _follows(reply: Tokenized, choices: Sequence[Tokenized]) -> bool:
+    """Whether a reply begins with what comes before its choices; tokenizers may join tokens."""
+    start = _context(choices[0])
+    same = np.array_equal(reply.tokens[:start], choices[0].tokens[:start])
+    return same and not reply.loss_mask[:start].any()
+
+
+def _choose(examples: Sequence[Example], nats_of_choices: Sequence[Sequence[float]]) -> Columns:
+    columns: Columns = {"correct": [], "correct_unnormalised": [], "choice_nats": []}
+    for example, some in zip(examples, nats_of_choices, strict=True):
+        nats, right = np.asarray(some), example.choices.index(example.reply)
+        lengths = np.array([len(choice) for choice in example.choices])
+        columns["correct"].append(int(np.argmax(-nats / lengths) == right))
+        columns["correct_unnormalised"].append(int(np.argmax(-nats) == right))
+        columns["choice_nats"].append(nats.tolist())
+    return columns

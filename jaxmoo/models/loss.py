@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxmoo.engine import vocabulary
 from jaxmoo.models.decoder import Decoder
 
-__all__ = ["language_loss", "target_mask", "token_nll"]
+__all__ = ["front_nll", "language_loss", "target_mask", "token_nll"]
 
 
 def target_mask(batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -58,6 +58,28 @@ def token_nll(
         tokens, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
     )
     targets = jnp.where(target_mask(batch), tokens, -1)[:, 1:]
+    return jnp.pad(front_nll(model, h_BSD[:, :-1], targets, chunk, ticket), ((0, 0), (1, 0)))
+
+
+def front_nll(
+    model: Decoder,
+    h_BSD: jax.Array,
+    targets: jax.Array,
+    chunk: int | None = None,
+    ticket: vocabulary.Ticket | None = None,
+) -> jax.Array:
+    """Apply the head to the positions that predict a target.
+
+    Args:
+      model: the decoder.
+      h_BSD: hidden states after the final norm.
+      targets: int32 [B, S], the token that each of them predicts, or -1.
+      chunk: see `token_nll`.
+      ticket: of the tokens' lookup, where the engine made one.
+
+    Returns:
+      float32 [B, S]: the targets' negative log-likelihood in nats, 0 where there is none.
+    """
     rows, columns = targets.shape
     if chunk is None:
         chunk = _default_chunk(rows, columns, model.config.vocab_size)
@@ -66,15 +88,14 @@ def token_nll(
     # Row by row, not over the whole batch: rows may lie on different devices.
     order = jnp.argsort(targets < 0, axis=1, stable=True)
     front_h = jnp.pad(
-        jnp.take_along_axis(h_BSD[:, :-1], order[..., None], axis=1), ((0, 0), (0, fill), (0, 0))
+        jnp.take_along_axis(h_BSD, order[..., None], axis=1), ((0, 0), (0, fill), (0, 0))
     )
     front_targets = jnp.pad(
         jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, fill)), constant_values=-1
     )
-    front_nll = vocabulary.nll(model.head_table(), front_h, front_targets, chunk, ticket)
-    front_nll = front_nll[:, :columns]
-    nll = jnp.put_along_axis(jnp.zeros_like(front_nll), order, front_nll, axis=1, inplace=False)
-    return jnp.pad(nll, ((0, 0), (1, 0)))
+    front = vocabulary.nll(model.head_table(), front_h, front_targets, chunk, ticket)
+    front = front[:, :columns]
+    return jnp.put_along_axis(jnp.zeros_like(front), order, front, axis=1, inplace=False)
 
 
 def language_loss(

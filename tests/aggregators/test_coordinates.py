@@ -151,6 +151,17 @@ def test_constant_weights_of_the_rows():
     np.testing.assert_allclose(weights[missing], given / given.sum(), rtol=1e-6)
 
 
+def test_unit_mean_averages_directions_at_the_mean_length():
+    preference = np.arange(1.0, K + 1)
+    preference /= preference.sum()
+    _, updates = resolve("unit_mean", STACK, preference=preference)
+    for (family, _), j, update in zip(LABELS, STACK, updates, strict=True):
+        if np.all(np.any(j != 0, axis=1)):
+            norms = np.linalg.norm(j, axis=1)
+            expected = (preference @ norms) * (preference / norms) @ j
+            np.testing.assert_allclose(update, expected, atol=1e-5 * norms.max(), err_msg=family)
+
+
 def test_random_weights_are_a_softmax_of_normals():
     grams = jnp.broadcast_to(jnp.eye(3), (4000, 3, 3))
     weights, _ = aggregators.weigh_blocks(aggregators.random(), grams, key=KEY)

@@ -1,0 +1,81 @@
+"""Likelihoods of several continuations of one prompt, which is read once.
+
+A row holds the prompt, then every continuation. Each sees the prompt and itself, and its positions
+follow the prompt's, so that every number is what it would be in a row of its own.
+
+Shape suffixes: B rows, S slots of a row, T slots that are attended to, D hidden.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.loss import front_nll
+
+__all__ = ["branch_nll"]
+
+
+def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> jax.Array:
+    """Negative log-likelihood of the tokens of continuations, in nats.
+
+    Args:
+      model: the decoder.
+      tokens_BS: int32 [B, S]: the prompt, its continuations one after the other, padding.
+      branch_BS: int32 [B, S]: 0 for the prompt, 1, 2, ... for the continuations, -1 for padding.
+
+    Returns:
+      float32 [B, S]; 0 for the prompt and padding.
+
+    Example:
+      >>> from jaxmoo.models import DecoderConfig, token_nll
+      >>> config = DecoderConfig(
+      ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+      ...     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+      ...     max_position_embeddings=128)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> both = branch_nll(model, jnp.array([[5, 6, 7, 8]]), jnp.array([[0, 0, 1, 2]]))
+      >>> alone = token_nll(model, {"tokens": jnp.array([[5, 6, 8]]),
+      ...                           "loss_mask": jnp.array([[False, False, True]])})
+      >>> abs(float(both[0, 3] - alone[0, 2])) < 1e-5
+      True
+    """
+    slots_S = jnp.arange(tokens_BS.shape[1])
+    prompt_B1 = (branch_BS == 0).sum(1, keepdims=True)
+    first_BS = branch_BS != jnp.pad(branch_BS[:, :-1], ((0, 0), (1, 0)))
+    start_BS = jax.lax.cummax(jnp.where(first_BS, slots_S, 0), axis=1)
+    position_BS = jnp.where(branch_BS == 0, slots_S, prompt_B1 + slots_S - start_BS)
+    seen_BST = (branch_BS[:, None, :] == 0) | (branch_BS[:, None, :] == branch_BS[:, :, None])
+    seen_BST &= slots_S <= slots_S[:, None]
+    window = model.config.sliding_window
+    if window is not None:
+        seen_BST &= position_BS[:, :, None] - position_BS[:, None, :] < window
+
+    cos, sin = rope_tables(model.config, position_BS)
+    h_BSD = model.embed_tokens.embedding.get_value()[tokens_BS].astype(model.dtype)
+    for first in model.segments:
+        h_BSD = _scan_layers(model.layers[str(first)], h_BSD, cos, sin, seen_BST)
+    h_BSD = model.norm(h_BSD)
+    # A continuation's first token is predicted by the prompt's last.
+    previous_BS = jnp.where(first_BS, prompt_B1 - 1, slots_S - 1)
+    before_BSD = jnp.take_along_axis(h_BSD, previous_BS[..., None], axis=1)
+    return front_nll(model, before_BSD, jnp.where(branch_BS > 0, tokens_BS, -1))
+
+
+def _scan_layers(
+    segment: DecoderLayer, h_BSD: jax.Array, cos: jax.Array, sin: jax.Array, mask_BST: jax.Array
+) -> jax.Array:
+    graphdef, stacked = nnx.split(segment)
+
+    def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        layer = nnx.merge(graphdef, params)
+        attention = layer.self_attn
+        q, k, v = attention.project(layer.input_layernorm(h_BSD), cos, sin)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask_BST[:, None], implementation="xla")
+        h_BSD = h_BSD + attention.o_proj(out.reshape(*h_BSD.shape[:2], -1))
+        return h_BSD + layer.mlp(layer.post_attention_layernorm(h_BSD)), None
+
+    return jax.lax.scan(body, h_BSD, stacked)[0]

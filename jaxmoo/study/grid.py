@@ -1,0 +1,125 @@
+"""The grid of a study: its training runs and the settings of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.study.config import StudyConfig
+from jaxmoo.train import schema
+from jaxmoo.train.config import Config, load_config
+from jaxmoo.train.yaml_text import flow
+
+__all__ = ["Cell", "Key", "make_cells"]
+
+# Where things lie is no part of what is compared: the examples and weights themselves are.
+_PLACES = ("output", "model.source", "data.source", "data.subset", "data.split", "data.codes")
+# What a run of a study would leave behind for nobody.
+_LEAN = ("export=false", "report=false", "tensorboard=false", "train.gram_every=0")
+
+
+class Key(NamedTuple):
+    """Which run of the grid.
+
+    Attributes:
+      arm: its name.
+      seed: of the data's order and every other random choice of the run.
+      learning_rate: the highest of its schedule.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}, learning rate {self.learning_rate:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A training run of the grid.
+
+    Attributes:
+      key: which one.
+      config: its settings.
+      settings: what decides its result, by full names.
+    """
+
+    key: Key
+    config: Config
+    settings: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of what decides the result."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_cells(study: StudyConfig) -> list[Cell]:
+    """List the runs of a study in the order in which they are run.
+
+    Seeds come outermost: whenever a study is stopped, the seeds before the last one are complete
+    and can be compared.
+
+    Args:
+      study: the settings.
+
+    Returns:
+      One cell per arm, seed and learning rate, each with checked settings.
+
+    Raises:
+      ConfigError: the base file or an arm's settings are wrong; names the arm.
+    """
+    shared = [f"{name}={_value(value)}" for name, value in study.training.items()]
+    cells, seen = [], {}
+    for seed in study.seeds:
+        for rate in study.learning_rates:
+            for arm, own in study.arms.items():
+                key = Key(arm, seed, rate)
+                place = Path(study.output) / "runs" / _directory(key)
+                given = [f"seed={seed}", f"optimizer.learning_rate={rate!r}", f"output={place}"]
+                try:
+                    config = load_config(study.base, [*_LEAN, *shared, *own, *given])
+                except ConfigError as error:
+                    raise ConfigError(f"arm {arm!r}: {error}") from error
+                cells.append(Cell(key, config, _settings(study, config)))
+                text = json.dumps(cells[-1].settings, sort_keys=True)
+                other = seen.setdefault((seed, rate, text), arm)
+                if other != arm:
+                    raise ConfigError(
+                        f"arms {other!r} and {arm!r} are the same run: their settings do not "
+                        "differ."
+                    )
+    languages = {(*cell.config.data.seen, "|", *cell.config.data.unseen) for cell in cells}
+    if len(languages) > 1:
+        raise ConfigError("arms differ in data.seen or data.unseen, so they cannot be compared.")
+    return cells
+
+
+def _settings(study: StudyConfig, config: Config) -> dict[str, Any]:
+    leaves = schema.leaves(Config)
+    decisive = {
+        name: value
+        for name, value in schema.values(config).items()
+        if name not in _PLACES and not name.startswith("data.columns.") and not leaves[name].free
+    }
+    # These may change between a run's interruption and its resumption, but decide what it leaves.
+    for name in ("train.select", "train.evaluate_every", "train.score", "train.patience"):
+        decisive[name] = schema.values(config)[name]
+    decisive["measure.choices"] = study.measure.choices
+    decisive["measure.max_examples"] = study.measure.max_examples
+    return decisive
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else flow(value)
+
+
+def _directory(key: Key) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{key.arm}_seed{key.seed}_lr{key.learning_rate:g}")

@@ -1,0 +1,229 @@
+"""``scripts/study.py`` from its command line to its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxmoo.study.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(file: Path) -> list[dict]:
+    lines = (file.parent / "study" / "rows.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished study elsewhere, for tests that change it; its file."""
+    content = yaml.safe_load(finished.read_text())
+    content["output"] = str(tmp_path / "study")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    shutil.copytree(finished.parent / "study", tmp_path / "study")
+    return tmp_path / "study.yaml"
+
+
+def rewrite(file: Path, rows: list[dict]) -> None:
+    path = file.parent / "study" / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_run_leaves_a_row_and_nothing_else(finished):
+    rows = rows_of(finished)
+    keys = [(row["arm"], row["seed"]) for row in rows]
+    # The model before training first; seeds outermost.
+    assert keys == [(None, None), ("mean", 1), ("mgda", 1), ("mean", 2), ("mgda", 2)]
+    kept = [path.name for path in (finished.parent / "study" / "runs").iterdir()]
+    assert kept == ["mean_seed1_lr0.001"]  # as it was asked
+    for row in rows[1:]:
+        assert row["steps"] == 3 and row["tokens"] > 0 and row["step_seconds"] > 0
+        assert 0 <= row["conflict_share"] <= 1
+        assert {"jax", "python"} <= set(row["versions"])
+        assert set(row["languages"]) == {"en", "fi", "tr"}
+        assert row["settings"]["resolve.aggregator"] == row["arm"]
+    by_key = dict(zip(keys, rows, strict=True))
+    assert by_key["mgda", 1]["norm_ratio"] == pytest.approx(1, abs=1e-3)  # matched norms
+    # Trained at all, and differently.
+    nll = {k: row["languages"]["en"]["all"]["nll"] for k, row in by_key.items()}
+    assert len(set(nll.values())) == len(nll)
+
+
+def test_a_seed_means_the_same_batches_in_every_arm(finished):
+    _, a1, b1, a2, b2 = rows_of(finished)
+    for code in ("en", "fi"):
+        assert a1["first_loss"][code] == pytest.approx(b1["first_loss"][code], abs=1e-4)
+        assert a2["first_loss"][code] == pytest.approx(b2["first_loss"][code], abs=1e-4)
+        assert abs(a1["first_loss"][code] - a2["first_loss"][code]) > 1e-3
+
+
+def test_held_out_examples_are_divided_alike_in_all_languages(finished):
+    for row in rows_of(finished):
+        sizes = [
+            tuple(parts[part]["examples"] for part in ("tune", "report", "all"))
+            for parts in row["languages"].values()
+        ]
+        assert len(set(sizes)) == 1  # parallel sentences
+        tune, report, everything = sizes[0]
+        assert tune + report == everything and min(tune, report) > 0
+        for parts in row["languages"].values():
+            weighed = sum(parts[p]["accuracy"] * parts[p]["examples"] for p in ("tune", "report"))
+            assert weighed / everything == pytest.approx(parts["all"]["accuracy"])
+
+
+def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
+    study = copy.parent / "study"
+    texts = []
+    for _ in range(2):
+        for name in ("study.md", "forest.svg"):
+            (study / name).unlink()
+        assert main(["--config", str(copy), "--report-only"]) == 0
+        assert (study / "study.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+        texts.append([(study / name).read_bytes() for name in ("study.md", "forest.svg")])
+    assert texts[0] == texts[1]
+    table = (study / "study.md").read_text()
+    rows = rows_of(copy)
+
+    def seen(row):
+        return np.mean([row["languages"][code]["all"]["nll"] for code in row["seen"]])
+
+    mean = [seen(row) for row in rows if row["arm"] == "mean"]
+    mgda = [seen(row) for row in rows if row["arm"] == "mgda"]
+    half = 12.706 * np.std(mean, ddof=1) / math.sqrt(2)  # Student's t of one degree of freedom
+    line = next(line for line in table.splitlines() if line.startswith("| mean "))
+    assert f"{np.mean(mean):.3f} ± {half:.3f}" in line
+    assert f"{np.mean(np.subtract(mgda, mean)):+.3f} ± " in table
+    assert "4 of 4 runs" in table and "before training" in table
+    assert b"<svg" in texts[0][1]
+
+
+def test_only_what_is_missing_is_run_again(copy, capsys):
+    """Here of a run that had been stopped between its end and its row."""
+    base, first, *others = rows_of(copy)
+    rewrite(copy, [base, *others])
+    assert main(["--config", str(copy), "--dry-run"]) == 0
+    assert "4 runs, 3 done, 1 to do;" in capsys.readouterr().out
+    assert main(["--config", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert "Run 1 of 1: mean, seed 1" in out
+    again = rows_of(copy)
+    assert again[:-1] == [base, *others]
+    for name in ("languages", "settings", "first_loss", "tokens"):
+        assert again[-1][name] == first[name]
+
+
+def test_other_settings_are_refused_by_name(copy, capsys):
+    before = (copy.parent / "study" / "rows.jsonl").read_bytes()
+    assert main(["--config", str(copy), "training.train.steps=5"]) == 2
+    error = capsys.readouterr().err
+    assert "mean, seed 1, learning rate 0.001 with other settings" in error
+    assert "train.steps: 3 -> 5" in error
+    assert main(["--config", str(copy), "arms.mgda=[resolve.aggregator=mgda]"]) == 2
+    assert "resolve.match_norm: true -> false" in capsys.readouterr().err
+    assert main(["--config", str(copy), "measure.choices=law,travel", "--report-only"]) == 2
+    assert "measure.choices:" in capsys.readouterr().err
+    assert (copy.parent / "study" / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_outlive_settings_that_are_added_later(copy):
+    rows = rows_of(copy)
+    for row in rows[1:]:
+        del row["settings"]["resolve.token_mean"]
+    rewrite(copy, rows)
+    assert main(["--config", str(copy), "--report-only"]) == 0
+
+
+def test_rows_that_do_not_belong_together_are_refused(copy, capsys):
+    rows = rows_of(copy)
+    rows[2]["data"]["fi"] = "0" * 16
+    rewrite(copy, rows)
+    assert main(["--config", str(copy), "--report-only"]) == 2
+    assert "other held-out examples than the first, in fi" in capsys.readouterr().err
+    rows = rows_of(copy)
+    rows[2]["data"] = rows[1]["data"]
+    rows[2]["first_loss"]["en"] += 1
+    rewrite(copy, rows)
+    assert main(["--config", str(copy), "--report-only"]) == 2
+    assert "different losses before their first update (en:" in capsys.readouterr().err
+    rewrite(copy, [*rows[:2], rows[1]])
+    assert main(["--config", str(copy), "--report-only"]) == 2
+    assert "there already is a row of mean, seed 1" in capsys.readouterr().err
+    (copy.parent / "study" / "rows.jsonl").write_text('{"arm": "mean"}\n')
+    assert main(["--config", str(copy), "--report-only"]) == 2
+    assert "line 1 is not a row of a study: it lacks" in capsys.readouterr().err
+
+
+def test_an_unfinished_study_says_what_is_missing(copy, capsys):
+    rewrite(copy, rows_of(copy)[:-1])
+    assert main(["--config", str(copy), "--report-only"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 4 runs" in out and "Unfinished: mgda (seed 2)." in out
+    # One common seed: a difference without an interval.
+    assert re.search(r"\| mgda +\| +1 \| +[+-]\d\.\d{3} \| +– \|", out)
+    rewrite(copy, [])
+    assert main(["--config", str(copy), "--report-only"]) == 2
+    assert "no row to report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "maen"}, "baseline names 'maen', which is not in arms. Did you mean 'mean'?"),
+        ({"seeds": [1, 1]}, "seeds names 1 more than once"),
+        ({"learning_rates": []}, "learning_rates is empty"),
+        ({"learning_rates": [-1.0]}, "learning_rates: -1.0 is not above 0"),
+        ({"arms": {"mean": ["seed=3"]}}, "arms.mean sets seed, which the grid sets"),
+        ({"training": {"output": "x"}}, "training sets output, which the grid sets"),
+        ({"arms": {"mean": ["resolve.agregator=mean"]}}, "arm 'mean': .*Did you mean 'aggregator'"),
+        ({"arms": {"mean": [], "same": []}}, "arms 'mean' and 'same' are the same run"),
+        ({"arms": {"mean": [], "b": ["data.unseen=[]"]}}, "arms differ in data.seen"),
+        ({"base": "nowhere.yaml"}, "There is no config file nowhere.yaml"),
+        ({"arms": ["mean"]}, "arms must be a mapping to lists"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_found_before_anything_is_run(
+    write_study, tmp_path, capsys, change, message
+):
+    assert main(["--config", str(write_study(tmp_path, **change))]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "study").exists()
+
+
+def test_arms_given_twice_and_unknown_ones(write_study, tmp_path, capsys):
+    file = write_study(tmp_path)
+    assert main(["--config", str(file), "--arms", "mgad"]) == 2
+    assert "--arms names 'mgad', which is not in arms. Did you mean 'mgda'?" in (
+        capsys.readouterr().err
+    )
+    file.write_text(file.read_text().replace("  mgda:", "  mean:"))
+    assert main(["--config", str(file)]) == 2
+    assert "'mean' is given twice" in capsys.readouterr().err
+
+
+def test_the_configs_of_the_project_are_sound(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((ROOT / "configs" / "study").glob("*.yaml")):
+        assert main(["--config", str(file), "--print-config"]) == 0
+        assert main(["--config", str(file), "output=nowhere", "seeds=[1]", "--dry-run"]) == 0
+        assert re.search(r"\d+ runs, 0 done", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    sorted((ROOT / "docs" / "study").glob("*/rows.jsonl")),
+    ids=lambda rows: rows.parent.name,
+)
+def test_published_tables_come_from_their_rows(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copy(rows, tmp_path)
+    config = f"configs/study/{rows.parent.name}.yaml"
+    assert main(["--config", config, f"output={tmp_path}", "--report-only"]) == 0
+    assert (tmp_path / "study.md").read_text() == (rows.parent / "study.md").read_text()
