@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.errors import DataError
@@ -25,6 +23,7 @@ from jaxmoo.hf import resolve_source
 from jaxmoo.study.config import StudyConfig
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
+from jaxmoo.train.compiled import kept_programs
 from jaxmoo.train.config import Config
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.provenance import versions
@@ -61,7 +60,7 @@ def run_missing(
       InterruptedRunError: when asked to stop; the run at hand is saved.
     """
     store = RowStore(study.output)
-    with store.claim(), _compiled_once(store.directory / ".compiled"):
+    with store.claim(), kept_programs(store.directory.absolute() / ".compiled"):
         rows = store.read()
         check_rows(cells, rows, store.path)
         missing = [cell for cell in cells if cell.key not in rows_of(cells, rows)]
@@ -206,28 +205,6 @@ def _hardware() -> str:
         f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores "
         f"({platform.machine()})"
     )
-
-
-@contextlib.contextmanager
-def _compiled_once(directory: Path) -> Iterator[None]:
-    """Keep compiled programs, most of which are the same in many runs, for later runs."""
-    if jax.config.jax_compilation_cache_dir is not None:  # the user's own
-        yield
-        return
-    wanted = {
-        "jax_compilation_cache_dir": str(directory.absolute()),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # or what it found before would hold
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def _silent(line: str) -> None:
