@@ -78,8 +78,8 @@ def make_config(folder: Path, steps: int, **train: int) -> Path:
         "data": {
             "source": "chatterbot",
             "seen": ["es", "de", "fr", "id"],
-            "batch_size": 2,
-            "sequence_length": 64,
+            "batch_size": 1,
+            "sequence_length": 32,
             "max_held_out": 4,
         },
         "resolve": {"aggregator": "pcgrad"},
