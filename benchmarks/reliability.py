@@ -48,7 +48,7 @@ from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-HEARTBEAT, CONNECT = 20, 120  # seconds
+HEARTBEAT, CONNECT, LONGEST = 20, 120, 3600  # seconds
 
 
 def make_model(path: Path) -> None:
@@ -79,7 +79,7 @@ def make_config(folder: Path, steps: int, **train: int) -> Path:
             "source": "chatterbot",
             "seen": ["es", "de", "fr", "id"],
             "batch_size": 1,
-            "sequence_length": 32,
+            "sequence_length": 64,
             "max_held_out": 4,
         },
         "resolve": {"aggregator": "pcgrad"},
@@ -148,7 +148,7 @@ class Run:
         """Wait until all have ended; return their exit codes and what they have printed."""
         codes, texts = [], []
         for process, log in self.processes:
-            codes.append(process.wait(timeout=300))
+            codes.append(process.wait(timeout=LONGEST))
             log.seek(0)
             texts.append(log.read())
         return codes, texts

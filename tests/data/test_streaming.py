@@ -13,7 +13,8 @@ import pytest
 
 from jaxmoo.data import LanguageBatches, load_corpus, stream_corpus
 from jaxmoo.data.streams import hub_streams
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import CheckpointError, ConfigError, DataError
+from jaxmoo.train.provenance import batch_digest, check_data
 
 LENGTH = 64
 
@@ -163,6 +164,30 @@ def test_from_any_step_a_run_goes_on_with_the_same_batches(kind, stream, tmp_pat
             assert resumed.epochs(later) == batches.epochs(later)
     # Without a state it is found by reading on, and an earlier one by reading anew.
     assert same(fresh().batch(33), shown[33]) and same(batches.batch(5), shown[5])
+
+
+def test_a_resumed_run_does_not_read_again_what_lies_behind_it(folder, stream):
+    class Run:
+        def __init__(self):
+            self.batches = batches_of(stream(folder, max_held_out=2))
+
+    first, second = Run(), Run()
+    described = {
+        "step": 8,
+        "stream": json.loads(json.dumps(first.batches.state(8))),
+        "next_batch": batch_digest(first.batches, 8),
+    }
+    # Where nothing was read yet but the held-out examples: the first record is overwritten.
+    whole = (folder / "en.jsonl").read_bytes()
+    (folder / "en.jsonl").write_bytes(b"#" + whole[1:])
+    check_data(described, second)
+    assert same(second.batches.batch(8), first.batches.batch(8))
+    with pytest.raises(DataError, match=r"en\.jsonl:1: expected one JSON object"):
+        second.batches.batch(0)
+    # Had the records there changed, it would be known.
+    (folder / "en.jsonl").write_bytes(whole.replace(b"reply", b"Reply"))
+    with pytest.raises(CheckpointError, match="batch of step 9 would be another"):
+        check_data(described, second)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
