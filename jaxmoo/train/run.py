@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints
+from jaxmoo.train.compiled import kept_programs
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import check_same, is_first
@@ -63,7 +64,11 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
             setup = prepare(config, say)
             say(_plan(config, setup))
-        with HangTimeout(config.train.hang_timeout) as hang, directory.claim(config):
+        with (
+            HangTimeout(config.train.hang_timeout) as hang,
+            directory.claim(config),
+            kept_programs(directory.compiled),
+        ):
             check_same(
                 settings=to_yaml(dataclasses.replace(config, output="")),
                 data=batch_digest(setup.batches, 0),

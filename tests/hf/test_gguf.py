@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxmoo.convert.cli import main
 from jaxmoo.errors import CheckpointError
-from jaxmoo.hf import convert_gguf, load_config, load_model, load_tokenizer
-from jaxmoo.hf.wheels import cache_directory
+from jaxmoo.hf import load_config, load_model, load_tokenizer
+from jaxmoo.hf.cache import cache_directory
+from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.models import rope_frequencies
 from jaxmoo.models.presets import preset
 

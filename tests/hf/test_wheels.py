@@ -15,7 +15,7 @@ import pytest
 
 from jaxmoo.errors import DownloadError
 from jaxmoo.hf import fetch_wheel
-from jaxmoo.hf.wheels import cache_directory
+from jaxmoo.hf.cache import cache_directory
 
 NAME = "some_package-1.0-py3-none-any.whl"
 CONTENT = os.urandom(3_000_000)
