@@ -107,7 +107,7 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            # Compiled once, read by all the others.
+            # Compiled once, read by all the others (not by several processes on CPUs).
             "JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -222,6 +222,8 @@ def trial(
 
 def kill(options: argparse.Namespace, folder: Path) -> bool:
     """Run the trials; tell whether all have passed."""
+    # Several processes compile every time, and the machine code runs for seconds.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     config = make_config(folder, options.steps, checkpoint_every=5, evaluate_every=10)
     record = folder / f"kill-{options.processes}.json"
     if not record.exists():
