@@ -36,7 +36,8 @@ class Opened(NamedTuple):
 class RecordStream(Iterator[Record], Protocol):
     """Records in their order, of which one is in memory at a time, or a block of the file.
 
-    Reading raises `DataError` where it cannot go on.
+    Reading raises `DataError` where the data cannot be read on, `OSError` where the device or the
+    network fails.
     """
 
     def position(self) -> Position:
@@ -81,12 +82,8 @@ class _TableStream(Iterator[Record]):
 
         try:
             values = next(self._rows)
-        except (
-            OSError,
-            ValueError,
-            pyarrow.ArrowException,
-            datasets.exceptions.DatasetsError,
-        ) as error:
+        # A connection that breaks is an OSError: no fault of the data, and passed on as it is.
+        except (ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"{self._name}: cannot be read on after row {self._number} "
                 f"({error.__cause__ or error})"
