@@ -195,8 +195,7 @@ def trial(
     stopped = re.search(r"Stopped by SIGTERM after step (\d+) of", texts[0])
     if sent == signal.SIGTERM:
         # It may arrive before Python can handle it, or when everything is done.
-        fine = [{128 + sent}, {0}, {-sent}]
-        if set(codes) not in fine and "Resuming" in texts[0]:
+        if set(codes) not in ({128 + sent}, {0}) and -sent not in codes:
             problems.append(f"exit codes {codes}")
         if stopped and int(stopped[1]) and int(stopped[1]) not in complete:
             problems.append(f"stopped after step {stopped[1]}, which is not saved")
