@@ -278,8 +278,8 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
     config = make_config(folder, options.steps, checkpoint_every=every, evaluate_every=2 * every)
     output, flat = folder / "run", True
     print(
-        "| part | exit code | s | steps | memory after 10 % | at half | at the end | second half "
-        "| slope there per 1,000 steps |"
+        "| part | exit code | s | steps | first 10 % | third quarter | last quarter | change "
+        "| slope in the second half per 1,000 steps |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for part, stop_at in enumerate((options.steps // 2, None), start=1):
@@ -299,16 +299,23 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
             print(text[-3000:])
             return False
         first, last = samples[0][0], samples[-1][0]
-        early = next(m for step, m in samples if step >= first + (last - first) / 10)
-        half = next(m for step, m in samples if step >= first + (last - first) / 2)
-        end = max(m for step, m in samples if step > last - (last - first) / 20)
-        # Allocators and compilers fill their pools in the first half.
-        flat &= end < 1.05 * half
-        there = [(step, m) for step, m in samples if step >= first + (last - first) / 2]
-        (slope, _), covariance = np.polyfit(*zip(*there, strict=True), 1, cov=True)
+
+        def resident_in(begin: float, end: float) -> np.ndarray:
+            """Samples of a part of the steps: [n, 2], step and MiB."""
+            edges = [first + (last - first) * edge for edge in (begin, end)]
+            return np.array([x for x in samples if edges[0] <= x[0] <= edges[1]])
+
+        # Allocators and compilers fill their pools in the first half. A single sample says little:
+        # memory goes up and down with every checkpoint.
+        early, third, fourth = (
+            resident_in(*edges)[:, 1].mean() for edges in ((0, 0.1), (0.5, 0.75), (0.75, 1))
+        )
+        flat &= fourth < 1.05 * third
+        (slope, _), covariance = np.polyfit(*resident_in(0.5, 1).T, 1, cov=True)
         print(
             f"| {part} | {code} | {time.monotonic() - begun:.0f} | {first} to {last} | "
-            f"{early:,.0f} MiB | {half:,.0f} MiB | {end:,.0f} MiB | {end / half - 1:+.1%} | "
+            f"{early:,.0f} MiB | {third:,.0f} MiB | {fourth:,.0f} MiB | "
+            f"{fourth / third - 1:+.1%} | "
             f"{1000 * slope:+.1f} ± {1000 * covariance[0, 0] ** 0.5:.1f} MiB |",
             flush=True,
         )
