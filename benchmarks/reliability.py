@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py kill --trials 20 --processes 2
     python benchmarks/reliability.py soak --steps 2000
+    python benchmarks/reliability.py processes
 
 A real run: ``scripts/train.py`` on a Llama of two layers with random weights, the tokenizer of
 SmolLM2 and the built-in corpus, with evaluations, checkpoints and the export. ``kill`` makes an
@@ -9,7 +10,12 @@ unbroken run first. A trial starts the same run, sends SIGKILL or SIGTERM (in tu
 processes at a random moment between start and end (of CPU time), waits for all of them to be gone,
 and runs the command again. It counts as passed when the exit codes are those documented, the run
 goes on from a checkpoint that was complete, and weights, held-out scores and losses equal the
-unbroken run's bit for bit. The exit code is 1 when a trial fails.
+unbroken run's bit for bit. ``processes`` trains the very model and languages of the quick start for
+a few steps, in two processes of one device and in one process of two, and compares. The exit code
+is 1 when something fails.
+
+With ``--folder`` everything is kept there, and the trials that it holds are not made again: a long
+series can be made in parts.
 """
 
 from __future__ import annotations
@@ -31,8 +37,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 from flax import nnx
+from safetensors.numpy import load_file
 
 from jaxmoo.hf import resolve_source, save_model
 from jaxmoo.models import Decoder, DecoderConfig
@@ -40,7 +48,7 @@ from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-HEARTBEAT, CONNECT = 10, 60  # seconds
+HEARTBEAT, CONNECT, LONGEST = 20, 120, 3600  # seconds
 
 
 def make_model(path: Path) -> None:
@@ -70,7 +78,7 @@ def make_config(folder: Path, steps: int, **train: int) -> Path:
         "data": {
             "source": "chatterbot",
             "seen": ["es", "de", "fr", "id"],
-            "batch_size": 2,
+            "batch_size": 1,
             "sequence_length": 64,
             "max_held_out": 4,
         },
@@ -86,18 +94,21 @@ def make_config(folder: Path, steps: int, **train: int) -> Path:
 class Run:
     """A run in one or several processes."""
 
-    def __init__(self, config: Path, output: Path, processes: int, *, devices: int = 1) -> None:
+    def __init__(
+        self, config: Path, output: Path, processes: int, *overrides: str, devices: int = 1
+    ) -> None:
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             port = listener.getsockname()[1]
         command = [sys.executable, "scripts/train.py", "--config", config, f"output={output}"]
+        command += overrides
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            # Compiled once, read by all the others.
-            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+            # Compiled once, read by all the others (not by several processes on CPUs).
+            "JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
@@ -137,7 +148,7 @@ class Run:
         """Wait until all have ended; return their exit codes and what they have printed."""
         codes, texts = [], []
         for process, log in self.processes:
-            codes.append(process.wait(timeout=300))
+            codes.append(process.wait(timeout=LONGEST))
             log.seek(0)
             texts.append(log.read())
         return codes, texts
@@ -184,8 +195,7 @@ def trial(
     stopped = re.search(r"Stopped by SIGTERM after step (\d+) of", texts[0])
     if sent == signal.SIGTERM:
         # It may arrive before Python can handle it, or when everything is done.
-        fine = [{128 + sent}, {0}, {-sent}]
-        if set(codes) not in fine and "Resuming" in texts[0]:
+        if set(codes) not in ({128 + sent}, {0}) and -sent not in codes:
             problems.append(f"exit codes {codes}")
         if stopped and int(stopped[1]) and int(stopped[1]) not in complete:
             problems.append(f"stopped after step {stopped[1]}, which is not saved")
@@ -211,36 +221,55 @@ def trial(
 
 def kill(options: argparse.Namespace, folder: Path) -> bool:
     """Run the trials; tell whether all have passed."""
+    # Several processes compile every time, and the machine code runs for seconds.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     config = make_config(folder, options.steps, checkpoint_every=5, evaluate_every=10)
+    record = folder / f"kill-{options.processes}.json"
+    if not record.exists():
+        record.write_text(json.dumps({"longest": unbroken(options, folder, config), "trials": {}}))
+    kept = json.loads(record.read_text())
+    expected, trials = result(folder / f"unbroken-{options.processes}"), kept["trials"]
+    for number in range(options.seed, options.seed + options.trials):
+        if str(number) not in trials:
+            done = trial(
+                config, folder / "trial", options.processes, number, kept["longest"], expected
+            )
+            trials[str(number)] = done._asdict()
+            record.write_text(json.dumps(kept))
+            print(f"trial {number}: {'; '.join(done.problems) or 'equal'}", flush=True)
+    print(
+        f"unbroken: {options.steps} steps, {options.processes} process(es), "
+        f"{kept['longest']:.1f} s of CPU"
+    )
+    print("| trial | signal | after CPU s | exit codes | last step seen | resumed from | result |")
+    print("|---|---|---|---|---|---|---|")
+    for number, fields in trials.items():
+        done = Trial(**fields)
+        print(
+            f"| {number} | {done.signal} | {done.after:.1f} | "
+            f"{', '.join(map(str, done.codes))} | {done.reached} | "
+            f"{'the beginning' if done.resumed is None else done.resumed} | "
+            f"{'; '.join(done.problems) or 'equal'} |"
+        )
+    failed = sum(bool(fields["problems"]) for fields in trials.values())
+    print(f"{len(trials) - failed} of {len(trials)} trials passed")
+    return not failed
+
+
+def unbroken(options: argparse.Namespace, folder: Path, config: Path) -> float:
+    """Make the run that all others are compared with; return its CPU time in seconds."""
+    longest = 0.0
     # Once to compile, once to measure how long it takes when nothing is compiled.
-    for name in ("first", "unbroken"):
-        run = Run(config, folder / name, options.processes)
+    outputs = [folder / f"{name}-{options.processes}" for name in ("first", "unbroken")]
+    for output in outputs:
+        run = Run(config, output, options.processes)
         longest = run.wait_until(math.inf)
         codes, texts = run.wait()
         if set(codes) != {0}:
             raise SystemExit(f"The unbroken run failed: {codes}\n{texts[0]}")
-    expected = result(folder / "unbroken")
-    assert result(folder / "first") == expected
-    print(
-        f"unbroken: {options.steps} steps, {options.processes} process(es), {longest:.1f} s of CPU"
-    )
-    print("| trial | signal | after CPU s | exit codes | last step seen | resumed from | result |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    failed = 0
-    for number in range(options.trials):
-        done = trial(
-            config, folder / "trial", options.processes, options.seed + number, longest, expected
-        )
-        failed += bool(done.problems)
-        text = "; ".join(done.problems) or "equal"
-        print(
-            f"| {number + 1} | {done.signal} | {done.after:.1f} | "
-            f"{', '.join(map(str, done.codes))} | {done.reached} | "
-            f"{'the beginning' if done.resumed is None else done.resumed} | {text} |",
-            flush=True,
-        )
-    print(f"{options.trials - failed} of {options.trials} trials passed")
-    return not failed
+    if result(outputs[0]) != result(outputs[1]):
+        raise SystemExit("Two unbroken runs differ.")
+    return longest
 
 
 def soak(options: argparse.Namespace, folder: Path) -> bool:
@@ -249,9 +278,10 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
     config = make_config(folder, options.steps, checkpoint_every=every, evaluate_every=2 * every)
     output, flat = folder / "run", True
     print(
-        "| part | exit code | s | steps | memory after 10 % | at half | at the end | second half |"
+        "| part | exit code | s | steps | first 10 % | third quarter | last quarter | change "
+        "| slope in the second half per 1,000 steps |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for part, stop_at in enumerate((options.steps // 2, None), start=1):
         begun, run = time.monotonic(), Run(config, output, 1)
         process = run.processes[0][0]
@@ -269,20 +299,82 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
             print(text[-3000:])
             return False
         first, last = samples[0][0], samples[-1][0]
-        early = next(m for step, m in samples if step >= first + (last - first) / 10)
-        half = next(m for step, m in samples if step >= first + (last - first) / 2)
-        end = max(m for step, m in samples if step > last - (last - first) / 20)
-        # Allocators and compilers fill their pools in the first half.
-        flat &= end < 1.05 * half
+
+        def resident_in(begin: float, end: float) -> np.ndarray:
+            """Samples of a part of the steps: [n, 2], step and MiB."""
+            edges = [first + (last - first) * edge for edge in (begin, end)]
+            return np.array([x for x in samples if edges[0] <= x[0] <= edges[1]])
+
+        # Allocators and compilers fill their pools in the first half. A single sample says little:
+        # memory goes up and down with every checkpoint.
+        early, third, fourth = (
+            resident_in(*edges)[:, 1].mean() for edges in ((0, 0.1), (0.5, 0.75), (0.75, 1))
+        )
+        flat &= fourth < 1.05 * third
+        (slope, _), covariance = np.polyfit(*resident_in(0.5, 1).T, 1, cov=True)
         print(
             f"| {part} | {code} | {time.monotonic() - begun:.0f} | {first} to {last} | "
-            f"{early:,.0f} MiB | {half:,.0f} MiB | {end:,.0f} MiB | {end / half - 1:+.1%} |",
+            f"{early:,.0f} MiB | {third:,.0f} MiB | {fourth:,.0f} MiB | "
+            f"{fourth / third - 1:+.1%} | "
+            f"{1000 * slope:+.1f} ± {1000 * covariance[0, 0] ** 0.5:.1f} MiB |",
             flush=True,
         )
     steps = [row["step"] for row in read_metrics(output) if "loss" in row]
     complete = steps == list(range(1, options.steps + 1))
     print(f"rows of metrics: {len(steps)}, each step once: {complete}")
     return flat and complete
+
+
+def processes(options: argparse.Namespace, folder: Path) -> bool:
+    """Compare the quick start in two processes with one process; tell whether they agree."""
+    config = ROOT / "configs" / "quickstart.yaml"
+    overrides = [f"train.steps={options.steps}", "optimizer.warmup_steps=1", "report=false"]
+    overrides += ["tensorboard=false", f"data.max_held_out={options.held_out}"]
+    outputs = {2: folder / "two", 1: folder / "one"}
+    for number, output in outputs.items():
+        if not (output / "results.json").exists():
+            begun = time.monotonic()
+            codes, texts = Run(config, output, number, *overrides, devices=3 - number).wait()
+            if set(codes) != {0}:
+                print(texts[0][-3000:])
+                return False
+            told = re.search(r".*device\(s\).*", texts[0])
+            print(f"{number} process(es), {time.monotonic() - begun:.0f} s: {told and told[0]}")
+    two, one = (load_file(outputs[n] / "export" / "model.safetensors") for n in (2, 1))
+    largest = max(
+        np.abs(two[name].astype(np.float64) - one[name]).max() / np.abs(one[name]).max()
+        for name in one
+    )
+    equal = sum(np.array_equal(two[name], one[name]) for name in one)
+    moved = load_file(resolve_source("smollm2-135m-instruct") / "model.safetensors")
+    trained = sum(not np.array_equal(one[name], moved[name].astype(np.float32)) for name in one)
+    print(f"arrays: {len(one)}, of them trained {trained}, equal in every bit {equal}")
+    print(f"weights: largest difference {largest:.1e} of an array's largest entry")
+    rows = [[row for row in read_metrics(outputs[n]) if "loss" in row] for n in (2, 1)]
+    worst = 0.0
+    for a, b in zip(*rows, strict=True):
+        assert a["step"] == b["step"] and a["language_tokens"] == b["language_tokens"]
+        for name in ("loss", "language_norm", "weights"):
+            largest_value = max(map(abs, b[name].values()))
+            differences = [abs(a[name][code] - b[name][code]) for code in b[name]]
+            worst = max(worst, max(differences) / largest_value)
+    print(
+        f"metrics of {len(rows[0])} steps and {len(rows[0][0]['loss'])} languages: tokens equal; "
+        f"losses, gradient norms and weights differ by at most {worst:.1e} of the largest"
+    )
+    scores = [
+        json.loads(file.read_text())
+        for n in (2, 1)
+        for file in sorted(RunDirectory(outputs[n]).evaluation.iterdir())
+    ]
+    half = len(scores) // 2
+    nll = max(
+        abs(a[code]["nll"] / b[code]["nll"] - 1)
+        for a, b in zip(scores[:half], scores[half:], strict=True)
+        for code in b
+    )
+    print(f"held-out scores: differ by at most {nll:.1e} of their value")
+    return max(largest, worst, nll) < 1e-4 and trained > 0
 
 
 def last_step(metrics: Path) -> int:
@@ -312,10 +404,19 @@ def main() -> int:
     killing.add_argument("--seed", type=int, default=0, help="of the moments")
     soaking = commands.add_parser("soak", help="watch the memory of a long run")
     soaking.add_argument("--steps", type=int, default=2000)
+    comparing = commands.add_parser("processes", help="two processes beside one, the real model")
+    comparing.add_argument("--steps", type=int, default=3)
+    comparing.add_argument("--held-out", type=int, default=8, help="examples per language")
+    for command in (killing, soaking, comparing):
+        command.add_argument("--folder", type=Path, help="keep everything there, and go on there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "model")
-        passed = {"kill": kill, "soak": soak}[options.command](options, Path(folder))
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder.absolute()
+        if options.command != "processes" and not (folder / "model").exists():
+            make_model(folder / "model")
+        command = {"kill": kill, "soak": soak, "processes": processes}[options.command]
+        passed = command(options, folder)
     return 0 if passed else 1
 
 

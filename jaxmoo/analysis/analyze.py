@@ -149,7 +149,7 @@ def _check(request: Request, say: Callable[[str], None]) -> _Inputs:
     if "stationarity" in measures:
         data = load_data(config, source, lambda _: None)
         batch = paired_batch(
-            data.corpus.train,
+            data.corpus.at_hand(),
             config.data.seen,
             request.examples,
             seed=request.seed,

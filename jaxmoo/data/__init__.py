@@ -7,6 +7,7 @@ from jaxmoo.data.languages import LANGUAGE_NAMES, language_name
 from jaxmoo.data.mixture import shares
 from jaxmoo.data.sources import load_examples
 from jaxmoo.data.split import deduplicate, split_examples
+from jaxmoo.data.stream_corpus import stream_corpus
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized, tokenize, tokenize_all
 
@@ -25,6 +26,7 @@ __all__ = [
     "load_examples",
     "shares",
     "split_examples",
+    "stream_corpus",
     "text_table",
     "tokenize",
     "tokenize_all",

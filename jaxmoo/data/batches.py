@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.mixture import Mixture
-from jaxmoo.data.packing import Rows
+from jaxmoo.data.order import ShuffledRows, StreamedRows
+from jaxmoo.data.streaming import ExampleStream
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 
@@ -22,15 +22,19 @@ class LanguageBatches:
     Each language goes through its rows in an order shuffled anew in every epoch, and starts over
     when it has shown them all, so small languages repeat while large ones are on their first
     pass. The order comes from the seed and the language's code alone: it does not change when
-    other languages are added or `languages` is reordered, and no two languages share it. Nothing
-    is stored between calls, so a run is resumed from its step number, and every process of a run
-    makes the same batches.
+    other languages are added or `languages` is reordered, and no two languages share it. So a run
+    is resumed from its step number, and every process of a run makes the same batches.
+
+    A language that is streamed (:class:`~jaxmoo.data.streaming.ExampleStream`) is shuffled piece by
+    piece instead. Its batches are a function of seed and step, too, but found by reading on:
+    :meth:`state` tells where, and :meth:`seek` goes there.
 
     A row holds one example, padded on the right, or with `packing` as many as fit (see
     :func:`~jaxmoo.data.packing.plan_rows`). With `mixture`, a step has k of the K languages.
 
     Args:
-      tokenized: per language its training examples, each with at least one target token.
+      tokenized: per language its training examples, each with at least one target token, or a
+        stream of them.
       languages: the K languages, in order.
       batch_size: B, rows per language and step.
       sequence_length: S, tokens per row.
@@ -55,7 +59,7 @@ class LanguageBatches:
 
     def __init__(
         self,
-        tokenized: Mapping[str, Sequence[Tokenized]],
+        tokenized: Mapping[str, Sequence[Tokenized] | ExampleStream],
         languages: Sequence[str],
         batch_size: int,
         sequence_length: int,
@@ -75,7 +79,6 @@ class LanguageBatches:
                     f"No examples of language {language!r} were given; there are "
                     f"{', '.join(tokenized)}.{nearest_language(language, tokenized)}"
                 )
-            _check(language, tokenized[language], sequence_length)
         self.languages = tuple(languages)
         self.batch_size = batch_size
         self.sequence_length = sequence_length
@@ -85,23 +88,17 @@ class LanguageBatches:
         if per_step is not None and per_step != len(self.languages):
             weights = [1.0 if shares is None else shares[language] for language in languages]
             self.mixture = Mixture(weights, per_step, _derived_seed(seed, "/mixture"))
-        self._tokenized = {language: tokenized[language] for language in languages}
-        self.rows = {
-            language: Rows(
-                [len(example.tokens) for example in tokenized[language]],
-                sequence_length,
-                packing=packing,
-                seed=_derived_seed(seed, language),
-            )
-            for language in languages
-        }
-        self._order = {
-            language: grain.MapDataset.range(len(self.rows[language]))
-            .seed(_derived_seed(seed, language))
-            .shuffle()
-            .repeat()
-            for language in languages
-        }
+        self.rows: dict[str, ShuffledRows | StreamedRows] = {}
+        for language in languages:
+            examples, options = tokenized[language], {"packing": packing}
+            options["seed"] = _derived_seed(seed, language)
+            if isinstance(examples, ExampleStream):
+                self.rows[language] = StreamedRows(examples, sequence_length, **options)
+            else:
+                _check(language, examples, sequence_length)
+                self.rows[language] = ShuffledRows(examples, sequence_length, **options)
+        # Of a step; a stream need not be read again for what was read last.
+        self._last: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Return the batch of one step.
@@ -115,12 +112,52 @@ class LanguageBatches:
         Raises:
           ValueError: `step` is negative.
         """
+        return self._at(step)[0]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what finds the batch of a step again besides its number, as JSON holds it.
+
+        Args:
+          step: from 0.
+
+        Returns:
+          Per language that is streamed a place in its stream.
+        """
+        return self._at(step)[1]
+
+    def seek(self, state: Mapping[str, Any]) -> None:
+        """Go to where the batch of a step was found.
+
+        Args:
+          state: from :meth:`state`.
+        """
+        for language, mark in state.items():
+            self.rows[language].seek(mark)
+        self._last = None
+
+    def _at(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if step < 0:
             raise ValueError(f"step counts from 0, found {step}.")
-        taking_part = np.arange(len(self.languages))
-        before = np.full(len(self.languages), step)
+        if self._last is None or self._last[0] != step:
+            firsts = (self._taken(step) * self.batch_size).tolist()
+            marks = {
+                language: self.rows[language].mark(first)
+                for language, first in zip(self.languages, firsts, strict=True)
+            }
+            state = {language: mark for language, mark in marks.items() if mark is not None}
+            self._last = step, self._batch(step), state
+        return self._last[1:]
+
+    def _taken(self, step: int) -> np.ndarray:
+        """In how many of the steps before one each language took part, int [K]."""
+        if self.mixture is None:
+            return np.full(len(self.languages), step)
+        return self.mixture.taken(step)
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        taking_part, before = np.arange(len(self.languages)), self._taken(step)
         if self.mixture is not None:
-            taking_part, before = self.mixture.languages(step), self.mixture.taken(step)
+            taking_part = self.mixture.languages(step)
         batch = {
             name: np.zeros(shape, dtype)
             for name, (shape, dtype) in batch_spec(
@@ -143,10 +180,8 @@ class LanguageBatches:
 
     def _fill(self, language: str, index: int, row: Mapping[str, np.ndarray]) -> None:
         """Write a language's row of all its epochs, counted through."""
-        plan, start = self.rows[language], 0
-        members = plan.examples(self._order[language][index], index // len(plan))
-        for segment, number in enumerate(members, start=1):
-            example = self._tokenized[language][number]
+        start = 0
+        for segment, example in enumerate(self.rows[language].row(index), start=1):
             here = slice(start, start := start + len(example.tokens))
             row["tokens"][here] = example.tokens
             row["loss_mask"][here] = example.loss_mask
@@ -160,18 +195,21 @@ class LanguageBatches:
         """Return how often each language's rows were shown before a step.
 
         Args:
-          step: from 0.
+          step: from 0; of a stream as far as was read.
 
         Returns:
-          Per language the number of passes over its rows, with fractions.
+          Per language the number of passes over its rows, with fractions; over a stream, of which
+          nobody knows how long it is, the whole ones.
         """
-        steps = np.full(len(self.languages), step)
-        if self.mixture is not None:
-            steps = self.mixture.taken(step)
         return {
-            language: int(steps[number]) * self.batch_size / len(self.rows[language])
-            for number, language in enumerate(self.languages)
+            language: self.rows[language].epochs(int(taken) * self.batch_size)
+            for language, taken in zip(self.languages, self._taken(step), strict=True)
         }
+
+    def malformed(self) -> dict[str, int]:
+        """Return per language that is streamed the malformed records that were left out so far."""
+        counts = {language: rows.malformed() for language, rows in self.rows.items()}
+        return {language: count for language, count in counts.items() if count is not None}
 
     def in_step(self, step: int) -> list[str]:
         """Return the languages of a step, in the order of its batch."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.data.sources import read_examples
 from jaxmoo.data.split import deduplicate, split_languages
+from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized, tokenize_all
 from jaxmoo.errors import ConfigError, DataError
@@ -70,16 +71,25 @@ class Corpus:
     """Tokenised examples per language.
 
     Attributes:
-      train: per seen language the examples to train on.
+      train: per seen language the examples to train on, or a stream of them.
       held_out: per seen and unseen language the examples to evaluate.
       report: per seen and unseen language what became of its records.
       complaints: what is wrong with each malformed record that was left out.
     """
 
-    train: dict[str, list[Tokenized]]
+    train: dict[str, list[Tokenized]] | dict[str, ExampleStream]
     held_out: dict[str, list[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
+
+    def at_hand(self) -> dict[str, list[Tokenized]]:
+        """Return training examples per language: all of them, or of a stream its first piece."""
+        return {
+            language: train.training(train.read(Place()))
+            if isinstance(train, ExampleStream)
+            else train
+            for language, train in self.train.items()
+        }
 
     def table(self) -> str:
         """Return the report as an aligned table, and what is wrong with malformed records."""
@@ -155,14 +165,7 @@ def load_corpus(
       DataError: the source cannot be used, or a language is left without examples.
       DownloadError: the built-in corpus could not be fetched.
     """
-    if both := sorted(set(seen) & set(unseen)):
-        raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
-    limit = getattr(tokenizer, "model_max_length", None)
-    if sequence_length < 2 or (limit is not None and sequence_length > limit):
-        raise ConfigError(
-            f"sequence_length is {sequence_length}; expected at least 2 and at most {limit}, the "
-            "longest sequence of the tokenizer's model."
-        )
+    check_languages_and_length(seen, unseen, tokenizer, sequence_length)
     if max_held_out is not None and max_held_out < 1:
         raise ConfigError(f"max_held_out is a positive number or null, found {max_held_out}.")
     reading = read_examples(
@@ -194,12 +197,14 @@ def load_corpus(
         }
         usable = {use: [t for t in part if t.loss_mask.any()] for use, part in tokens.items()}
         if language in seen:
-            train[language] = _usable(language, "train", parts, usable, held_out, sequence_length)
+            train[language] = usable_examples(
+                language, "train", parts, usable, held_out, sequence_length
+            )
         if held_out > 0 or language not in seen:
-            evaluated[language] = _usable(
+            evaluated[language] = usable_examples(
                 language, "held_out", parts, usable, held_out, sequence_length
             )
-        report[language] = _report(
+        report[language] = report_on(
             language,
             language in seen,
             parts,
@@ -214,7 +219,24 @@ def load_corpus(
     return Corpus(train, evaluated, report, tuple(reading.complaints))
 
 
-def _usable(
+def check_languages_and_length(
+    seen: Sequence[str],
+    unseen: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    sequence_length: int,
+) -> None:
+    """Raise `ConfigError` for languages both seen and unseen, or an impossible length."""
+    if both := sorted(set(seen) & set(unseen)):
+        raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
+    limit = getattr(tokenizer, "model_max_length", None)
+    if sequence_length < 2 or (limit is not None and sequence_length > limit):
+        raise ConfigError(
+            f"sequence_length is {sequence_length}; expected at least 2 and at most {limit}, the "
+            "longest sequence of the tokenizer's model."
+        )
+
+
+def usable_examples(
     language: str,
     use: str,
     parts: Mapping[str, list[Example]],
@@ -222,7 +244,7 @@ def _usable(
     held_out: float,
     sequence_length: int,
 ) -> list[Tokenized]:
-    """The examples for one use, or an error that says why there are none."""
+    """Return the examples for one use, or raise an error that says why there are none."""
     if usable[use]:
         return usable[use]
     if parts[use]:
@@ -238,7 +260,7 @@ def _usable(
     )
 
 
-def _report(
+def report_on(
     language: str,
     seen: bool,
     parts: Mapping[str, list[Example]],
@@ -246,6 +268,7 @@ def _report(
     usable: Mapping[str, list[Tokenized]],
     **counts: int,
 ) -> LanguageReport:
+    """Describe what became of a language's records; `counts` are fields of the report."""
     everything = [t for part in tokens.values() for t in part]
     kept = [t for part in usable.values() for t in part]
     lengths = np.array([t.length for t in everything])

@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from jaxmoo.errors import DataError
@@ -14,6 +15,48 @@ from jaxmoo.errors import DataError
 # Where a record was found, "data/en.jsonl:12" or "data/en.parquet: row 12", and the record, or what
 # is wrong with it.
 Record = tuple[str, Mapping[str, Any] | DataError]
+
+
+class Lines(Iterator[bytes]):
+    """The lines of a file from any of them on.
+
+    Args:
+      path: the file.
+      number: lines before the first one.
+      byte: where the first one begins.
+
+    Attributes:
+      number: lines read so far, those before the first one included; so the last one's number.
+      byte: where the next one begins.
+    """
+
+    def __init__(self, path: Path, number: int = 0, byte: int = 0):
+        self.number, self.byte = number, byte
+        self._file = path.open("rb")
+        self._file.seek(byte)
+
+    def __next__(self) -> bytes:
+        line = self._file.readline()
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.byte += len(line)
+        return line
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -46,15 +89,23 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
         ) from None
 
 
-def _decoded_lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield _decoded(path, number, line)
+def _decoded_lines(path: Path, lines: Lines) -> Iterator[str]:
+    with lines:
+        for line in lines:
+            yield _decoded(path, lines.number, line)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+def read_jsonl(path: Path, lines: Lines | None = None) -> Iterator[Record]:
+    """Yield the records of a file of JSON Lines, as `read_records` does.
+
+    Args:
+      path: the file.
+      lines: its lines, from where to begin; all of them by default. Between two records they stand
+        behind the one and before the other.
+    """
+    with lines or Lines(path) as lines:
+        for line in lines:
+            number = lines.number
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     record: Mapping[str, Any] | DataError = _parsed_line(path, number, line)
@@ -78,7 +129,7 @@ def _parsed_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    text = "".join(_decoded_lines(path))
+    text = "".join(_decoded_lines(path, Lines(path)))
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -95,14 +146,24 @@ def _read_json(path: Path) -> Iterator[Record]:
             yield place, DataError(f"{place}: expected a JSON object, found {found}")
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def read_csv(path: Path, lines: Lines | None = None) -> Iterator[Record]:
+    """Yield the records of a CSV file with a header, as `read_records` does.
+
+    Args:
+      path: the file.
+      lines: as in `read_jsonl`; they begin with the header or with a record.
+    """
     # One field may hold a whole document; the module's own limit is 128 KiB.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_decoded_lines(path), strict=True)
     header: list[str] = []
+    if lines is None:
+        lines = Lines(path)
+    elif lines.byte:
+        header = next(csv.reader(_decoded_lines(path, Lines(path)), strict=True))
+    reader = csv.reader(_decoded_lines(path, lines), strict=True)
     while True:
         # Where the record begins; a quoted field may hold line breaks.
-        place = f"{path}:{reader.line_num + 1}"
+        place = f"{path}:{lines.number + 1}"
         try:
             row = next(reader)
         except StopIteration:
@@ -137,8 +198,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
-    ".csv": _read_csv,
+    ".csv": read_csv,
 }

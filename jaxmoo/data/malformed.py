@@ -11,6 +11,7 @@ class Malformed:
     Args:
       part: what they are a part of, for the error.
       limit: the largest share of all records that may be malformed; at 0 the first is an error.
+      before: malformed records found earlier, of a source that is read in pieces.
 
     Attributes:
       complaints: what is wrong with each, with file and line.
@@ -23,8 +24,8 @@ class Malformed:
       1
     """
 
-    def __init__(self, part: str, limit: float):
-        self._part, self._limit = part, limit
+    def __init__(self, part: str, limit: float, before: int = 0):
+        self._part, self._limit, self._before = part, limit, before
         self.complaints: list[str] = []
 
     def add(self, error: DataError) -> None:
@@ -38,16 +39,16 @@ class Malformed:
         self.complaints.append(str(error))
 
     def check(self, good: int) -> None:
-        """Compare their number with the limit, once all records were read.
+        """Compare their number with the limit, once all records, or a piece's, were read.
 
         Args:
-          good: how many records are well formed.
+          good: how many records are well formed, those of earlier pieces included.
 
         Raises:
           DataError: too many are not.
         """
-        bad = len(self.complaints)
-        if bad > self._limit * (bad + good):
+        bad = self._before + len(self.complaints)
+        if self.complaints and bad > self._limit * (bad + good):
             raise DataError(
                 f"{self.complaints[0]}\nSo or otherwise malformed are {bad:,} of the "
                 f"{bad + good:,} records of {self._part}; max_malformed allows a share of "

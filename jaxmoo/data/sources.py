@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoo.data.chatterbot import read_chatterbot
-from jaxmoo.data.example import Example, clean_text
+from jaxmoo.data.example import Example
 from jaxmoo.data.files import READERS, Record, read_records
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.records import check_columns, language_of, to_example
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 BUILT_IN = "chatterbot"
-# What a record's content may be.
-CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
-COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group", "choices")
 
 
 class Loaded(NamedTuple):
@@ -135,7 +132,7 @@ def read_examples(
       DataError: the source, a language of it or a record cannot be used.
     """
     languages = _check_languages(languages)
-    columns = _check_columns(columns)
+    columns = check_columns(columns)
     names = {language: (codes or {}).get(language, language) for language in languages}
     path = Path(source).expanduser()
     complaints: list[str] = []
@@ -147,7 +144,8 @@ def read_examples(
         }
     else:
         if "{language}" in source or path.is_dir():
-            records = _pattern_records(source, names)
+            files = language_files(source, names)
+            records = {language: read_records(file) for language, file in files.items()}
         elif path.is_file():
             stray = Malformed(str(path), max_malformed)
             records = _file_records(path, names, language_column, stray)
@@ -155,7 +153,7 @@ def read_examples(
         else:
             stray = Malformed(source, max_malformed)
             records = hub_records(
-                _check_hub_id(source), names, subset, split, language_column, stray
+                check_hub_id(source), names, subset, split, language_column, stray
             )
             complaints += stray.complaints
         loaded = {}
@@ -176,68 +174,6 @@ def read_examples(
     return Reading(loaded, complaints)
 
 
-def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
-    """Turn a record into an example.
-
-    Args:
-      record: where it was found, and its columns or what is wrong with it.
-      language: the record's language.
-      columns: as in `read_examples`.
-
-    Returns:
-      The example.
-
-    Raises:
-      DataError: naming the place, when the record is malformed, or a column is missing or does not
-        hold what it should.
-    """
-    place, values = record
-    if isinstance(values, DataError):
-        raise values
-
-    def column(key: str) -> Any:
-        name = columns.get(key, key)
-        if name not in values:
-            raise DataError(
-                f"{place}: no column {name!r} for the {key}. Columns: "
-                f"{', '.join(map(str, values))}.{did_you_mean(name, values)} "
-                "Name the right ones in `columns`."
-            )
-        return values[name]
-
-    group = str(column("group")) if "group" in columns else None
-    mapped = {"messages", "prompt", "completion", "text"} & set(columns)
-    try:
-        example = _example(language, column, values, mapped, group)
-        if "choices" not in columns:
-            return example
-        return dataclasses.replace(example, choices=_choices(column("choices")))
-    except DataError as error:
-        message = str(error)
-        raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
-
-
-def _example(
-    language: str,
-    column: Callable[[str], Any],
-    values: Mapping[str, Any],
-    mapped: Collection[str],
-    group: str | None,
-) -> Example:
-    if "messages" in mapped or (not mapped and "messages" in values):
-        return Example.from_messages(language, column("messages"), group=group)
-    paired = {"prompt", "completion"} & set(values)
-    if "text" in mapped or (not mapped and not paired and "text" in values):
-        return Example.from_text(language, column("text"), group=group)
-    return Example.from_pair(language, column("prompt"), column("completion"), group=group)
-
-
-def _choices(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(f"expected a list of choices, found {type(value).__name__}")
-    return tuple(map(clean_text, value))
-
-
 def _check_languages(languages: Sequence[str]) -> list[str]:
     if isinstance(languages, str) or not languages:
         raise ConfigError(f"Expected a list of language codes, found {languages!r}.")
@@ -247,24 +183,12 @@ def _check_languages(languages: Sequence[str]) -> list[str]:
     return list(languages)
 
 
-def _check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
-    columns = {key: name for key, name in (columns or {}).items() if name is not None}
-    for key in columns:
-        if key not in COLUMN_KEYS:
-            raise ConfigError(
-                f"Unknown key {key!r} in columns; expected {', '.join(COLUMN_KEYS)}."
-                f"{did_you_mean(key, COLUMN_KEYS)}"
-            )
-    kinds = [kind for kind in CONTENTS if set(kind) & set(columns)]
-    if len(kinds) > 1:
-        raise ConfigError(
-            "Columns take either messages, or prompt and completion, or text, not both "
-            f"{' and '.join(kinds[0])} and {' and '.join(kinds[1])}."
-        )
-    return columns
+def check_hub_id(source: str) -> str:
+    """Return the id of a hub dataset.
 
-
-def _check_hub_id(source: str) -> str:
+    Raises:
+      DataError: it is no such id, and nothing else either.
+    """
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in READERS:
         return source
     if "/" in source or Path(source).suffix in READERS:
@@ -284,8 +208,19 @@ def _missing_language(source: str | Path, name: str, available: Iterable[str]) -
     )
 
 
-def _pattern_records(source: str, names: Mapping[str, str]) -> dict[str, Iterator[Record]]:
-    """Records of one file per language."""
+def language_files(source: str, names: Mapping[str, str]) -> dict[str, Path]:
+    """Find one file per language.
+
+    Args:
+      source: a path with ``{language}`` in it, or a directory of files named by language.
+      names: per language the source's name of it.
+
+    Returns:
+      Per language its file.
+
+    Raises:
+      DataError: a language has none, or several.
+    """
     path = Path(source).expanduser()
     found: dict[str, list[Path]] = {}
     if path.is_dir() and "{language}" not in source:
@@ -314,7 +249,7 @@ def _pattern_records(source: str, names: Mapping[str, str]) -> dict[str, Iterato
                 f"{', '.join(file.name for file in found[name])}. Keep one, or give a pattern "
                 "such as 'data/{language}.jsonl'."
             )
-    return {language: read_records(found[name][0]) for language, name in names.items()}
+    return {language: found[name][0] for language, name in names.items()}
 
 
 def _by_column(
@@ -328,22 +263,16 @@ def _by_column(
     table: dict[str, list[Record]] = {name: [] for name in names.values()}
     available = set()
     count = 0
-    for place, values in records:
-        if isinstance(values, DataError):
-            stray.add(values)
+    for record in records:
+        try:
+            name = language_of(record, column)
+        except DataError as error:
+            stray.add(error)
             continue
-        if column not in values:
-            complaint = (
-                f"{place}: no column {column!r} for the language. Columns: "
-                f"{', '.join(map(str, values))}.{did_you_mean(column, values)}"
-            )
-            stray.add(DataError(complaint))
-            continue
-        name = str(values[column])
         available.add(name)
         count += 1
         if name in table:
-            table[name].append((place, values))
+            table[name].append(record)
     stray.check(count)
     for name, found in table.items():
         if not found:
@@ -354,6 +283,17 @@ def _by_column(
 def _file_records(
     path: Path, names: Mapping[str, str], language_column: str | None, stray: Malformed
 ) -> dict[str, list[Record]]:
+    column = check_one_file(path, language_column)
+    return _by_column(path, read_records(path), names, column, stray)
+
+
+def check_one_file(path: Path, language_column: str | None) -> str:
+    """Return the column that tells apart the languages of one file.
+
+    Raises:
+      DataError: the file is of no known kind.
+      ConfigError: no column is named.
+    """
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: expected a file ending in {', '.join(READERS)}.")
     if language_column is None:
@@ -361,7 +301,7 @@ def _file_records(
             f"{path} is one file: say which column names the language (language_column), or give "
             "one file per language, 'data/{language}.jsonl'."
         )
-    return _by_column(path, read_records(path), names, language_column, stray)
+    return language_column
 
 
 def hub_records(
@@ -388,28 +328,35 @@ def hub_records(
     Raises:
       DataError: the dataset cannot be loaded, or has no such language.
     """
-    import datasets
-
-    def call(function: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return function(*arguments, **options)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"Cannot load {dataset!r} from the Hugging Face hub ({error}). Expected a hub "
-                f"dataset id, {BUILT_IN!r}, or local files such as 'data/{{language}}.jsonl'."
-            ) from error
 
     def rows(subset: str | None, split: str) -> Iterator[Record]:
-        table = call(datasets.load_dataset, dataset, subset, split=split)
-        for number, values in enumerate(table, start=1):
+        for number, values in enumerate(load_hub(dataset, subset, split), start=1):
             yield f"{dataset} ({subset or 'default'}, {split}): row {number}", values
 
     if language_column is not None:
         return _by_column(dataset, rows(subset, split), names, language_column, stray)
+    return {
+        language: rows(*part) for language, part in hub_parts(dataset, names, subset, split).items()
+    }
+
+
+def hub_parts(
+    dataset: str, names: Mapping[str, str], subset: str | None, split: str
+) -> dict[str, tuple[str | None, str]]:
+    """Return the subset and split of every language of a hub dataset.
+
+    Args:
+      dataset: as in `hub_records`, and so are the others.
+
+    Raises:
+      DataError: the dataset cannot be read, or has no such language.
+    """
+    import datasets
+
     if subset is None and "{language}" not in split:
         subset = "{language}"
     if subset is not None and "{language}" in subset:
-        available = call(datasets.get_dataset_config_names, dataset)
+        available = _call_hub(dataset, datasets.get_dataset_config_names, dataset)
         for name in names.values():
             if subset.replace("{language}", name) not in available:
                 raise DataError(
@@ -417,8 +364,33 @@ def hub_records(
                     "apart by a column, name it in language_column."
                 )
     return {
-        language: rows(
-            subset and subset.replace("{language}", name), split.replace("{language}", name)
+        language: (
+            subset and subset.replace("{language}", name),
+            split.replace("{language}", name),
         )
         for language, name in names.items()
     }
+
+
+def load_hub(dataset: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Open a hub dataset, or one laid out like it.
+
+    Raises:
+      DataError: it cannot be loaded.
+    """
+    import datasets
+
+    options = {"split": split, "streaming": streaming}
+    return _call_hub(dataset, datasets.load_dataset, dataset, subset, **options)
+
+
+def _call_hub(dataset: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return function(*arguments, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"Cannot load {dataset!r} from the Hugging Face hub ({error}). Expected a hub "
+            f"dataset id, {BUILT_IN!r}, or local files such as 'data/{{language}}.jsonl'."
+        ) from error

@@ -49,6 +49,25 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(digest[:_HASH_BYTES], "big") / 2 ** (8 * _HASH_BYTES)
 
 
+def side_key(example: Example) -> str:
+    """Return the text whose hash is an example's side, where nothing links it with others.
+
+    A group replaces the prompt as the name of the side, so that parallel translations, whose
+    prompts differ, go to the same side in every language.
+
+    Args:
+      example: an example.
+
+    Returns:
+      Its group if it has one, else its prompt.
+
+    Example:
+      >>> side_key(Example.from_pair("en", "Hi", "Hello"))
+      'user:Hi'
+    """
+    return example.prompt_key if example.group is None else f"\x00group:{example.group}"
+
+
 def split_examples(
     examples: Sequence[Example], held_out: float, *, disjoint_replies: bool = False
 ) -> tuple[list[Example], list[Example]]:
@@ -153,11 +172,7 @@ def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[st
 
     own = []
     for example in examples:
-        # A group replaces the prompt as the name of the side, so that parallel translations,
-        # whose prompts differ, go to the same side in every language.
-        keys = [example.prompt_key]
-        if example.group is not None:
-            keys.insert(0, f"\x00group:{example.group}")
+        keys = list(dict.fromkeys((side_key(example), example.prompt_key)))
         if disjoint_replies:
             keys.append(f"\x7freply:{normalise(example.reply)}")
         own.append(keys[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxmoo.data import Corpus, LanguageBatches, load_corpus, shares
+from jaxmoo.data import Corpus, LanguageBatches, load_corpus, shares, stream_corpus
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_tokenizer
 from jaxmoo.train.config import Config
@@ -15,7 +15,7 @@ from jaxmoo.train.config import Config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["RunData", "load_data", "read_template"]
+__all__ = ["RunData", "load_data", "make_batches", "read_template"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class RunData:
 
 
 def load_data(config: Config, source: Path, say: Callable[[str], None] = print) -> RunData:
-    """Read, split and tokenise the examples of a run; no weights are read.
+    """Read, split and tokenise the examples of a run, or open them; no weights are read.
 
     Args:
       config: the run's settings.
       source: the model's directory, for its tokenizer.
-      say: called with the corpus's table.
+      say: called with the corpus's table, and with what is wrong with records of a stream.
 
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
@@ -49,35 +49,52 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
     tokenizer = load_tokenizer(source)
     if template is not None:
         tokenizer.chat_template = template
-    corpus = load_corpus(
-        data.source,
-        tokenizer,
-        seen=data.seen,
-        unseen=data.unseen,
-        sequence_length=data.sequence_length,
-        held_out=data.held_out,
-        max_held_out=data.max_held_out,
-        disjoint_replies=data.disjoint_replies,
-        columns=dataclasses.asdict(data.columns),
-        codes=data.codes,
-        language_column=data.language_column,
-        subset=data.subset,
-        split=data.split,
-        max_malformed=data.max_malformed,
-    )
+    options = {
+        "seen": data.seen,
+        "unseen": data.unseen,
+        "sequence_length": data.sequence_length,
+        "held_out": data.held_out,
+        "max_held_out": data.max_held_out,
+        "columns": dataclasses.asdict(data.columns),
+        "codes": data.codes,
+        "language_column": data.language_column,
+        "subset": data.subset,
+        "split": data.split,
+        "max_malformed": data.max_malformed,
+    }
+    if data.streaming:
+        options |= {"shuffle_buffer": data.shuffle_buffer, "max_scan": data.max_scan, "say": say}
+        corpus = stream_corpus(data.source, tokenizer, **options)
+    else:
+        options |= {"disjoint_replies": data.disjoint_replies}
+        corpus = load_corpus(data.source, tokenizer, **options)
     say(corpus.table())
-    batches = LanguageBatches(
+    return RunData(tokenizer, corpus, make_batches(config, corpus, tokenizer.pad_token_id or 0))
+
+
+def make_batches(config: Config, corpus: Corpus, pad_id: int) -> LanguageBatches:
+    """Make the training batches of a corpus.
+
+    Args:
+      config: the run's settings.
+      corpus: its examples.
+      pad_id: the token to pad with.
+
+    Raises:
+      ConfigError, DataError: a language cannot be trained on.
+    """
+    data = config.data
+    return LanguageBatches(
         corpus.train,
         data.seen,
         data.batch_size,
         data.sequence_length,
         config.seed,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_id,
         packing=data.packing,
         per_step=data.languages_per_step,
         shares=_shares(config, corpus),
     )
-    return RunData(tokenizer, corpus, batches)
 
 
 def _shares(config: Config, corpus: Corpus) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from jaxmoo.data.languages import nearest_language
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.hf import resolve_source
 from jaxmoo.train.config import Config, load_config
-from jaxmoo.train.data import RunData, load_data
+from jaxmoo.train.data import RunData, load_data, make_batches
 
 __all__ = ["main"]
 
@@ -42,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         shown = _languages(config, options.languages)
         data = load_data(config, resolve_source(config.model.source))
+        if config.data.streaming:
+            corpus = dataclasses.replace(data.corpus, train=data.corpus.at_hand())
+            batches = make_batches(config, corpus, data.batches.pad_id)
+            data = dataclasses.replace(data, corpus=corpus, batches=batches)
+            print(
+                "data.streaming: how many examples there are is not known. Records above are those "
+                "read to find the held-out examples; what follows counts each language's first "
+                f"{config.data.shuffle_buffer:,} records as if they were all."
+            )
         description = describe(data.corpus, data.batches, config.train.steps)
         print(f"\n{epochs_table(description)}")
         _show(data, shown, options.examples)

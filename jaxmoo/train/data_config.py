@@ -92,6 +92,24 @@ class DataConfig:
         "and reported. At 0 the first one is an error.",
         within=_FRACTION,
     )
+    streaming: bool = setting(
+        False,
+        "Read records while training goes on, in pieces of `shuffle_buffer`, instead of reading, "
+        "splitting and tokenising all of them before the first step. For data that memory does not "
+        "hold: .jsonl, .csv, .parquet and hub data sets. How many examples there are is then not "
+        "known: `max_held_out` is needed, and duplicates are found within a piece only.",
+    )
+    shuffle_buffer: int = setting(
+        1000,
+        "Streaming: records of a language that are read, shuffled (and packed) together.",
+        within=_AT_LEAST_1,
+    )
+    max_scan: int = setting(
+        100_000,
+        "Streaming: records read at most, at the beginning, to find a language's `max_held_out` "
+        "examples.",
+        within=_AT_LEAST_1,
+    )
     held_out: float = setting(
         0.1,
         "Share of a seen language's examples that is kept from training, for evaluation.",
@@ -161,7 +179,23 @@ def check_data(data: DataConfig) -> list[str]:
             "data.columns takes either messages or prompt and completion or text: name columns of "
             "one kind only."
         )
-    return problems + _check_sampling(data)
+    return problems + _check_streaming(data) + _check_sampling(data)
+
+
+def _check_streaming(data: DataConfig) -> list[str]:
+    if not data.streaming:
+        return []
+    wrong = {
+        "data.max_held_out must be set": data.max_held_out is None,
+        "data.disjoint_replies must be false": data.disjoint_replies,
+        "data.sampling.temperature must be null (give weights)": data.sampling.temperature
+        is not None,
+    }
+    return [
+        f"data.streaming: {text}, for nobody knows all the examples of a stream."
+        for text, found in wrong.items()
+        if found
+    ]
 
 
 def _check_sampling(data: DataConfig) -> list[str]:

@@ -6,6 +6,7 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "loss": {"en": 2.31, ...},             # mean per target token, before the step's update; of
                                             # the languages of the step
      "epochs": {"en": 0.4, ...},            # passes over each language's examples so far
+     "malformed": {"en": 0, ...},           # of streams: records left out so far
      "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
      "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
      "weights": {"en": 0.11, ...},          # mean over blocks

@@ -52,13 +52,14 @@ def about(config: Config, setup: Setup, step: int) -> dict[str, Any]:
         "config": to_yaml(config),
         "versions": versions(),
         "mesh": dict(setup.device_mesh.shape),
-        # Batches are a function of the step, so this is all there is to the data's position.
+        # Batches are a function of the step; a stream is told where to find the next one.
+        "stream": setup.batches.state(step),
         "next_batch": batch_digest(setup.batches, step),
     }
 
 
 def check_data(described: Mapping[str, Any], setup: Setup) -> None:
-    """Raise unless the run goes on with the data that it has been trained on.
+    """Go to the run's place in its data; raise unless these are what it has been trained on.
 
     The settings may be the same and the files behind them not.
 
@@ -70,6 +71,7 @@ def check_data(described: Mapping[str, Any], setup: Setup) -> None:
       CheckpointError: the next batch is not the one it would have been.
     """
     step = described["step"]
+    setup.batches.seek(described.get("stream", {}))
     if described["next_batch"] != batch_digest(setup.batches, step):
         raise CheckpointError(
             f"data: the examples are no longer those of the run's beginning; its batch of step "

@@ -173,6 +173,7 @@ class Reporter:
             "cosine": cosine,
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
+            **({"malformed": malformed} if (malformed := batches.malformed()) else {}),
             "skipped": dict(zip(seen, measured["skipped"], strict=True)),
             "seconds": self._seconds(),
             "goodput": self._job.clock.goodput(),

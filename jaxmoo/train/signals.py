@@ -111,11 +111,22 @@ class StopRequest:
         """
         self._at_once = True
         try:
-            if self._noted and not self._several:
-                self._stop()
+            self._stop_if_noted()
             yield
+        except InterruptedRunError:
+            raise
+        except Exception:
+            # Libraries, and we, turn what goes wrong while a file is read into other errors.
+            self._stop_if_noted()
+            raise
         finally:
             self._at_once = False
+        # Some take what goes wrong for an answer.
+        self._stop_if_noted()
+
+    def _stop_if_noted(self) -> None:
+        if self._noted and not self._several:
+            self._stop()
 
     def __exit__(
         self,

@@ -190,6 +190,11 @@ BAD_OVERRIDES = {
     "data.columns={messages: a, prompt: b}": "either messages or prompt and completion",
     "data.columns={text: a, prompt: b}": "or text: name columns of one kind",
     "data.max_malformed=1": "at least 0 and below 1",
+    "data.streaming=true": "data.max_held_out must be set, for nobody knows all the examples",
+    "data={streaming: true, max_held_out: 2, disjoint_replies: true}": "must be false, for nobody",
+    "data={streaming: true, max_held_out: 2, languages_per_step: 1, sampling: {temperature: 2}}": (
+        "temperature must be null"
+    ),
     "data.languages_per_step=3": "is 3, but data.seen has 2 languages",
     "data.sampling.temperature=2": "no effect when every language takes part",
     "data={languages_per_step: 1, sampling: {weights: {eng: 2}}}": "'eng', which is not in data.s",

@@ -1,5 +1,6 @@
 """Signals and hangs: when a process stops, how it ends, what it says."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,6 +33,19 @@ def test_signals_are_noted_and_obeyed_where_the_work_allows():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
     assert stopped.value.signal == signal.SIGINT
+    # Whatever the work makes of it: another error, or nothing.
+    with StopRequest() as stop, pytest.raises(InterruptedRunError), stop.at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except Exception as error:
+            raise CheckpointError("the file cannot be read") from error
+    swallowed = contextlib.suppress(Exception)
+    with StopRequest() as stop, pytest.raises(InterruptedRunError), stop.at_once(), swallowed:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    with StopRequest() as stop, pytest.raises(CheckpointError), stop.at_once():
+        raise CheckpointError("without any signal it is what it is")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 

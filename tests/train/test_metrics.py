@@ -9,6 +9,7 @@ import math
 import os
 import pty
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -274,3 +275,21 @@ def test_many_languages_fit_one_line_of_a_terminal(terminal):
     lines = [line for line in read().replace("\x1b[A", "").replace("\r", "\n").split("\n") if line]
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("l63 6.30  l62 6.20") and line.endswith("...") for line in lines)
+
+
+def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
+    """Without a connection they are kept in a file."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    with MetricsWriter(run, tensorboard=False, wandb="project") as metrics:
+        metrics.write({"step": 1, "loss": {"en": 2.3456}, "learning_rate": 0.0123})
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    name = (run / "wandb_id").read_text().strip()
+    wanted = {"loss/en", "2.3456", "train/learning_rate", "0.0123", "project", name}
+    # The package's own process writes it, and may take a moment.
+    deadline = time.monotonic() + 30
+    while missing := {text for text in wanted if text.encode() not in file.read_bytes()}:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.1)

@@ -1,4 +1,7 @@
-"""One run in two processes, started by the recipes of ``launch/``; and the recipes themselves."""
+"""One run in two processes, started by the recipes of ``launch/``; and the recipes themselves.
+
+The run trains adapters on streamed data, so that these are tried in two processes, too.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from devices import ROOT
 from jaxmoo.train.cli import main
@@ -80,8 +84,18 @@ def losses(run: Path) -> list[dict]:
 def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
     write_config, compiled, tmp_path
 ):
+    for language in ("es", "fr", "de"):
+        pairs = [(f"{language} {i}?", f"{i} {language} " * (1 + i % 4)) for i in range(30)]
+        lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
+        (tmp_path / f"{language}.jsonl").write_text("\n".join(lines))
     config = write_config(
         model__trainable=r"^layers\.3\.",
+        lora={"rank": 2, "targets": ["q_proj", "down_proj"], "export": "both"},
+        optimizer={"learning_rate": 1e-2, "warmup_steps": 1},
+        data__source=str(tmp_path / "{language}.jsonl"),
+        data__streaming=True,
+        data__shuffle_buffer=8,
+        data__packing=True,
         data__seen=["es", "fr"],
         data__sequence_length=64,
         data__max_held_out=2,
@@ -153,6 +167,8 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
     # One process with one device adds up in another order.
     one = tmp_path / "one"
     assert main([*arguments, f"output={one}"]) == 0
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (unbroken, one)]
+    assert largest_difference(*adapters) < 1e-3
     assert largest_difference(weights(unbroken), weights(one)) < 1e-4
     for a, b in zip(losses(unbroken), losses(one), strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -1,0 +1,116 @@
+"""What a record of a source holds, by its columns: an example, and its language."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from jaxmoo.data.example import Example, clean_text
+from jaxmoo.data.files import Record
+from jaxmoo.errors import ConfigError, DataError, did_you_mean
+
+# What a record's content may be.
+CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
+COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group", "choices")
+
+
+def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
+    """Return the columns that are named.
+
+    Raises:
+      ConfigError: a key is unknown, or they are of several kinds.
+    """
+    columns = {key: name for key, name in (columns or {}).items() if name is not None}
+    for key in columns:
+        if key not in COLUMN_KEYS:
+            raise ConfigError(
+                f"Unknown key {key!r} in columns; expected {', '.join(COLUMN_KEYS)}."
+                f"{did_you_mean(key, COLUMN_KEYS)}"
+            )
+    kinds = [kind for kind in CONTENTS if set(kind) & set(columns)]
+    if len(kinds) > 1:
+        raise ConfigError(
+            "Columns take either messages, or prompt and completion, or text, not both "
+            f"{' and '.join(kinds[0])} and {' and '.join(kinds[1])}."
+        )
+    return columns
+
+
+def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
+    """Turn a record into an example.
+
+    Args:
+      record: where it was found, and its columns or what is wrong with it.
+      language: the record's language.
+      columns: as in `read_examples`.
+
+    Returns:
+      The example.
+
+    Raises:
+      DataError: naming the place, when the record is malformed, or a column is missing or does not
+        hold what it should.
+    """
+    place, values = record
+    if isinstance(values, DataError):
+        raise values
+
+    def column(key: str) -> Any:
+        name = columns.get(key, key)
+        if name not in values:
+            raise DataError(
+                f"{place}: no column {name!r} for the {key}. Columns: "
+                f"{', '.join(map(str, values))}.{did_you_mean(name, values)} "
+                "Name the right ones in `columns`."
+            )
+        return values[name]
+
+    group = str(column("group")) if "group" in columns else None
+    mapped = {"messages", "prompt", "completion", "text"} & set(columns)
+    try:
+        example = _example(language, column, values, mapped, group)
+        if "choices" not in columns:
+            return example
+        return dataclasses.replace(example, choices=_choices(column("choices")))
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
+
+
+def _example(
+    language: str,
+    column: Callable[[str], Any],
+    values: Mapping[str, Any],
+    mapped: Collection[str],
+    group: str | None,
+) -> Example:
+    if "messages" in mapped or (not mapped and "messages" in values):
+        return Example.from_messages(language, column("messages"), group=group)
+    paired = {"prompt", "completion"} & set(values)
+    if "text" in mapped or (not mapped and not paired and "text" in values):
+        return Example.from_text(language, column("text"), group=group)
+    return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"expected a list of choices, found {type(value).__name__}")
+    return tuple(map(clean_text, value))
+
+
+def language_of(record: Record, column: str) -> str:
+    """Return what a record's column of the language holds.
+
+    Raises:
+      DataError: the record is malformed, or has no such column.
+    """
+    place, values = record
+    if isinstance(values, DataError):
+        raise values
+    if column not in values:
+        raise DataError(
+            f"{place}: no column {column!r} for the language. Columns: "
+            f"{', '.join(map(str, values))}.{did_you_mean(column, values)}"
+        )
+    return str(values[column])

@@ -1,0 +1,168 @@
+"""Examples of a language whose records are streamed: read, split and tokenised piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxmoo.data.example import Example
+from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.records import language_of, to_example
+from jaxmoo.data.split import deduplicate, hash_fraction, side_key
+from jaxmoo.data.streams import Position, RecordStream
+from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SHOWN = 5  # complaints about malformed records
+
+
+class Place(NamedTuple):
+    """A place in a stream that is repeated without end.
+
+    Attributes:
+      position: where the next record is; None at the beginning.
+      good: well-formed records before it, those of earlier passes included.
+      bad: malformed ones.
+    """
+
+    position: Position = None
+    good: int = 0
+    bad: int = 0
+
+
+class Piece(NamedTuple):
+    """The examples of consecutive records.
+
+    Attributes:
+      train: those to train on, without duplicates, in the stream's order.
+      held_out: those to evaluate, likewise.
+      records: how many well-formed records there were.
+      passed: records read in all, those of other languages and malformed ones included.
+      complaints: what is wrong with each malformed one.
+      duplicates: examples left out.
+      ended: whether the stream is over.
+      behind: the place behind them: the beginning, if it is over.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    records: int
+    passed: int
+    complaints: list[str]
+    duplicates: int
+    ended: bool
+    behind: Place
+
+
+class ExampleStream:
+    """One language's examples, a function of the place in the stream.
+
+    What is held out is decided by the hash that `split_examples` takes, for every example by
+    itself. Duplicates are found within a piece, so nothing has to be remembered from piece to
+    piece, and reading can begin at any place between two.
+
+    Args:
+      language: its code.
+      records: its source; nothing else reads from it.
+      columns: as in :func:`~jaxmoo.data.sources.read_examples`.
+      tokenizer: a fast tokenizer.
+      sequence_length: the most tokens of an example.
+      held_out: the fraction to hold out.
+      size: well-formed records of a piece.
+      name: of the language in the source, where records are told apart by `column`.
+      column: the column of the language; None where all records are of this one.
+      max_malformed: the largest share of the records read so far that may be malformed.
+      say: called with lines about malformed records.
+    """
+
+    def __init__(
+        self,
+        language: str,
+        records: RecordStream,
+        *,
+        columns: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerFast,
+        sequence_length: int,
+        held_out: float,
+        size: int,
+        name: str | None = None,
+        column: str | None = None,
+        max_malformed: float = 0.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.language, self.size = language, size
+        self._records, self._columns = records, columns
+        self._tokenizer, self._length = tokenizer, sequence_length
+        self._held_out, self._name, self._column = held_out, name, column
+        self._max_malformed, self._say = max_malformed, say
+        self._scanned = self._said = 0
+
+    def read(self, place: Place, most: int | None = None) -> Piece:
+        """Read the piece that begins at a place.
+
+        Args:
+          place: the beginning, or what another piece has behind it.
+          most: records to read at most, those of other languages included.
+
+        Raises:
+          DataError: a record is malformed and too many were, or the source cannot be read.
+        """
+        if place.position is None or place.position != self._records.position():
+            self._records.seek(place.position)
+        malformed = Malformed(f"language {self.language!r}", self._max_malformed, place.bad)
+        examples: list[Example] = []
+        passed, ended = 0, False
+        while len(examples) < self.size and passed != most:
+            record = next(self._records, None)
+            if record is None:
+                ended = True
+                break
+            passed += 1
+            try:
+                if self._column is None or language_of(record, self._column) == self._name:
+                    examples.append(to_example(record, self.language, self._columns))
+            except DataError as error:
+                malformed.add(error)
+        malformed.check(place.good + len(examples))
+        distinct = deduplicate(examples)
+        train, held = [], []
+        for example in distinct:
+            (held if hash_fraction(side_key(example)) < self._held_out else train).append(example)
+        return Piece(
+            train,
+            held,
+            len(examples),
+            passed,
+            malformed.complaints,
+            len(examples) - len(distinct),
+            ended,
+            Place(
+                None if ended else self._records.position(),
+                place.good + len(examples),
+                place.bad + len(malformed.complaints),
+            ),
+        )
+
+    def tokenise(self, examples: Sequence[Example]) -> list[Tokenized]:
+        """Tokenise examples, as :func:`~jaxmoo.data.tokenize.tokenize_all` does."""
+        return tokenize_all(examples, self._tokenizer, self._length)
+
+    def training(self, piece: Piece) -> list[Tokenized]:
+        """Return what of a piece can be trained on."""
+        # The first token of a sequence is predicted from nothing and is never a target.
+        return [t for t in self.tokenise(piece.train) if t.loss_mask[1:].any()]
+
+    def scanned(self, records: int) -> None:
+        """Note that the faults of so many records at the beginning are known."""
+        self._scanned = records
+
+    def complain(self, piece: Piece) -> None:
+        """Say what is wrong with malformed records that nobody knows of; only the first few."""
+        if piece.behind.good + piece.behind.bad <= self._scanned:
+            return
+        for complaint in piece.complaints[: max(_SHOWN - self._said, 0)]:
+            self._say(f"Left out: {complaint}")
+        self._said += len(piece.complaints)
