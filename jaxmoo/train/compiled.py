@@ -20,7 +20,8 @@ def kept_programs(directory: Path) -> Iterator[None]:
 
     JAX's persistent compilation cache with its own limits: programs that took a second or more. It
     does nothing where the user keeps them elsewhere (``JAX_COMPILATION_CACHE_DIR``) or nowhere
-    (``JAX_ENABLE_COMPILATION_CACHE=0``).
+    (``JAX_ENABLE_COMPILATION_CACHE=0``), nor for several CPU devices, whose programs would lose the
+    order of their collective operations.
 
     Args:
       directory: where; made when it is needed.
@@ -31,7 +32,9 @@ def kept_programs(directory: Path) -> Iterator[None]:
       ...     print(jax.jit(lambda x: x + 1)(1))
       2
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
+    elsewhere = jax.config.jax_compilation_cache_dir is not None
+    if several_cpus or elsewhere or not jax.config.jax_enable_compilation_cache:
         yield
         return
     compilation_cache.reset_cache()
