@@ -50,17 +50,21 @@ if [[ $smoke ]]; then
  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
  "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}
 END
-  models=("$tiny") lengths=(16) largest=("$tiny") planned=$tiny torch_model=$tiny
-  aggregator=mean tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
+  models=("$tiny") lengths=(16) largest=() planned=$tiny torch_model=$tiny
+  aggregator=mean beside=("PyTorch plain") tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
   platform=(--platform cpu) precision=(--dtype float32)
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 else
   models=(Qwen3-0.6B Qwen3-1.7B) lengths=(1024 4096) largest=(Llama-3.1-8B Qwen3-4B)
   planned=Llama-3.1-8B torch_model=Qwen3-0.6B
-  aggregator=cagrad tokens=4096 large_tokens=1024 torch_tokens=1024 languages=8 rounds=5
+  aggregator=cagrad beside=("TorchJD" "TorchJD by rows" "PyTorch plain")
+  tokens=4096 large_tokens=1024 torch_tokens=1024 languages=8 rounds=5
   platform=(--platform gpu) precision=(--dtype bfloat16)
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 fi
+# A smoke test is to be cheap: nothing is stacked, and no model is the largest that fits.
+stacked=()
+[[ $smoke ]] && stacked=(--no-stacked)
 common=("${precision[@]}" --languages "$languages" --aggregators "$aggregator" --blocks layer)
 # All of the largest model's state in bfloat16 but the average of squared gradients.
 large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
@@ -68,7 +72,7 @@ large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
 
 # What the largest model would need, compiled on the host meanwhile.
 env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
-  "${large[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
+  "${large[@]}" "${stacked[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
 planning=$!
 
 step() { # MODEL LENGTH
@@ -76,7 +80,7 @@ step() { # MODEL LENGTH
   name=$(basename "$1")-$2
   section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" --remat dots \
     --sequence-length "$2" --batch-size $((tokens / $2)) --rounds "$rounds" \
-    --json "$out/step-$name.json"
+    "${stacked[@]}" --json "$out/step-$name.json"
 }
 
 for model in "${models[@]}"; do
@@ -85,7 +89,7 @@ done
 section "beside PyTorch" 120 benchmarks/peers.py "${platform[@]}" "${precision[@]}" \
   --languages "$languages" --model "$torch_model" --remat full --batch-size 1 \
   --sequence-length "$torch_tokens" --rounds "$rounds" --json "$out/peers.json" \
-  --only "TorchJD" "PyTorch plain"
+  --only "${beside[@]}"
 for model in "${largest[@]}"; do
   section "largest: $model" 120 benchmarks/step.py "${platform[@]}" "${common[@]}" "${large[@]}" \
     --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break

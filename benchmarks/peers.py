@@ -185,7 +185,7 @@ def beside(base: Contestant, other: Contestant, rounds: int) -> dict[str, Any]:
         pairs.append((times[base.name], times[other.name]))
     mine, theirs = zip(*pairs[1:], strict=True)  # the first round warms up
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
     return {
         "name": other.name,
         "seconds": statistics.median(theirs),

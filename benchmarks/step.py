@@ -122,7 +122,7 @@ def beside(
             weights, _, _, took = running.run(this, weights, batch)
             times[this is program].append(took)
     ratios = [mine / its for mine, its in zip(times[True], times[False], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
     measured = {
         "seconds": statistics.median(times[True]),
         "ratio": middle,
