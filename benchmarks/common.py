@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -86,6 +87,12 @@ def seconds(x: float | None) -> str:
 
 def ratio(x: float | None) -> str:
     return "" if x is None else f"{x:.2f}"
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) == 1:
+        return [*values] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def scientific(x: float) -> str:

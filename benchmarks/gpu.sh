@@ -22,8 +22,9 @@ rm -f "$out"/*.json
 python=${PYTHON:-python3}
 deadline=${DEADLINE:-520} # seconds from the start
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# Memory is measured, so it must be taken as it is needed; and a second call should not compile.
-export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=2
+# Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
+# quarter of the device. A second call should not compile.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.95 TF_CPP_MIN_LOG_LEVEL=2
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 
 # section NAME LIMIT COMMAND...: run a command, no longer than its limit and the deadline allow.

@@ -74,7 +74,7 @@ def main() -> None:
     weights = running.random_weights(step)
     times = []
     for number in range(flags.steps + 1):
-        weights, _, _, took = running.run(program, weights, made[number % len(made)])
+        weights, _, took = program.run(weights, made[number % len(made)])
         times.append(took)
     took = statistics.median(times[1:])  # the first warms up
     pages.add({"stage": "the training step", **rate(took, tokens)})

@@ -35,17 +35,13 @@ def main() -> None:
     weights = running.Weights(
         named_parameters(step.arguments[0].params), running.empty_optimizer(step), step.arguments[1]
     )
-    resolver = None
     vocabulary = programs.shape(settings(flags), flags.layers).vocab_size
     shape = step.arguments[2]["tokens"].shape
 
     def one(number: int) -> tuple[float, np.ndarray]:
-        nonlocal weights, resolver
+        nonlocal weights
         batch = peer_common.tokens(flags, number, vocabulary).reshape(shape)
-        weights, state, losses, seconds = running.run(
-            program, weights, running.batch_of(batch), resolver
-        )
-        resolver = state.resolver
+        weights, losses, seconds = program.run(weights, running.batch_of(batch))
         return seconds, np.asarray(losses)
 
     peer_common.serve(one, base, running.device_peak)

@@ -35,7 +35,7 @@ import jax
 import numpy as np
 import peer_common
 import programs
-from common import Pages, environment, gigabytes, markdown, ratio, seconds
+from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds
 from programs import Kind
 
 from jaxmoo.models import DecoderConfig
@@ -185,7 +185,7 @@ def beside(base: Contestant, other: Contestant, rounds: int) -> dict[str, Any]:
         pairs.append((times[base.name], times[other.name]))
     mine, theirs = zip(*pairs[1:], strict=True)  # the first round warms up
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
+    low, middle, high = quartiles(ratios)
     return {
         "name": other.name,
         "seconds": statistics.median(theirs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import zlib
 from collections.abc import Sequence
@@ -18,23 +19,65 @@ from jaxmoo.train.plan import AbstractStep
 from jaxmoo.train.step import TrainState
 
 
-class Program(NamedTuple):
-    """A compiled step.
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A compiled step, and the state of its resolver from one run to the next.
 
     Attributes:
       step: what it was compiled from.
       compiled: the program.
       seconds: how long that took, tracing and what was compiled beside it included.
+      resolver: the resolver's state; None before the first run.
     """
 
     step: AbstractStep
     compiled: Any
     seconds: float
+    resolver: Any = None
 
     @property
     def peak(self) -> int:
         """Bytes on a device at the worst moment, by the compiler's account."""
         return memory(self.compiled)["peak"]
+
+    def run(self, weights: Weights, batch: dict[str, Any]) -> tuple[Weights, jax.Array, float]:
+        """Run one step; the weights are consumed.
+
+        Args:
+          weights: what it begins with.
+          batch: what the step is given.
+
+        Returns:
+          ``(weights, losses [K], seconds)``.
+        """
+        shapes, _, batch_shapes = self.step.arguments
+        if self.resolver is None:
+            self.resolver = self.step.gradients.init(weights.params)
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=weights.params,
+            resolver=self.resolver,
+            opt_state=weights.opt_state,
+        )
+        state, batch = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), (state, batch), (shapes, batch_shapes)
+        )
+        jax.block_until_ready((state, batch))
+        begun = time.perf_counter()
+        state, metrics = self.compiled(state, weights.frozen, batch)
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - begun
+        self.resolver = state.resolver
+        weights = weights._replace(params=state.params, opt_state=state.opt_state)
+        return weights, metrics["loss"], seconds
+
+
+class Weights(NamedTuple):
+    """What steps of all kinds share, and hand on to each other."""
+
+    params: Any
+    opt_state: Any
+    frozen: Any
 
 
 def compile_steps(steps: Sequence[AbstractStep]) -> list[Program]:
@@ -48,14 +91,6 @@ def compile_steps(steps: Sequence[AbstractStep]) -> list[Program]:
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(finish, lowered))
     return [Program(step, *each) for step, each in zip(steps, done, strict=True)]
-
-
-class Weights(NamedTuple):
-    """What steps of all kinds share, and hand on to each other."""
-
-    params: Any
-    opt_state: Any
-    frozen: Any
 
 
 def random_weights(step: AbstractStep) -> Weights:
@@ -85,41 +120,6 @@ def empty_optimizer(step: AbstractStep) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.opt_state)
 
     return jax.jit(make, out_shardings=where)()
-
-
-def run(
-    program: Program, weights: Weights, batch: dict[str, Any], resolver: Any = None
-) -> tuple[Weights, TrainState, jax.Array, float]:
-    """Run one step; the weights are consumed.
-
-    Args:
-      program: the step.
-      weights: what it begins with.
-      batch: what the step is given.
-      resolver: the resolver's state; that before the first step where None.
-
-    Returns:
-      ``(weights, the state they are from, losses [K], seconds)``.
-    """
-    shapes, _, like = program.step.arguments
-    if resolver is None:
-        resolver = program.step.gradients.init(shapes.params)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=weights.params,
-        resolver=resolver,
-        opt_state=weights.opt_state,
-    )
-    state, batch = jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding), (state, batch), (shapes, like)
-    )
-    jax.block_until_ready((state, batch))
-    begun = time.perf_counter()
-    state, metrics = program.compiled(state, weights.frozen, batch)
-    jax.block_until_ready((state, metrics))
-    seconds = time.perf_counter() - begun
-    after = Weights(state.params, state.opt_state, weights.frozen)
-    return after, state, metrics["loss"], seconds
 
 
 def random_batch(step: AbstractStep, number: int) -> dict[str, Any]:

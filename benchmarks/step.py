@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import programs
 import running
-from common import Pages, environment, gigabytes, markdown, ratio, seconds
+from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds
 from programs import PLAIN, Kind
 from running import Program, Weights
 
@@ -62,6 +62,7 @@ def main() -> int:
                 raise
             row |= {"failed": "out of memory"}
             del weights
+            found[kind].resolver = None
             gc.collect()
             weights = warmed_up(plain, running.random_weights(plain.step))
         pages.add(row | {"peak ratio": row["peak"] / plain.peak})
@@ -104,7 +105,7 @@ def speed(flags: argparse.Namespace, plain: Program, seconds: float) -> dict[str
 
 
 def warmed_up(program: Program, weights: Weights) -> Weights:
-    return running.run(program, weights, running.random_batch(program.step, 0))[0]
+    return program.run(weights, running.random_batch(program.step, 0))[0]
 
 
 def beside(
@@ -119,10 +120,10 @@ def beside(
     for number in range(rounds):
         for this in (plain, program) if number % 2 else (program, plain):
             batch = running.random_batch(this.step, number)
-            weights, _, _, took = running.run(this, weights, batch)
+            weights, _, took = this.run(weights, batch)
             times[this is program].append(took)
     ratios = [mine / its for mine, its in zip(times[True], times[False], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
+    low, middle, high = quartiles(ratios)
     measured = {
         "seconds": statistics.median(times[True]),
         "ratio": middle,
