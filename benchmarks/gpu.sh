@@ -20,7 +20,8 @@ out=${1:-gpu-results}
 mkdir -p "$out" || exit
 rm -f "$out"/*.json
 python=${PYTHON:-python3}
-deadline=${DEADLINE:-520} # seconds from the start
+deadline=520 # seconds from the start
+[[ $smoke ]] && deadline=3600
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
 # quarter of the device. A second call should not compile.
@@ -30,6 +31,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
 # section NAME LIMIT COMMAND...: run a command, no longer than its limit and the deadline allow.
 section() {
   local name=$1 limit=$2 left=$((deadline - SECONDS)) begun=$SECONDS code
+  [[ $smoke ]] && limit=$deadline
   shift 2
   ((limit < left)) || limit=$left
   if ((limit < 5)); then

@@ -75,7 +75,7 @@ def main() -> None:
     times = []
     for number in range(flags.steps + 1):
         weights, _, took = program.run(weights, made[number % len(made)])
-        times.append(took)
+        times.append(took.wall)
     took = statistics.median(times[1:])  # the first warms up
     pages.add({"stage": "the training step", **rate(took, tokens)})
     pages.add({"share of a step": (fetched + placed) / took})

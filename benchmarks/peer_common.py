@@ -63,22 +63,23 @@ def memory_now() -> int:
 
 
 def serve(
-    step: Callable[[int], tuple[float, np.ndarray]],
+    step: Callable[[int], tuple[float, float, np.ndarray]],
     base: int,
     device_peak: Callable[[], int | None],
 ) -> None:
     """Run steps when told to, one line of JSON each.
 
     Args:
-      step: ``number -> (seconds, losses [K])``.
+      step: ``number -> (seconds, seconds of all cores together, losses [K])``.
       base: bytes in use before model and optimiser were made.
       device_peak: most bytes used on the accelerator; None without one.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     for number, _ in enumerate(sys.stdin):
-        seconds, losses = step(number)
+        seconds, cpu, losses = step(number)
         peak = device_peak()
         if peak is None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
-        answer: dict[str, Any] = {"seconds": seconds, "losses": losses.tolist(), "peak": peak}
+        answer: dict[str, Any] = {"seconds": seconds, "cpu": cpu, "peak": peak}
+        answer["losses"] = losses.tolist()
         print(json.dumps(answer), file=answers, flush=True)

@@ -38,11 +38,11 @@ def main() -> None:
     vocabulary = programs.shape(settings(flags), flags.layers).vocab_size
     shape = step.arguments[2]["tokens"].shape
 
-    def one(number: int) -> tuple[float, np.ndarray]:
+    def one(number: int) -> tuple[float, float, np.ndarray]:
         nonlocal weights
         batch = peer_common.tokens(flags, number, vocabulary).reshape(shape)
-        weights, losses, seconds = program.run(weights, running.batch_of(batch))
-        return seconds, np.asarray(losses)
+        weights, losses, took = program.run(weights, running.batch_of(batch))
+        return took.wall, took.cpu, np.asarray(losses)
 
     peer_common.serve(one, base, running.device_peak)
 

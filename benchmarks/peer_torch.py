@@ -52,16 +52,17 @@ def main() -> None:
         )
         return flat.view(len(batch), -1).mean(1)
 
-    def step(number: int) -> tuple[float, np.ndarray]:
+    def step(number: int) -> tuple[float, float, np.ndarray]:
         drawn = peer_common.tokens(flags, number, model.config.vocab_size)
         batch = torch.from_numpy(drawn).long().to(device)
         synchronize(device)
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         losses = differentiate(batch, losses_of)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)
-        return time.perf_counter() - begun, losses.numpy(force=True)
+        took = time.perf_counter() - begun, time.process_time() - cpu
+        return *took, losses.numpy(force=True)
 
     def device_peak() -> int | None:
         return torch.cuda.max_memory_allocated() if device == "cuda" else None

@@ -83,8 +83,8 @@ class Contestant:
             env=environment,
         )
 
-    def step(self) -> float:
-        """Run a step; return its seconds."""
+    def step(self) -> tuple[float, float]:
+        """Run a step; return its seconds, by the clock and of all cores together."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write("step\n")
@@ -96,7 +96,7 @@ class Contestant:
             raise RuntimeError(f"{self.name} ended: exit code {self.process.wait()}")
         self.losses.append(answer["losses"])
         self.peak = answer["peak"]
-        return answer["seconds"]
+        return answer["seconds"], answer["cpu"]
 
     def __enter__(self) -> Contestant:
         return self
@@ -183,15 +183,15 @@ def beside(base: Contestant, other: Contestant, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         times = {c.name: c.step() for c in ((base, other) if number % 2 else (other, base))}
         pairs.append((times[base.name], times[other.name]))
-    mine, theirs = zip(*pairs[1:], strict=True)  # the first round warms up
-    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-    low, middle, high = quartiles(ratios)
+    timed = pairs[1:]  # the first round warms up
+    low, middle, high = quartiles([theirs[0] / mine[0] for mine, theirs in timed])
     return {
         "name": other.name,
-        "seconds": statistics.median(theirs),
-        "base seconds": mine,
+        "seconds": statistics.median(theirs[0] for _, theirs in timed),
+        "base seconds": [mine[0] for mine, _ in timed],
         "ratio": middle,
         "spread": [low, high],
+        "cpu ratio": statistics.median(theirs[1] / mine[1] for mine, theirs in timed),
         "peak": other.peak,
     }
 
@@ -214,7 +214,8 @@ def disagreements(rows: list[dict[str, Any]], tolerance: float) -> list[str]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    table = [["step", "s", "of jaxmoo backward", "quartiles", "own memory, peak GB"]]
+    table = [["step", "s", "of jaxmoo backward", "quartiles", "CPU time"]]
+    table[0].append("own memory, peak GB")
     timed = [row for row in rows if "same" not in row]
     for row in sorted(timed, key=lambda row: row["name"] != BASE):
         low, high = row.get("spread", (1, 1))
@@ -224,6 +225,7 @@ def report(rows: list[dict[str, Any]]) -> str:
                 row.get("failed") or seconds(row["seconds"]),
                 ratio(row.get("ratio")),
                 f"{low:.2f}–{high:.2f}" if "spread" in row else "",
+                ratio(row.get("cpu ratio")),
                 gigabytes(row.get("peak")),
             ]
         )

@@ -19,6 +19,13 @@ from jaxmoo.train.plan import AbstractStep
 from jaxmoo.train.step import TrainState
 
 
+class Took(NamedTuple):
+    """What a step took, in seconds."""
+
+    wall: float
+    cpu: float  # of all cores together: what other processes do at the same time hardly changes it
+
+
 @dataclasses.dataclass(eq=False)
 class Program:
     """A compiled step, and the state of its resolver from one run to the next.
@@ -40,7 +47,7 @@ class Program:
         """Bytes on a device at the worst moment, by the compiler's account."""
         return memory(self.compiled)["peak"]
 
-    def run(self, weights: Weights, batch: dict[str, Any]) -> tuple[Weights, jax.Array, float]:
+    def run(self, weights: Weights, batch: dict[str, Any]) -> tuple[Weights, jax.Array, Took]:
         """Run one step; the weights are consumed.
 
         Args:
@@ -48,7 +55,7 @@ class Program:
           batch: what the step is given.
 
         Returns:
-          ``(weights, losses [K], seconds)``.
+          ``(weights, losses [K], what it took)``.
         """
         shapes, _, batch_shapes = self.step.arguments
         if self.resolver is None:
@@ -63,13 +70,13 @@ class Program:
             lambda x, like: jax.device_put(x, like.sharding), (state, batch), (shapes, batch_shapes)
         )
         jax.block_until_ready((state, batch))
-        begun = time.perf_counter()
+        begun = Took(time.perf_counter(), time.process_time())
         state, metrics = self.compiled(state, weights.frozen, batch)
         jax.block_until_ready((state, metrics))
-        seconds = time.perf_counter() - begun
+        took = Took(time.perf_counter() - begun.wall, time.process_time() - begun.cpu)
         self.resolver = state.resolver
         weights = weights._replace(params=state.params, opt_state=state.opt_state)
-        return weights, metrics["loss"], seconds
+        return weights, metrics["loss"], took
 
 
 class Weights(NamedTuple):

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def measure(flags: argparse.Namespace, languages: int, layers: int | None, pages
     first: dict[str, Any] | None = None
     plain: Program | None = None
     for kind in (PLAIN, *programs.contestants(flags)):
+        begun = time.process_time()
         found = programs.count(flags, languages, layers, kind)
+        cpu = time.process_time() - begun
         row = {
             "devices": flags.devices[0],
             "languages": languages,
@@ -83,6 +86,7 @@ def measure(flags: argparse.Namespace, languages: int, layers: int | None, pages
             "gradients sent": sum(found.collectives.get(k, 0) for k in GRADIENTS),
             "parameters sent": found.collectives.get("all-gather", 0),
             "compile seconds": found.compile_seconds,
+            "compile cpu seconds": cpu,
         }
         first = first or row
         row |= {f"{name} ratio": row[name] / first[name] for name in ("peak", "flops")}
@@ -100,7 +104,7 @@ def measure(flags: argparse.Namespace, languages: int, layers: int | None, pages
 
 def report(rows: list[dict[str, Any]]) -> str:
     header = ["step", "blocks", "devices", "K", "layers", "peak GB", "of plain", "TFLOP"]
-    header += ["of plain", "gradients sent MB", "gathered MB", "compiled in s"]
+    header += ["of plain", "gradients sent MB", "gathered MB", "compiled in s", "CPU s"]
     timed = any("ratio" in row for row in rows)
     table = [[*header, *(["s", "of plain"] if timed else [])]]
     for row in rows:
@@ -115,7 +119,7 @@ def report(rows: list[dict[str, Any]]) -> str:
                 f"{row['flops'] / 1e12:,.3f}",
                 f"{row['flops ratio']:.3f}",
                 *(f"{row[x] / 1e6:,.3f}" for x in ("gradients sent", "parameters sent")),
-                f"{row['compile seconds']:.1f}",
+                *(f"{row[x]:.1f}" for x in ("compile seconds", "compile cpu seconds")),
                 *([seconds(row.get("seconds")), ratio(row.get("ratio"))] if timed else []),
             ]
         )

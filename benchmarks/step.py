@@ -23,7 +23,7 @@ import programs
 import running
 from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds
 from programs import PLAIN, Kind
-from running import Program, Weights
+from running import Program, Took, Weights
 
 from jaxmoo.train.throughput import model_flops, peak_flops
 
@@ -116,25 +116,27 @@ def beside(
     Returns:
       ``(weights, seconds of the plain step, what was measured of the other)``.
     """
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times: dict[bool, list[Took]] = {True: [], False: []}
     for number in range(rounds):
         for this in (plain, program) if number % 2 else (program, plain):
             batch = running.random_batch(this.step, number)
             weights, _, took = this.run(weights, batch)
             times[this is program].append(took)
-    ratios = [mine / its for mine, its in zip(times[True], times[False], strict=True)]
-    low, middle, high = quartiles(ratios)
+    pairs = list(zip(times[True], times[False], strict=True))
+    low, middle, high = quartiles([mine.wall / its.wall for mine, its in pairs])
     measured = {
-        "seconds": statistics.median(times[True]),
+        "seconds": statistics.median(took.wall for took in times[True]),
         "ratio": middle,
         "spread": [low, high],
+        "cpu ratio": statistics.median(mine.cpu / its.cpu for mine, its in pairs),
     }
-    return weights, times[False], measured
+    return weights, [took.wall for took in times[False]], measured
 
 
 def report(rows: list[dict[str, Any]]) -> str:
     on_device = any(row.get("device peak") for row in rows)
-    header = ["step", "blocks", "s", "of plain", "quartiles", "peak GB", "of plain"]
+    header = ["step", "blocks", "s", "of plain", "quartiles", "CPU time of plain"]
+    header += ["peak GB", "of plain"]
     table = [[*header, *(["on the device GB"] if on_device else [])]]
     for row in rows:
         plain = row["engine"] == "plain"
@@ -146,6 +148,7 @@ def report(rows: list[dict[str, Any]]) -> str:
                 row.get("failed") or seconds(row.get("seconds")),
                 ratio(row.get("ratio")),
                 "" if plain or "spread" not in row else f"{low:.2f}–{high:.2f}",
+                ratio(row.get("cpu ratio")),
                 gigabytes(row["peak"]),
                 ratio(row["peak ratio"]),
                 *([gigabytes(row.get("device peak"))] if on_device else []),

@@ -39,7 +39,7 @@ def gpu_script(tmp_path_factory):
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done, {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
