@@ -77,6 +77,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], align, *rows[1:]])
 
 
+def step_name(row: dict[str, Any]) -> str:
+    """What a row of a step is called."""
+    plain = row["engine"] == "plain"
+    return "plain" if plain else f"{row['engine']} {row['aggregator']}"
+
+
 def gigabytes(x: float | None) -> str:
     return "" if x is None else f"{x / 1e9:,.2f}"
 

@@ -17,7 +17,7 @@ if [[ ${1:-} == --smoke ]]; then
   shift
 fi
 out=${1:-gpu-results}
-mkdir -p "$out" || exit
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 rm -f "$out"/*.json
 python=${PYTHON:-python3}
 deadline=520 # seconds from the start

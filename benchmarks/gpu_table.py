@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import bullets, gigabytes, markdown, ratio, seconds
-from programs import Kind
+from common import bullets, gigabytes, markdown, ratio, seconds, step_name
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def rows_of(page: dict[str, Any]) -> list[list[str]]:
         table.append(
             [
                 title if row is plain else "",
-                Kind(row["engine"], row["aggregator"], row["blocks"]).name,
+                step_name(row),
                 row.get("failed") or seconds(row.get("seconds")),
                 ratio(row.get("ratio")),
                 "" if mfu is None else f"{mfu:.1%}",

@@ -37,10 +37,6 @@ class Kind(NamedTuple):
     aggregator: str
     blocks: str
 
-    @property
-    def name(self) -> str:
-        return self.engine if self == PLAIN else f"{self.engine} {self.aggregator}"
-
 
 PLAIN = Kind("plain", "mean", "layer")
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import programs
 import running
-from common import Pages, environment, gigabytes, markdown, ratio, seconds
-from programs import PLAIN, Kind
+from common import Pages, environment, gigabytes, markdown, ratio, seconds, step_name
+from programs import PLAIN
 from running import Program
 from step import beside, warmed_up
 
@@ -111,7 +111,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         plain = row["engine"] == "plain"
         table.append(
             [
-                Kind(row["engine"], row["aggregator"], row["blocks"]).name,
+                step_name(row),
                 "" if plain else f"{row['blocks']} ({row['number of blocks']})",
                 *(str(row[x]) for x in ("devices", "languages", "layers")),
                 gigabytes(row["peak"]),

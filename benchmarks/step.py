@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import programs
 import running
-from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds
+from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds, step_name
 from programs import PLAIN, Kind
 from running import Program, Took, Weights
 
@@ -143,7 +143,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         low, high = row.get("spread", (1, 1))
         table.append(
             [
-                Kind(row["engine"], row["aggregator"], row["blocks"]).name,
+                step_name(row),
                 "" if plain else f"{row['blocks']} ({row['number of blocks']})",
                 row.get("failed") or seconds(row.get("seconds")),
                 ratio(row.get("ratio")),
