@@ -78,10 +78,7 @@ def peers(page: dict[str, Any]) -> str:
 
 def planned(page: dict[str, Any]) -> str:
     """What the largest model would need, counted in programs for the CPU."""
-    needs = [
-        f"{Kind(row['engine'], row['aggregator'], row['blocks']).name} {gigabytes(row['peak'])} GB"
-        for row in page["rows"]
-    ]
+    needs = [f"{step_name(row)} {gigabytes(row['peak'])} GB" for row in page["rows"]]
     return f"Planned, {page['about']['command']}: {', '.join(needs)}."
 
 
