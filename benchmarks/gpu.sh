@@ -54,7 +54,7 @@ if [[ $smoke ]]; then
  "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}
 END
   models=("$tiny") lengths=(16) largest=() planned=$tiny torch_model=$tiny
-  aggregator=mean beside=("PyTorch plain") tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
+  aggregator=mean beside=() tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
   platform=(--platform cpu) precision=(--dtype float32)
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 else
@@ -65,9 +65,10 @@ else
   platform=(--platform gpu) precision=(--dtype bfloat16)
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 fi
-# A smoke test is to be cheap: nothing is stacked, and no model is the largest that fits.
-stacked=()
-[[ $smoke ]] && stacked=(--no-stacked)
+# A smoke test is to be cheap: nothing is stacked, PyTorch is left out (peers.py has tiny shapes of its
+# own), and no model is the largest that fits.
+stacked=() planning=()
+[[ $smoke ]] && stacked=(--no-stacked) planning=(--no-stacked --blocks)
 common=("${precision[@]}" --languages "$languages" --aggregators "$aggregator" --blocks layer)
 # All of the largest model's state in bfloat16 but the average of squared gradients.
 large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
@@ -75,8 +76,8 @@ large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
 
 # What the largest model would need, compiled on the host meanwhile.
 env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
-  "${large[@]}" "${stacked[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
-planning=$!
+  "${large[@]}" "${planning[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
+planner=$!
 
 step() { # MODEL LENGTH
   local name
@@ -89,7 +90,7 @@ step() { # MODEL LENGTH
 for model in "${models[@]}"; do
   step "$model" "${lengths[0]}"
 done
-section "beside PyTorch" 120 benchmarks/peers.py "${platform[@]}" "${precision[@]}" \
+((${#beside[@]})) && section "beside PyTorch" 120 benchmarks/peers.py "${platform[@]}" "${precision[@]}" \
   --languages "$languages" --model "$torch_model" --remat full --batch-size 1 \
   --sequence-length "$torch_tokens" --rounds "$rounds" --json "$out/peers.json" \
   --only "${beside[@]}"
@@ -102,6 +103,6 @@ for length in "${lengths[@]:1}"; do
     step "$model" "$length"
   done
 done
-while kill -0 $planning 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
-kill $planning 2> /dev/null
+while kill -0 $planner 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
+kill $planner 2> /dev/null
 "$python" benchmarks/gpu_table.py "$out"

@@ -33,7 +33,7 @@ from jaxmoo.train.plan import abstract_step
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="YAML file with the run's settings")
-    parser.add_argument("--steps", type=int, default=5, help="training steps to time (5)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps to time (5); 0: none")
     parser.add_argument("--batches", type=int, default=200, help="batches to make (200)")
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -70,15 +70,16 @@ def main() -> None:
     placed = statistics.median(times)
     pages.add({"stage": "put it on the devices", **rate(placed, tokens)})
 
-    (program,) = running.compile_steps([step])
-    weights = running.random_weights(step)
-    times = []
-    for number in range(flags.steps + 1):
-        weights, _, took = program.run(weights, made[number % len(made)])
-        times.append(took.wall)
-    took = statistics.median(times[1:])  # the first warms up
-    pages.add({"stage": "the training step", **rate(took, tokens)})
-    pages.add({"share of a step": (fetched + placed) / took})
+    if flags.steps:
+        (program,) = running.compile_steps([step])
+        weights = running.random_weights(step)
+        times = []
+        for number in range(flags.steps + 1):
+            weights, _, took = program.run(weights, made[number % len(made)])
+            times.append(took.wall)
+        took = statistics.median(times[1:])  # the first warms up
+        pages.add({"stage": "the training step", **rate(took, tokens)})
+        pages.add({"share of a step": (fetched + placed) / took})
     print(pages.markdown(report))
 
 
@@ -87,14 +88,18 @@ def rate(took: float, tokens: float) -> dict[str, float]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    *stages, last = rows
+    stages = [row for row in rows if "stage" in row]
     table = [["stage", "s", "tokens/s"]]
     for row in stages:
         took = row["seconds"]
         text = f"{took:.2e}" if took < 0.01 else seconds(took)
         table.append([row["stage"], text, f"{row['tokens per second']:,.0f}"])
-    share = f"Batches take {last['share of a step']:.2%} of a step's time on the host, beside it."
-    return f"{markdown(table)}\n\n{share}"
+    if stages == rows:
+        return markdown(table)
+    share = rows[-1]["share of a step"]
+    return (
+        f"{markdown(table)}\n\nBatches take {share:.2%} of a step's time, on the host, beside it."
+    )
 
 
 if __name__ == "__main__":
