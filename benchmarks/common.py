@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import platform
 import shlex
+import statistics
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,13 +35,36 @@ def environment(threads: int, packages: Sequence[str]) -> dict[str, str]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+    versions = [f"Python {platform.python_version()}"]
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
     return {
         "hardware": f"{cpu}, {threads} threads of {os.cpu_count()} cores",
         "versions": ", ".join(versions),
         "date": datetime.date.today().isoformat(),
         "command": f"`python {shlex.join(sys.argv)}`",
     }
+
+
+class Pages:
+    """Rows of measurements, kept in a file as they are measured."""
+
+    def __init__(self, file: str | None, about: dict[str, str]) -> None:
+        self.file, self.about = file, about
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        print(json.dumps(shown), file=sys.stderr, flush=True)
+        if self.file:
+            text = json.dumps({"about": self.about, "rows": self.rows}, indent=1)
+            Path(self.file).write_text(text + "\n")
+
+    def markdown(self, report: Callable[[list[dict[str, Any]]], str]) -> str:
+        """The circumstances and the table."""
+        return f"{bullets(self.about)}\n\n{report(self.rows)}"
 
 
 def bullets(about: dict[str, str]) -> str:
@@ -49,6 +75,30 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is its header, and all columns but the first are numbers."""
     align = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], align, *rows[1:]])
+
+
+def step_name(row: dict[str, Any]) -> str:
+    """What a row of a step is called."""
+    plain = row["engine"] == "plain"
+    return "plain" if plain else f"{row['engine']} {row['aggregator']}"
+
+
+def gigabytes(x: float | None) -> str:
+    return "" if x is None else f"{x / 1e9:,.2f}"
+
+
+def seconds(x: float | None) -> str:
+    return "" if x is None else f"{x:.3f}" if x < 10 else f"{x:.1f}"
+
+
+def ratio(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}"
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) == 1:
+        return [*values] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def scientific(x: float) -> str:

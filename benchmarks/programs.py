@@ -4,70 +4,112 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from jaxmoo.models import DecoderConfig
 from jaxmoo.train.config import (
     Config,
     DataConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     ResolveConfig,
     TrainConfig,
 )
 from jaxmoo.train.gradients import GradientSource, engine_source, make_gradients
-from jaxmoo.train.plan import AbstractStep, abstract_step, shape_of
+from jaxmoo.train.plan import AbstractStep, Plan, abstract_step, plan, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")
+
+
+class Kind(NamedTuple):
+    """A step that is compared.
+
+    Attributes:
+      engine: "backward", "stacked", or "plain" for ordinary training on the same tokens as one
+        batch, by the same code.
+      aggregator: the method; of no consequence to "plain".
+      blocks: kind of blocks; likewise.
+    """
+
+    engine: str
+    aggregator: str
+    blocks: str
+
+
+PLAIN = Kind("plain", "mean", "layer")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for what all compared steps have in common."""
     parser.add_argument("--model", default="SmolLM2-135M", help="published model or directory")
-    parser.add_argument("--layers", type=int, help="another number of layers than the model's")
     parser.add_argument("--untied", action="store_true", help="a head of its own")
-    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices (1)")
+    parser.add_argument("--trainable", default=".*", help="which parameters learn (all)")
     parser.add_argument("--batch-size", type=int, default=1, help="examples per language (1)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens (128)")
     parser.add_argument("--language", type=int, help="size of the mesh axis of this name")
     parser.add_argument("--dtype", default="float32", help="precision of the computation")
+    parser.add_argument("--param-dtype", default="float32", help="precision of the parameters")
+    parser.add_argument("--moment-dtype", default="float32", help="of AdamW's average gradient")
     parser.add_argument("--remat", default="full", help="what the backward pass computes again")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (1e-4)")
+    parser.add_argument("--attention", default="auto", help="its implementation, where it is run")
     parser.add_argument("--aggregators", nargs="*", default=["cagrad"])
     parser.add_argument("--blocks", nargs="*", default=list(KINDS))
     parser.add_argument("--no-stacked", action="store_true", help="leave out the stacked path")
     parser.add_argument("--json", help="file for the numbers")
 
 
-def contestants(flags: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """(engine, aggregator, blocks) of every step that is compared with plain training."""
-    found = [("backward", method, kind) for kind in flags.blocks for method in flags.aggregators]
-    stacked = [] if flags.no_stacked else [("stacked", flags.aggregators[0], flags.blocks[0])]
-    return found + stacked
+def contestants(flags: argparse.Namespace) -> list[Kind]:
+    """Every step that is compared with plain training."""
+    found = [Kind("backward", m, kind) for kind in flags.blocks for m in flags.aggregators]
+    if not flags.no_stacked:
+        found.append(Kind("stacked", flags.aggregators[0], flags.blocks[0]))
+    return found
 
 
-def step(
-    flags: argparse.Namespace, languages: int, engine: str, method: str, blocks: str
-) -> AbstractStep:
-    """Build a step.
+def shape(flags: argparse.Namespace, layers: int | None) -> DecoderConfig:
+    """The model's sizes, with another number of layers where one is given."""
+    model = shape_of(flags.model)
+    return dataclasses.replace(
+        model,
+        num_hidden_layers=layers or model.num_hidden_layers,
+        tie_word_embeddings=model.tie_word_embeddings and not flags.untied,
+    )
+
+
+def step(flags: argparse.Namespace, languages: int, layers: int | None, kind: Kind) -> AbstractStep:
+    """Build a step to be run on the devices at hand.
 
     Args:
       flags: see :func:`add_flags`.
       languages: K.
-      engine: "backward", "stacked", or "plain" for ordinary training on the same tokens as one
-        batch, by the same code.
-      method: an aggregator.
-      blocks: kind of blocks.
+      layers: another number of layers than the model's, or None.
+      kind: which step.
     """
-    plain = engine == "plain"
+    return abstract_step(*_settings(flags, languages, layers, kind), attention=flags.attention)
+
+
+def count(flags: argparse.Namespace, languages: int, layers: int | None, kind: Kind) -> Plan:
+    """Compile a step for virtual CPU devices and count what it costs; see :func:`step`."""
+    return plan(*_settings(flags, languages, layers, kind))
+
+
+def _settings(
+    flags: argparse.Namespace, languages: int, layers: int | None, kind: Kind
+) -> tuple[Config, DecoderConfig, Callable[..., GradientSource]]:
+    plain = kind.engine == "plain"
     k = 1 if plain else languages
-    model = shape_of(flags.model)
-    model = dataclasses.replace(
-        model,
-        num_hidden_layers=flags.layers or model.num_hidden_layers,
-        tie_word_embeddings=model.tie_word_embeddings and not flags.untied,
-    )
     config = Config(
         output="unused",
-        model=ModelConfig(source=flags.model, dtype=flags.dtype, remat=flags.remat),
+        model=ModelConfig(
+            source=flags.model,
+            trainable=flags.trainable,
+            dtype=flags.dtype,
+            param_dtype=flags.param_dtype,
+            remat=flags.remat,
+        ),
         data=DataConfig(
             source="unused",
             seen=[f"l{i}" for i in range(k)],
@@ -75,12 +117,21 @@ def step(
             sequence_length=flags.sequence_length,
         ),
         resolve=ResolveConfig(
-            aggregator=method, blocks=blocks, engine="backward" if plain else engine
+            aggregator=kind.aggregator,
+            blocks=kind.blocks,
+            engine="backward" if plain else kind.engine,
+        ),
+        # A constant rate and no clipping, so that other code bases can do the same.
+        optimizer=OptimizerConfig(
+            learning_rate=flags.learning_rate,
+            decay="constant",
+            clip_norm=None,
+            moment_dtype=flags.moment_dtype,
         ),
         train=TrainConfig(steps=1000),
         mesh=MeshConfig(language=None if plain else flags.language),
     )
-    return abstract_step(config, model, gradients=_plain if plain else make_gradients)
+    return config, shape(flags, layers), _plain if plain else make_gradients
 
 
 def _plain(*arguments: Any) -> GradientSource:

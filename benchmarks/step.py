@@ -1,158 +1,167 @@
 """Time and memory of a training step beside plain fine-tuning on the same tokens.
 
-Plain fine-tuning is the same code without per-language gradients. All steps share one set of
-parameters and run in turn, in rotating order; a step's time is divided by the plain step's of the
-same round, and the median of these ratios is reported. Prints Markdown; ``--json`` keeps the
-numbers.
+Plain fine-tuning is the same code without per-language gradients. Each contestant runs in turn
+with it, on one set of parameters; a step's time is divided by that of the plain step run next to
+it, and the median of these ratios is reported. Prints Markdown; ``--json`` keeps the numbers, row
+by row as they are measured.
 
-    python benchmarks/step.py --layers 8 --languages 8 --sequence-length 64
-    python benchmarks/step.py --platform gpu --model Qwen3-0.6B --dtype bfloat16 \\
-        --batch-size 4 --sequence-length 1024
+    python benchmarks/step.py --languages 8 --sequence-length 512 --rounds 3 --blocks layer
+    python benchmarks/step.py --platform gpu --model Qwen3-0.6B --dtype bfloat16 --remat dots \\
+        --batch-size 4 --sequence-length 1024 --blocks layer
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
 import statistics
-import sys
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import programs
-from common import bullets, environment, markdown
+import running
+from common import Pages, environment, gigabytes, markdown, quartiles, ratio, seconds, step_name
+from programs import PLAIN, Kind
+from running import Program, Took, Weights
 
-from jaxmoo.blocks import path_string
-from jaxmoo.engine.cost import memory
-from jaxmoo.train.plan import AbstractStep
-
-
-class Contestant(NamedTuple):
-    """A compiled step with what it alone needs."""
-
-    engine: str
-    aggregator: str
-    blocks: str
-    step: AbstractStep
-    compiled: Any
-    seconds: list[float]
+from jaxmoo.train.throughput import model_flops, peak_flops
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     programs.add_flags(parser)
+    parser.add_argument("--layers", type=int, help="another number of layers than the model's")
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices (1)")
     parser.add_argument("--languages", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--platform", default="cpu", help="cpu (default), gpu or tpu")
     flags = parser.parse_args()
-    if flags.platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", flags.devices)
-    chosen = [("plain", "mean", "layer"), *programs.contestants(flags)]
-    found = run([prepare(flags, *contestant) for contestant in chosen], flags.rounds)
-    about = environment(os.cpu_count() or 1, ["jax", "jaxlib"]) | {
-        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    running.choose_platform(flags.platform, flags.devices)
+    pages = Pages(flags.json, about(flags))
+    kinds = [PLAIN, *programs.contestants(flags)]
+    steps = [programs.step(flags, flags.languages, flags.layers, kind) for kind in kinds]
+    found = dict(zip(kinds, running.compile_steps(steps), strict=True))
+    plain = found[PLAIN]
+    first = described(flags, PLAIN, plain) | {"ratio": 1.0, "peak ratio": 1.0}
+    weights = warmed_up(plain, running.random_weights(plain.step))
+    pages.add(first | {"device peak": running.device_peak()})
+    plain_seconds: list[float] = []
+    for kind in kinds[1:]:
+        row = described(flags, kind, found[kind])
+        try:
+            weights = warmed_up(found[kind], weights)
+            # At most: the most that any step so far has needed.
+            row |= {"device peak": running.device_peak()}
+            weights, its, measured = beside(plain, found[kind], weights, flags.rounds)
+            row |= measured
+            plain_seconds += its
+            pages.rows[0] |= speed(flags, plain, statistics.median(plain_seconds))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            row |= {"failed": "out of memory"}
+            del weights
+            found[kind].resolver = None
+            gc.collect()
+            weights = warmed_up(plain, running.random_weights(plain.step))
+        pages.add(row | {"peak ratio": row["peak"] / plain.peak})
+    print(pages.markdown(report))
+    return int(any("failed" in row for row in pages.rows if row["engine"] == "backward"))
+
+
+def about(flags: argparse.Namespace) -> dict[str, str]:
+    return environment(os.cpu_count() or 1, ["jax", "jaxlib"]) | {
+        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "step": f"{flags.model}, {flags.layers or 'all'} layers, {flags.dtype}, "
+        f"{flags.languages} languages x {flags.batch_size} x {flags.sequence_length} tokens",
     }
-    print(bullets(about), report(found), sep="\n\n")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps({"about": about, "rows": found}, indent=1))
 
 
-def prepare(flags: argparse.Namespace, engine: str, method: str, blocks: str) -> Contestant:
-    """Compile a step."""
-    print(f"compiling {engine} {method} {blocks}", file=sys.stderr, flush=True)
-    step = programs.step(flags, flags.languages, engine, method, blocks)
-    compiled = step.function.lower(*step.arguments).compile()
-    return Contestant(engine, method, blocks, step, compiled, [])
+def described(flags: argparse.Namespace, kind: Kind, program: Program) -> dict[str, Any]:
+    return {
+        "engine": kind.engine,
+        "aggregator": kind.aggregator,
+        "blocks": kind.blocks,
+        "number of blocks": len(program.step.gradients.partition),
+        "compile seconds": program.seconds,
+        "peak": program.peak,
+    }
 
 
-def run(contestants: list[Contestant], rounds: int) -> list[dict[str, Any]]:
-    """Time all contestants; return a row for each."""
-    state = initial_state(contestants[0].step)
-    for number in range(rounds + 1):
-        for at in range(len(contestants)):
-            contestant = contestants[(at + number) % len(contestants)]
-            state, seconds = timed(contestant, state, number)
-            if number:  # the first round warms up
-                contestant.seconds.append(seconds)
-    plain = contestants[0]
-    rows = []
-    for c in contestants:
-        ratios = [mine / its for mine, its in zip(c.seconds, plain.seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        peak = memory(c.compiled)["peak"]
-        rows.append(
-            {
-                "engine": c.engine,
-                "aggregator": c.aggregator,
-                "blocks": c.blocks,
-                "seconds": statistics.median(c.seconds),
-                "ratio": middle,
-                "spread": [low, high],
-                "peak": peak,
-                "peak ratio": peak / memory(plain.compiled)["peak"],
-            }
-        )
-    return rows
+def speed(flags: argparse.Namespace, plain: Program, seconds: float) -> dict[str, Any]:
+    """Plain training's share of what the devices could do."""
+    state, frozen, batch = plain.step.arguments
+    rows, length = batch["tokens"].shape[1:]
+    shape = programs.shape(flags, flags.layers)
+    needed = model_flops(shape, state.params, frozen, rows * length, length)
+    peak = peak_flops(jax.devices()[0])
+    return {
+        "seconds": seconds,
+        "tokens per second": rows * length / seconds,
+        "model flops per second": needed / seconds,
+        "mfu": None if peak is None else needed / seconds / peak / jax.device_count(),
+    }
 
 
-def initial_state(step: AbstractStep) -> Any:
-    """Random parameters and an empty optimiser, as a step takes them."""
-    shapes = step.arguments[0]
-
-    def draw(path: Any, x: Any) -> jax.Array:
-        name = path_string(path)
-        if name.endswith("scale"):
-            return jnp.ones(x.shape, x.dtype)
-        return jax.random.normal(jax.random.key(len(name)), x.shape, x.dtype) * 0.02
-
-    def make() -> tuple[Any, Any]:
-        params = jax.tree_util.tree_map_with_path(draw, shapes.params)
-        return params, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.opt_state)
-
-    shardings = jax.tree.map(lambda x: x.sharding, (shapes.params, shapes.opt_state))
-    params, opt_state = jax.jit(make, out_shardings=shardings)()
-    return shapes._replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+def warmed_up(program: Program, weights: Weights) -> Weights:
+    return program.run(weights, running.random_batch(program.step, 0))[0]
 
 
-def timed(contestant: Contestant, state: Any, number: int) -> tuple[Any, float]:
-    """Run one step; return the new state and its seconds."""
-    shapes, frozen, batch = contestant.step.arguments
-    resolver = contestant.step.gradients.init(shapes.params)
-    tokens = jax.random.randint(jax.random.key(number), batch["tokens"].shape, 0, 1000)
-    filled = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool)}
-    mine = state._replace(resolver=resolver)
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), mine, shapes)
-    given = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), filled, batch)
-    jax.block_until_ready((placed, given))
-    begun = time.perf_counter()
-    new, metrics = contestant.compiled(placed, frozen, given)
-    jax.block_until_ready((new, metrics))
-    return new, time.perf_counter() - begun
+def beside(
+    plain: Program, program: Program, weights: Weights, rounds: int
+) -> tuple[Weights, list[float], dict[str, Any]]:
+    """Time a step in turn with the plain one; both have run before.
+
+    Returns:
+      ``(weights, seconds of the plain step, what was measured of the other)``.
+    """
+    times: dict[bool, list[Took]] = {True: [], False: []}
+    for number in range(rounds):
+        for this in (plain, program) if number % 2 else (program, plain):
+            batch = running.random_batch(this.step, number)
+            weights, _, took = this.run(weights, batch)
+            times[this is program].append(took)
+    pairs = list(zip(times[True], times[False], strict=True))
+    low, middle, high = quartiles([mine.wall / its.wall for mine, its in pairs])
+    measured = {
+        "seconds": statistics.median(took.wall for took in times[True]),
+        "ratio": middle,
+        "spread": [low, high],
+        "cpu ratio": statistics.median(mine.cpu / its.cpu for mine, its in pairs),
+    }
+    return weights, [took.wall for took in times[False]], measured
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    table = [["step", "blocks", "ms", "of plain", "spread", "peak MB", "of plain"]]
+    on_device = any(row.get("device peak") for row in rows)
+    header = ["step", "blocks", "s", "of plain", "quartiles", "CPU time of plain"]
+    header += ["peak GB", "of plain"]
+    table = [[*header, *(["on the device GB"] if on_device else [])]]
     for row in rows:
         plain = row["engine"] == "plain"
-        low, high = row["spread"]
+        low, high = row.get("spread", (1, 1))
         table.append(
             [
-                "plain" if plain else f"{row['engine']} {row['aggregator']}",
-                "" if plain else row["blocks"],
-                f"{row['seconds'] * 1e3:,.1f}",
-                f"{row['ratio']:.3f}",
-                "" if plain else f"{low:.3f}–{high:.3f}",
-                f"{row['peak'] / 1e6:,.1f}",
-                f"{row['peak ratio']:.3f}",
+                step_name(row),
+                "" if plain else f"{row['blocks']} ({row['number of blocks']})",
+                row.get("failed") or seconds(row.get("seconds")),
+                ratio(row.get("ratio")),
+                "" if plain or "spread" not in row else f"{low:.2f}–{high:.2f}",
+                ratio(row.get("cpu ratio")),
+                gigabytes(row["peak"]),
+                ratio(row["peak ratio"]),
+                *([gigabytes(row.get("device peak"))] if on_device else []),
             ]
         )
-    return markdown(table)
+    first = rows[0]
+    if "seconds" not in first:
+        return markdown(table)
+    share = "" if first["mfu"] is None else f", MFU {first['mfu']:.1%}"
+    speed = f"Plain: {first['tokens per second']:,.0f} tokens/s, "
+    speed += f"{first['model flops per second'] / 1e12:.3g} model TFLOP/s{share}."
+    return f"{markdown(table)}\n\n{speed}"
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -145,17 +145,22 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, architecture: DecoderConfig) -> Plan:
+def plan(
+    config: Config,
+    architecture: DecoderConfig,
+    gradients: Callable[..., GradientSource] = make_gradients,
+) -> Plan:
     """Compile the step of a run and count what it costs.
 
     Args:
       config: the run's settings.
       architecture: the model's sizes.
+      gradients: where the step's gradient comes from.
 
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
     """
-    step = abstract_step(config, architecture)
+    step = abstract_step(config, architecture, gradients)
     begun = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     compiled = cost.compile_to_count(traced.lower())
@@ -192,6 +197,7 @@ def abstract_step(
     config: Config,
     architecture: DecoderConfig,
     gradients: Callable[..., GradientSource] = make_gradients,
+    attention: str = "xla",
 ) -> AbstractStep:
     """Build the trainer's step around shapes in the place of arrays.
 
@@ -199,6 +205,7 @@ def abstract_step(
       config: the run's settings.
       architecture: the model's sizes.
       gradients: where the step's gradient comes from.
+      attention: implementation of attention; by default the one that can be compiled for the CPU.
 
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
@@ -211,7 +218,7 @@ def abstract_step(
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
-        attention="xla",  # what can be compiled for the CPU
+        attention=attention,
     )
     graph, params, frozen = split_model(config, decoder)
 

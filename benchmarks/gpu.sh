@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under nine minutes, and one table at its end:
+# plain fine-tuning, conflicts resolved in the backward pass, stacked gradients, TorchJD, and the
+# largest model that fits, all with random weights of true shape.
+#
+#   benchmarks/gpu.sh [DIRECTORY FOR THE NUMBERS]
+#   benchmarks/gpu.sh --smoke [DIRECTORY]     tiny shapes on the CPU, to see that everything runs
+#
+# Every section has a time limit of its own, and what was measured before it struck is in the table.
+# Nothing is downloaded; what must be installed is in benchmarks/README.md.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+smoke=
+if [[ ${1:-} == --smoke ]]; then
+  smoke=1
+  shift
+fi
+out=${1:-gpu-results}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
+rm -f "$out"/*.json
+python=${PYTHON:-python3}
+deadline=520 # seconds from the start
+[[ $smoke ]] && deadline=3600
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
+# quarter of the device. A second call should not compile.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.95 TF_CPP_MIN_LOG_LEVEL=2
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled}
+
+# section NAME LIMIT COMMAND...: run a command, no longer than its limit and the deadline allow.
+section() {
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) begun=$SECONDS code
+  [[ $smoke ]] && limit=$deadline
+  shift 2
+  ((limit < left)) || limit=$left
+  if ((limit < 5)); then
+    echo "== $name: no time left"
+    return 1
+  fi
+  echo "== $name (at most $limit s)"
+  timeout --kill-after=5 "$limit" "$python" "$@" 2> >(grep -v '^WARNING' | cut -c 1-1000 >&2)
+  code=$?
+  echo "== $name: exit code $code after $((SECONDS - begun)) s"
+  return "$code"
+}
+
+if [[ $smoke ]]; then
+  tiny=$out/tiny
+  mkdir -p "$tiny"
+  cat > "$tiny/config.json" << 'END'
+{"model_type": "qwen3", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48,
+ "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+ "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}
+END
+  models=("$tiny") lengths=(16) largest=() planned=$tiny torch_model=$tiny
+  aggregator=mean beside=() tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
+  platform=(--platform cpu) precision=(--dtype float32)
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+else
+  models=(Qwen3-0.6B Qwen3-1.7B) lengths=(1024 4096) largest=(Llama-3.1-8B Qwen3-4B)
+  planned=Llama-3.1-8B torch_model=Qwen3-0.6B
+  aggregator=cagrad beside=("TorchJD" "TorchJD by rows" "PyTorch plain")
+  tokens=4096 large_tokens=1024 torch_tokens=1024 languages=8 rounds=5
+  platform=(--platform gpu) precision=(--dtype bfloat16)
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+fi
+# A smoke test is to be cheap: nothing is stacked, PyTorch is left out (peers.py has tiny shapes of its
+# own), and no model is the largest that fits.
+stacked=() planning=()
+[[ $smoke ]] && stacked=(--no-stacked) planning=(--no-stacked --blocks)
+common=("${precision[@]}" --languages "$languages" --aggregators "$aggregator" --blocks layer)
+# All of the largest model's state in bfloat16 but the average of squared gradients.
+large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
+  --batch-size 1 --sequence-length "$large_tokens")
+
+# What the largest model would need, compiled on the host meanwhile.
+env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
+  "${large[@]}" "${planning[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
+planner=$!
+
+step() { # MODEL LENGTH
+  local name
+  name=$(basename "$1")-$2
+  section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" --remat dots \
+    --sequence-length "$2" --batch-size $((tokens / $2)) --rounds "$rounds" \
+    "${stacked[@]}" --json "$out/step-$name.json"
+}
+
+for model in "${models[@]}"; do
+  step "$model" "${lengths[0]}"
+done
+((${#beside[@]})) && section "beside PyTorch" 120 benchmarks/peers.py "${platform[@]}" "${precision[@]}" \
+  --languages "$languages" --model "$torch_model" --remat full --batch-size 1 \
+  --sequence-length "$torch_tokens" --rounds "$rounds" --json "$out/peers.json" \
+  --only "${beside[@]}"
+for model in "${largest[@]}"; do
+  section "largest: $model" 120 benchmarks/step.py "${platform[@]}" "${common[@]}" "${large[@]}" \
+    --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
+done
+for length in "${lengths[@]:1}"; do
+  for model in "${models[@]}"; do
+    step "$model" "$length"
+  done
+done
+while kill -0 $planner 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
+kill $planner 2> /dev/null
+"$python" benchmarks/gpu_table.py "$out"

@@ -1,0 +1,132 @@
+"""The benchmarks run, on shapes too small to time, and their checks can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from devices import ROOT, run_python
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def gpu_script(tmp_path_factory):
+    """What ``benchmarks/gpu.sh --smoke`` printed, and the numbers it kept."""
+    out = tmp_path_factory.mktemp("gpu")
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu.sh", "--smoke", out],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+
+
+def test_the_gpu_script_measures_every_section(gpu_script):
+    done, found = gpu_script
+    assert {"step-tiny-16", "plan"} == set(found), done.stdout + done.stderr
+    step = {row["engine"]: row for row in found["step-tiny-16"]["rows"]}
+    assert set(step) == {"plain", "backward"}
+    assert all(row["seconds"] > 0 for row in step.values())
+    assert all(page["about"]["command"] and page["about"]["date"] for page in found.values())
+
+
+def test_its_last_lines_are_the_table(gpu_script):
+    done, _ = gpu_script
+    table = done.stdout[done.stdout.index("| measured |") :]
+    for text in ("plain", "backward mean", "Planned"):
+        assert text in table
+
+
+def test_other_losses_are_reported():
+    peers = module("peers")
+    ours = np.array([[10.0, 11.0], [9.0, 10.0]])
+    row = {"name": "theirs", "same": "ours"}
+    same = row | {"difference": peers.difference(ours * (1 + 1e-4), ours)}
+    other = row | {"difference": peers.difference(ours * (1 + 1e-2), ours)}
+    lost = row | {"difference": peers.difference(ours * np.nan, ours)}
+    assert peers.disagreements([same], 2e-3) == []
+    assert len(peers.disagreements([other, lost], 2e-3)) == 2
+
+
+def test_input_measures_the_data_of_a_run(smollm2_dir, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (smollm2_dir / name).exists():
+            shutil.copy(smollm2_dir / name, model)
+    for language in ("es", "it"):
+        records = [{"prompt": f"{language} {i}", "completion": f"{i * i} si"} for i in range(40)]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{language}.jsonl").write_text(lines)
+    config = tmp_path / "config.yaml"
+    settings = {
+        "output": str(tmp_path / "run"),
+        "model": {"source": str(model)},
+        "data": {
+            "source": str(tmp_path / "{language}.jsonl"),
+            "seen": ["es", "it"],
+            "batch_size": 1,
+            "sequence_length": 96,
+        },
+        "resolve": {"aggregator": "mean"},
+        "train": {"steps": 2},
+    }
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    numbers = tmp_path / "numbers.json"
+    script = ROOT / "benchmarks/input.py"
+    flags = ["--steps", 0, "--batches", 3, "--json", numbers]
+    run_python([script, "--config", config, *flags], PYTHONPATH=str(ROOT))
+    stages = json.loads(numbers.read_text())["rows"]
+    assert len(stages) == 3
+    assert all(row["tokens per second"] > 0 for row in stages)
+
+
+def test_load_save_measures_a_round_trip(tmp_path):
+    numbers = tmp_path / "numbers.json"
+    flags = ["--layers", 1, "--width", 64, "--directory", tmp_path, "--json", numbers]
+    done = run_python(
+        [ROOT / "benchmarks/load_save.py", *flags, "--only", "Orbax save"],
+        PYTHONPATH=str(ROOT),
+    )
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["Orbax save"]
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
+    assert "| Orbax save |" in done.stdout
+
+
+def module(name):
+    """A benchmark as a module; they import each other from their own folder."""
+    path = ROOT / "benchmarks"
+    sys.path.insert(0, str(path))
+    try:
+        spec = importlib.util.spec_from_file_location(name, path / f"{name}.py")
+        made = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+    finally:
+        sys.path.remove(str(path))
+    return made
