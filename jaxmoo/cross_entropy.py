@@ -3,22 +3,27 @@
 Shape suffixes: B rows, T positions, C positions of a chunk, D hidden, V vocabulary. In every row
 the targets come first; a target of -1 is none, and the loops end where the longest row's targets
 do. A loop whose length depends on the data has no derivative of JAX's making, so all of them are
-written by hand: the backward pass forms each chunk's logits again.
+written by hand.
+
+The NLL of a position depends on its own hidden state alone. So its gradient with respect to that
+state, the position's *slope*, is formed in the forward pass, while the chunk's logits are there;
+the backward pass only scales it. For the table's gradient the logits are formed once more.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 __all__ = [
+    "Scores",
     "at_least_float32",
     "chunked_nll",
     "hidden_gradient",
-    "nll_and_normaliser",
+    "scores",
     "table_gradient",
 ]
 
@@ -47,45 +52,60 @@ def chunked_nll(
       >>> chunked_nll(jnp.zeros((1, 2, 3)), jnp.ones((4, 3)), jnp.array([[1, -1]]), 1).round(3)
       Array([[1.386, 0.   ]], dtype=float32)
     """
-    return nll_and_normaliser(h_BTD, table_VD, targets_BT, chunk)[0]
+    return scores(h_BTD, table_VD, targets_BT, chunk).nll
 
 
-def nll_and_normaliser(
-    h_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return :func:`chunked_nll` and the logarithm of the softmax's denominator, [B, T] each."""
+class Scores(NamedTuple):
+    """What the forward pass finds; 0 where there is no target."""
 
-    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        nll, lse = carry
-        start = i * chunk
-        logits = _logits(_take(h_BTD, start, chunk), table_VD)
-        target = _take(targets_BT, start, chunk)
-        piece = jax.nn.logsumexp(logits, axis=-1)
-        label = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
-        nll = _put(nll, jnp.where(target >= 0, piece - label, 0), start)
-        return nll, _put(lse, piece, start)
-
-    zeros = jnp.zeros(targets_BT.shape, at_least_float32(h_BTD.dtype))
-    return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, (zeros, zeros))
+    nll: jax.Array  # [B, T] in nats
+    normaliser: jax.Array  # [B, T], logarithm of the softmax's denominator
+    slope: jax.Array | None  # [B, T, D] in the dtype of the hidden states
 
 
-def hidden_gradient(
+def scores(
     h_BTD: jax.Array,
     table_VD: jax.Array,
     targets_BT: jax.Array,
-    lse_BT: jax.Array,
-    cotangent_BT: jax.Array,
     chunk: int,
-) -> jax.Array:
-    """Gradient of :func:`chunked_nll` with respect to the hidden states, [B, T, D]."""
+    *,
+    slopes: bool = False,
+) -> Scores:
+    """Return :func:`chunked_nll`, what its derivatives need, and if asked its slopes."""
 
-    def body(i: jax.Array, dh_BTD: jax.Array) -> jax.Array:
+    def body(i: jax.Array, found: Scores) -> Scores:
         start = i * chunk
-        pieces = (_take(x, start, chunk) for x in (targets_BT, lse_BT, cotangent_BT))
-        dlogits = _logit_gradient(_take(h_BTD, start, chunk), table_VD, *pieces, first_token=0)
-        return _put(dh_BTD, jnp.einsum("bcv,vd->bcd", dlogits, table_VD.astype(h_BTD.dtype)), start)
+        logits = _logits(_take(h_BTD, start, chunk), table_VD)
+        target = _take(targets_BT, start, chunk)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        label = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
+        piece = Scores(jnp.where(target >= 0, normaliser - label, 0), normaliser, None)
+        if slopes:
+            dlogits = _logit_gradient(logits, target, normaliser, 1.0).astype(h_BTD.dtype)
+            slope = jnp.einsum("bcv,vd->bcd", dlogits, table_VD.astype(h_BTD.dtype))
+            piece = piece._replace(slope=slope)
+        return jax.tree.map(lambda into, x: _put(into, x, start), found, piece)
 
-    return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, jnp.zeros_like(h_BTD))
+    zeros = jnp.zeros(targets_BT.shape, at_least_float32(h_BTD.dtype))
+    none = Scores(zeros, zeros, jnp.zeros_like(h_BTD) if slopes else None)
+    return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, none)
+
+
+def hidden_gradient(
+    slope_BTD: jax.Array, targets_BT: jax.Array, cotangent_BT: jax.Array
+) -> jax.Array:
+    """Gradient of :func:`chunked_nll` with respect to the hidden states.
+
+    Args:
+      slope_BTD: from :func:`scores`.
+      targets_BT: see :func:`chunked_nll`.
+      cotangent_BT: of the NLL.
+
+    Returns:
+      [B, T, D] in the dtype of the slopes.
+    """
+    ct = jnp.where(targets_BT >= 0, cotangent_BT, 0)[..., None]
+    return (slope_BTD.astype(ct.dtype) * ct).astype(slope_BTD.dtype)
 
 
 def table_gradient(
@@ -103,7 +123,7 @@ def table_gradient(
       h_BTD: see :func:`chunked_nll`.
       table_VD: the slice.
       targets_BT: see :func:`chunked_nll`.
-      lse_BT: from :func:`nll_and_normaliser` with the whole table.
+      lse_BT: the normaliser from :func:`scores` with the whole table.
       cotangent_BT: of the NLL.
       chunk: see :func:`chunked_nll`.
       first_token: number of the slice's first token.
@@ -116,7 +136,8 @@ def table_gradient(
         start = i * chunk
         h_BCD = _take(h_BTD, start, chunk)
         pieces = (_take(x, start, chunk) for x in (targets_BT, lse_BT, cotangent_BT))
-        dlogits = _logit_gradient(h_BCD, table_VD, *pieces, first_token=first_token)
+        logits = _logits(h_BCD, table_VD)
+        dlogits = _logit_gradient(logits, *pieces, first_token).astype(h_BTD.dtype)
         # As a product of plain matrices: the compiler's CPU backend has no others of bfloat16 with
         # a float32 result.
         h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))
@@ -164,37 +185,34 @@ def _logits(h_BCD: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 
 def _logit_gradient(
-    h_BCD: jax.Array,
-    table_VD: jax.Array,
+    logits: jax.Array,
     target: jax.Array,
-    lse: jax.Array,
-    cotangent: jax.Array,
-    *,
-    first_token: jax.Array | int,
+    normaliser: jax.Array,
+    cotangent: jax.Array | float,
+    first_token: jax.Array | int = 0,
 ) -> jax.Array:
-    logits = _logits(h_BCD, table_VD)
     token = first_token + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     ct = jnp.where(target >= 0, cotangent, 0)[..., None]
-    dlogits = (jnp.exp(logits - lse[..., None]) - (token == target[..., None])) * ct
-    return dlogits.astype(h_BCD.dtype)
+    return (jnp.exp(logits - normaliser[..., None]) - (token == target[..., None])) * ct
 
 
 def _forward(h: Any, table: Any, targets: Any, chunk: int) -> tuple[jax.Array, Any]:
-    nll, lse = nll_and_normaliser(h.value, table.value, targets.value, chunk)
-    # An empty tuple tells the backward pass that nobody asks for the table's gradient: a frozen
-    # one should not pay for it.
-    wanted = (jnp.zeros(()),) if table.perturbed else ()
-    return nll, (h.value, table.value, targets.value, lse, wanted)
+    # What nobody asks for, a frozen table's gradient or that of what is below it, costs nothing.
+    found = scores(h.value, table.value, targets.value, chunk, slopes=h.perturbed)
+    rest = (h.value, table.value, found.normaliser) if table.perturbed else None
+    return found.nll, (found.slope, targets.value, rest)
 
 
 def _backward(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any, None]:
-    *primals, wanted = residuals
+    slope, targets, rest = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    dh = hidden_gradient(*primals, cotangent, chunk)
-    if not wanted:
+    dh = None if slope is None else hidden_gradient(slope, targets, cotangent)
+    if rest is None:
         return dh, None, None
-    return dh, table_gradient(*primals, cotangent, chunk).astype(primals[1].dtype), None
+    h, table, normaliser = rest
+    dtable = table_gradient(h, table, targets, normaliser, cotangent, chunk)
+    return dh, dtable.astype(table.dtype), None
 
 
 chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -18,12 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoo.cross_entropy import (
-    chunked_nll,
-    hidden_gradient,
-    nll_and_normaliser,
-    table_gradient,
-)
+from jaxmoo.cross_entropy import Scores, chunked_nll, hidden_gradient, scores, table_gradient
 from jaxmoo.engine.backward import Backward, CallBlocks, Tables, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.layout import Layout, sections_of_piece
@@ -118,25 +113,23 @@ def nll(
     if table.leaf not in engine.tied:
         ticket = None
 
-    def score(value: Any, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = engine.gather(value, call.layout)
-        return nll_and_normaliser(h, whole, targets, chunk)
+    def score(value: Any, h: jax.Array, targets: jax.Array, *, slopes: bool) -> Scores:
+        return scores(h, engine.gather(value, call.layout), targets, chunk, slopes=slopes)
 
     @jax.custom_vjp
     def scored(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> jax.Array:
         del rest, integers
-        return score(value, h, t)[0]
+        return score(value, h, t, slopes=False).nll
 
     def forward(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> Any:
         tables = rest[1]
-        result, normaliser = score(value, h, t)
+        found = score(value, h, t, slopes=True)
         state = None if tables is None else tables.state
-        return result, (value, state, integers, h, t, normaliser)
+        return found.nll, (value, state, integers, h, t, found.normaliser, found.slope)
 
     def backward(residuals: Any, cotangent: jax.Array) -> Any:
-        value, state, integers, h, t, normaliser = residuals
-        whole = engine.gather(value, call.layout)
-        dh = hidden_gradient(h, whole, t, normaliser, cotangent, chunk)
+        value, state, integers, h, t, normaliser, slope = residuals
+        dh = hidden_gradient(slope, t, cotangent)
         mine = Ticket(h, t.astype(jnp.float32), normaliser, cotangent)
         if ticket is not None:
             fitted = jax.tree.map(_fit, mine, ticket)

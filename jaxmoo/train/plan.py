@@ -343,9 +343,9 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
     state, _, batch = step.arguments
     module = "embed_tokens" if architecture.tie_word_embeddings else "lm_head"
     trained = (module, "embedding") in [path for path, _ in named_leaves(state.params)]
-    # Scores, forward and backward, and the hidden states' gradient; where the table is trained,
-    # scores once more and its gradient.
-    products = 5 if trained else 3
+    # Scores and the hidden states' gradient; where the table is trained, scores once more and its
+    # gradient.
+    products = 4 if trained else 2
     tokens = batch["tokens"].size / step.device_mesh.size
     return products * 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
