@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
 import textwrap
@@ -419,7 +420,7 @@ def markdown(schema: type) -> str:
     for section, cls in _sections(schema).items():
         rows = [leaf for leaf in leaves(schema).values() if leaf.name.rpartition(".")[0] == section]
         title = f"## `{section}`\n\n" if section else ""
-        parts.append(f"{title}{(cls.__doc__ or '').strip()}\n")
+        parts.append(f"{title}{inspect.cleandoc(cls.__doc__ or '')}\n")
         parts.append("| setting | values | default | meaning | on resume |\n|---|---|---|---|---|")
         for leaf in rows:
             cells = (
