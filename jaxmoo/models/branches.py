@@ -72,10 +72,8 @@ def _scan_layers(
 
     def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
         layer = nnx.merge(graphdef, params)
-        attention = layer.self_attn
-        q, k, v = attention.project(layer.input_layernorm(h_BSD), cos, sin)
+        q, k, v = layer.project(h_BSD, cos, sin)
         out = jax.nn.dot_product_attention(q, k, v, mask=mask_BST[:, None], implementation="xla")
-        h_BSD = h_BSD + attention.o_proj(out.reshape(*h_BSD.shape[:2], -1))
-        return h_BSD + layer.mlp(layer.post_attention_layernorm(h_BSD)), None
+        return layer.finish(h_BSD, out), None
 
     return jax.lax.scan(body, h_BSD, stacked)[0]

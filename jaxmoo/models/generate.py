@@ -163,15 +163,12 @@ def _scan_layers(
         h_BSD, k_LBTGH, v_LBTGH = carry
         number, params = xs
         layer = nnx.merge(graphdef, params)
-        attention = layer.self_attn
-        q, k, v = attention.project(layer.input_layernorm(h_BSD), cos, sin)
+        q, k, v = layer.project(h_BSD, cos, sin)
         k_LBTGH, v_LBTGH = put(k_LBTGH, k, number), put(v_LBTGH, v, number)
         out = jax.nn.dot_product_attention(
             q, k_LBTGH[number], v_LBTGH[number], mask=mask_BST[:, None], implementation="xla"
         )
-        h_BSD = h_BSD + attention.o_proj(out.reshape(*h_BSD.shape[:2], -1))
-        h_BSD = h_BSD + layer.mlp(layer.post_attention_layernorm(h_BSD))
-        return (h_BSD, k_LBTGH, v_LBTGH), None
+        return (layer.finish(h_BSD, out), k_LBTGH, v_LBTGH), None
 
     numbers = jnp.arange(k_LBTGH.shape[0])
     return jax.lax.scan(body, (h_BSD, k_LBTGH, v_LBTGH), (numbers, stacked))[0]

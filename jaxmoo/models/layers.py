@@ -161,7 +161,11 @@ class Attention(nnx.Module):
             window=self.window,
             implementation=self.attention,
         )
-        return self.o_proj(out_BSNH.reshape(*x_BSD.shape[:2], -1))
+        return self.combine(out_BSNH)
+
+    def combine(self, out_BSNH: jax.Array) -> jax.Array:
+        """Project what the heads found back to the residual stream, [B, S, D]."""
+        return self.o_proj(out_BSNH.reshape(*out_BSNH.shape[:2], -1))
 
     def project(
         self, x_BSD: jax.Array, cos: jax.Array, sin: jax.Array
@@ -235,7 +239,20 @@ class DecoderLayer(nnx.Module):
         Returns:
           The residual stream after the layer, [B, S, D].
         """
-        h_BSD = self.attend(h_BSD, cos, sin, segment_ids)
+        return self.transform(self.attend(h_BSD, cos, sin, segment_ids))
+
+    def project(
+        self, h_BSD: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the layer attends with, for attention of another kind; see `Attention.project`."""
+        return self.self_attn.project(self.input_layernorm(h_BSD), cos, sin)
+
+    def finish(self, h_BSD: jax.Array, out_BSNH: jax.Array) -> jax.Array:
+        """The rest of the layer, given what its heads found."""
+        return self.transform(h_BSD + self.self_attn.combine(out_BSNH))
+
+    def transform(self, h_BSD: jax.Array) -> jax.Array:
+        """Apply the MLP half of the layer."""
         return h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
 
     def attend(
