@@ -11,7 +11,18 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-__all__ = ["kept_programs"]
+__all__ = ["distrust_on_cpus", "kept_programs"]
+
+
+def distrust_on_cpus() -> None:
+    """Use no compilation cache, not even the user's, where several CPU devices work together.
+
+    A CPU's program that was compiled here does its collective operations in one order. Read from
+    the cache it does those that do not need each other in any order (jaxlib 0.10.2), on every
+    device another, and they mistake each other's messages.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextlib.contextmanager
@@ -20,8 +31,7 @@ def kept_programs(directory: Path) -> Iterator[None]:
 
     JAX's persistent compilation cache with its own limits: programs that took a second or more. It
     does nothing where the user keeps them elsewhere (``JAX_COMPILATION_CACHE_DIR``) or nowhere
-    (``JAX_ENABLE_COMPILATION_CACHE=0``), nor for several CPU devices, whose programs would lose the
-    order of their collective operations.
+    (``JAX_ENABLE_COMPILATION_CACHE=0``), nor after :func:`distrust_on_cpus`.
 
     Args:
       directory: where; made when it is needed.
@@ -32,9 +42,7 @@ def kept_programs(directory: Path) -> Iterator[None]:
       ...     print(jax.jit(lambda x: x + 1)(1))
       2
     """
-    several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
-    elsewhere = jax.config.jax_compilation_cache_dir is not None
-    if several_cpus or elsewhere or not jax.config.jax_enable_compilation_cache:
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         yield
         return
     compilation_cache.reset_cache()

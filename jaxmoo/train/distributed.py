@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.train.compiled import distrust_on_cpus
 
 __all__ = [
     "Agreement",
@@ -136,11 +137,7 @@ def start(launch: Launch) -> bool:
         raise UnreachableError(
             f"Not all processes have come together within {launch.patience} seconds: {error}"
         ) from error
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # A CPU's program that was compiled here does its collective operations in one order. Read
-        # from the cache it does those that do not need each other in any order (jaxlib 0.10.2), in
-        # every process another, and they mistake each other's messages.
-        jax.config.update("jax_enable_compilation_cache", False)
+    distrust_on_cpus()
     return True
 
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints
-from jaxmoo.train.compiled import kept_programs
+from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import check_same, is_first
@@ -62,6 +62,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
         with stop.at_once():
             directory.check(config)
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+            distrust_on_cpus()
             setup = prepare(config, say)
             say(_plan(config, setup))
         with (
