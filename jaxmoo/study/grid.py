@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -53,12 +52,6 @@ class Cell:
     key: Key
     config: Config
     settings: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """Fingerprint of what decides the result."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def make_cells(study: StudyConfig) -> list[Cell]:

@@ -92,7 +92,6 @@ def _run(study: StudyConfig, cell: Cell) -> dict[str, Any]:
         "arm": cell.key.arm,
         "seed": cell.key.seed,
         "learning_rate": cell.key.learning_rate,
-        "digest": cell.digest,
         "settings": cell.settings,
         **found,
         "steps": results["steps"],
