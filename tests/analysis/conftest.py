@@ -7,32 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from jaxmoo.train.config import load_config
 from jaxmoo.train.run import train
+from tiny_tokenizer import bytes_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 LETTERS = {"en": "abcdefgh", "es": "hijklmnop", "it": "nopqrstu", "de": "stuvwxyz"}
-
-
-def bytes_tokenizer(path: Path) -> None:
-    """A tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
 
 
 def words(language: str, lengths: np.ndarray, seed: int) -> list[str]:
@@ -59,7 +44,14 @@ def finished_run(tmp_path_factory) -> Path:
     """Three steps in three languages, checkpoints of steps 2 and 3."""
     directory = tmp_path_factory.mktemp("analysed")
     tiny_models.save("llama", directory / "model", vocab_size=262, max_position_embeddings=128)
-    bytes_tokenizer(directory / "model")
+    tokenizer = bytes_tokenizer(
+        ["<pad>", "<s>", "</s>"],
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(directory / "model")
     for seed, language in enumerate(LETTERS):
         lengths = np.full(40, 3)
         pairs = zip(words(language, lengths, seed), words(language, lengths, seed + 9), strict=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from jaxmoo.study.cli import main
+from tiny_tokenizer import bytes_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
@@ -27,7 +26,14 @@ def write_study(tmp_path_factory):
     """Write the configs of a study, with changes by dotted name; return the study's file."""
     shared = tmp_path_factory.mktemp("study")
     tiny_models.save("llama", shared / "model", vocab_size=262, max_position_embeddings=96)
-    _bytes_tokenizer(shared / "model")
+    tokenizer = bytes_tokenizer(
+        ["<pad>", "<s>", "</s>"],
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(shared / "model")
     for seed, (language, letters) in enumerate(LETTERS.items()):
         rng = np.random.default_rng(seed)
         rows = [
@@ -80,16 +86,3 @@ def finished(write_study, tmp_path_factory) -> Path:
     assert main(["--config", str(file), "--max-runs", "1", "keep_runs=true"]) == 0
     assert main(["--config", str(file)]) == 0
     return file
-
-
-def _bytes_tokenizer(path: Path) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)

@@ -1,0 +1,24 @@
+"""A tokenizer of single bytes, for models too small for a real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def bytes_tokenizer(special: list[str], **options: Any) -> PreTrainedTokenizerFast:
+    """Make a tokenizer.
+
+    Args:
+      special: special tokens, which come before the 256 bytes.
+      options: those of `PreTrainedTokenizerFast`, such as which special token is which.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    bpe = Tokenizer(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
