@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jaxmoo.errors import DataError
@@ -42,17 +42,6 @@ class Lines(Iterator[bytes]):
         self.number += 1
         self.byte += len(line)
         return line
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file."""
@@ -90,7 +79,7 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
 
 
 def _decoded_lines(path: Path, lines: Lines) -> Iterator[str]:
-    with lines:
+    with contextlib.closing(lines):
         for line in lines:
             yield _decoded(path, lines.number, line)
 
@@ -103,7 +92,7 @@ def read_jsonl(path: Path, lines: Lines | None = None) -> Iterator[Record]:
       lines: its lines, from where to begin; all of them by default. Between two records they stand
         behind the one and before the other.
     """
-    with lines or Lines(path) as lines:
+    with contextlib.closing(lines or Lines(path)) as lines:
         for line in lines:
             number = lines.number
             if line.removeprefix(codecs.BOM_UTF8).strip():
