@@ -6,7 +6,6 @@ import dataclasses
 import html
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from jaxmoo.analysis.representation_sections import neurons_section, separabilit
 from jaxmoo.analysis.representations import represent
 from jaxmoo.analysis.section import Section
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch
+from jaxmoo.atomic import replace_text
 from jaxmoo.convert.models import open_model
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.hf import load_config as load_model_config
@@ -120,9 +120,10 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     sections = [*_sections(request, inputs, directory, say)]
     settings = _settings(request, inputs)
     numbers = {"settings": settings} | {s.name: s.numbers for s in sections}
-    _write(directory / "analysis.json", json.dumps(_plain(numbers), indent=1, allow_nan=False))
+    text = json.dumps(_plain(numbers), indent=1, allow_nan=False)
+    replace_text(directory / "analysis.json", text + "\n")
     index = directory / "index.html"
-    _write(index, _page(request, inputs, sections, settings))
+    replace_text(index, _page(request, inputs, sections, settings) + "\n")
     say(f"Analysis: {index}")
     return index
 
@@ -336,9 +337,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, file)

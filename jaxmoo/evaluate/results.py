@@ -8,12 +8,12 @@ done, so an evaluation that was stopped goes on after the last of them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
 
@@ -109,7 +109,7 @@ class ResultStore:
     def store(self, language: str, identity: Mapping[str, Any], result: LanguageResult) -> None:
         """Store a language's result, at once."""
         content = {"identity": dict(identity), **result._asdict()}
-        _write(_file(self.directory, language), json.dumps(content, ensure_ascii=False))
+        replace_text(_file(self.directory, language), json.dumps(content, ensure_ascii=False))
 
     def finish(
         self,
@@ -128,7 +128,7 @@ class ResultStore:
             "languages": {code: {"data": languages[code].data, **scores[code]} for code in scores},
             "summary": summarise_measures(scores, seen, unseen),
         }
-        _write(self.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        replace_text(self.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return content
 
 
@@ -188,10 +188,3 @@ def _directory(output: Path) -> Path:
 
 def _file(directory: Path, language: str) -> Path:
     return directory / f"{quote(language, safe='')}.json"
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file's contents at once: a reader sees the old or the new, never a part."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, file)

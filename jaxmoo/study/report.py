@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
+from jaxmoo.atomic import replace_text
 from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
@@ -59,9 +59,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     parts.append(_costs(arms))
     parts.append(_circumstances(list(stored.values())))
     text = "\n\n".join(parts) + "\n"
-    partial = store.directory / ".study.md.partial"
-    partial.write_text(text, "utf-8")
-    os.replace(partial, store.directory / "study.md")
+    replace_text(store.directory / "study.md", text)
     return text
 
 

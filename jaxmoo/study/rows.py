@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from jaxmoo.atomic import replace_text
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.study.grid import Cell, Key
 from jaxmoo.train.config import Config
@@ -93,12 +93,7 @@ class RowStore:
     def append(self, row: Row) -> None:
         """Add a row; a reader, or who comes after a crash, sees all of it or nothing."""
         old = self.path.read_text("utf-8") if self.path.exists() else ""
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(old + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        replace_text(self.path, old + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def base_row(rows: Sequence[Row]) -> Row | None:

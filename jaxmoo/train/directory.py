@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from filelock import FileLock, Timeout
 
+from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.config import Config, differences, load_config, to_yaml
@@ -101,7 +101,7 @@ class RunDirectory:
                 self._make()
                 self._acquire(lock)
                 self.check(config)
-                _write(self.config, to_yaml(config))
+                replace_text(self.config, to_yaml(config))
             barrier("the directory of the run is made")
             self._see(config)
             yield
@@ -163,21 +163,14 @@ class RunDirectory:
         """Store held-out scores of a step."""
         self.evaluation.mkdir(exist_ok=True)
         text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
-        _write(self.evaluation / f"step_{step:08d}.json", text + "\n")
+        replace_text(self.evaluation / f"step_{step:08d}.json", text + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Record the results of a run that is complete, exported weights included."""
-        _write(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        replace_text(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
     def exported_step(self) -> int | None:
         """Return the number of steps after which the recorded export was made, or None."""
         if not self.results.exists():
             return None
         return json.loads(self.results.read_text()).get("steps")
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file's contents at once: a reader sees the old or the new, never a part."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)

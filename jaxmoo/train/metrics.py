@@ -38,6 +38,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from jaxmoo.atomic import replace_text
 from jaxmoo.errors import ConfigError, DataError
 
 __all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
@@ -157,12 +158,7 @@ def _keep_until(path: Path, step: int | None) -> None:
         and row["step"] <= step
         and ("held_out" not in row or row["step"] < step)
     ]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def _plain(value: Any) -> Any:
