@@ -1,13 +1,20 @@
-"""Errors that say what was expected, what was found and what to do."""
+"""Errors that say what was expected, what was found and what to do, and how a command ends."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
 class JaxmooError(Exception):
-    """Base class of every error raised on purpose by jaxmoo."""
+    """Base class of every error raised on purpose by jaxmoo.
+
+    Attributes:
+      exit_code: of a command that it ends; 2 where nothing was begun for it.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(JaxmooError, ValueError):
@@ -24,6 +31,20 @@ class CheckpointError(JaxmooError, ValueError):
 
 class DownloadError(JaxmooError, OSError):
     """A file could not be fetched, or arrived damaged."""
+
+
+def failed(error: JaxmooError | OSError, where: str = "") -> int:
+    """Print an error that ends a command.
+
+    Args:
+      error: one of ours, or of the system's: a full disk, most often.
+      where: which part of the command it is of.
+
+    Returns:
+      The command's exit code.
+    """
+    print(f"error{where}: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, JaxmooError) else 1
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -11,11 +11,10 @@ directory with its config.json; by default it is the config's ``model.source``.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import jax
 
-from jaxmoo.errors import JaxmooError
+from jaxmoo.errors import JaxmooError, failed
 from jaxmoo.sizes import parse_size
 from jaxmoo.train.config import load_config
 from jaxmoo.train.plan import plan, shape_of
@@ -37,8 +36,7 @@ def main() -> int:
         config = load_config(options.config, options.overrides)
         found = plan(config, shape_of(options.model or config.model.source))
     except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     print(found.table())
     print(found.advice(device_memory))
     return int(found.total > device_memory)

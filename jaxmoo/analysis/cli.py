@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
-from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.errors import ConfigError, JaxmooError, failed
 
 __all__ = ["main"]
 
@@ -35,12 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seed=options.seed,
             )
         )
-    except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, most often
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (JaxmooError, OSError) as error:
+        return failed(error)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax
 from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
 from jaxmoo.convert.models import from_hf, to_adapter, to_hf
-from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
@@ -40,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _virtual_devices(options.devices)
         return _COMMANDS[options.command](options)
     except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
 
 
 def _virtual_devices(number: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.convert.models import kind_of
-from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import read_results
@@ -45,12 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compare is not None:
             return _compare(options)
         evaluate(_settings(options))
-    except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, most often
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (JaxmooError, OSError) as error:
+        return failed(error)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on with the next language.", file=sys.stderr)
         return 130

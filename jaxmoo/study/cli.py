@@ -7,15 +7,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean
+from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, failed
 from jaxmoo.study.config import help_text, load_study
 from jaxmoo.study.grid import make_cells
 from jaxmoo.study.outlook import outlook
 from jaxmoo.study.report import write_report
 from jaxmoo.study.rows import RowStore, check_rows
 from jaxmoo.study.runner import run_missing
-from jaxmoo.train.checkpoint import UnsavedError
-from jaxmoo.train.run import InterruptedRunError, NonFiniteLossError
+from jaxmoo.train.run import InterruptedRunError
 from jaxmoo.train.yaml_text import dump
 
 __all__ = ["main"]
@@ -65,16 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{left} runs are still missing: the same command goes on with them.")
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
-        return 128 + error.signal
-    except (NonFiniteLossError, UnsavedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except JaxmooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, most often
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
+    except (JaxmooError, OSError) as error:
+        return failed(error)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on.", file=sys.stderr)
         return 130

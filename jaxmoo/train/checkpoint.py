@@ -23,6 +23,8 @@ STATE, ABOUT = "state", "about"
 class UnsavedError(CheckpointError):
     """A checkpoint could not be written; those before it are whole."""
 
+    exit_code = 1
+
 
 class Checkpoints:
     """The checkpoints of one run, in ``directory/STEP``.

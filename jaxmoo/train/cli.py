@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxmoo.errors import JaxmooError
-from jaxmoo.train.checkpoint import UnsavedError
+from jaxmoo.errors import JaxmooError, failed
 from jaxmoo.train.config import help_text, load_config, to_yaml
-from jaxmoo.train.distributed import Launch, UnreachableError, start
-from jaxmoo.train.run import InterruptedRunError, NonFiniteLossError, train
+from jaxmoo.train.distributed import Launch, start
+from jaxmoo.train.run import InterruptedRunError, train
 
 __all__ = ["main"]
 
@@ -55,20 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(config)
     except InterruptedRunError as error:
         print(error, file=sys.stderr)
-        return 128 + error.signal
-    except (NonFiniteLossError, UnreachableError, UnsavedError) as error:
-        return _failed(error, 1)
-    except JaxmooError as error:
-        return _failed(error, 2)
-    except OSError as error:  # a full disk, most often
-        return _failed(error, 1)
+        return error.exit_code
+    except (JaxmooError, OSError) as error:
+        several = jax.distributed.is_initialized()
+        return failed(error, f" (process {jax.process_index()})" if several else "")
     return 0
-
-
-def _failed(error: Exception, code: int) -> int:
-    where = f" (process {jax.process_index()})" if jax.distributed.is_initialized() else ""
-    print(f"error{where}: {error}", file=sys.stderr)
-    return code
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

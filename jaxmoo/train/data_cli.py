@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxmoo.analysis.data_plot import lengths_and_shares
 from jaxmoo.data.describe import describe, epochs_table, marked, sample
 from jaxmoo.data.languages import nearest_language
-from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.hf import resolve_source
 from jaxmoo.train.config import Config, load_config
 from jaxmoo.train.data import RunData, load_data, make_batches
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 2 bad input."""
+    """Run the command; return its exit code: 0 done, 1 failed along the way, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="data.py",
         description="Show the data of a run as training will see it: counts, token lengths, "
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (out / "data.json").write_text(text + "\n", encoding="utf-8")
         lengths_and_shares(description, out / "data.png")
     except (JaxmooError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(error)
     print(f"\nWritten: {out / 'data.json'}, {out / 'data.png'}")
     return 0
 

@@ -43,6 +43,8 @@ _SHUTDOWN = 30
 class UnreachableError(JaxmooError):
     """The other processes did not come, or went before all were there."""
 
+    exit_code = 1
+
 
 class Launch(NamedTuple):
     """How this process was told of the others; None where it was not.

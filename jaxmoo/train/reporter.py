@@ -27,6 +27,8 @@ __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
 class NonFiniteLossError(JaxmooError, FloatingPointError):
     """A loss or gradient is NaN or infinite."""
 
+    exit_code = 1
+
 
 class StepDone(NamedTuple):
     """A step that was sent to the devices.

@@ -29,6 +29,7 @@ class InterruptedRunError(JaxmooError):
     def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)
         self.signal = number
+        self.exit_code = 128 + number
 
 
 class StopRequest:
