@@ -82,7 +82,8 @@ def scores(
         piece = Scores(jnp.where(target >= 0, normaliser - label, 0), normaliser, None)
         if slopes:
             dlogits = _logit_gradient(logits, target, normaliser, 1.0).astype(h_BTD.dtype)
-            slope = jnp.einsum("bcv,vd->bcd", dlogits, table_VD.astype(h_BTD.dtype))
+            table = table_VD.astype(h_BTD.dtype)
+            slope = jnp.matmul(dlogits, table, preferred_element_type=logits.dtype)
             piece = piece._replace(slope=slope)
         return jax.tree.map(lambda into, x: _put(into, x, start), found, piece)
 

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.models.attention import attend
 from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.product import product
 
 __all__ = [
     "MLP",
@@ -93,7 +94,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(self.dtype)
+        y = product(x, self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
