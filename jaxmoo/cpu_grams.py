@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Entries of one slice, K rows of float32: it stays in a core's cache. Slices much narrower than
-# that would cost more to start than to multiply.
-_ENTRIES = 16_384
+# Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to
+# start than to multiply, and the backend would run loops over them one after the other.
+_ENTRIES = 98_304
 _FEWEST_COLUMNS = 512
 _LOOPS_PER_CORE = 8  # as many as the backend leaves to one thread
 _MOST_LOOPS = 64
