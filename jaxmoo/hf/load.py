@@ -133,8 +133,16 @@ def load_model(
 
 
 def progress(total: int, description: str) -> tqdm:
-    """Make a progress bar in bytes; it appears only if the work takes more than a moment."""
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, delay=2, leave=False)
+    """Make a progress bar in bytes; on a terminal, if the work takes more than a moment."""
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=None,  # only on a terminal
+    )
 
 
 def with_dtypes(state: nnx.State, dtype_of: Callable[[str], Any]) -> nnx.State:

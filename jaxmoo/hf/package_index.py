@@ -193,7 +193,16 @@ def _download_once(session: requests.Session, url: str, partial: Path, name: str
             have = 0  # the server sends the whole file again
         length = int(answer.headers.get("Content-Length", 0))
         total = have + length or None
-        bar = tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True)
+        bar = tqdm(
+            desc=name,
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # only on a terminal
+        )
+        if bar.disable:
+            print(f"Downloading {name} ...", file=sys.stderr)
         with bar, partial.open("ab" if have else "wb") as file:
             # Small pieces: what has come of an unfinished one is lost when the connection breaks.
             for piece in answer.iter_content(1 << 16):
