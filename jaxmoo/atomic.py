@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["replace_text"]
+__all__ = ["replace_text", "replacing"]
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Replace a file's contents at once, on disk when this returns.
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Replace a file's contents at once by what is written here, on disk when this ends.
 
     A reader, or who comes after a crash, sees the old or the new, never a part.
 
     Args:
       file: its directory is there.
-      text: the new contents.
+
+    Yields:
+      Where to write the new contents.
+
+    Raises:
+      OSError: they cannot be written; the old contents stay.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = Path(folder) / "a.bin"
+      ...     with replacing(file) as stream:
+      ...         _ = stream.write(b"new")
+      ...     print(file.read_bytes())
+      b'new'
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file's contents at once, as :func:`replacing` does.
+
+    Args:
+      file: its directory is there.
+      text: the new contents, written in UTF-8.
 
     Raises:
       OSError: it cannot be written; the old contents stay.
@@ -29,9 +62,5 @@ def replace_text(file: Path, text: str) -> None:
       ...     print(file.read_text(), len(list(Path(folder).iterdir())))
       two 1
     """
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    with replacing(file) as stream:
+        stream.write(text.encode())

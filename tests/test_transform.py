@@ -399,7 +399,7 @@ def test_peak_memory_is_inputs_and_outputs(params):
     state = jax.eval_shape(tx.init, single)
     compiled = jax.jit(tx.update).lower(shapes, state, single).compile()
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * 8 * 4 * 4_000_000 * 4
+    assert memory.temp_size_in_bytes < 0.05 * 8 * 4 * 4_000_000 * 4
 
 
 # --- Bad input ---------------------------------------------------------------------------------

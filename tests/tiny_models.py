@@ -78,13 +78,6 @@ def tokens_and_mask(
     return tokens, rng.random(shape) < 0.4
 
 
-def relative_error(found: Any, expected: Any) -> float:
-    """Largest absolute difference over the largest absolute expected value."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 def by_logical_path(state: Any, *, leading: int = 0) -> dict[str, np.ndarray]:
     """Arrays of a state by logical path; each has so many axes before those of the parameter."""
     arrays = {}

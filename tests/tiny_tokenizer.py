@@ -22,3 +22,14 @@ def bytes_tokenizer(special: list[str], **options: Any) -> PreTrainedTokenizerFa
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(special)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
+
+
+def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of bytes with the special tokens <pad>, <s> and </s> and a chat template."""
+    return bytes_tokenizer(
+        ["<pad>", "<s>", "</s>"],
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+    )

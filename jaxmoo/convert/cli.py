@@ -30,7 +30,11 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 models differ (verify), 2 bad input."""
+    """Run the command.
+
+    Returns:
+      Its exit code: 0 done; 1 models differ (verify) or failed along the way; 2 bad input.
+    """
     options = _parser().parse_args(arguments)
     # Conversion needs memory, not speed; virtual devices only show that sharding changes nothing.
     jax.config.update("jax_platforms", options.platform)
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.devices is not None:
             _virtual_devices(options.devices)
         return _COMMANDS[options.command](options)
-    except JaxmooError as error:
+    except (JaxmooError, OSError) as error:
         return failed(error)
 
 

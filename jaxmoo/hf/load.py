@@ -307,10 +307,10 @@ def _set_layer(placement: Sharding | None) -> Callable[..., jax.Array]:
     """A program that replaces one layer of a stack, in place."""
 
     def set_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
-        dtype = stack.dtype
-        if dtype.itemsize == 2:  # as integers, which CPUs copy nine times as fast
-            stack, value = (lax.bitcast_convert_type(x, jnp.uint16) for x in (stack, value))
-        stack = lax.dynamic_update_index_in_dim(stack, value, layer, 0)
-        return lax.bitcast_convert_type(stack, dtype) if dtype.itemsize == 2 else stack
+        # 16 bits as integers: the CPU backend copies floats of that size one by one.
+        dtype = jnp.uint16 if stack.dtype.itemsize == 2 else stack.dtype
+        bits = (lax.bitcast_convert_type(x, dtype) for x in (stack, value))
+        replaced = lax.dynamic_update_index_in_dim(*bits, layer, 0)
+        return lax.bitcast_convert_type(replaced, stack.dtype)
 
     return jax.jit(set_layer, donate_argnums=0, out_shardings=placement)

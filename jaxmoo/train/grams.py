@@ -7,13 +7,13 @@ zeros there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxmoo.atomic import replacing
 from jaxmoo.errors import ConfigError, DataError
 
 __all__ = ["GramLog", "read_grams", "write_grams"]
@@ -41,15 +41,13 @@ def write_grams(
       gram: [B, K, K].
     """
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{step:08d}.partial"
-    with partial.open("wb") as file:
+    with replacing(directory / f"{step:08d}.npz") as file:
         np.savez_compressed(
             file,
             gram=np.asarray(gram, np.float32),
             blocks=np.array(blocks, dtype=np.str_),
             languages=np.array(languages, dtype=np.str_),
         )
-    os.replace(partial, directory / f"{step:08d}.npz")
 
 
 def read_grams(directory: Path) -> GramLog:

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from jaxmoo.train.config import load_config
 from jaxmoo.train.run import train
-from tiny_tokenizer import bytes_tokenizer
+from tiny_tokenizer import chat_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -44,14 +44,7 @@ def finished_run(tmp_path_factory) -> Path:
     """Three steps in three languages, checkpoints of steps 2 and 3."""
     directory = tmp_path_factory.mktemp("analysed")
     tiny_models.save("llama", directory / "model", vocab_size=262, max_position_embeddings=128)
-    tokenizer = bytes_tokenizer(
-        ["<pad>", "<s>", "</s>"],
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-    )
-    tokenizer.save_pretrained(directory / "model")
+    chat_tokenizer(TEMPLATE).save_pretrained(directory / "model")
     for seed, language in enumerate(LETTERS):
         lengths = np.full(40, 3)
         pairs = zip(words(language, lengths, seed), words(language, lengths, seed + 9), strict=True)

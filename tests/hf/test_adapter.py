@@ -16,12 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
+from closeness import relative_error
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import ModelCard, load_adapter, load_model, save_adapter, save_model
 from jaxmoo.hf.adapter import peft_tensor
 from jaxmoo.models import LoRA, add_adapters, language_loss, merge_adapters, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, PROJECTIONS
-from tiny_models import by_logical_path, relative_error, tokens_and_mask
+from tiny_models import by_logical_path, tokens_and_mask
 
 TOLERANCE = 1e-5
 WEIGHTS = "adapter_model.safetensors"

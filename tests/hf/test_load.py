@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
+from closeness import relative_error
 from devices import run_python
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.hf import load_config, load_model
-from tiny_models import by_logical_path, relative_error, tokens_and_mask
+from tiny_models import by_logical_path, tokens_and_mask
 
 
 @pytest.fixture

@@ -102,6 +102,12 @@ def fetch(cache: Path) -> Path:
     return fetch_wheel("Some.Package", "1.0", SHA256, cache_dir=cache)
 
 
+def test_a_terminal_shows_a_progress_bar(index: Index, tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fetch(tmp_path)
+    assert "100%" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("as_json", [False, True], ids=["html", "json"])
 def test_the_wheel_is_fetched_once(index: Index, tmp_path: Path, as_json, capfd):
     index.json = as_json

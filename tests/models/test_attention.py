@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from closeness import relative_error
 from devices import run_python
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, language_loss
 from jaxmoo.models.attention import attend, choose_attention
-from tiny_models import relative_error
 
 LANGUAGES, ROWS, LENGTH, HEADS, GROUPS, WIDTH = 3, 2, 150, 4, 2, 24
 

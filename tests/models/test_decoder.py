@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from closeness import relative_error
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, rope_tables
-from tiny_models import by_logical_path, relative_error, tokens_and_mask
+from tiny_models import by_logical_path, tokens_and_mask
 
 
 def batch_of(*shape: int) -> dict[str, jax.Array]:

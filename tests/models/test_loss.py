@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from closeness import relative_error
 from jaxmoo.models import (
     Decoder,
     DecoderConfig,
@@ -20,7 +21,7 @@ from jaxmoo.models import (
     token_nll,
     trainable_filter,
 )
-from tiny_models import by_logical_path, relative_error, tokens_and_mask
+from tiny_models import by_logical_path, tokens_and_mask
 
 
 def full_nll(model: Decoder, batch) -> jax.Array:

@@ -14,10 +14,11 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 import tiny_models
+from closeness import relative_error
 from jaxmoo.hf import load_model
 from jaxmoo.hf.names import logical_path
 from jaxmoo.models import language_loss
-from tiny_models import VARIANTS, by_logical_path, relative_error, tokens_and_mask
+from tiny_models import VARIANTS, by_logical_path, tokens_and_mask
 
 TOLERANCE = 1e-5
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from closeness import relative_error
 from jaxmoo.models.product import product
 
 ROUNDING = 2**-8  # of bfloat16
@@ -19,11 +20,6 @@ def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
     return [
         jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
     ]
-
-
-def error(found: jax.Array, exact: np.ndarray) -> float:
-    """Largest absolute difference over the largest absolute value."""
-    return np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
 
 
 def gradients(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,8 +40,8 @@ def test_every_language_has_its_own_gradient_of_the_shared_matrix():
     dx, dkernel = gradients(x, kernel, ct)
     assert dx.dtype == dkernel.dtype == jnp.bfloat16
     x, kernel, ct = (np.asarray(a, np.float64) for a in (x, kernel, ct))
-    assert error(dx, ct @ kernel.T) < ROUNDING
-    assert error(dkernel, np.einsum("lbsi,lbso->lio", x, ct)) < ROUNDING
+    assert relative_error(dx, ct @ kernel.T) < ROUNDING
+    assert relative_error(dkernel, np.einsum("lbsi,lbso->lio", x, ct)) < ROUNDING
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices take any form")
@@ -64,4 +60,6 @@ def test_single_precision_is_left_alone():
     x, kernel, ct = (a.astype(jnp.float32) for a in draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5)))
     dx, dkernel = gradients(x, kernel, ct)
     assert product(x, kernel).dtype == dx.dtype == dkernel.dtype == jnp.float32
-    assert error(dkernel, np.einsum("lbsi,lbso->lio", np.float64(x), np.float64(ct))) < 1e-6
+    assert (
+        relative_error(dkernel, np.einsum("lbsi,lbso->lio", np.float64(x), np.float64(ct))) < 1e-6
+    )

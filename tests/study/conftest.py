@@ -11,7 +11,7 @@ import yaml
 
 import tiny_models
 from jaxmoo.study.cli import main
-from tiny_tokenizer import bytes_tokenizer
+from tiny_tokenizer import chat_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
@@ -26,14 +26,7 @@ def write_study(tmp_path_factory):
     """Write the configs of a study, with changes by dotted name; return the study's file."""
     shared = tmp_path_factory.mktemp("study")
     tiny_models.save("llama", shared / "model", vocab_size=262, max_position_embeddings=96)
-    tokenizer = bytes_tokenizer(
-        ["<pad>", "<s>", "</s>"],
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-    )
-    tokenizer.save_pretrained(shared / "model")
+    chat_tokenizer(TEMPLATE).save_pretrained(shared / "model")
     for seed, (language, letters) in enumerate(LETTERS.items()):
         rng = np.random.default_rng(seed)
         rows = [
