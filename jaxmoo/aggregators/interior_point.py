@@ -1,4 +1,4 @@
-"""The interior-point method behind every quadratic program here.
+"""The interior-point method, which solves every quadratic program here.
 
 Mehrotra's predictor-corrector for ``0 <= z``, ``0 <= s = C z - b``, ``z_i s_i = 0`` with a
 positive semi-definite C of unit diagonal. It takes 4 to 15 steps, seldom more, whatever the size
@@ -24,7 +24,7 @@ from jax.scipy.linalg import cho_solve
 
 RIDGE = 2.4e-7  # two float32 units in the last place, on the solution
 _MAX_STEPS = 30
-_TOLERANCE = 3e-7  # on the residual of the optimality conditions
+TOLERANCE = 3e-7  # on the residual of the optimality conditions
 _FLOOR = 1e-14  # keeps iterates off the boundary, where s/z would be 0/0
 
 
@@ -40,13 +40,19 @@ class Ball(NamedTuple):
     multiplier: jax.Array  # [] the largest for which z = 0 is admissible
 
 
+class Found(NamedTuple):
+    """A point and how well it satisfies the optimality conditions."""
+
+    point: jax.Array  # [K] >= 0
+    residual: jax.Array  # []
+
+
 class _Iterate(NamedTuple):
     z: jax.Array  # [K] > 0
     s: jax.Array  # [K] > 0
     multiplier: jax.Array  # []
     highest: jax.Array  # [] upper bound on the multiplier
-    best: jax.Array  # [K] >= 0, the best point so far
-    residual: jax.Array  # [] of the best point
+    best: Found  # so far
     steps: jax.Array  # []
     stuck: jax.Array  # [] bool
 
@@ -63,6 +69,7 @@ def interior_point(
     shift: jax.Array | None = None,
     ball: Ball | None = None,
     magnitude: float | jax.Array = 1.0,
+    known: Found | None = None,
 ) -> jax.Array:
     """Solve ``0 <= z``, ``0 <= C z + shift - multiplier * lower``, complementary.
 
@@ -78,6 +85,8 @@ def interior_point(
       ball: see above.
       magnitude: sum of the absolute terms that ``lower`` and ``shift`` are made of. Residuals are
         relative to this plus the sum of z.
+      known: a point that is returned unless a better one is found; if it is good enough, no step
+        is made.
 
     Returns:
       ``[K]`` z >= 0.
@@ -89,7 +98,7 @@ def interior_point(
     # singular matrix needs some damping, the multiplier converges the faster the less there is.
     damping = 1e-5 if ball is None else 1e-6 * max(1.0, k / 16)
 
-    def judge(z, s, multiplier):
+    def judge(z, s, multiplier) -> Found:
         undecided = jnp.max(jnp.minimum(z, s))
         # A coordinate closer to its bound than to its constraint is at its bound.
         z = jnp.where(z < s, 0.0, z)
@@ -105,7 +114,7 @@ def interior_point(
             off = jnp.abs(square - ball.radius**2)
             terms = jnp.minimum(size * total, 1e6 * ball.radius**2)
             residual = jnp.maximum(residual, off / jnp.maximum(terms, 1e-30))
-        return z, residual
+        return Found(z, residual)
 
     def step(it: _Iterate) -> _Iterate:
         z, s = it.z, it.s
@@ -156,19 +165,20 @@ def interior_point(
         z = jnp.maximum(z + reach * dz, _FLOOR)
         s = jnp.maximum(s + reach * ds, _FLOOR)
         multiplier = it.multiplier + reach * change
-        point, residual = judge(z, s, multiplier)
-        better = residual < it.residual
+        here = judge(z, s, multiplier)
+        better = here.residual < it.best.residual
         return _Iterate(
             z=z,
             s=s,
             multiplier=multiplier,
             highest=highest,
-            best=jnp.where(better, point, it.best),
-            residual=jnp.where(better, residual, it.residual),
+            best=Found(*(jnp.where(better, x, y) for x, y in zip(here, it.best, strict=True))),
             steps=it.steps + 1,
             stuck=~solved,
         )
 
+    if known is None:
+        known = Found(jnp.zeros(k, cosine.dtype), jnp.full((), jnp.inf, cosine.dtype))
     z = jnp.ones(k, cosine.dtype)
     if ball is None:
         multiplier = jnp.ones((), cosine.dtype)
@@ -183,13 +193,12 @@ def interior_point(
         s=jnp.maximum(matvec(cosine, z) + shift - multiplier * lower, slack),
         multiplier=multiplier,
         highest=jnp.full((), jnp.inf, cosine.dtype),
-        best=jnp.zeros(k, cosine.dtype),
-        residual=jnp.full((), jnp.inf, cosine.dtype),
+        best=known,
         steps=jnp.zeros((), jnp.int32),
         stuck=jnp.zeros((), bool),
     )
 
     def unfinished(it: _Iterate) -> jax.Array:
-        return (it.residual > _TOLERANCE) & ~it.stuck & (it.steps < _MAX_STEPS)
+        return (it.best.residual > TOLERANCE) & ~it.stuck & (it.steps < _MAX_STEPS)
 
-    return lax.while_loop(unfinished, step, first).best
+    return lax.while_loop(unfinished, step, first).best.point

@@ -10,6 +10,9 @@ between the gradients, so that no row is small however unequal the gradients are
   ``<g_i, d> >= 1``, rescaled to weights that sum to one.
 * The projection of ``J^T u`` onto the dual cone (UPGrad, DualProj) is ``b = -D^-1/2 G u``.
 * CAGrad is ``b = lambda b_1 - q`` with the multiplier ``lambda`` of a ball ``z^T C z = r^2``.
+
+The first two are solved by :mod:`~jaxmoo.aggregators.pivoting` and, where gradients are dependent,
+by the :mod:`~jaxmoo.aggregators.interior_point` method, which the third always takes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.interior_point import Ball, interior_point, matvec
+from jaxmoo.aggregators.pivoting import pivot
 
 
 class Equilibrated(NamedTuple):
@@ -78,7 +82,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     unit = inverse / jnp.maximum(jnp.linalg.norm(inverse), 1e-30)
     cosine = cosine + unit[:, None] * unit[None, :]
     lower = jnp.where(active, inverse, -1.0)
-    weights = interior_point(cosine, lower, magnitude=0.0) * inverse
+    weights = _solve(cosine, lower, magnitude=0.0) * inverse
     return weights / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
@@ -104,7 +108,13 @@ def project_on_dual_cone(cosine: jax.Array, active: jax.Array, target: jax.Array
       [0.0, 0.5]
     """
     lower = jnp.where(active, -matvec(cosine, target), -1.0)
-    return jnp.where(active, interior_point(cosine, lower), 0.0)
+    return jnp.where(active, _solve(cosine, lower), 0.0)
+
+
+def _solve(cosine: jax.Array, lower: jax.Array, magnitude: float = 1.0) -> jax.Array:
+    """Pivoting for the many problems that are regular, the interior point for the others."""
+    found = pivot(cosine, lower, magnitude)
+    return interior_point(cosine, lower, magnitude=magnitude, known=found)
 
 
 def best_worst_case(
