@@ -39,6 +39,7 @@ MEASURES = {
     "nll": Measure("NLL", "nats", "tokens", False),
     "bits_per_byte": Measure("bits/byte", "nats", "bytes", False, 1 / math.log(2)),
     "accuracy": Measure("accuracy", "correct", None, True),
+    "accuracy_unnormalised": Measure("acc. unnormalised", "correct_unnormalised", None, True),
     "exact_match": Measure("exact match", "exact", None, True),
     "chrf": Measure("chrF", "chrf", None, True),
 }

@@ -116,9 +116,6 @@ class Evaluator:
             scores = score_generated(found, [e.reply for e in questions.examples])
             columns |= {"exact": scores.exact, "chrf": scores.chrf, "generated": found}
             extra["corpus_chrf"] = scores.corpus_chrf
-        if questions.choices:
-            unnormalised = columns["correct_unnormalised"]
-            extra["accuracy_unnormalised"] = sum(unnormalised) / len(unnormalised)
         return LanguageResult(digest(questions.examples), questions.units, columns, extra)
 
     def _nats(self, tokenized: Any, advance: Callable[[int], object]) -> np.ndarray:
