@@ -16,6 +16,9 @@ import pytest
 from aggregators import oracles
 from aggregators.families import families
 from jaxmoo.aggregators import solvers
+from jaxmoo.aggregators.interior_point import TOLERANCE as GOOD_ENOUGH
+from jaxmoo.aggregators.interior_point import interior_point
+from jaxmoo.aggregators.pivoting import pivot
 
 SIZES = (2, 8, 64)
 TOLERANCE = 1e-6
@@ -129,6 +132,40 @@ def test_dual_cone_projection_equals_nnls():
         if name not in STATIONARY:
             expected = oracles.project_on_dual_cone(rows, rows[0])
             np.testing.assert_allclose(rows[0] + zi @ rows, expected, atol=1e-5, err_msg=name)
+
+
+@functools.cache
+def by_either_method(k: int):
+    """Names, cosines [M, K, K], bounds [M, K], pivoting's points and residuals, the other's points.
+
+    The bounds are those of projecting the first gradient.
+    """
+    names, _, grams = problems(k)
+    cosines = jax.vmap(lambda g: solvers.equilibrate(g, jnp.ones(k, bool))[0])(grams)
+    bounds = -cosines[:, :, 0]
+    found = jax.jit(jax.vmap(pivot))(cosines, bounds)
+    within = jax.jit(jax.vmap(interior_point))(cosines, bounds)
+    arrays = (cosines, bounds, *found, within)
+    return names, *(np.asarray(x, np.float64) for x in arrays)
+
+
+@pytest.mark.parametrize("k", (2, 8, 9, 64))
+def test_pivoting_alone_solves_what_is_regular_as_the_interior_point_does(k):
+    regular = ("random", "correlated", "imbalanced", "imbalanced correlated")
+    for name, _, _, point, residual, within in zip(*by_either_method(k), strict=True):
+        if name in regular:
+            assert residual <= GOOD_ENOUGH, name
+            np.testing.assert_allclose(point, within, atol=1e-5 * (1 + within.sum()), err_msg=name)
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_pivoting_does_not_claim_what_it_has_not_found(k):
+    """However singular the systems it meets."""
+    for name, cosine, bound, point, residual, _ in zip(*by_either_method(k), strict=True):
+        if np.isfinite(residual):
+            assert (point >= 0).all()
+            off = np.abs(np.minimum(point, cosine @ point - bound)).max() / (1 + point.sum())
+            assert off <= residual + TOLERANCE / 2, name
 
 
 @functools.cache
