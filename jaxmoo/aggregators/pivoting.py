@@ -2,9 +2,10 @@
 
 For ``0 <= z``, ``0 <= s = C z - b``, ``z_i s_i = 0`` guess which z are positive, solve ``C z = b``
 for them, and exchange all that have the wrong sign; when that does not get the number of wrong
-signs down for a while, exchange only the last one, which cannot cycle (Júdice and Pires 1994, *A
-block principal pivoting algorithm for large-scale strictly monotone linear complementarity
-problems*; Kim and Park 2011, `doi:10.1137/110821172 <https://doi.org/10.1137/110821172>`_).
+signs down for a while, exchange only the last one, which cannot cycle. (Júdice and Pires, *A block
+principal pivoting algorithm for large-scale strictly monotone linear complementarity problems*,
+Computers & Operations Research 21, 1994; Kim and Park 2011, `doi:10.1137/110821172
+<https://doi.org/10.1137/110821172>`_.)
 
 Where gradients are dependent the systems are singular and the signs mean nothing. So a point
 counts only by how well it satisfies the conditions, and

@@ -17,11 +17,12 @@ import jax
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
-from jaxmoo.evaluate.measures import measured, score
+from jaxmoo.evaluate.measures import MEASURES, measured, score
 from jaxmoo.evaluate.results import LanguageResult, read_results
 from jaxmoo.hf import resolve_source
 from jaxmoo.study.config import StudyConfig
 from jaxmoo.study.grid import Cell
+from jaxmoo.study.outcome import summary
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
 from jaxmoo.train.compiled import kept_programs
 from jaxmoo.train.config import Config
@@ -190,12 +191,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    scores = [row["languages"][code]["all"] for code in row["seen"]]
-    parts = [f"seen NLL {statistics.fmean(s['nll'] for s in scores):.3f}"]
-    if "accuracy" in scores[0]:
-        parts.append(f"accuracy {statistics.fmean(s['accuracy'] for s in scores):.3f}")
-    seconds = row["train_seconds"], row["measure_seconds"]
-    return ", ".join(parts) + "; trained in {:.0f} s, measured in {:.0f} s".format(*seconds)
+    means = summary(row, "all")
+    parts = [f"{MEASURES[name].label} {one['seen']:.3f}" for name, one in means.items()]
+    seconds = "trained in {train_seconds:.0f} s, measured in {measure_seconds:.0f} s"
+    return f"seen mean: {', '.join(parts)}; {seconds.format(**row)}"
 
 
 def _hardware() -> str:
