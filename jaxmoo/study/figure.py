@@ -1,4 +1,4 @@
-"""The plot of a study: what each arm gains over the baseline."""
+"""The plots of a study: what each arm gains over the baseline, by group and by language."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from jaxmoo.analysis.style import FAINT, INK, SEEN, UNSEEN, canvas, title
 from jaxmoo.evaluate.measures import MEASURES
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["forest"]
+__all__ = ["forest", "language_map"]
 
 _GROUPS = {"seen": (SEEN, "o", -0.16), "unseen": (UNSEEN, "s", 0.16)}
 
@@ -75,3 +77,62 @@ def _points(
         axes.plot(estimate.values, [y] * count, "|", color=colour, markersize=7, alpha=0.7)
         axes.plot([estimate.mean], [y], marker, color=colour, markersize=5.5, label=label)
         label = None  # one entry of the legend per group
+
+
+def language_map(
+    differences: Mapping[str, Mapping[str, Estimate]],
+    seen: Sequence[str],
+    unseen: Sequence[str],
+    measure: str,
+    baseline: str,
+    path: Path,
+) -> Figure:
+    """Plot every language's paired difference to the baseline, by arm, as a table of colours.
+
+    Args:
+      differences: per arm, by language.
+      seen: the languages trained on.
+      unseen: the others.
+      measure: what differs, of `jaxmoo.evaluate.measures.MEASURES`.
+      baseline: the arm that is subtracted.
+      path: the image to write.
+    """
+    languages = [*seen, *unseen]
+    means = np.array([[of[code].mean for code in languages] for of in differences.values()])
+    # One arm that is far off would leave the others without colour.
+    limit = max(float(np.quantile(np.abs(means), 0.9)), 1e-6)
+    look = MEASURES[measure]
+    with canvas(path, 2.6 + 0.62 * len(languages), 1.9 + 0.3 * len(differences)) as figure:
+        title(
+            figure,
+            f"{look.label} of every language: difference to {baseline}, paired by seed",
+            "mean over seeds, blue: better; framed: the 95 % t-interval, of this language and arm "
+            "alone, leaves out 0",
+        )
+        axes = figure.subplots()
+        sign = 1 if look.higher_is_better else -1
+        axes.imshow(sign * means, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for row, of in enumerate(differences.values()):
+            for column, code in enumerate(languages):
+                one = of[code]
+                colour = "white" if abs(one.mean) > 0.65 * limit else INK
+                axes.text(column, row, f"{one.mean:+.2f}", color=colour, ha="center", va="center")
+                if abs(one.mean) > one.half:
+                    _frame(axes, row, column)
+        axes.set_xticks(range(len(languages)), languages, rotation=45, ha="right")
+        axes.set_yticks(range(len(differences)), list(differences))
+        if seen and unseen:
+            axes.axvline(len(seen) - 0.5, color="white", linewidth=4)
+            for start, codes, name in ((0, seen, "seen"), (len(seen), unseen, "unseen")):
+                middle = start + (len(codes) - 1) / 2
+                axes.text(middle, -0.6, name, ha="center", va="bottom", color=FAINT)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return figure
+
+
+def _frame(axes: Axes, row: int, column: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner = (column - 0.46, row - 0.44)
+    axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=INK, linewidth=1.4))

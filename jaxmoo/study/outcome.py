@@ -40,6 +40,10 @@ class Arm(NamedTuple):
         found = {seed: summary(row, self.part)[measure] for seed, row in self.rows.items()}
         return {seed: one[group] for seed, one in found.items() if group in one}
 
+    def language(self, measure: str, code: str) -> dict[int, float]:
+        """By seed, a measure of one language."""
+        return {seed: row["languages"][code][self.part][measure] for seed, row in self.rows.items()}
+
 
 def summary(row: Row, part: str) -> dict[str, dict[str, float]]:
     """Return the means over languages of a row's scores on a part of the held-out examples.

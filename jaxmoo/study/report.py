@@ -10,7 +10,7 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.study.config import StudyConfig
-from jaxmoo.study.figure import forest
+from jaxmoo.study.figure import forest, language_map
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import GROUPS, Arm, measures_of, outcomes, summary
 from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
@@ -27,7 +27,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     Args:
       study: the settings.
       cells: the grid.
-      store: the rows; ``study.md`` and ``forest.svg`` are written beside them.
+      store: the rows; ``study.md`` and two plots are written beside them.
 
     Returns:
       The contents of ``study.md``. The same rows give the same text.
@@ -54,6 +54,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
         parts += [_difference_table(measure, differences, study) for measure in measures]
         parts.append(_reading(study, differences))
         forest(differences, measures, study.baseline, store.directory / "forest.svg")
+        parts.append(_by_language(arms, measures[0], study.baseline, store))
     if any(arm.tuned for arm in arms.values()):
         parts.append(_rates(study, arms))
     parts.append(_costs(arms))
@@ -164,6 +165,24 @@ def _reading(
         "over the random choices of training, with the same held-out examples.\n\n"
         "![Differences](forest.svg)"
     )
+
+
+def _by_language(arms: Mapping[str, Arm], measure: str, baseline: str, store: RowStore) -> str:
+    row = next(iter(arms[baseline].rows.values()))
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, arm in arms.items():
+        of = {
+            code: paired_difference(
+                arms[baseline].language(measure, code), arm.language(measure, code)
+            )
+            for code in row["languages"]
+        }
+        known = {code: one for code, one in of.items() if one is not None}
+        if name != baseline and known:
+            found[name] = known
+    file = "languages.svg"
+    language_map(found, row["seen"], row["unseen"], measure, baseline, store.directory / file)
+    return f"![{MEASURES[measure].label} by language]({file})"
 
 
 def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> str:

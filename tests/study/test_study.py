@@ -13,8 +13,11 @@ import pytest
 import yaml
 
 from jaxmoo.study.cli import main
+from jaxmoo.study.figure import language_map
+from jaxmoo.study.statistics import mean_interval
 
 ROOT = Path(__file__).parents[2]
+FILES = ("study.md", "forest.svg", "languages.svg")
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -83,11 +86,11 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     study = copy.parent / "study"
     texts = []
     for _ in range(2):
-        for name in ("study.md", "forest.svg"):
+        for name in FILES:
             (study / name).unlink()
         assert main(["--config", str(copy), "--report-only"]) == 0
         assert (study / "study.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
-        texts.append([(study / name).read_bytes() for name in ("study.md", "forest.svg")])
+        texts.append([(study / name).read_bytes() for name in FILES])
     assert texts[0] == texts[1]
     table = (study / "study.md").read_text()
     rows = rows_of(copy)
@@ -102,7 +105,20 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     assert f"{np.mean(mean):.3f} ± {half:.3f}" in line
     assert f"{np.mean(np.subtract(mgda, mean)):+.3f} ± " in table
     assert "4 of 4 runs" in table and "before training" in table
-    assert b"<svg" in texts[0][1]
+    assert all(b"<svg" in plot for plot in texts[0][1:])
+    assert all(f"]({name})" in table for name in FILES[1:])
+
+
+def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
+    of = {"en": mean_interval([-0.1, -0.2]), "tr": mean_interval([0.30, 0.32])}
+    figure = language_map({"mgda": of}, ["en"], ["tr"], "nll", "mean", tmp_path / "map.svg")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["-0.15", "+0.31", "seen", "unseen"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["en", "tr"]
+    # The interval of the second alone leaves out 0. Lower is better, so it is red, at the low end.
+    (frame,) = axes.patches
+    assert round(frame.get_x()) == 1
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.15, -0.31]])
 
 
 def test_only_what_is_missing_is_run_again(copy, capsys):
