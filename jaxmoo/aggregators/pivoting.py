@@ -1,15 +1,15 @@
 """Block principal pivoting: most quadratic programs here in three to five factorisations.
 
 For ``0 <= z``, ``0 <= s = C z - b``, ``z_i s_i = 0`` guess which z are positive, solve ``C z = b``
-for them, and exchange all that have the wrong sign; when that does not get the number of wrong
-signs down for a while, exchange only the last one, which cannot cycle. (Júdice and Pires, *A block
-principal pivoting algorithm for large-scale strictly monotone linear complementarity problems*,
-Computers & Operations Research 21, 1994; Kim and Park 2011, `doi:10.1137/110821172
-<https://doi.org/10.1137/110821172>`_.)
+for them, and exchange all that have the wrong sign, as long as that gets the number of wrong signs
+down (Júdice and Pires, *A block principal pivoting algorithm for large-scale strictly monotone
+linear complementarity problems*, Computers & Operations Research 21, 1994; Kim and Park 2011,
+`doi:10.1137/110821172 <https://doi.org/10.1137/110821172>`_). Where it does not, they exchange
+single signs, which takes many steps; here
+:func:`~jaxmoo.aggregators.interior_point.interior_point` takes over.
 
-Where gradients are dependent the systems are singular and the signs mean nothing. So a point
-counts only by how well it satisfies the conditions, and
-:func:`~jaxmoo.aggregators.interior_point.interior_point` solves what is left.
+Where gradients are dependent the systems are singular and the signs mean nothing. So a point counts
+only by how well it satisfies the conditions.
 
 All problems of a batch lie along the last axis, which is what a CPU computes side by side.
 """
@@ -27,7 +27,7 @@ from jax.scipy.linalg import cho_solve
 from jaxmoo.aggregators.interior_point import TOLERANCE, Found
 
 _MAX_STEPS = 10
-_CHANCES = 3  # exchanges of all wrong signs that may fail to reduce their number
+_CHANCES = 3  # exchanges that may fail to reduce the number of wrong signs, one after another
 _UNROLLED = 8  # the largest K whose elimination is written out: fast to run, slow to compile
 # Relative to the terms that b is made of. Larger solutions are those of nearly singular systems.
 _LARGEST = 1e3
@@ -36,7 +36,7 @@ _LARGEST = 1e3
 class _Guess(NamedTuple):
     positive: jax.Array  # bool [K, N], which z are positive
     fewest: jax.Array  # int32 [N], wrong signs so far
-    chances: jax.Array  # int32 [N]
+    chances: jax.Array  # int32 [N], that are left
     found: Found
     steps: jax.Array  # int32 []
 
@@ -67,7 +67,9 @@ def pivot(cosine: jax.Array, lower: jax.Array, magnitude: float | jax.Array = 1.
 @custom_vmap
 def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
     k, n = b_KN.shape
-    number = jnp.arange(k)[:, None]
+
+    def hopeful(guess: _Guess) -> jax.Array:
+        return (guess.found.residual > TOLERANCE) & (guess.chances >= 0)
 
     def step(guess: _Guess) -> _Guess:
         positive = guess.positive
@@ -80,15 +82,13 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
         slack = jnp.sum(c_KKN * point, 1) - b_KN
         residual = jnp.max(jnp.abs(jnp.minimum(point, slack)), 0) / size
         # No problem's solution depends on how long others in the batch take.
-        better = (residual < guess.found.residual) & (guess.found.residual > TOLERANCE)
+        better = hopeful(guess) & (residual < guess.found.residual)
         better &= total <= _LARGEST * jnp.maximum(magnitude_N, jnp.sum(jnp.abs(b_KN), 0))
         count = jnp.sum(wrong, 0)
-        chances = jnp.where(count < guess.fewest, _CHANCES, guess.chances - 1)
-        last = jnp.max(jnp.where(wrong, number, -1), 0)
         return _Guess(
-            positive=positive ^ jnp.where(chances >= 0, wrong, number == last),
+            positive=positive ^ wrong,
             fewest=jnp.minimum(guess.fewest, count),
-            chances=chances,
+            chances=jnp.where(count < guess.fewest, _CHANCES, guess.chances - 1),
             found=Found(
                 jnp.where(better, point, guess.found.point),
                 jnp.where(better, residual, guess.found.residual),
@@ -97,7 +97,7 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
         )
 
     def unfinished(guess: _Guess) -> jax.Array:
-        return jnp.any(guess.found.residual > TOLERANCE) & (guess.steps < _MAX_STEPS)
+        return jnp.any(hopeful(guess)) & (guess.steps < _MAX_STEPS)
 
     first = _Guess(
         positive=b_KN > 0,
