@@ -1,4 +1,4 @@
-"""The interior-point method, which solves every quadratic program here.
+"""The interior-point method, which solves every program here that pivoting leaves.
 
 Mehrotra's predictor-corrector for ``0 <= z``, ``0 <= s = C z - b``, ``z_i s_i = 0`` with a
 positive semi-definite C of unit diagonal. It takes 4 to 15 steps, seldom more, whatever the size

@@ -1,4 +1,4 @@
-"""Block principal pivoting: most quadratic programs here in three to five factorisations.
+"""Block principal pivoting: most quadratic programs here in two to five factorisations.
 
 For ``0 <= z``, ``0 <= s = C z - b``, ``z_i s_i = 0`` guess which z are positive, solve ``C z = b``
 for them, and exchange all that have the wrong sign, as long as that gets the number of wrong signs

@@ -54,7 +54,13 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
         parts += [_difference_table(measure, differences, study) for measure in measures]
         parts.append(_reading(study, differences))
         forest(differences, measures, study.baseline, store.directory / "forest.svg")
-        parts.append(_by_language(arms, measures[0], study.baseline, store))
+        language_map(
+            _by_language(arms, measures[0], study.baseline),
+            *_languages(arms),
+            measures[0],
+            study.baseline,
+            store.directory / "languages.svg",
+        )
     if any(arm.tuned for arm in arms.values()):
         parts.append(_rates(study, arms))
     parts.append(_costs(arms))
@@ -106,6 +112,31 @@ def _differences(
                 if name != baseline and estimate is not None:
                     one[name] = estimate
     return found
+
+
+def _by_language(
+    arms: Mapping[str, Arm], measure: str, baseline: str
+) -> dict[str, dict[str, Estimate]]:
+    """Per arm that shares a seed with the baseline, every language's difference to it."""
+    found = {}
+    for name, arm in arms.items():
+        differences = {
+            code: paired_difference(
+                arms[baseline].language(measure, code), arm.language(measure, code)
+            )
+            for codes in _languages(arms)
+            for code in codes
+        }
+        known = {code: one for code, one in differences.items() if one is not None}
+        if name != baseline and known:
+            found[name] = known
+    return found
+
+
+def _languages(arms: Mapping[str, Arm]) -> tuple[list[str], list[str]]:
+    """Those seen, and those unseen."""
+    row = next(iter(next(iter(arms.values())).rows.values()))
+    return row["seen"], row["unseen"]
 
 
 def _scores(measure: str, arms: Mapping[str, Arm], base: Row | None) -> str:
@@ -163,26 +194,8 @@ def _reading(
         f"paired t-test, adjusted by Holm's rule over the comparisons with {study.baseline} in its "
         f"column ({count}); columns and tables are not adjusted for one another. An interval is "
         "over the random choices of training, with the same held-out examples.\n\n"
-        "![Differences](forest.svg)"
+        "![Differences](forest.svg)\n\n![Differences by language](languages.svg)"
     )
-
-
-def _by_language(arms: Mapping[str, Arm], measure: str, baseline: str, store: RowStore) -> str:
-    row = next(iter(arms[baseline].rows.values()))
-    found: dict[str, dict[str, Estimate]] = {}
-    for name, arm in arms.items():
-        of = {
-            code: paired_difference(
-                arms[baseline].language(measure, code), arm.language(measure, code)
-            )
-            for code in row["languages"]
-        }
-        known = {code: one for code, one in of.items() if one is not None}
-        if name != baseline and known:
-            found[name] = known
-    file = "languages.svg"
-    language_map(found, row["seen"], row["unseen"], measure, baseline, store.directory / file)
-    return f"![{MEASURES[measure].label} by language]({file})"
 
 
 def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> str:

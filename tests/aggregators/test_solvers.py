@@ -15,7 +15,7 @@ import pytest
 
 from aggregators import oracles
 from aggregators.families import families
-from jaxmoo.aggregators import solvers
+from jaxmoo.aggregators import pivoting, solvers
 from jaxmoo.aggregators.interior_point import TOLERANCE as GOOD_ENOUGH
 from jaxmoo.aggregators.interior_point import interior_point
 from jaxmoo.aggregators.pivoting import pivot
@@ -24,6 +24,7 @@ SIZES = (2, 8, 64)
 TOLERANCE = 1e-6
 RADII = (0.02, 0.5, 0.97)
 SKIPPED = ("zero-row", "single-row", "all-zero")  # rows are positive where the solvers are called
+REGULAR = ("random", "correlated", "imbalanced", "imbalanced correlated")  # independent gradients
 # The hull of these reaches the origin to within what a float32 Gram matrix can tell.
 STATIONARY = ("low-rank", "imbalanced low-rank", "opposed", "few columns", "copies")
 
@@ -151,11 +152,21 @@ def by_either_method(k: int):
 
 @pytest.mark.parametrize("k", (2, 8, 9, 64))
 def test_pivoting_alone_solves_what_is_regular_as_the_interior_point_does(k):
-    regular = ("random", "correlated", "imbalanced", "imbalanced correlated")
     for name, _, _, point, residual, within in zip(*by_either_method(k), strict=True):
-        if name in regular:
+        if name in REGULAR:
             assert residual <= GOOD_ENOUGH, name
             np.testing.assert_allclose(point, within, atol=1e-5 * (1 + within.sum()), err_msg=name)
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_pivoting_needs_at_most_five_systems_where_gradients_are_independent(k, monkeypatch):
+    monkeypatch.setattr(pivoting, "_MAX_STEPS", 5)
+    names, cosines, bounds, *_ = by_either_method(k)
+    regular = np.isin(names, REGULAR)
+    problem = (x[regular].astype(np.float32) for x in (cosines, bounds))
+    # A function of its own, for what is traced is kept by function.
+    found = jax.jit(jax.vmap(lambda cosine, bound: pivot(cosine, bound)))(*problem)
+    assert (np.asarray(found.residual) <= GOOD_ENOUGH).all()
 
 
 @pytest.mark.parametrize("k", SIZES)
