@@ -95,16 +95,15 @@ class DevicePass:
             return losses, *complete(values, taps, dynamic, state, tables)
 
         def each(carry: Any, numbered: Any) -> tuple[Any, None]:
-            losses, seen, updates, report, state = carry
+            losses, updates, report, state = carry
             number, part = numbered
-            weights, active = self._weights(part)
             fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
             dynamic = Dynamic(jax.random.key_data(fold), active)
-            loss, update, taps, tables = one_pass(part, weights, dynamic, state)
+            # As large as a whole batch's: the mean over parts is then over the step's own weights.
+            loss, update, taps, tables = one_pass(part, weights / n, dynamic, state)
             update, tables = complete(update, taps, dynamic, state, tables)
             return (
-                losses + loss,
-                seen + (weights > 0),
+                losses + loss / n,
                 jax.tree.map(lambda total, u: total + u / n, updates, update),
                 jax.tree.map(lambda total, x: total + x / n, report, tables.report),
                 tables.state,
@@ -112,14 +111,14 @@ class DevicePass:
 
         start = (
             jnp.zeros(weights.shape, jnp.float32),
-            jnp.zeros(weights.shape, jnp.float32),
-            [jnp.zeros_like(v) for v in values],
+            [jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for v in values],
             empty_report(self.rules.num_blocks + 1, top.objectives),
             state,
         )
         end, _ = jax.lax.scan(each, start, (jnp.arange(n), parts))
-        losses, seen, updates, report, state = end
-        return losses / jnp.maximum(seen, 1), updates, Tables(report, state)
+        losses, updates, report, state = end
+        updates = [u.astype(v.dtype) for u, v in zip(updates, values, strict=True)]
+        return losses, updates, Tables(report, state)
 
     def _complete(
         self,

@@ -91,8 +91,10 @@ def resolved_value_and_grad(
         weights, and then the results.
       microbatches: into how many parts the examples of every objective are split.
       accumulation: ``"resolve_each"`` resolves each microbatch and averages the results, at no
-        cost in memory; ``"accumulate_first"`` adds up every objective's gradients and resolves
-        once, which is what one large batch gives and needs K times the memory of the gradient.
+        cost in memory. A part's gradients are weighted by its share of the objective's weight in
+        the whole step, so that ``mean`` gives what one large batch gives. ``"accumulate_first"``
+        adds up every objective's gradients and resolves once, which is what one large batch gives
+        with every aggregator, and needs K times the memory of the gradient.
       dtype: dtype in which matrices are gathered and their gradients are sent, such as that of
         the computation; by default each parameter's own. Gram matrices and sums are float32.
       seed: seed of aggregators that draw random numbers.

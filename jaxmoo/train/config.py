@@ -168,9 +168,10 @@ class TrainConfig:
     )
     accumulation: str = setting(
         "resolve_each",
-        "With several microbatches: `resolve_each` resolves every one and averages, at no cost in "
-        "memory; `accumulate_first` adds up each language's gradients and resolves once, exactly "
-        "as one large batch would, and holds every language's gradient meanwhile.",
+        "With several microbatches: `resolve_each` resolves every one, by its share of the step's "
+        "target tokens, and averages, at no cost in memory; `accumulate_first` adds up each "
+        "language's gradients and resolves once, exactly as one large batch would, and holds every "
+        "language's gradient meanwhile.",
         choices=("resolve_each", "accumulate_first"),
     )
     evaluate_every: int = setting(

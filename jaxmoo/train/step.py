@@ -145,6 +145,8 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         losses, updates, resolver = gradients.compute(state.params, frozen, batch, state.resolver)
+        # Of the gradient itself: blocks' norms are means over microbatches and replicas.
+        grad_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
         updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         resolved = gradients.diagnostics(resolver)
@@ -153,7 +155,7 @@ def make_train_step(
             average = optax.incremental_update(params, average, 1 - ema)
         metrics = {
             "loss": losses,
-            "grad_norm": jnp.sqrt((resolved.update_norm**2).sum()),
+            "grad_norm": grad_norm,
             "conflict": resolved.conflict,
             "update_norm": resolved.update_norm,
             "mean_norm": resolved.mean_norm,

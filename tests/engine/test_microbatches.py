@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 import jaxmoo
-from engine.toy import ROWS, Toy, assert_same, batches, flatten, quick_jit, run_engine, weight
+from engine.toy import (
+    ROWS,
+    Toy,
+    assert_same,
+    batches,
+    flatten,
+    quick_jit,
+    run_engine,
+    run_oracle,
+    weight,
+)
+from jaxmoo.engine import block, resolved_value_and_grad
 
 K, PARTS, TOY = 4, 2, Toy()
 METHODS = {"layers": "pcgrad", ".*": "moco"}
@@ -17,30 +28,39 @@ def batch():
     """Objective 1 has target tokens in the second half only, objective 2 has none."""
     (batch,) = batches(K)
     mask = batch["mask"].at[1, : ROWS // PARTS].set(False).at[2].set(False)
+    tokens = mask.reshape(K, PARTS, -1).sum(-1)
+    assert (tokens[:, 0] != tokens[:, 1]).sum() == 3
     return batch | {"mask": mask}
 
 
 def resolved_each(batch):
-    """Every part as a step of its own, with keys from the step's key, and the mean of all."""
+    """Every part as a step of its own, with keys from the step's key, and the mean of all.
+
+    A part's gradients are sums over the step's tokens per part.
+    """
     tx = jaxmoo.resolve_conflicts(METHODS, stacked=TOY.stacked, num_objectives=K)
     state = tx.init(TOY.params)
     # The transformation folds its step number into its key, as the engine does with parts.
     state = state._replace(key=jax.random.fold_in(state.key, 0))
     update, results = quick_jit(tx.update), []
+    count = jax.vmap(weight)(batch)
     for part in range(PARTS):
         rows = slice(part * ROWS // PARTS, (part + 1) * ROWS // PARTS)
         some = jax.tree.map(lambda x, rows=rows: x[:, rows], batch)
         losses, gradients = TOY.gradients(TOY.params, some)
-        active = jax.vmap(weight)(some) > 0
-        updates, state = update(gradients, state, active=active)
-        results.append((losses, active, updates, state))
-    losses, active, updates, states = zip(*results, strict=True)
-    mean = jax.tree.map(lambda *x: sum(x) / PARTS, *updates)
+        share = PARTS * jax.vmap(weight)(some) / jnp.maximum(count, 1)
+        losses, gradients = jax.tree.map(
+            lambda x, share=share: x * share.reshape(K, *(1,) * (x.ndim - 1)), (losses, gradients)
+        )
+        updates, state = update(gradients, state, active=count > 0)
+        results.append((losses, updates, state))
+    losses, updates, states = zip(*results, strict=True)
+    losses, mean = jax.tree.map(lambda *x: sum(x) / PARTS, *zip(losses, updates, strict=True))
     report = {
         name: sum(getattr(s, name) for s in states) / PARTS
         for name in ("gram", "weights", "update_norm", "mean_norm")
     }
-    return sum(losses) / jnp.maximum(sum(active), 1), mean, state, report
+    return losses, mean, state, report
 
 
 def test_each_part_is_resolved_and_the_results_averaged(batch):
@@ -55,8 +75,26 @@ def test_each_part_is_resolved_and_the_results_averaged(batch):
     assert found["step.0.0"][2] == 0
 
 
-def test_parts_with_unequal_numbers_of_tokens_are_not_averaged_as_equals(batch):
-    """What makes ``accumulate_first`` exact: gradients are weighted by tokens, not by parts."""
-    (whole,) = batches(K)
-    tokens = whole["mask"].reshape(K, 4, -1).sum(-1)
-    assert np.all(tokens.max(1) > tokens.min(1))
+@pytest.mark.parametrize("method", ["mean", "sum"])
+def test_without_a_method_parts_of_unequal_token_counts_are_one_batch(method, batch):
+    options = {"aggregator": method, "preference": [1, 2, 3, 4]}
+    found = run_engine(TOY, [batch], microbatches=4, **options)
+    wanted = run_oracle(TOY, [batch], **options)
+    assert_same(*({n: x for n, x in r.items() if n.startswith("step")} for r in (found, wanted)))
+
+
+def test_parts_of_bfloat16_parameters_are_added_up_in_float32():
+    """One rounding, at the end; adding up in bfloat16 makes one per part."""
+    x = np.random.default_rng(0).uniform(0.5, 1, (1, 32, 500))
+    x = jnp.asarray(x, jnp.bfloat16)
+    gradients = resolved_value_and_grad(
+        lambda w, x: block(lambda w, x: (w * x).sum())(w, x).astype(jnp.float32),
+        jnp.ones(500, jnp.bfloat16),
+        num_objectives=1,
+        aggregator="mean",
+        microbatches=32,
+    )
+    _, update, _ = quick_jit(gradients)(jnp.ones(500, jnp.bfloat16), x, gradients.init())
+    exact = np.asarray(x, np.float64).mean((0, 1))
+    assert update.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(update, np.float64), exact, rtol=2**-8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -12,6 +13,7 @@ from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 from jaxmoo.train.config import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
 from jaxmoo.train.gradients import GradientSource, make_gradients, sampled
+from jaxmoo.train.step import TrainState, make_train_step
 
 ARCHITECTURE = DecoderConfig(
     vocab_size=31,
@@ -27,14 +29,14 @@ ARCHITECTURE = DecoderConfig(
 SEEN = ["en", "fa", "zh", "ja"]
 
 
-def make_source(**resolve):
+def make_source(microbatches=1, **resolve):
     """A source of gradients, and the parameters to call it with."""
     config = Config(
         output="none",
         model=ModelConfig(source="none"),
         data=DataConfig(source="none", seen=SEEN),
         resolve=ResolveConfig(**({"aggregator": "mean"} | resolve)),
-        train=TrainConfig(steps=1),
+        train=TrainConfig(steps=1, microbatches=microbatches),
     )
     graph, params, frozen = nnx.split(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0)), nnx.Param, ...)
     device_mesh = mesh.make_mesh(config.data.step_languages, devices=jax.devices()[:1])
@@ -44,12 +46,12 @@ def make_source(**resolve):
 
 
 def make_batch(k, lengths):
-    """Packed rows whose languages have different numbers of targets."""
+    """Packed rows; per language the number of targets of each of its two rows, or of both."""
     rng = np.random.default_rng(0)
     shape = (k, 2, 12)
     return {
         "tokens": rng.integers(1, 31, shape).astype(np.int32),
-        "loss_mask": np.broadcast_to(np.arange(12) < np.array(lengths)[:, None, None], shape),
+        "loss_mask": np.broadcast_to(np.arange(12) < np.reshape(lengths, (k, -1, 1)), shape),
         "positions": np.broadcast_to(np.arange(12, dtype=np.int32) % 6, shape),
         "segment_ids": np.broadcast_to(1 + np.arange(12, dtype=np.int32) // 6, shape),
     }
@@ -62,10 +64,12 @@ def largest_error(found, wanted):
     return max(jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("engine", ["backward", "stacked"])
-def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine):
-    source, (graph, params, frozen) = make_source(token_mean=True, engine=engine)
-    batch = make_batch(4, [12, 3, 7, 0])
+@pytest.mark.parametrize(
+    ("engine", "microbatches"), [("backward", 1), ("backward", 2), ("stacked", 1)]
+)
+def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine, microbatches):
+    source, (graph, params, frozen) = make_source(microbatches, token_mean=True, engine=engine)
+    batch = make_batch(4, [[12, 9], [3, 12], [7, 0], [0, 0]])
     losses, gradient, _ = jax.jit(source.compute)(params, frozen, batch, source.init(params))
 
     def mixed(params):
@@ -78,6 +82,17 @@ def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine):
     expected = token_nll(nnx.merge(graph, params, frozen), one).sum() / target_mask(one).sum()
     assert float(losses[1]) == pytest.approx(float(expected), rel=1e-5)
     assert float(losses[3]) == 0
+
+
+def test_the_norm_in_the_metrics_is_that_of_the_gradient():
+    """Blocks' norms are means over microbatches, whose gradients partly cancel."""
+    source, (_, params, frozen) = make_source(2, token_mean=True)
+    optimizer = optax.sgd(1.0)
+    one = make_train_step(source, optimizer)
+    state = TrainState(0, params, source.init(params), optimizer.init(params))
+    after, metrics = jax.jit(one)(state, frozen, make_batch(4, [[12, 9], [3, 12], [7, 0], [5, 5]]))
+    moved = optax.tree.norm(optax.tree.sub(after.params, params))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(moved), rel=1e-4)
 
 
 def toy_source(k):
