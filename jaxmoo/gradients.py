@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmoo.blocks import path_string
 from jaxmoo.errors import DataError
 
-__all__ = ["num_objectives", "stacked_value_and_grad"]
+__all__ = ["num_objectives", "stacked_value_and_grad", "watched"]
 
 
 def stacked_value_and_grad(
@@ -20,7 +21,8 @@ def stacked_value_and_grad(
 
     The parameters are shared and the batch is mapped over its leading axis, so that matrix
     products of the forward pass stay ordinary. The gradients take K times the memory of the
-    parameters.
+    parameters. An objective whose loss is not finite has a gradient of NaN, whatever its derivative
+    is, so that :func:`jaxmoo.resolve_conflicts` leaves it out and counts it.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, or ``(scalar, aux)``, of one objective.
@@ -43,13 +45,36 @@ def stacked_value_and_grad(
       >>> losses.tolist(), gradients.tolist()
       ([0.25, 2.25], [-1.0, 3.0])
     """
-    mapped = jax.vmap(jax.value_and_grad(loss_fn, has_aux=has_aux), in_axes=(None, 0))
+
+    def loss(params: Any, batch: Any) -> Any:
+        found = loss_fn(params, batch)
+        # A tuple where none belongs is for JAX to refuse.
+        return (watched(found[0]), *found[1:]) if has_aux else jax.tree.map(watched, found)
+
+    mapped = jax.vmap(jax.value_and_grad(loss, has_aux=has_aux), in_axes=(None, 0))
 
     def stacked(params: Any, batch: Any) -> tuple[Any, Any]:
         num_objectives(batch)
         return mapped(params, batch)
 
     return stacked
+
+
+@jax.custom_jvp
+def watched(loss: jax.Array) -> jax.Array:
+    """Return a loss as it is, with a derivative of NaN where it is not finite.
+
+    Example:
+      >>> jax.value_and_grad(lambda x: watched(x - jnp.inf))(1.0)
+      (Array(-inf, dtype=float32, weak_type=True), Array(nan, dtype=float32, weak_type=True))
+    """
+    return loss
+
+
+@watched.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (loss,), (tangent,) = primals, tangents
+    return loss, tangent * jnp.where(jnp.isfinite(loss), 1, jnp.nan).astype(tangent.dtype)
 
 
 def num_objectives(batch: Any) -> int:

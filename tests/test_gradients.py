@@ -41,6 +41,20 @@ def test_auxiliary_data_is_returned_per_objective(problem):
     np.testing.assert_allclose(sums, batch["y"].sum(1), rtol=1e-6)
 
 
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(problem):
+    """Else an infinite loss whose derivative is finite would be followed as if it were none."""
+    params, batch = problem
+    added = jnp.array([0.0, jnp.inf, jnp.nan, 0.0])
+    losses, gradients = stacked_value_and_grad(lambda p, b: loss(p, b) + b["added"])(
+        params, batch | {"added": added}
+    )
+    np.testing.assert_array_equal(losses[1:3], added[1:3])
+    _, finite = stacked_value_and_grad(loss)(params, batch)
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(finite), strict=True):
+        assert np.isnan(found[1:3]).all()
+        np.testing.assert_array_equal(found[::3], wanted[::3])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

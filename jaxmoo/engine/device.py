@@ -14,6 +14,7 @@ import numpy as np
 from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables, empty_report
 from jaxmoo.engine.block import running
 from jaxmoo.engine.layout import Layout, Topology
+from jaxmoo.gradients import watched
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
 
 __all__ = ["DevicePass"]
@@ -208,13 +209,14 @@ class DevicePass:
             )
             taps = [*taps, *(None for _ in frozen)]
             with running(engine):
-                return self.loss([*values, *frozen], taps, batch) * scale
+                return watched(self.loss([*values, *frozen], taps, batch)) * scale
 
         tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), state)
         inputs = (values, self._taps(values), tables)
         losses, (updates, taps, tables) = jax.vmap(
             jax.value_and_grad(loss), in_axes=(None, 0, 0), out_axes=(0, None)
         )(inputs, batch, scale)
+        losses = jnp.where(scale > 0, losses, 0)
         if alone:
             losses = losses / top.data
         if top.data * top.fsdp > 1:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from jaxmoo.data import Corpus, LanguageBatches, load_corpus, shares, stream_corpus
 from jaxmoo.errors import ConfigError
-from jaxmoo.hf import load_tokenizer
+from jaxmoo.hf import check_tokenizer, load_tokenizer
+from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.train.config import Config
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
     data = config.data
     template = read_template(data.chat_template)
     tokenizer = load_tokenizer(source)
+    check_tokenizer(tokenizer, load_model_config(source).vocab_size, source)
     if template is not None:
         tokenizer.chat_template = template
     options = {

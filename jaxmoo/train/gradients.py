@@ -279,8 +279,11 @@ def _stacked(
         )
         losses, gradients = value_and_grad(params, batch)
         gradients = jax.lax.with_sharding_constraint(gradients, per_language)
-        active = jnp.isfinite(losses) & jax.vmap(target_mask)(batch).any((1, 2))
-        updates, state = resolver.update(gradients, state, params, active=active)
+        present, finite = jax.vmap(target_mask)(batch).any((1, 2)), jnp.isfinite(losses)
+        updates, (tracked, resolved) = resolver.update(
+            gradients, state, params, active=present & finite
+        )
+        state = tracked, resolved._replace(skipped=resolved.skipped + (present & ~finite))
         return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
 
     return GradientSource(

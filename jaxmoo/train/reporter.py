@@ -211,9 +211,10 @@ class Reporter:
         seen = config.data.seen
         skipped = measured["skipped"] - self._skipped
         self._skipped = measured["skipped"]
-        bad = [c for c, loss in zip(seen, measured["loss"], strict=True) if not np.isfinite(loss)]
+        here = self._job.setup.batches.in_step(step - 1)
+        bad = [code for code in here if not np.isfinite(measured["loss"][seen.index(code)])]
         what = f"The loss of {', '.join(bad)}"
-        if config.resolve.nonfinite == "skip" and len(bad) < len(seen):
+        if config.resolve.nonfinite == "skip" and len(bad) < len(here):
             return
         if not bad:
             if not skipped.any():

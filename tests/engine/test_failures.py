@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.cases import CASES, one_not_finite, wanted
-from engine.toy import Toy, batches, engine, quick_jit
+from engine.cases import CASES, one_absent, one_not_finite, wanted
+from engine.toy import Toy, batches, engine, quick_jit, weight
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError, JaxmooError
 
@@ -33,6 +33,25 @@ def test_a_language_that_is_not_finite_is_left_out_and_counted():
     assert not result["state.weights"][:, 2].any()
     updates = [x for name, x in result.items() if name.startswith("step.0.1.")]
     assert all(np.isfinite(x).all() and np.any(x) for x in updates)
+
+
+def test_a_language_whose_loss_alone_is_not_finite_is_left_out_and_counted():
+    """Its gradient is finite: that of a probability of zero, for one."""
+
+    def loss(params, batch):
+        return TOY.loss(params, batch) + batch["added"].sum()
+
+    added = jnp.zeros((K, len(BATCH["mask"][0]))).at[2, 0].set(jnp.inf)
+    options = {"stacked": TOY.stacked, "num_objectives": K, "weight_fn": weight}
+    made = resolved_value_and_grad(loss, TOY.params, aggregator="cagrad", **options)
+    step, state = quick_jit(made), made.init()
+    losses, found, state = step(TOY.params, BATCH | {"added": added}, state)
+    assert np.flatnonzero(~np.isfinite(losses)).tolist() == [2]
+    assert state.skipped.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    absent = one_absent(BATCH) | {"added": added}
+    losses, wanted, state = step(TOY.params, absent, state)
+    assert losses[2] == 0 and state.skipped.sum() == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
 
 
 def test_a_language_that_is_not_finite_may_stop_the_program():

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from engine.toy import quick_jit
 from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 from jaxmoo.train.config import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
@@ -90,9 +91,28 @@ def test_the_norm_in_the_metrics_is_that_of_the_gradient():
     optimizer = optax.sgd(1.0)
     one = make_train_step(source, optimizer)
     state = TrainState(0, params, source.init(params), optimizer.init(params))
-    after, metrics = jax.jit(one)(state, frozen, make_batch(4, [[12, 9], [3, 12], [7, 0], [5, 5]]))
+    after, metrics = quick_jit(one)(
+        state, frozen, make_batch(4, [[12, 9], [3, 12], [7, 0], [5, 5]])
+    )
     moved = optax.tree.norm(optax.tree.sub(after.params, params))
     assert float(metrics["grad_norm"]) == pytest.approx(float(moved), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "aggregator"), [("backward", "mean"), ("stacked", "mean"), ("stacked", "moco")]
+)
+def test_a_language_whose_loss_is_not_finite_is_left_out_and_counted(engine, aggregator):
+    source, (_, params, frozen) = make_source(engine=engine, aggregator=aggregator)
+    batch = make_batch(4, [12, 3, 7, 0])
+    batch["tokens"] = np.where(np.arange(4)[:, None, None] == 1, 30, batch["tokens"] % 30)
+    table = params.embed_tokens.embedding
+    table.set_value(table[...].at[30].set(jnp.nan))
+    step = quick_jit(source.compute)
+    losses, gradient, state = step(params, frozen, batch, source.init(params))
+    assert np.flatnonzero(~np.isfinite(losses)).tolist() == [1]
+    assert source.diagnostics(state).skipped.tolist() == [0, 1, 0, 0]
+    assert not source.diagnostics(state).weights[:, 1].any()
+    assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
 
 
 def toy_source(k):

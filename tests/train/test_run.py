@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from devices import ROOT, run_python
 from jaxmoo.train.cli import main
+from jaxmoo.train.data_cli import main as data_main
 from jaxmoo.train.metrics import read_metrics
 
 CHATML = (
@@ -213,11 +215,13 @@ def test_another_runs_directory_is_refused_and_left_as_it_was(write_config, tmp_
     assert [p.name for p in other.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("languages_per_step", ["null", "2"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    write_config, tmp_path, capsys
+    languages_per_step, write_config, tmp_path, capsys
 ):
     config = write_config(optimizer__learning_rate=1e30, optimizer__warmup_steps=0, train__steps=8)
-    assert main(["--config", str(config), "train.checkpoint_every=1"]) == 1
+    overrides = ["train.checkpoint_every=1", f"data.languages_per_step={languages_per_step}"]
+    assert main(["--config", str(config), *overrides]) == 1
     message = capsys.readouterr().err
     assert "not finite in step" in message and "untouched" in message
     latest = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
@@ -225,9 +229,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert not (tmp_path / "run" / "export").exists()
 
 
-def test_truncated_weights_are_refused(tiny_model, write_config, tmp_path, capsys):
-    import shutil
+def test_tokens_that_the_model_does_not_know_are_refused_before_training(
+    tiny_model, write_config, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 49151}))
+    for command in (main, data_main):
+        assert command(["--config", str(write_config(model__source=str(other)))]) == 2
+        assert "tokens up to number 49151" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
+
+def test_truncated_weights_are_refused(tiny_model, write_config, tmp_path, capsys):
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_model, damaged)
     file = damaged / "model.safetensors"
