@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
 import numpy as np
 
+from jaxmoo.data.chat import (
+    Conversation,
+    Turn,
+    assistant_marks,
+    locate,
+    no_end,
+    not_a_prefix,
+)
 from jaxmoo.data.example import Example
 from jaxmoo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +32,23 @@ class Tokenized:
     Attributes:
       tokens: int32 [T]; the rendered conversation up to and including the end-of-turn token of
         its last reply, or a text and its end token.
-      loss_mask: bool [T]; true on every reply's tokens and on its end-of-turn token.
-      reply_bytes: UTF-8 length of the replies' text that `tokens` holds and `loss_mask` marks.
+      loss_mask: bool [T]; true on what is learnt: every reply's tokens and its end-of-turn token,
+        and what the template puts before a reply behind the generation prompt.
+      reply_bytes: UTF-8 length of the replies' text that `tokens` holds and `scored` marks.
       length: T before truncation.
+      own: `scored`, where it is not `loss_mask`.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     reply_bytes: int
     length: int
+    own: np.ndarray | None = None
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Bool [T]; true on what a likelihood counts: the replies' own tokens and their ends."""
+        return self.loss_mask if self.own is None else self.own
 
     @property
     def truncated(self) -> bool:
@@ -44,12 +57,14 @@ class Tokenized:
 
 
 class _Turn(NamedTuple):
-    """What is learnt of one assistant turn: a span of tokens, and the text in it."""
+    """One reply: spans of tokens, and the text in it."""
 
-    start: int
+    start: int  # what is learnt begins: what the model is prompted with ends
+    begin: int  # the reply's own text begins
     stop: int  # behind its end-of-turn token
     text_start: int  # characters
     text_end: int
+    ending: int | None = None  # its end-of-turn token
 
 
 class _Rendered(NamedTuple):
@@ -94,13 +109,14 @@ def tokenize_all(
 
     The template decides everything around the text, a default system prompt included, because
     that is what the model will be prompted with later. Every assistant turn that follows another
-    message is learnt. The loss mask is the template's own where it marks what the assistant
-    generates (``{% generation %}``) and its marks hold every reply's text. Otherwise it is a
-    difference of prefixes: the conversation is rendered up to where each reply begins
-    (``add_generation_prompt``) and whole, and what the whole has more, up to the first special
-    token after the reply's text, is the reply with its end-of-turn token; up to the end of the
-    turn's rendering when the template ends turns without one. What comes after the last reply is
-    cut, for no token is learnt from it. Sequences longer than `max_length` lose their end.
+    message is learnt: from where the generation prompt ends (`jaxmoo.data.chat.locate`) up to the
+    first special token behind the reply's text, its end-of-turn token, or to the end of the turn's
+    rendering when the template ends turns without one. So is what the template puts between the
+    prompt and the reply, such as empty thoughts, for the model will have to say it; but it is not
+    scored. Where a template marks what the assistant generates (``{% generation %}``) and its marks
+    hold every reply's text, what it leaves unmarked before the text is not learnt. What comes after
+    the last reply is cut, for no token is learnt from it. Sequences longer than `max_length` lose
+    their end.
 
     Plain text is tokenised as the tokenizer does by itself (with a token at its start, if it puts
     one there), ends with the tokenizer's end token, and is learnt whole but for its first token.
@@ -142,7 +158,7 @@ def _tokenize_texts(
             ids.append(tokenizer.eos_token_id)
             offsets.append((len(rendered.text), len(rendered.text)))
         # A text is a reply to nothing; its first token is predicted by nothing and has no part.
-        whole = _Turn(1, len(ids), offsets[0][1] if ids else 0, len(rendered.text))
+        whole = _Turn(1, 1, len(ids), offsets[0][1] if ids else 0, len(rendered.text))
         rendered = rendered._replace(ids=ids, offsets=offsets)
         results.append(_masked(rendered, [whole] if len(ids) > 1 else [], max_length))
     return results
@@ -151,55 +167,154 @@ def _tokenize_texts(
 def _tokenize_chats(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[Tokenized]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "The tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or "
-            "give a template (data.chat_template, tokenizer.chat_template)."
-        )
-    conversations = [list(example.messages) for example in examples]
-    wholes = _render(tokenizer, conversations)
-    encoded = list(_encode(examples, wholes, tokenizer))
-    turns: list[list[_Turn] | None] = [None] * len(examples)
-    if _GENERATION.search(str(tokenizer.chat_template)):
-        marked = tokenizer.apply_chat_template(
-            conversations, return_assistant_tokens_mask=True, return_dict=True
-        )
-        for i, rendered in enumerate(encoded):
-            if marked["input_ids"][i] == rendered.ids:
-                turns[i] = _marked_turns(rendered, marked["assistant_masks"][i])
-    rest = [i for i, found in enumerate(turns) if found is None]
-    for i, found in zip(rest, _prefix_turns([encoded[i] for i in rest], tokenizer), strict=True):
-        turns[i] = found
+    return [_masked(rendered, turns, max_length) for rendered, turns in _chats(examples, tokenizer)]
+
+
+def reply_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[np.ndarray]:
+    """Return the tokens that lead to every example's last reply, to be continued.
+
+    They end where the reply's own text begins: behind what the template puts between its
+    generation prompt and any reply.
+
+    Args:
+      examples: conversations whose last reply is not empty.
+      tokenizer: a fast tokenizer with a chat template.
+
+    Returns:
+      int32 [T] each.
+
+    Raises:
+      DataError: as `tokenize_all`.
+    """
     return [
-        _masked(rendered, found or [], max_length)
-        for rendered, found in zip(encoded, turns, strict=True)
+        np.asarray(rendered.ids[: turns[-1].begin], np.int32)
+        for rendered, turns in _chats(examples, tokenizer)
     ]
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[list[Mapping[str, str]]],
-    **options: Any,
-) -> list[str]:
-    """Render conversations, or say which one the template refuses and why."""
-    if not conversations:
-        return []
-    try:
-        return tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"The chat template is broken, line {error.lineno}: {error}") from None
-    except jinja2.TemplateError as error:
-        failure = error
-    for conversation in conversations:
-        try:
-            tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            shown = [(message["role"], message["content"][:40]) for message in conversation]
+def tokenize_choices(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[list[Tokenized]]:
+    """Tokenise every choice of examples in the reply's place, as lm-evaluation-harness cuts them.
+
+    White space before the choice is scored with it, for tokenizers join it with a word; the
+    end-of-turn token is not scored.
+
+    Args:
+      examples: conversations, each with its `choices`.
+      tokenizer: a fast tokenizer with a chat template.
+
+    Raises:
+      DataError: the tokenizer joins what comes before a choice with it; else as `tokenize_all`.
+    """
+    for example in examples:
+        if not all(example.choices):
             raise DataError(
-                f"The chat template cannot render {shown}: {error}. Change the data, or give "
-                "another template (data.chat_template)."
-            ) from None
-    raise DataError(f"The chat template cannot be used: {failure}")
+                f"Language {example.language!r}: expected choices with text, found "
+                f"{list(example.choices)}."
+            )
+    asked = [
+        dataclasses.replace(
+            example,
+            messages=(*example.messages[:-1], {"role": "assistant", "content": choice}),
+        )
+        for example in examples
+        for choice in example.choices
+    ]
+    located = locate(asked, tokenizer)
+    texts = [one.text[: one.turns[-1].end] for one in located]
+    contexts = [one.text[: one.turns[-1].start].rstrip() for one in located]
+    found = []
+    for one, ids, context in zip(
+        located, _ids(tokenizer, texts), _ids(tokenizer, contexts), strict=True
+    ):
+        turn, size = one.turns[-1], len(context)
+        if ids[:size] != context or len(ids) == size:
+            raise DataError(
+                f"Language {one.example.language!r}, choice {one.example.reply[:40]!r}: its tokens "
+                "cannot be told from those of the prompt, because the tokenizer joins them. End "
+                "the chat template's generation prompt with a special token or a new line."
+            )
+        scored = len(one.text[turn.start : turn.end].encode())
+        mask = np.arange(len(ids)) >= size
+        found.append(Tokenized(np.asarray(ids, np.int32), mask, scored, len(ids)))
+    rest = iter(found)
+    return [[next(rest) for _ in example.choices] for example in examples]
+
+
+def _chats(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[_Rendered, list[_Turn]]]:
+    """Conversations as tokens, with the turns that are learnt."""
+    located = locate(examples, tokenizer)
+    encoded = list(_encode(examples, [one.text for one in located], tokenizer))
+    prompts = iter(_ids(tokenizer, [turn.prompt for one in located for turn in one.turns]))
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    found = []
+    for conversation, rendered in zip(located, encoded, strict=True):
+        turns = []
+        for turn in conversation.turns:
+            prompt = next(prompts)
+            if rendered.ids[: len(prompt)] != prompt:
+                raise not_a_prefix(conversation, turn)
+            turns.append(_turn_of_tokens(conversation, rendered, turn, len(prompt), special))
+        found.append(turns)
+    for i, (ids, marks) in enumerate(assistant_marks(examples, tokenizer)):
+        if ids == encoded[i].ids:
+            found[i] = _as_marked(encoded[i], found[i], marks)
+    return list(zip(encoded, found, strict=True))
+
+
+def _turn_of_tokens(
+    conversation: Conversation, rendered: _Rendered, turn: Turn, start: int, special: set[int]
+) -> _Turn:
+    """The tokens of one turn, which is learnt from token `start`."""
+    offsets = rendered.offsets
+    inside = itertools.takewhile(lambda at: offsets[at][0] < turn.limit, range(start, len(offsets)))
+    positions = [at for at in inside if offsets[at][1] <= turn.limit]
+    # White space alone belongs to the reply, for tokenizers join it with a word.
+    begin = start
+    if conversation.text[len(turn.prompt) : turn.start].strip():
+        begin = next(at for at in positions if offsets[at][1] > turn.start)
+    found = _Turn(start, begin, positions[-1] + 1, turn.start, turn.end)
+    for at in positions:
+        if rendered.ids[at] in special and offsets[at][0] >= turn.end:
+            return found._replace(stop=at + 1, ending=rendered.ids[at])
+    if turn.uneven:
+        raise no_end(conversation, turn)
+    return found
+
+
+def _as_marked(rendered: _Rendered, turns: list[_Turn], marks: Sequence[int]) -> list[_Turn]:
+    """Leave out what a template does not mark before a reply's text, if it marks every reply.
+
+    The end of a turn is learnt whether marked or not: a model has to learn to stop.
+    """
+    marked = []
+    for turn in turns:
+        said = [
+            at
+            for at in range(turn.start, turn.stop)
+            if rendered.offsets[at][1] > turn.text_start and rendered.offsets[at][0] < turn.text_end
+        ]
+        if not all(marks[at] for at in said):
+            return turns
+        start = said[0]
+        while start > turn.start and marks[start - 1]:
+            start -= 1
+        marked.append(turn._replace(start=start, begin=max(start, turn.begin)))
+    return marked
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # The template has written every special token, the first included.
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
 
 
 def _encode(
@@ -225,126 +340,24 @@ def _masked(rendered: _Rendered, turns: Sequence[_Turn], max_length: int) -> Tok
     """Cut behind the last turn that is left, and mark the turns."""
     stop = turns[-1].stop if turns else len(rendered.ids)
     mask = np.zeros(min(stop, max_length), bool)
+    own = mask.copy()
     reply_bytes = kept = 0
     for turn in turns:
         end = min(turn.stop, max_length)
-        # Special tokens that the template puts before the reply's text are no reply.
+        # What the template puts before the reply's text is no reply.
         if any(rendered.offsets[at][1] > turn.text_start for at in range(turn.start, end)):
             mask[turn.start : end] = True
+            own[turn.begin : end] = True
             kept = end
             # A character cut in the middle of its bytes counts whole.
             text_end = min(turn.text_end, rendered.offsets[end - 1][1])
             reply_bytes += len(rendered.text[turn.text_start : text_end].encode())
     # With no token left to learn, the whole is kept to be shown in a complaint.
     kept = kept or len(mask)
-    return Tokenized(np.asarray(rendered.ids[:kept], np.int32), mask[:kept], reply_bytes, stop)
-
-
-def _marked_turns(rendered: _Rendered, marks: Sequence[int]) -> list[_Turn] | None:
-    """The turns as a template marks them; None where its marks do not hold every reply's text."""
-    edges = np.flatnonzero(np.diff([0, *marks, 0]))
-    spans = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-    replies = [m["content"] for m in rendered.example.messages if m["role"] == "assistant"]
-    replies = [reply for reply in replies if reply]
-    if len(spans) != len(replies):
-        return None
-    turns = []
-    for (start, stop), reply in zip(spans, replies, strict=True):
-        first, last = rendered.offsets[start][0], rendered.offsets[stop - 1][1]
-        at = rendered.text.find(reply, first, last)
-        if at < 0:
-            return None
-        turns.append(_Turn(start, stop, at, at + len(reply)))
-    return turns
-
-
-def _prefix_turns(
-    conversations: Sequence[_Rendered], tokenizer: PreTrainedTokenizerFast
-) -> list[list[_Turn]]:
-    """The turns as differences of prefixes."""
-    wanted = [
-        (rendered, at)
-        for rendered in conversations
-        for at, message in enumerate(rendered.example.messages)
-        # Nothing leads to a first message, and an empty turn teaches nothing but to stop.
-        if at and message["role"] == "assistant" and message["content"]
-    ]
-    if not wanted:
-        return [[] for _ in conversations]
-    prompts = _render(
-        tokenizer,
-        [list(rendered.example.messages[:at]) for rendered, at in wanted],
-        add_generation_prompt=True,
+    return Tokenized(
+        np.asarray(rendered.ids[:kept], np.int32),
+        mask[:kept],
+        reply_bytes,
+        stop,
+        None if np.array_equal(mask, own) else own[:kept],
     )
-    # What follows an inner turn is told apart from it by rendering the conversation up to it.
-    inner = [(r, at) for r, at in wanted if at + 1 < len(r.example.messages)]
-    ends = iter(
-        _render(tokenizer, [list(rendered.example.messages[: at + 1]) for rendered, at in inner])
-    )
-    prompt_ids = tokenizer(
-        prompts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    turns: dict[int, list[_Turn]] = {id(rendered): [] for rendered in conversations}
-    for (rendered, at), prompt, ids in zip(wanted, prompts, prompt_ids, strict=True):
-        end = next(ends) if at + 1 < len(rendered.example.messages) else rendered.text
-        reply = rendered.example.messages[at]["content"]
-        turns[id(rendered)].append(_prefix_turn(rendered, reply, prompt, ids, end, special))
-    for rendered in conversations:
-        for turn, following in itertools.pairwise(turns[id(rendered)]):
-            if turn.stop > following.start:
-                reply = rendered.text[turn.text_start : turn.text_end]
-                raise DataError(
-                    f"{_described(rendered.example, reply)}: expected the chat template to render "
-                    "the reply as it is, but its text is found only in a later turn."
-                )
-    return [turns[id(rendered)] for rendered in conversations]
-
-
-def _prefix_turn(
-    rendered: _Rendered,
-    reply: str,
-    prompt: str,
-    prompt_ids: list[int],
-    ended: str,
-    special: set[int],
-) -> _Turn:
-    """One turn, from the renderings of the conversation before it and up to its end."""
-    start, whole, offsets = len(prompt_ids), rendered.text, rendered.offsets
-    if rendered.ids[:start] != prompt_ids or not whole.startswith(prompt):
-        raise DataError(
-            f"{_described(rendered.example, reply)}: expected the rendered prompt to be a prefix "
-            f"of the rendered conversation, token by token; found a prompt that ends in "
-            f"{prompt[-40:]!r} and a conversation that goes on as "
-            f"{whole[max(len(prompt) - 20, 0) :][:60]!r}. The chat template does not suit training "
-            "on replies: give one (data.chat_template) whose generation prompt is how a reply "
-            "begins, or that marks replies with {% generation %}."
-        )
-    text_start = whole.find(reply, len(prompt))
-    text_end = text_start + len(reply)
-    if text_start < 0 or reply not in ended[len(prompt) :]:
-        raise DataError(
-            f"{_described(rendered.example, reply)}: expected the chat template to render the "
-            f"reply as it is, found {whole[len(prompt) :][:60]!r}."
-        )
-    # Some templates render a turn otherwise once another follows; then only a special token ends
-    # it.
-    shared = next((i for i, (a, b) in enumerate(zip(whole, ended, strict=False)) if a != b), None)
-    shared = min(len(whole), len(ended)) if shared is None else shared
-    limit = shared if shared >= text_end else len(whole)
-    inside = itertools.takewhile(lambda at: offsets[at][0] < limit, range(start, len(offsets)))
-    positions = [at for at in inside if offsets[at][1] <= limit]
-    for position in positions:
-        if rendered.ids[position] in special and offsets[position][0] >= text_end:
-            return _Turn(start, position + 1, text_start, text_end)
-    if shared < text_end:
-        raise DataError(
-            f"{_described(rendered.example, reply)}: cannot tell where this turn ends, for the "
-            "chat template renders it otherwise when others follow. Give a template "
-            "(data.chat_template) that does not, or that marks replies with {% generation %}."
-        )
-    return _Turn(start, start + len(positions), text_start, text_end)
-
-
-def _described(example: Example, reply: str) -> str:
-    return f"Language {example.language!r}, reply {reply[:40]!r}"

@@ -105,7 +105,7 @@ class Evaluator:
             chosen = self._branch_nats(questions.choices, advance)
         columns: Columns = {
             "nats": nats,
-            "tokens": [int(one.loss_mask[1:].sum()) for one in replies],
+            "tokens": [int(one.scored[1:].sum()) for one in replies],
             "bytes": [one.reply_bytes for one in replies],
         }
         extra = {}
@@ -200,20 +200,20 @@ def _branched(texts: Sequence[Tokenized]) -> _Branched:
     start = _context(texts[-1])
     parts = [texts[0].tokens[:start], *(text.tokens[start:] for text in texts)]
     branch = np.repeat(np.arange(len(parts)), list(map(len, parts)))
-    scored = [np.zeros(start, bool), *(text.loss_mask[start:] for text in texts)]
+    scored = [np.zeros(start, bool), *(text.scored[start:] for text in texts)]
     return _Branched(np.concatenate(parts), branch, np.concatenate(scored))
 
 
 def _context(choice: Tokenized) -> int:
     """Number of tokens before the first that is scored."""
-    return int(np.argmax(choice.loss_mask))
+    return int(np.argmax(choice.scored))
 
 
 def _follows(reply: Tokenized, choices: Sequence[Tokenized]) -> bool:
     """Whether a reply begins with what comes before its choices; tokenizers may join tokens."""
     start = _context(choices[0])
     same = np.array_equal(reply.tokens[:start], choices[0].tokens[:start])
-    return same and not reply.loss_mask[:start].any()
+    return same and not reply.scored[:start].any()
 
 
 def _choose(examples: Sequence[Example], nats_of_choices: Sequence[Sequence[float]]) -> Columns:

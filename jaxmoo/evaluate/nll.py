@@ -116,7 +116,7 @@ def evaluate_nll(
     """
     for language, examples in tokenized.items():
         # The first token of a sequence is predicted from nothing and is never a target.
-        if not examples or not all(e.loss_mask[1:].any() and e.reply_bytes for e in examples):
+        if not examples or not all(e.scored[1:].any() and e.reply_bytes for e in examples):
             raise DataError(
                 f"Language {language!r} has no held-out examples, or some without reply tokens."
             )
@@ -138,7 +138,7 @@ def evaluate_nll(
         language: LanguageScore.of_sum(
             # Exactly rounded, so that the order of the batches leaves no trace.
             nats=math.fsum(nats[language]),
-            tokens=sum(int(e.loss_mask[1:].sum()) for e in examples),
+            tokens=sum(int(e.scored[1:].sum()) for e in examples),
             bytes=sum(e.reply_bytes for e in examples),
             examples=len(examples),
         )
@@ -182,7 +182,7 @@ def example_nats(
         for row, (language, number) in enumerate(rows):
             example = tokenized[language][number]
             tokens[row, : len(example.tokens)] = example.tokens
-            mask[row, 1 : len(example.tokens)] = example.loss_mask[1:]
+            mask[row, 1 : len(example.tokens)] = example.scored[1:]
         result = np.asarray(nll_fn({"tokens": tokens, "loss_mask": mask}), np.float64)
         sums = np.where(mask, result, 0.0).sum(axis=1)
         for (language, number), total in zip(rows, sums, strict=False):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoo.data.example import Example
 from jaxmoo.data.split import hash_fraction
-from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.data.tokenize import Tokenized, reply_prompts, tokenize_all, tokenize_choices
 from jaxmoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Questions(NamedTuple):
         """Digest of everything the model will see and is asked."""
         found = hashlib.sha256()
         for one in (*self.replies, *(choice for some in self.choices for choice in some)):
-            found.update(one.tokens.tobytes() + b"|" + one.loss_mask.tobytes() + b";")
+            found.update(one.tokens.tobytes() + b"|" + one.scored.tobytes() + b";")
         for prompt in self.prompts:
             found.update(prompt.tobytes() + b">")
         return found.hexdigest()[:16]
@@ -209,57 +209,14 @@ def prepare_questions(
     replies = [r for r, ok in zip(replies, usable, strict=True) if ok]
     choices: list[list[Tokenized]] = []
     prompts: list[np.ndarray] = []
-    if examples[0].choices or new_tokens:
-        rendered = tokenizer.apply_chat_template(
-            [list(e.messages[:-1]) for e in examples], tokenize=False, add_generation_prompt=True
-        )
-        if examples[0].choices:
-            choices = _tokenize_choices(examples, rendered, tokenizer, max_length)
-        if new_tokens:
-            ids = _encode(tokenizer, rendered)
-            prompts = [np.asarray(row, np.int32) for row in ids]
-            _check_room(language, [len(p) + new_tokens for p in prompts], max_length, "new tokens")
+    if examples[0].choices:
+        choices = tokenize_choices(examples, tokenizer)
+        lengths = [len(one.tokens) for some in choices for one in some]
+        _check_room(language, lengths, max_length, "choices")
+    if new_tokens:
+        prompts = reply_prompts(examples, tokenizer)
+        _check_room(language, [len(p) + new_tokens for p in prompts], max_length, "new tokens")
     return Questions(examples, replies, choices, prompts)
-
-
-def _tokenize_choices(
-    examples: Sequence[Example],
-    rendered: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-) -> list[list[Tokenized]]:
-    """Every choice after its prompt, as lm-evaluation-harness cuts them.
-
-    White space that ends the prompt is scored with the choice, for tokenizers join it with a word;
-    the end-of-turn token is not scored.
-    """
-    contexts = _encode(tokenizer, [prompt.rstrip() for prompt in rendered])
-    whole = [prompt + choice for e, prompt in zip(examples, rendered, strict=True)
-             for choice in e.choices]  # fmt: skip
-    sequences = iter(_encode(tokenizer, whole))
-    found = []
-    for example, context in zip(examples, contexts, strict=True):
-        some = []
-        for choice in example.choices:
-            ids = next(sequences)
-            if ids[: len(context)] != context or len(ids) == len(context):
-                raise DataError(
-                    f"Language {example.language!r}, choice {choice[:40]!r}: its tokens cannot be "
-                    "told from those of the prompt, because the tokenizer joins them. End the "
-                    "chat template's generation prompt with a special token or a new line."
-                )
-            mask = np.arange(len(ids)) >= len(context)
-            some.append(Tokenized(np.asarray(ids, np.int32), mask, len(choice.encode()), len(ids)))
-        found.append(some)
-    lengths = [len(one.tokens) for some in found for one in some]
-    _check_room(examples[0].language, lengths, max_length, "choices")
-    return found
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    # The template has written every special token, the first included.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(list(texts), **options)["input_ids"]
 
 
 def _check_room(language: str, lengths: Sequence[int], max_length: int, what: str) -> None:

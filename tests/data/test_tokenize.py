@@ -170,8 +170,9 @@ def test_the_mask_is_the_templates_own_where_it_marks_the_assistant(make_tokeniz
     # transformers' own mask, from a template whose marks are unlike a difference of prefixes
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}<|im_end|>{% else %}"
+        "[thinking]\n{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
         "{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = make_tokenizer(template)
     for example in EXAMPLES:

@@ -1,0 +1,281 @@
+"""Conversations as a chat template writes them, and where the replies lie in the text.
+
+Everything that needs to know where a reply begins or ends asks `locate`: training, likelihoods,
+choices and generation. A reply is never searched for. It is what is left of the rendered text when
+what the template writes before and after it is taken away, and that is known from the same
+conversation with a placeholder in the reply's place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+
+from jaxmoo.data.example import Example
+from jaxmoo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Messages = Sequence[Mapping[str, Any]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# The most characters of a reply that a generation prompt may hold, such as "<think>\n".
+_OPENING = 64
+
+
+class Turn(NamedTuple):
+    """Where one reply lies in a rendered conversation; all but the prompt in characters.
+
+    Attributes:
+      prompt: the conversation before it with the generation prompt: what a model is given.
+      start: where what the message itself says begins. Between the prompt and here lies what the
+        template puts before any reply, such as empty thoughts.
+      end: where it ends.
+      limit: where what ends the turn ends at the latest, and the next message begins.
+      uneven: whether the turn is rendered otherwise than it would be as the last one.
+    """
+
+    prompt: str
+    start: int
+    end: int
+    limit: int
+    uneven: bool
+
+
+class Conversation(NamedTuple):
+    """An example as its template renders it.
+
+    Attributes:
+      example: the example.
+      text: the rendered conversation.
+      turns: the replies that are learnt, in order.
+    """
+
+    example: Example
+    text: str
+    turns: list[Turn]
+
+
+def locate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Conversation]:
+    """Render conversations and say where the replies lie that are learnt.
+
+    These are the assistant turns that follow another message and say something: nothing leads to a
+    first message, and an empty turn teaches nothing but to stop.
+
+    Args:
+      examples: conversations; no plain text.
+      tokenizer: its chat template is used.
+
+    Raises:
+      DataError: there is no template, it cannot render a conversation, its generation prompt is
+        not how a reply begins, or it changes what a reply says.
+    """
+    check_template(tokenizer)
+    texts = _render(tokenizer, [(e, e.messages) for e in examples])
+    wanted = [
+        (number, at)
+        for number, example in enumerate(examples)
+        for at, message in enumerate(example.messages)
+        if at and message["role"] == "assistant" and _says_something(message)
+    ]
+    of = [examples[number] for number, _ in wanted]
+    before = [e.messages[:at] for e, (_, at) in zip(of, wanted, strict=True)]
+    prompts = _render(tokenizer, list(zip(of, before, strict=True)), add_generation_prompt=True)
+    holders = [_placeholder(e.messages) for e in of]
+    held = _render(
+        tokenizer,
+        [
+            (e, [*e.messages[:at], _bare(holder), *e.messages[at + 1 :]])
+            for e, (_, at), holder in zip(of, wanted, holders, strict=True)
+        ],
+    )
+    # What follows an inner turn is told apart from it by rendering the conversation up to it.
+    inner = [(e, at) for e, (_, at) in zip(of, wanted, strict=True) if at + 1 < len(e.messages)]
+    ends = iter(_render(tokenizer, [(e, e.messages[: at + 1]) for e, at in inner]))
+    found = [Conversation(e, text, []) for e, text in zip(examples, texts, strict=True)]
+    for (number, at), prompt, holder, around in zip(wanted, prompts, holders, held, strict=True):
+        conversation = found[number]
+        messages = conversation.example.messages
+        ended = next(ends) if at + 1 < len(messages) else conversation.text
+        conversation.turns.append(
+            _turn(conversation, messages[at], prompt, around.split(holder), ended)
+        )
+    return found
+
+
+def assistant_marks(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of rendered conversations, and 1 for those that the template marks as generated.
+
+    Nothing where the template has no such marks (``{% generation %}``).
+    """
+    if not examples or not _GENERATION.search(str(tokenizer.chat_template)):
+        return []
+    marked = _apply(
+        tokenizer,
+        [example.messages for example in examples],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    return list(zip(marked["input_ids"], marked["assistant_masks"], strict=True))
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise DataError unless a tokenizer has a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "The tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or "
+            "give a template (data.chat_template, tokenizer.chat_template)."
+        )
+
+
+def not_a_prefix(conversation: Conversation, turn: Turn) -> DataError:
+    """The error that a generation prompt is not how the rendered conversation goes."""
+    return _no_prefix(conversation, turn.prompt, conversation.text[turn.start : turn.end])
+
+
+def no_end(conversation: Conversation, turn: Turn) -> DataError:
+    """The error that nothing tells where a turn ends."""
+    reply = conversation.text[turn.start : turn.end]
+    return DataError(
+        f"{_described(conversation.example, reply)}: cannot tell where this turn ends, for the "
+        "chat template renders it otherwise when others follow. Give a template "
+        "(data.chat_template) that does not, or that marks replies with {% generation %}."
+    )
+
+
+def _turn(
+    conversation: Conversation,
+    message: Mapping[str, Any],
+    prompt: str,
+    around: Sequence[str],
+    ended: str,
+) -> Turn:
+    """One turn.
+
+    Args:
+      conversation: the whole.
+      message: the reply.
+      prompt: the conversation before it, with the generation prompt.
+      around: the whole with a placeholder for the reply, split there.
+      ended: the conversation up to it.
+    """
+    text, reply = conversation.text, str(message["content"])
+    described = _described(conversation.example, reply)
+    if not text.startswith(prompt):
+        raise _no_prefix(conversation, prompt, reply)
+    if len(around) != 2:
+        how = "its text is left out, or found only in a later turn"
+        raise DataError(
+            f"{described}: expected the chat template to render the reply as it is and once, but "
+            f"{how if len(around) < 2 else f'its text is found {len(around) - 1} times'}."
+        )
+    before, after = around
+    start, end = len(before), len(text) - len(after)
+    expected = _trimmed(reply)
+    if start < len(prompt) or not text.startswith(before):
+        # The template looks into a reply, as those do that find thoughts in it, or the prompt says
+        # how a reply begins, as with an opened thought: the rest comes behind the prompt.
+        start = len(prompt)
+        expected |= {one[at:] for one in expected for at in _overlaps(prompt, one)}
+    said = text[start:end]
+    alone = set(message) == {"role", "content"}
+    if not (said and text.endswith(after)) or (alone and said not in expected):
+        raise DataError(
+            f"{described}: expected the chat template to render the reply as it is, found "
+            f"{text[len(prompt) :][:60]!r}."
+        )
+    # Some templates render a turn otherwise once another follows; then only a special token ends
+    # it.
+    shared = len(ended) if text.startswith(ended) else _shared(text, ended)
+    uneven = shared < end
+    return Turn(prompt, start, end, len(text) if uneven else shared, uneven)
+
+
+def _overlaps(prompt: str, reply: str) -> list[int]:
+    """How many characters of a reply the end of the prompt may already say."""
+    return [at for at in range(1, min(len(reply), _OPENING)) if prompt.endswith(reply[:at])]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return any(value for key, value in message.items() if key != "role")
+
+
+def _bare(content: str) -> dict[str, str]:
+    """A reply that says this and nothing else."""
+    return {"role": "assistant", "content": content}
+
+
+def _placeholder(messages: Messages) -> str:
+    """A text that no message holds, and that no template changes: of characters without meaning."""
+    said = json.dumps([*map(dict, messages)], ensure_ascii=False, default=str)
+    holders = (f"\ue000{number}\ue001" for number in itertools.count())
+    return next(one for one in holders if one not in said)
+
+
+def _trimmed(text: str) -> set[str]:
+    """What templates make of a text that take white space from its ends."""
+    return {text, text.strip(), text.lstrip(), text.rstrip()}
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[tuple[Example, Messages]],
+    **options: Any,
+) -> list[str]:
+    """Render messages of examples, or say which ones the template refuses and why."""
+    if not conversations:
+        return []
+    try:
+        batch = [messages for _, messages in conversations]
+        return _apply(tokenizer, batch, tokenize=False, **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"The chat template is broken, line {error.lineno}: {error}") from None
+    except jinja2.TemplateError as error:
+        failure = error
+    for _, messages in conversations:
+        try:
+            _apply(tokenizer, [messages], tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            shown = [(message["role"], message["content"][:40]) for message in messages]
+            raise DataError(
+                f"The chat template cannot render {shown}: {error}. Change the data, or give "
+                "another template (data.chat_template)."
+            ) from None
+    raise DataError(f"The chat template cannot be used: {failure}")
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Messages], **options: Any
+) -> Any:
+    """Every rendering goes through here."""
+    return tokenizer.apply_chat_template([list(one) for one in conversations], **options)
+
+
+def _no_prefix(conversation: Conversation, prompt: str, reply: str) -> DataError:
+    text = conversation.text
+    return DataError(
+        f"{_described(conversation.example, reply)}: expected the rendered prompt to be a prefix "
+        f"of the rendered conversation, token by token; found a prompt that ends in "
+        f"{prompt[-40:]!r} and a conversation that goes on as "
+        f"{text[max(len(prompt) - 20, 0) :][:60]!r}. The chat template does not suit training "
+        "on replies: give one (data.chat_template) whose generation prompt is how a reply begins."
+    )
+
+
+def _described(example: Example, reply: str) -> str:
+    return f"Language {example.language!r}, reply {reply[:40]!r}"

@@ -1,0 +1,211 @@
+"""Where a reply begins and ends: by construction, and the same for all that ask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxmoo.data.chat import locate
+from jaxmoo.data.example import Example
+from jaxmoo.data.tokenize import reply_prompts, tokenize, tokenize_choices
+from jaxmoo.errors import DataError
+
+THOUGHT = "<think>\n\n</think>\n\n"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# Empty thoughts before every reply.
+THINK = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}" + PROMPT
+)
+# As Qwen3's: thoughts are found in a reply's text, and an empty one stands where there are none.
+FOUND = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{{ '<think>\n' + (parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '') }}"
+    "{{ '\n</think>\n\n' + parts[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+def learnt(tokenizer, result):
+    return tokenizer.decode(result.tokens[result.loss_mask])
+
+
+def scored(tokenizer, result):
+    return tokenizer.decode(result.tokens[result.scored])
+
+
+def chat(*texts):
+    """Messages by turns, the user's first."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+
+@pytest.mark.parametrize("reply", ["yes", "<", ">", "i", "n", "think", "<think>", "\u3000a"])
+def test_a_reply_is_found_behind_what_the_template_puts_before_it(reply, make_tokenizer):
+    tokenizer = make_tokenizer(THINK)
+    example = dataclasses.replace(
+        Example.from_pair("en", "1 < 2?", "x"), messages=tuple(chat("1 < 2?", reply))
+    )
+    result = tokenize(example, tokenizer, 512)
+    assert learnt(tokenizer, result) == f"{THOUGHT}{reply}<|im_end|>"
+    assert scored(tokenizer, result) == f"{reply}<|im_end|>"
+    assert result.reply_bytes == len(reply.encode())
+    (prompt,) = reply_prompts([example], tokenizer)
+    assert prompt.tolist() == result.tokens[: len(prompt)].tolist()
+    assert tokenizer.decode(prompt).endswith(f"<|im_start|>assistant\n{THOUGHT}")
+
+
+def test_choices_stand_where_the_reply_stands(make_tokenizer):
+    tokenizer = make_tokenizer(THINK)
+    example = dataclasses.replace(Example.from_pair("en", "1 < 2?", "<"), choices=("<", "think"))
+    whole = tokenize(example, tokenizer, 512)
+    ((first, second),) = tokenize_choices([example], tokenizer)
+    assert first.tokens.tolist() == whole.tokens[:-1].tolist(), "all but the end of the turn"
+    for choice, text in ((first, "<"), (second, "think")):
+        assert tokenizer.decode(choice.tokens).endswith(f"<|im_start|>assistant\n{THOUGHT}{text}")
+        assert scored(tokenizer, choice) == f"\n\n{text}", "with the white space before it"
+        assert choice.reply_bytes == len(text)
+
+
+def test_the_prompt_of_a_reply_does_not_tell_its_text(make_tokenizer):
+    tokenizer = make_tokenizer(FOUND + PROMPT)
+    asked = [Example.from_pair("en", "1 < 2?", reply) for reply in ("yes", "no, </thing>")]
+    one, other = reply_prompts(asked, tokenizer)
+    assert one.tolist() == other.tolist()
+
+
+def test_equal_texts_are_told_apart(tokenizer):
+    messages = [
+        {"role": "assistant", "content": "Ciao"},
+        *chat("Ciao", "Ciao", "assistant", "assistant", "Ciao", "Ciao"),
+    ]
+    (found,) = locate([Example.from_messages("it", messages)], tokenizer)
+    assert [found.text[turn.start : turn.end] for turn in found.turns] == [
+        "Ciao",
+        "assistant",
+        "Ciao",
+    ]
+    for turn in found.turns:
+        assert found.text[: turn.start] == turn.prompt
+        assert found.text[turn.end : turn.limit] == "<|im_end|>\n"
+
+
+def test_white_space_that_a_template_trims_is_not_missed(make_tokenizer):
+    tokenizer = make_tokenizer(THINK.replace("m['content']", "m['content'] | trim"))
+    example = Example("en", tuple(chat("Indent a line.", "    two\n")))
+    result = tokenize(example, tokenizer, 512)
+    assert scored(tokenizer, result) == "two<|im_end|>" and result.reply_bytes == 3
+
+
+def test_thoughts_that_a_reply_has_are_its_own(make_tokenizer):
+    tokenizer = make_tokenizer(FOUND + PROMPT)
+    reply = "<think>\nOne is less.\n</think>\n\nyes"
+    result = tokenize(Example.from_pair("en", "1 < 2?", reply), tokenizer, 512)
+    assert scored(tokenizer, result) == learnt(tokenizer, result) == f"{reply}<|im_end|>"
+    assert result.reply_bytes == len(reply)
+
+
+def test_a_thought_that_the_prompt_opens_is_given(make_tokenizer):
+    tokenizer = make_tokenizer(FOUND + PROMPT.replace("assistant\n", "assistant\n<think>\n"))
+    reply = "<think>\nOne is less.\n</think>\n\nyes"
+    result = tokenize(Example.from_pair("en", "1 < 2?", reply), tokenizer, 512)
+    rest = reply.removeprefix("<think>\n")
+    assert scored(tokenizer, result) == learnt(tokenizer, result) == f"{rest}<|im_end|>"
+    assert result.reply_bytes == len(rest)
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "complaint"),
+    [
+        (THINK.replace("m['content']", "m['content'].split('.')[-1]"), "It is. Yes", "as it is"),
+        (THINK.replace("m['content']", "m['content'][:3]"), "yes!", "as it is"),
+        (THINK.replace("m['content']", "m['content'] + m['content']"), "yes", "found 2 times"),
+        (THINK.replace("{{ m['content'] }}", ""), "think", "left out"),
+    ],
+    ids=["a part", "its beginning", "twice", "nothing"],
+)
+def test_a_reply_that_a_template_changes_is_refused(template, reply, complaint, make_tokenizer):
+    with pytest.raises(DataError, match=rf"reply '{reply}'.*{complaint}"):
+        tokenize(Example.from_pair("en", "", reply), make_tokenizer(template), 512)
+
+
+def test_a_space_before_the_reply_stays_with_its_first_word(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:{% endif %}"
+    )
+    example = dataclasses.replace(Example.from_pair("en", "a", "how"), choices=("how", "你"))
+    result = tokenize(example, tokenizer, 512)
+    assert scored(tokenizer, result) == " how\n"
+    assert tokenizer.decode(reply_prompts([example], tokenizer)[0]).endswith("### assistant:")
+    ((first, second),) = tokenize_choices([example], tokenizer)
+    assert (scored(tokenizer, first), scored(tokenizer, second)) == (" how", " 你")
+
+
+# Marks
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}" + PROMPT
+)
+TURNS = Example.from_messages("en", chat("a", "b", "c", "think"))
+
+
+def marks_of(tokenizer, example):
+    """The tokens that transformers says are marked."""
+    found = tokenizer.apply_chat_template(
+        list(example.messages), return_assistant_tokens_mask=True, return_dict=True
+    )
+    return [bool(mark) for mark in found["assistant_masks"]]
+
+
+def test_what_a_template_does_not_mark_before_a_reply_is_not_learnt(make_tokenizer):
+    tokenizer = make_tokenizer(MARKED)
+    result = tokenize(TURNS, tokenizer, 512)
+    assert result.loss_mask.tolist() == marks_of(tokenizer, TURNS)[: len(result.tokens)]
+    assert learnt(tokenizer, result) == "b<|im_end|>think<|im_end|>"
+
+
+def test_the_end_of_a_turn_is_learnt_whether_it_is_marked_or_not(make_tokenizer):
+    outside = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    inside, outside = (tokenize(TURNS, make_tokenizer(t), 512) for t in (MARKED, outside))
+    assert outside.tokens.tolist() == inside.tokens.tolist()
+    assert outside.loss_mask.tolist() == inside.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("template", [THINK, MARKED], ids=["prefixes", "marks"])
+def test_a_first_message_is_learnt_in_no_template(template, make_tokenizer):
+    greeting = {"role": "assistant", "content": "b"}
+    tokenizer = make_tokenizer(template)
+    example = Example.from_messages("en", [greeting, *TURNS.messages])
+    result = tokenize(example, tokenizer, 512)
+    assert scored(tokenizer, result) == "b<|im_end|>think<|im_end|>"
+
+
+def test_a_marked_header_is_not_learnt_for_the_prompt_gives_it(make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "<|im_start|>assistant\n{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template + PROMPT)
+    assert learnt(tokenizer, tokenize(TURNS, tokenizer, 512)) == "b<|im_end|>think<|im_end|>"
+
+
+def test_marks_do_not_excuse_another_prompt(make_tokenizer):
+    tokenizer = make_tokenizer(MARKED.replace("%}<|im_start|>assistant\n", "%}<|im_start|>bot\n"))
+    with pytest.raises(DataError, match="to be a prefix of the rendered conversation"):
+        tokenize(TURNS, tokenizer, 512)
+
+
+def test_training_reads_what_is_scored_and_more(make_tokenizer):
+    for template in (THINK, MARKED, FOUND + PROMPT):
+        result = tokenize(TURNS, make_tokenizer(template), 512)
+        assert not (result.scored & ~result.loss_mask).any()
+        edges = np.flatnonzero(np.diff([0, *result.scored, 0])).reshape(-1, 2)
+        assert len(edges) == 2 and result.loss_mask[edges[:, 1] - 1].all()
