@@ -103,7 +103,10 @@ def _read_language(archive: zipfile.ZipFile, language: str) -> tuple[list[Exampl
         document = yaml.load(archive.read(name).decode("utf-8-sig"), Loader=_Loader)
         for conversation in document["conversations"]:
             if isinstance(conversation, list) and len(conversation) >= 2:
-                examples.append(Example.from_pair(language, conversation[0], conversation[1]))
+                # White space at the ends is an artefact of these files, and YAML reads a few texts
+                # as numbers.
+                prompt, reply = (str(text).strip() for text in conversation[:2])
+                examples.append(Example.from_pair(language, prompt, reply))
             else:
                 skipped += 1
     return examples, skipped

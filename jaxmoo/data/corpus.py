@@ -230,10 +230,13 @@ def check_languages_and_length(
         raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
     limit = getattr(tokenizer, "model_max_length", None)
     if sequence_length < 2 or (limit is not None and sequence_length > limit):
-        raise ConfigError(
-            f"sequence_length is {sequence_length}; expected at least 2 and at most {limit}, the "
-            "longest sequence of the tokenizer's model."
+        # Of a tokenizer without a limit it is 10^30.
+        most = (
+            ""
+            if limit is None or limit > 2**31
+            else (f" and at most {limit}, the longest sequence of the tokenizer's model")
         )
+        raise ConfigError(f"sequence_length is {sequence_length}; expected at least 2{most}.")
 
 
 def usable_examples(
@@ -251,9 +254,10 @@ def usable_examples(
         raise DataError(
             f"Language {language!r} has no usable reply tokens: none of its {len(parts[use])} "
             f"{use} examples has a reply that begins within {sequence_length} tokens. The first "
-            f"reply is {parts[use][0].reply[:60]!r}. Check the columns, or raise sequence_length."
+            f"reply is {parts[use][0].reply[:60]!r}. Check the columns, or raise "
+            "sequence_length if the model reads longer ones."
         )
-    advice = "lower held_out" if use == "train" else "raise held_out, or set it to 0"
+    advice = "lower held_out" if use == "train" else "raise held_out"
     raise DataError(
         f"Language {language!r} has no {use} examples at held_out={held_out}: its other part has "
         f"{sum(map(len, parts.values()))}. Give it more data, or {advice}."

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+import re
+import reprlib
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmoo.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+# Of one text: far beyond every context, and far below what makes reading it slow or memory short.
+MOST_CHARACTERS = 10_000_000
+_DEEPEST = 100
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 3
 
 
 def normalise(text: str) -> str:
@@ -31,11 +42,11 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def clean_text(value: Any) -> str:
-    """Return a message's text: a string or a number, without white space at its ends.
+def checked_text(value: Any) -> str:
+    """Return a text as it is, white space at its ends included.
 
-    White space at the ends of a turn is an artefact of the file it came from, and most chat
-    templates trim it anyway.
+    An indent is part of a program, and U+3000 begins a Japanese paragraph. White space alone is no
+    text, and becomes the empty one.
 
     Args:
       value: what a record holds in its text column.
@@ -44,21 +55,111 @@ def clean_text(value: Any) -> str:
       The text.
 
     Raises:
-      DataError: the value is neither text nor a number, or holds half of a surrogate pair, which
-        no UTF-8 text can hold.
+      DataError: the value is no text (a number would be one only as it happens to be written), is
+        longer than `MOST_CHARACTERS`, or holds half of a surrogate pair, which no UTF-8 text can.
 
     Example:
-      >>> clean_text(" 72\\n"), clean_text(72)
-      ('72', '72')
+      >>> checked_text("    return 72\\n"), checked_text(" \\n")
+      ('    return 72\\n', '')
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"expected text, found {type(value).__name__} {str(value)[:60]!r}")
-    text = str(value).strip()
+    if not isinstance(value, str):
+        hint = ". Write numbers in quotes" if type(value) in (int, float) else ""
+        raise DataError(f"expected text, found {type(value).__name__} {shown(value)}{hint}")
+    if len(value) > MOST_CHARACTERS:
+        raise DataError(
+            f"expected at most {MOST_CHARACTERS:,} characters of text, found {len(value):,}: "
+            f"{shown(value)}. Divide it"
+        )
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"text is not valid Unicode ({error.reason}): {text[:60]!r}") from None
-    return text
+        raise DataError(f"text is not valid Unicode ({error.reason}): {shown(value)}") from None
+    return "" if value.isspace() else value
+
+
+def shown(value: Any) -> str:
+    """Return a value of a record for an error: cut, on one line, and in any terminal harmless.
+
+    Example:
+      >>> shown("ab" * 99)
+      "'abababababababababababababa...abababababababababababababab'"
+    """
+    return _SHORT.repr(value)
+
+
+def identifier(value: Any) -> str | None:
+    """Return a group's id, or a language's name, by which it is compared.
+
+    Args:
+      value: what a record holds in that column: a text or a whole number.
+
+    Returns:
+      The same for all that mean the same: 7, 7.0, "7" and " 7.0 "; None for null and for a text
+      that is empty, as the cells of a CSV file are.
+
+    Raises:
+      DataError: it is something else.
+
+    Example:
+      >>> identifier(7.0), identifier("07"), identifier("")
+      ('7', '07', None)
+    """
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        found = f"{type(value).__name__} {shown(value)}"
+        raise DataError(f"expected a text or a whole number that names it, found {found}")
+    text = normalise(checked_text(str(value)))
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", text) or None
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    # Parquet has every key in every message, and templates print a null as "None".
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _checked_json(value: Any, depth: int = 0) -> None:
+    """Raise `DataError` unless a value is what JSON holds, no deeper than templates need."""
+    if depth > _DEEPEST:
+        raise DataError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, str):
+        checked_text(value)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            checked_text(key)
+            _checked_json(part, depth + 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _checked_json(part, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{value} is no number that JSON has")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise DataError(f"{type(value).__name__} {shown(value)} is nothing that JSON has")
+
+
+def _text_of_content(content: Any) -> str:
+    """Return a message's text: a string, or the text of its parts, joined."""
+    if not isinstance(content, list | tuple) or not all(isinstance(p, Mapping) for p in content):
+        return checked_text(content)
+    texts = []
+    for number, part in enumerate(map(_without_nulls, content)):
+        if part.get("type") != "text" or set(part) != {"type", "text"}:
+            raise DataError(
+                f"content part {number}: expected type 'text' and a text, found type "
+                f"{shown(part.get('type'))} with {listed(part)}. Only text can be learnt"
+            )
+        texts.append(checked_text(part["text"]))
+    return checked_text("".join(texts))
+
+
+def listed(names: Iterable[Any], most: int = 20) -> str:
+    """Return names of a record's columns or keys, or what a table has, for an error."""
+    first = list(itertools.islice(names, most + 1))
+    return ", ".join(shown(str(name))[1:-1] for name in first[:most]) + ", ..." * (
+        len(first) > most
+    )
 
 
 @dataclass(frozen=True)
@@ -68,11 +169,14 @@ class Example:
     Attributes:
       language: the language's code, such as ``"pt"``.
       messages: chat messages ``{"role": ..., "content": ...}``, the last of role ``assistant``;
-        none for plain text.
+        none for plain text. What else a message has (``tool_calls``, ``name``, ...) is for the
+        chat template.
       group: an identifier shared by examples that must stay on the same side of the held-out
         split (parallel translations of one sentence, say), or None.
       text: plain text, all of which is learnt; None for a conversation.
       choices: texts that the reply is chosen from, where an evaluation asks for it.
+      tools: descriptions of tools, for the chat template.
+      place: where it was found, "data/en.jsonl:12"; nothing that examples differ by.
 
     Example:
       >>> example = Example.from_pair("it", "Ciao!", "Ciao, come stai?")
@@ -81,19 +185,23 @@ class Example:
     """
 
     language: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     group: str | None = None
     text: str | None = None
     choices: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    place: str = field(default="", compare=False)
 
     @classmethod
-    def from_text(cls, language: str, text: Any, *, group: str | None = None) -> Example:
+    def from_text(
+        cls, language: str, text: Any, *, group: str | None = None, place: str = ""
+    ) -> Example:
         """Build an example of plain text.
 
         Args:
           language: the language's code.
           text: the text.
-          group: see the class.
+          group: see the class, and `place`.
 
         Returns:
           The example.
@@ -101,14 +209,20 @@ class Example:
         Raises:
           DataError: it is not text, or empty.
         """
-        cleaned = clean_text(text)
-        if not cleaned:
+        text = checked_text(text)
+        if not text:
             raise DataError("expected text, found none")
-        return cls(language, (), group, cleaned)
+        return cls(language, (), group, text, place=place)
 
     @classmethod
     def from_pair(
-        cls, language: str, prompt: Any, reply: Any, *, group: str | None = None
+        cls,
+        language: str,
+        prompt: Any,
+        reply: Any,
+        *,
+        group: str | None = None,
+        place: str = "",
     ) -> Example:
         """Build an example of one user turn and one assistant turn.
 
@@ -116,7 +230,7 @@ class Example:
           language: the language's code.
           prompt: the user's text.
           reply: the assistant's text.
-          group: see the class.
+          group: see the class, and `place`.
 
         Returns:
           The example.
@@ -128,11 +242,18 @@ class Example:
             language,
             ({"role": "user", "content": prompt}, {"role": "assistant", "content": reply}),
             group=group,
+            place=place,
         )
 
     @classmethod
     def from_messages(
-        cls, language: str, messages: Sequence[Mapping[str, Any]], *, group: str | None = None
+        cls,
+        language: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        group: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        place: str = "",
     ) -> Example:
         """Build an example from chat messages.
 
@@ -140,8 +261,10 @@ class Example:
 
         Args:
           language: the language's code.
-          messages: mappings with ``role`` and ``content``.
-          group: see the class.
+          messages: mappings with ``role``, ``content`` (a text, or parts of type ``text``, which
+            are joined) and whatever else the chat template reads; a key of value null is as absent.
+            A turn with ``tool_calls`` needs no content.
+          group: see the class, and so are `tools` and `place`.
 
         Returns:
           The example.
@@ -152,28 +275,20 @@ class Example:
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             raise DataError(f"expected a list of messages, found {type(messages).__name__}")
-        kept = []
-        for number, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                found = sorted(message) if isinstance(message, Mapping) else type(message).__name__
-                raise DataError(f"message {number}: expected role and content, found {found}")
-            if message["role"] not in ROLES:
-                raise DataError(
-                    f"message {number}: expected a role of {', '.join(ROLES)}, "
-                    f"found {message['role']!r}"
-                )
-            try:
-                kept.append({"role": message["role"], "content": clean_text(message["content"])})
-            except DataError as error:
-                raise DataError(f"message {number} ({message['role']}): {error}") from None
+        kept = [_checked_message(number, message) for number, message in enumerate(messages)]
         while kept and kept[-1]["role"] != "assistant":
             kept.pop()
         if len(kept) < 2:
             raise DataError(
                 "expected at least one message and then an assistant's reply, found roles "
-                f"{[message['role'] for message in messages]}"
+                f"{listed(message['role'] for message in messages) or 'none'}"
             )
-        return cls(language, tuple(kept), group)
+        try:
+            tools = tuple(tools)
+            _checked_json(tools)
+        except DataError as error:
+            raise DataError(f"tools: {error}") from None
+        return cls(language, tuple(kept), group, tools=tools, place=place)
 
     @property
     def prompt(self) -> str:
@@ -193,9 +308,43 @@ class Example:
         """
         if self.text is not None:
             return f"text:{normalise(self.text)}"
-        return "\x1f".join(f"{m['role']}:{normalise(m['content'])}" for m in self.messages[:-1])
+        given = [f"{m['role']}:{normalise(m['content'])}{_rest(m)}" for m in self.messages[:-1]]
+        return "\x1f".join(
+            [*given, json.dumps(self.tools, sort_keys=True)] if self.tools else given
+        )
 
     @property
     def key(self) -> tuple[str, str]:
         """What makes two examples duplicates: prompt and reply, normalised."""
-        return self.prompt_key, normalise(self.reply)
+        rest = _rest(self.messages[-1]) if self.messages else ""
+        return self.prompt_key, normalise(self.reply) + rest
+
+
+def _rest(message: Mapping[str, Any]) -> str:
+    """What a message has beside role and content, in one form."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return f"\x1e{json.dumps(rest, sort_keys=True)}" if rest else ""
+
+
+def _checked_message(number: int, message: Any) -> dict[str, Any]:
+    """One message of a record without nulls, with its content as one text."""
+    if not isinstance(message, Mapping):
+        found = type(message).__name__
+        raise DataError(f"message {number}: expected role and content, found {found}")
+    present = _without_nulls(message)
+    calls = present.get("role") == "assistant" and present.get("tool_calls")
+    if "role" not in message or not ("content" in message or calls):
+        found = listed(sorted(map(str, message)))
+        raise DataError(f"message {number}: expected role and content, found [{found}]")
+    role = message["role"]
+    if role not in ROLES:
+        raise DataError(
+            f"message {number}: expected a role of {', '.join(ROLES)}, found {shown(role)}"
+        )
+    rest = {key: present[key] for key in present if key not in ("role", "content")}
+    try:
+        content = "" if calls and "content" not in present else _text_of_content(message["content"])
+        _checked_json(rest)
+    except DataError as error:
+        raise DataError(f"message {number} ({role}): {error}") from None
+    return {"role": role, "content": content, **rest}

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from jaxmoo.data.example import Example, clean_text
-from jaxmoo.data.files import Record
+from jaxmoo.data.example import Example, checked_text, identifier, listed, shown
+from jaxmoo.data.files import Record, parse_json
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 # What a record's content may be.
@@ -60,16 +60,16 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         name = columns.get(key, key)
         if name not in values:
             raise DataError(
-                f"{place}: no column {name!r} for the {key}. Columns: "
-                f"{', '.join(map(str, values))}.{did_you_mean(name, values)} "
+                f"{place}: no column {name!r} for the {key}. Columns: {listed(values)}."
+                f"{did_you_mean(name, values)} "
                 "Name the right ones in `columns`."
             )
         return values[name]
 
-    group = str(column("group")) if "group" in columns else None
     mapped = {"messages", "prompt", "completion", "text"} & set(columns)
     try:
-        example = _example(language, column, values, mapped, group)
+        group = _named("group", column("group")) if "group" in columns else None
+        example = _example(language, column, values, mapped, {"group": group, "place": place})
         if "choices" not in columns:
             return example
         return dataclasses.replace(example, choices=_choices(column("choices")))
@@ -83,34 +83,59 @@ def _example(
     column: Callable[[str], Any],
     values: Mapping[str, Any],
     mapped: Collection[str],
-    group: str | None,
+    about: Mapping[str, Any],
 ) -> Example:
     if "messages" in mapped or (not mapped and "messages" in values):
-        return Example.from_messages(language, column("messages"), group=group)
+        tools = _tools(values.get("tools"))
+        return Example.from_messages(language, column("messages"), tools=tools, **about)
     paired = {"prompt", "completion"} & set(values)
     if "text" in mapped or (not mapped and not paired and "text" in values):
-        return Example.from_text(language, column("text"), group=group)
-    return Example.from_pair(language, column("prompt"), column("completion"), group=group)
+        return Example.from_text(language, column("text"), **about)
+    return Example.from_pair(language, column("prompt"), column("completion"), **about)
+
+
+def _tools(value: Any) -> Sequence[Mapping[str, Any]]:
+    """The tools of a conversation: a list of mappings, or one as JSON, as Parquet often has it."""
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value)
+    if not value:
+        return ()
+    if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(f"tools: expected a list of objects, found {shown(value)}")
+    return value
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"expected a list of choices, found {type(value).__name__}")
-    return tuple(map(clean_text, value))
+    return tuple(map(checked_text, value))
+
+
+def _named(what: str, value: Any) -> str | None:
+    try:
+        return identifier(value)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
 
 
 def language_of(record: Record, column: str) -> str:
     """Return what a record's column of the language holds.
 
     Raises:
-      DataError: the record is malformed, or has no such column.
+      DataError: the record is malformed, or has no such column or no language there.
     """
     place, values = record
     if isinstance(values, DataError):
         raise values
     if column not in values:
         raise DataError(
-            f"{place}: no column {column!r} for the language. Columns: "
-            f"{', '.join(map(str, values))}.{did_you_mean(column, values)}"
+            f"{place}: no column {column!r} for the language. Columns: {listed(values)}."
+            f"{did_you_mean(column, values)}"
         )
-    return str(values[column])
+    try:
+        language = _named("language", values[column])
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    if language is None:
+        raise DataError(f"{place}: no language in column {column!r}")
+    return language

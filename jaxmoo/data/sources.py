@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoo.data.chatterbot import read_chatterbot
-from jaxmoo.data.example import Example
-from jaxmoo.data.files import READERS, Record, read_records
+from jaxmoo.data.example import Example, listed
+from jaxmoo.data.files import KINDS, READERS, Record, kind_of, read_records
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.records import check_columns, language_of, to_example
@@ -103,7 +103,7 @@ def read_examples(
 
         - ``"chatterbot"``, the built-in corpus;
         - a path with ``{language}`` in it, such as ``"data/{language}.jsonl"`` (also ``.json``,
-          ``.parquet``, ``.csv``);
+          ``.parquet``, ``.csv``, and those of text compressed, ``.jsonl.gz``, ``.csv.zst``);
         - a directory of files named by language, such as ``en.jsonl``;
         - one such file of all languages, told apart by `language_column`;
         - the id of a hub dataset, ``"owner/name"``.
@@ -183,37 +183,45 @@ def _check_languages(languages: Sequence[str]) -> list[str]:
     return list(languages)
 
 
-def check_hub_id(source: str) -> str:
+def check_hub_id(source: str, *, streaming: bool = False) -> str:
     """Return the id of a hub dataset.
+
+    Args:
+      source: the id.
+      streaming: whether it is to be streamed, as the built-in corpus cannot be.
 
     Raises:
       DataError: it is no such id, and nothing else either.
     """
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in READERS:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and kind_of(Path(source)) not in READERS:
         return source
-    if "/" in source or Path(source).suffix in READERS:
+    if "/" in source or kind_of(Path(source)) in READERS:
         raise DataError(f"No file or directory {source!r}.")
+    built_in = [] if streaming else [BUILT_IN]
     raise DataError(
-        f"Unknown data source {source!r}.{did_you_mean(source, [BUILT_IN])} Expected "
-        f"{BUILT_IN!r}, a path such as 'data/{{language}}.jsonl', a directory, or a hub dataset "
-        "'owner/name'."
+        f"Unknown data source {source!r}.{did_you_mean(source, built_in)} Expected "
+        f"{''.join(f'{name!r}, ' for name in built_in)}a path such as 'data/{{language}}.jsonl', a "
+        "directory, or a hub dataset 'owner/name'."
     )
 
 
 def _missing_language(source: str | Path, name: str, available: Iterable[str]) -> DataError:
     available = sorted(available)
     return DataError(
-        f"{source} has no language {name!r}. Available: {', '.join(available) or 'none'}."
+        f"{source} has no language {name!r}. Available: {listed(available) or 'none'}."
         f"{nearest_language(name, available)}"
     )
 
 
-def language_files(source: str, names: Mapping[str, str]) -> dict[str, Path]:
+def language_files(
+    source: str, names: Mapping[str, str], kinds: Sequence[str] = KINDS
+) -> dict[str, Path]:
     """Find one file per language.
 
     Args:
       source: a path with ``{language}`` in it, or a directory of files named by language.
       names: per language the source's name of it.
+      kinds: what files can be, for the error.
 
     Returns:
       Per language its file.
@@ -225,14 +233,11 @@ def language_files(source: str, names: Mapping[str, str]) -> dict[str, Path]:
     found: dict[str, list[Path]] = {}
     if path.is_dir() and "{language}" not in source:
         for file in sorted(path.iterdir()):
-            if file.suffix.lower() in READERS:
-                found.setdefault(file.stem, []).append(file)
+            if (kind := kind_of(file).lower()) in READERS:
+                found.setdefault(file.name[: -len(kind)], []).append(file)
     else:
-        if path.suffix.lower() not in READERS:
-            raise DataError(
-                f"{source}: expected a file name ending in {', '.join(READERS)}, "
-                f"found {path.suffix or 'no suffix'!r}."
-            )
+        if kind_of(path) not in READERS:
+            raise DataError(_unknown_kind(source, path, kinds))
         # The name between the braces may occur several times, "data/{language}/{language}.csv".
         first, *rest = re.escape(str(path)).split(re.escape("{language}"))
         pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
@@ -287,15 +292,27 @@ def _file_records(
     return _by_column(path, read_records(path), names, column, stray)
 
 
-def check_one_file(path: Path, language_column: str | None) -> str:
+def _unknown_kind(source: str | Path, path: Path, kinds: Sequence[str]) -> str:
+    return (
+        f"{source}: expected a file name ending in {', '.join(kinds)}, found "
+        f"{path.suffix or 'no suffix'!r}. Files of text may also be compressed (.gz, .zst)."
+    )
+
+
+def check_one_file(path: Path, language_column: str | None, kinds: Sequence[str] = KINDS) -> str:
     """Return the column that tells apart the languages of one file.
+
+    Args:
+      path: the file.
+      language_column: as in `read_examples`.
+      kinds: what it can be, for the error.
 
     Raises:
       DataError: the file is of no known kind.
       ConfigError: no column is named.
     """
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: expected a file ending in {', '.join(READERS)}.")
+    if kind_of(path) not in READERS:
+        raise DataError(_unknown_kind(path, path, kinds))
     if language_column is None:
         raise ConfigError(
             f"{path} is one file: say which column names the language (language_column), or give "
@@ -392,5 +409,5 @@ def _call_hub(dataset: str, function: Any, *arguments: Any, **options: Any) -> A
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"Cannot load {dataset!r} from the Hugging Face hub ({error}). Expected a hub "
-            f"dataset id, {BUILT_IN!r}, or local files such as 'data/{{language}}.jsonl'."
+            "dataset id, or local files such as 'data/{language}.jsonl'."
         ) from error

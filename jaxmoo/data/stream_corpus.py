@@ -138,7 +138,7 @@ class _Scan:
                 raise DataError(
                     f"Language {stream.language!r}: the first {read:,} records of its stream have "
                     f"{len(found)} examples to hold out, fewer than data.max_held_out={wanted}. "
-                    "Lower it, or raise data.held_out or data.max_scan."
+                    f"{'Lower it, or raise' if found else 'Raise'} data.held_out or data.max_scan."
                 )
             piece = stream.read(place, limit - read)
             read += piece.passed

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxmoo.data.files import READERS, Lines, Record, read_csv, read_jsonl
+from jaxmoo.data.files import KINDS, READERS, Lines, Record, is_damage, kind_of
 from jaxmoo.data.sources import (
     BUILT_IN,
     check_hub_id,
@@ -19,6 +19,7 @@ from jaxmoo.errors import ConfigError, DataError
 
 # Where the next record is, as JSON holds it; None is the beginning.
 Position = Any
+_STREAMED = [kind for kind in KINDS if kind != ".json"]
 
 
 class Opened(NamedTuple):
@@ -52,7 +53,7 @@ class _TextStream(Iterator[Record]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read = {".jsonl": read_jsonl, ".csv": read_csv}[path.suffix.lower()]
+        self._read = READERS[kind_of(path)]
         self._lines = Lines(path)
         self._records = self._read(path, self._lines)
 
@@ -82,8 +83,15 @@ class _TableStream(Iterator[Record]):
 
         try:
             values = next(self._rows)
-        # A connection that breaks is an OSError: no fault of the data, and passed on as it is.
-        except (ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        except (
+            ValueError,
+            OSError,
+            pyarrow.ArrowException,
+            datasets.exceptions.DatasetsError,
+        ) as error:
+            # A connection that breaks is no fault of the data, and passed on as it is.
+            if not is_damage(error):
+                raise
             raise DataError(
                 f"{self._name}: cannot be read on after row {self._number} "
                 f"({error.__cause__ or error})"
@@ -132,12 +140,14 @@ def open_streams(
             "data.streaming=false."
         )
     if "{language}" in source or path.is_dir():
-        files = language_files(source, names)
+        files = language_files(source, names, _STREAMED)
         return Opened({language: _file_stream(file) for language, file in files.items()}, None)
     if path.is_file():
-        column = check_one_file(path, language_column)
+        column = check_one_file(path, language_column, _STREAMED)
         return Opened({language: _file_stream(path) for language in names}, column)
-    tables = hub_streams(check_hub_id(source), names, subset, split, language_column)
+    tables = hub_streams(
+        check_hub_id(source, streaming=True), names, subset, split, language_column
+    )
     return Opened(tables, language_column)
 
 
@@ -174,8 +184,8 @@ def hub_streams(
 
 
 def _file_stream(path: Path) -> RecordStream:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    kind = kind_of(path)
+    if kind == ".parquet":
         import datasets
         import pyarrow
 
@@ -183,13 +193,14 @@ def _file_stream(path: Path) -> RecordStream:
             table = datasets.load_dataset(
                 "parquet", data_files=str(path), split="train", streaming=True
             )
-        except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
+        except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
+            if not is_damage(error):
+                raise
             raise DataError(f"{path}: not a readable Parquet file ({error})") from None
         return _TableStream(str(path), table)
-    if suffix == ".json":
-        kinds = ", ".join(kind for kind in READERS if kind != ".json")
+    if kind.startswith(".json") and not kind.startswith(".jsonl"):
         raise ConfigError(
             f"{path}: a JSON list is read whole and cannot be streamed. Write it as JSON Lines "
-            f"({kinds} can be streamed), or set data.streaming=false."
+            f"({', '.join(_STREAMED)} can be streamed), or set data.streaming=false."
         )
     return _TextStream(path)

@@ -154,6 +154,11 @@ def _common_labels(examples: Mapping[str, Sequence[Example]]) -> tuple[str, ...]
                 f"--choices a,b,c. If they are translated, give every record a column of its "
                 f"choices: --choices {COLUMN}NAME."
             )
+    if len({label.strip() for label in labels}) < len(labels):
+        raise DataError(
+            f"Some replies differ in nothing but white space at their ends: {sorted(labels)[:8]}. "
+            "Mend the data: labels are compared as they are."
+        )
     if len(labels) < 2:
         raise DataError(f"All replies are {next(iter(labels))!r}: there is nothing to choose.")
     return tuple(sorted(labels))
@@ -167,9 +172,11 @@ def _checked(example: Example) -> Example:
             f"different choices, found {list(choices)[:8]}."
         )
     if example.reply not in choices:
+        same = example.reply.strip() in (choice.strip() for choice in choices)
         raise DataError(
             f"Language {example.language!r}: the reply {example.reply[:40]!r} is none of its "
             f"choices {list(choices)[:8]}."
+            f"{' They differ in white space at their ends: mend the data.' if same else ''}"
         )
     return example
 

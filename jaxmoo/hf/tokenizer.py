@@ -39,10 +39,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, path: Path) -> None:

@@ -123,7 +123,7 @@ def read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template: cannot read {path} ({error}). Expected a text file with a Jinja "

@@ -57,8 +57,8 @@ class DataConfig:
     source: str = setting(
         MISSING,
         "Where the examples come from: `chatterbot` (built in), a file pattern such as "
-        "`data/{language}.jsonl` (also .json, .parquet, .csv), a directory of such files, or the "
-        "id of a data set on a Hugging Face hub.",
+        "`data/{language}.jsonl` (also .json, .parquet, .csv, and those of text as .gz or .zst), a "
+        "directory of such files, or the id of a data set on a Hugging Face hub.",
     )
     seen: list[str] = setting(
         MISSING, "Languages to train on, by their code in the data. Each gives one gradient."

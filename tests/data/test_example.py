@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from jaxmoo.data.example import Example, normalise
+from jaxmoo.data.example import MOST_CHARACTERS, Example, identifier, normalise
 from jaxmoo.errors import DataError
 
 
@@ -17,9 +19,18 @@ def assistant(text):
 
 
 def test_a_pair_is_a_conversation_of_two_turns():
-    example = Example.from_pair("en", "  Hello?\n", "\nHi! \n")
+    example = Example.from_pair("en", "Hello?", "Hi!")
     assert example.messages == (user("Hello?"), assistant("Hi!"))
     assert (example.language, example.prompt, example.reply) == ("en", "Hello?", "Hi!")
+
+
+@pytest.mark.parametrize("text", ["    return 1\n", "\u3000雪国", "a ", "\n"])
+def test_white_space_at_the_ends_is_part_of_a_text(text):
+    kept = text if text.strip() else ""
+    assert Example.from_pair("en", "Go on.", text).reply == kept
+    assert Example.from_pair("en", text, "b").prompt == kept
+    if kept:
+        assert Example.from_text("en", text).reply == text
 
 
 def test_the_reply_is_the_last_assistant_turn_and_what_follows_is_dropped():
@@ -31,11 +42,84 @@ def test_the_reply_is_the_last_assistant_turn_and_what_follows_is_dropped():
     assert len(example.messages) == 4
 
 
-def test_numbers_are_texts_but_nothing_else_is():
-    assert Example.from_pair("en", "2 + 2", 4).reply == "4"
-    for value in (None, True, ["4"], {"text": "4"}):
-        with pytest.raises(DataError, match=r"message 1 \(assistant\): expected text, found"):
-            Example.from_pair("en", "2 + 2", value)
+@pytest.mark.parametrize("value", [None, True, 4, 0.5, math.nan, math.inf, ["4"], {"text": "4"}])
+def test_nothing_but_text_is_text(value):
+    with pytest.raises(DataError, match=r"message 1 \(assistant\): expected text, found"):
+        Example.from_pair("en", "2 + 2", value)
+    with pytest.raises(DataError, match="expected text, found"):
+        Example.from_text("en", value)
+
+
+def test_an_example_of_endless_text_is_refused_by_its_size():
+    with pytest.raises(DataError, match=r"at most 10,000,000 characters.* found 10,000,001"):
+        Example.from_pair("en", "Tell me everything.", "a" * (MOST_CHARACTERS + 1))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def test_every_key_of_a_message_is_kept_but_for_nulls():
+    messages = [
+        user("Rome?") | {"name": "Ada", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Hm."},
+        {"role": "tool", "content": "12", "tool_call_id": "a1"},
+        assistant("12 degrees."),
+    ]
+    example = Example.from_messages("en", messages, tools=[{"name": "weather"}])
+    assert example.messages == (
+        user("Rome?") | {"name": "Ada"},
+        messages[1] | {"content": ""},
+        messages[2],
+        messages[3],
+    )
+    assert example.tools == ({"name": "weather"},)
+
+
+def test_what_is_beside_the_text_tells_examples_apart():
+    def key(tools=(), **beside):
+        called = assistant("") | {"tool_calls": [CALL], **beside}
+        return Example.from_messages(
+            "en", [user("Rome?"), called, assistant("Yes.")], tools=tools
+        ).key
+
+    assert key() == key()
+    assert len({key(), key(reasoning_content="Hm."), key(tools=[{"name": "weather"}])}) == 3
+
+
+def test_parts_of_a_message_are_joined_and_only_text_is_learnt():
+    parts = [{"type": "text", "text": "Ciao", "image": None}, {"type": "text", "text": ", tu!"}]
+    messages = [{"role": "user", "content": parts}, assistant("Ciao!")]
+    assert Example.from_messages("it", messages).prompt == "Ciao, tu!"
+    parts[1] = {"type": "image", "url": "a.png"}
+    with pytest.raises(DataError, match=r"message 0 \(user\): content part 1: .* 'image' with"):
+        Example.from_messages("it", messages)
+
+
+def deep(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, "\ud83d", {"\ud83d": 1}, deep(200), deep(100_000), b"x", object()]
+)
+def test_what_no_template_could_render_is_refused_by_message_and_role(value):
+    with pytest.raises(DataError, match=r"message 1 \(assistant\): "):
+        Example.from_messages("en", [user("a"), assistant("b") | {"tool_calls": [{"x": value}]}])
+    with pytest.raises(DataError, match="tools: "):
+        Example.from_messages("en", [user("a"), assistant("b")], tools=[{"x": value}])
+
+
+def test_ids_that_mean_the_same_are_the_same():
+    assert {identifier(value) for value in (7, 7.0, "7", " 7", "7.0")} == {"7"}
+    assert identifier("e\u0301") == identifier("\u00e9")
+    assert identifier("07") == "07" and identifier(0.0) == "0"
+    assert {identifier(value) for value in (None, "", " ")} == {None}
+    for value in (True, 0.5, math.nan, math.inf, [7], {"id": 7}, "\ud83d"):
+        with pytest.raises(DataError):
+            identifier(value)
 
 
 def test_a_lone_surrogate_is_refused_since_no_tokenizer_takes_it():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import tracemalloc
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from jaxmoo.data import stream_corpus
 from jaxmoo.data.example import Example
-from jaxmoo.data.files import read_records
+from jaxmoo.data.files import LONGEST_LINE, read_records
 from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.sources import hub_records, load_examples, read_examples
 from jaxmoo.errors import ConfigError, DataError
@@ -88,7 +93,7 @@ def test_codes_translate_the_sources_names(tmp_path):
 
 
 def test_columns_are_mapped(tmp_path):
-    rows = [{"id": 7, "question": "2+2", "answer": 4, "prompt": "no", "messages": "no"}]
+    rows = [{"id": 7, "question": "2+2", "answer": "4", "prompt": "no", "messages": "no"}]
     write(tmp_path / "en.jsonl", rows)
     columns = {"prompt": "question", "completion": "answer", "group": "id", "messages": None}
     loaded = load_examples(str(tmp_path), ["en"], columns=columns)
@@ -121,7 +126,7 @@ def test_duplicates_are_dropped_when_loading_and_kept_when_reading(tmp_path):
 def test_plain_text(columns, tmp_path):
     write(tmp_path / "en.jsonl", [{"text": " Once upon a time. ", "url": "x"}])
     loaded = load_examples(str(tmp_path), ["en"], columns=columns)
-    assert loaded == {"en": [Example.from_text("en", "Once upon a time.")]}
+    assert loaded == {"en": [Example.from_text("en", " Once upon a time. ")]}
     # Beside a mapped column, or a prompt, text is a column like any other.
     with pytest.raises(DataError, match="no column 'prompt'"):
         load_examples(str(tmp_path), ["en"], columns={"completion": "url"})
@@ -185,6 +190,9 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ),
         ("en.csv", "prompt,completion\na,b,c\n", r"en\.csv:2: expected 2 fields"),
         ("en.csv", 'prompt,completion\na,"b\n', r"en\.csv:2: invalid CSV"),
+        ("en.csv", "prompt,prompt\na,b\n", r"en\.csv:1: several columns are named 'prompt'"),
+        ("en.csv", b"prompt,completion\na,b\nc,\xff\n", r"en\.csv:3: not UTF-8 text"),
+        ("en.json", b'[{"prompt": 1},\n"\xff"]', r"en\.json:2: not UTF-8 text"),
         ("en.parquet", "PAR1 but not really", r"en\.parquet: not a readable Parquet file"),
     ],
 )
@@ -193,6 +201,171 @@ def test_malformed_files_are_named_with_the_line(name, content, complaint, tmp_p
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=complaint):
         load_examples(str(tmp_path), ["en"])
+
+
+NESTED, NUMBER = "[" * 100_000, "9" * 5000
+PAIR = '{"prompt": "a", "completion": "b", %s}\n'
+HALF = '"\\ud83d"'
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (NESTED, "found lists or objects nested too deep"),
+        (PAIR % f'"x": {NESTED}', "found lists or objects nested too deep"),
+        (PAIR % f'"x": {NUMBER}', "found a number of thousands of digits"),
+        (f'{{"prompt": "a", "completion": {HALF}}}', "text is not valid Unicode"),
+        (f'{{{HALF}: "a"}}', r"no column 'prompt'.* Columns: id, \\ud83d\."),
+        ('{"prompt": "a", "completion": NaN}', "expected text, found float nan"),
+        ('{"prompt": "a", "completion": -Infinity}', "expected text, found float -inf"),
+        ('{"prompt": "a", "completion": 4}', r"expected text, found int 4\. Write numbers in quo"),
+        ('{"prompt": "a", "completion": "b", "id": NaN}', "group: expected a text or a whole"),
+        (f'{{"prompt": "a", "completion": "b", "id": {HALF}}}', "group: text is not valid"),
+        ('{"prompt": "a", "completion": "b", "id": [7]}', r"group: .* found list \[7\]"),
+        ('{"messages": [{"role": ["user"], "content": "a"}]}', r"message 0: .* role of .*\['user'"),
+        (f'{{"messages": [{{"role": {HALF}, "content": "a"}}]}}', r"message 0: expected a role of"),
+        ('{"messages": [{"role": "user", "content": null}]}', r"message 0 \(user\): expected text"),
+        ('{"messages": {"role": "user"}}', "expected a list of messages, found dict"),
+        ('{"messages": [], "tools": 7}', r"tools: expected a list of objects, found 7"),
+        ('{"messages": [], "tools": "{"}', "invalid JSON"),
+    ],
+    ids=lambda text: text[:48],
+)
+def test_whatever_a_record_holds_it_is_named_and_counted(line, complaint, tmp_path):
+    line = line.rstrip("\n")
+    if line.startswith("{") and '"id"' not in line:
+        line = '{"id": 1, ' + line[1:]
+    (tmp_path / "en.jsonl").write_text(GOOD.replace("{", '{"id": 1, ', 1) + line + "\n")
+    columns = {"group": "id"}
+    reading = read_examples(str(tmp_path), ["en"], columns=columns, max_malformed=0.5)
+    assert len(reading.languages["en"].examples) == 1
+    (said,) = reading.complaints
+    assert said.startswith(f"{tmp_path}/en.jsonl:2: ") and len(said) < 700
+    assert said.isprintable() and said.encode()
+    with pytest.raises(DataError, match=complaint):
+        read_examples(str(tmp_path), ["en"], columns=columns)
+
+
+@pytest.mark.parametrize("value", ["null", "7", "NaN", "true", '"\\ud83d"', "[1]"])
+def test_only_texts_and_whole_numbers_name_a_language(value, tmp_path):
+    row = '{"prompt": "a", "completion": "b", "lang": %s}\n'
+    (tmp_path / "all.jsonl").write_text(row % '"en"' + row % value)
+    options = {"language_column": "lang", "max_malformed": 0.5}
+    reading = read_examples(str(tmp_path / "all.jsonl"), ["en"], **options)
+    assert len(reading.complaints) == (value != "7")
+    with pytest.raises(DataError, match=r"no language 'fr'\. Available: .*en\."):
+        read_examples(str(tmp_path / "all.jsonl"), ["fr"], **options)
+
+
+def test_a_group_is_the_same_in_every_kind_of_file(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "id": 7}, {"prompt": "c", "completion": "d"}]
+    rows[1]["id"] = None
+    write(tmp_path / "en.jsonl", rows)
+    write(tmp_path / "fa.csv", rows)
+    pyarrow.parquet.write_table(
+        pyarrow.table([["a", "c"], ["b", "d"], [7.0, None]], ["prompt", "completion", "id"]),
+        tmp_path / "de.parquet",
+    )
+    (tmp_path / "fr.csv").write_text("prompt,completion,id\na,b,7.0\nc,d,\n")
+    loaded = load_examples(str(tmp_path), ["en", "fa", "de", "fr"], columns={"group": "id"})
+    assert [[e.group for e in examples] for examples in loaded.values()] == [["7", None]] * 4
+
+
+def test_tools_of_a_conversation_are_read_as_a_list_or_as_json(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"name": "weather"}]
+    write(tmp_path / "en.jsonl", [{"messages": messages, "tools": tools}])
+    write(tmp_path / "fa.jsonl", [{"messages": messages, "tools": json.dumps(tools)}])
+    write(tmp_path / "de.jsonl", [{"messages": messages, "tools": None}])
+    loaded = load_examples(str(tmp_path), ["en", "fa", "de"])
+    assert [examples[0].tools for examples in loaded.values()] == [*[tuple(tools)] * 2, ()]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_compressed_files_are_read_as_they_are(suffix, compression, tmp_path):
+    for language, rows in ROWS.items():
+        plain = tmp_path / "plain" / f"{language}{suffix}"
+        write(plain, rows)
+        compress(plain, tmp_path / f"{language}{suffix}{compression}")
+    wanted = {language: expected(language) for language in ROWS}
+    assert load_examples(str(tmp_path), ["en", "fa"]) == wanted
+    source = f"{tmp_path}/{{language}}{suffix}{compression}"
+    assert load_examples(source, ["en", "fa"]) == wanted
+    assert wanted["en"][0] == load_examples(source, ["en"])["en"][0]
+    place = next(read_records(tmp_path / f"en{suffix}{compression}"))[0]
+    assert place.startswith(f"{tmp_path}/en{suffix}{compression}:")
+
+
+@pytest.mark.parametrize("damage", ["cut", "never compressed"])
+@pytest.mark.parametrize("name", ["en.jsonl.gz", "en.json.gz", "en.csv.zst", "en.jsonl.zst"])
+def test_a_damaged_compressed_file_is_named(name, damage, tmp_path):
+    rows = [{"prompt": f"a{i}", "completion": str(hash(i * i))} for i in range(5000)]
+    plain = tmp_path / "plain" / name.rsplit(".", 1)[0]
+    write(plain, rows)
+    file = tmp_path / name
+    compress(plain, file)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content = plain.read_bytes()
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: damaged"):
+        load_examples(str(tmp_path), ["en"])
+
+
+def compress(source, target):
+    if target.suffix == ".gz":
+        target.write_bytes(gzip.compress(source.read_bytes()))
+    else:
+        with pyarrow.output_stream(str(target), compression="zstd") as file:
+            file.write(source.read_bytes())
+
+
+def test_a_line_that_no_memory_should_hold_is_passed_over(tmp_path):
+    with (tmp_path / "en.jsonl").open("wb") as file:
+        file.write(GOOD.encode())
+        file.truncate(3 * LONGEST_LINE)  # holes, read as zeros
+        file.seek(0, 2)
+        file.write(b"\n" + GOOD.encode())
+    tracemalloc.start()
+    reading = read_examples(str(tmp_path), ["en"], max_malformed=0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(reading.languages["en"].examples) == 2
+    assert "en.jsonl:2: a line of more than 67,108,864 bytes" in reading.complaints[0]
+    assert peak < 2.5 * LONGEST_LINE
+
+
+def test_bytes_that_are_no_text_spoil_their_record_only(tmp_path):
+    bad = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    table = pyarrow.table({"prompt": bad, "completion": ["b", "b", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "en.parquet")
+    (tmp_path / "fa.csv").write_bytes(b"prompt,completion\na,b\n\xff,b\nc,b\n")
+    reading = read_examples(str(tmp_path), ["en", "fa"], max_malformed=0.4)
+    for language, place in (("en", "en.parquet: row 2"), ("fa", "fa.csv:3")):
+        assert [e.prompt for e in reading.languages[language].examples] == ["a", "c"]
+        assert any(f"{place}: not UTF-8 text" in complaint for complaint in reading.complaints)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_parquet_is_named(streaming, tmp_path, tokenizer):
+    file = tmp_path / "en.parquet"
+    write(file, [{"prompt": f"a{i}", "completion": "b" * i} for i in range(300)])
+    content = file.read_bytes()
+    page = content[:60] + bytes(90) + content[150:]
+    for damaged in [page] if streaming else [page, content[:-9]]:
+        file.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=r"en\.parquet: (not a readable Parq|cannot be read on)"
+        ):
+            if streaming:
+                stream_corpus(
+                    str(tmp_path), tokenizer, seen=["en"], sequence_length=64, max_held_out=300
+                )
+            else:
+                load_examples(str(tmp_path), ["en"])
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
@@ -222,6 +395,7 @@ def test_a_missing_language_names_the_nearest(tmp_path):
         ("no/such/place/here", "No file or directory 'no/such/place/here'"),
         ("nowhere/en.jsonl", "No file or directory"),
         ("nowhere/{language}.txt", "ending in .jsonl, .json, .parquet, .csv, found '.txt'"),
+        ("nowhere/{language}.parquet.gz", "ending in .jsonl, .json, .parquet, .csv, found '.gz'"),
         ("nowhere/{language}.jsonl", "no language 'en'. Available: none"),
     ],
 )

@@ -28,6 +28,12 @@ def pairs(language, count=60):
 def write(path, rows):
     """Write records in the format of the path's suffix; Parquet in row groups of 7."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".gz", ".zst"):
+        write(path.with_suffix(""), rows)
+        with pyarrow.output_stream(str(path), compression="detect") as file:
+            file.write(path.with_suffix("").read_bytes())
+        path.with_suffix("").unlink()
+        return
     records = [{"prompt": p, "completion": c} for p, c in rows]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -126,7 +132,7 @@ def test_only_what_is_needed_is_read(folder, stream):
         stream(folder, max_malformed=0.01, shuffle_buffer=100)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "one table"])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "csv", "csv.zst", "parquet", "one table"])
 def test_from_any_step_a_run_goes_on_with_the_same_batches(kind, stream, tmp_path):
     options = {}
     if kind == "one table":

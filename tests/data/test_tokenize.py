@@ -143,7 +143,7 @@ def test_plain_text_is_learnt_whole_but_for_its_first_token(bos, make_tokenizer)
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
     text = "سلام, how are you?"
-    result = tokenize(Example.from_text("fa", f" {text}\n"), tokenizer, 512)
+    result = tokenize(Example.from_text("fa", text), tokenizer, 512)
     assert tokenizer.decode(result.tokens).removeprefix("<|endoftext|>") == f"{text}<|im_end|>"
     assert result.loss_mask.tolist() == [False] + [True] * (len(result.tokens) - 1)
     # What is scored is counted: all of the text, but for what the first token says.

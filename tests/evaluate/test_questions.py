@@ -71,11 +71,11 @@ def test_labels_come_from_the_data_the_command_line_or_each_record():
 
 
 def test_a_column_may_hold_each_records_choices(tmp_path):
-    record = {"prompt": "1 + 1", "completion": 2, "options": [1, 2, " 3 "]}
+    record = {"prompt": "1 + 1", "completion": "2", "options": ["1", "2", " 3 "]}
     (tmp_path / "en.jsonl").write_text(json.dumps(record))
     source = str(tmp_path / "{language}.jsonl")
     (found,) = load_examples(source, ["en"], columns={"choices": "options"})["en"]
-    assert (found.reply, found.choices) == ("2", ("1", "2", "3"))
+    assert (found.reply, found.choices) == ("2", ("1", "2", " 3 "))
     (tmp_path / "en.jsonl").write_text(json.dumps(record | {"options": "1, 2"}))
     with pytest.raises(DataError, match=r"en.jsonl:1: expected a list of choices, found str"):
         load_examples(source, ["en"], columns={"choices": "options"})
@@ -91,6 +91,8 @@ def test_a_column_may_hold_each_records_choices(tmp_path):
         ),
         ({"en": pairs("en", "yes", "yes")}, "replies", "nothing to choose"),
         ({"en": pairs("en", "yes")}, "no,never", "the reply 'yes' is none of its choices"),
+        ({"en": pairs("en", "yes ")}, "yes,no", "differ in white space at their ends"),
+        ({"en": pairs("en", "no", "yes", "yes ")}, "replies", "differ in nothing but white space"),
         ({"en": pairs("en", "yes")}, "column:x", "at least two different choices, found"),
         ({"en": pairs("en", "yes")}, "yes,yes", "at least two different labels"),
     ],

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_tokenizer
+from tests.tiny_tokenizer import chat_tokenizer
 
 TEXTS = [
     "Hello, world! It's 2024: 3.14159 or 1,234,567?",
@@ -116,6 +117,12 @@ def test_the_chat_template_is_chatml(smollm2_dir: Path):
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello<|im_end|>\n"
     )
+
+
+def test_a_template_loses_its_byte_order_mark(tmp_path):
+    chat_tokenizer("{{ messages }}").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}", "utf-8-sig")
+    assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(smollm2_dir: Path, tmp_path: Path):

@@ -57,11 +57,13 @@ def test_a_chat_template_from_a_file_is_used(no_weights, write_config, tmp_path,
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        "utf-8-sig",
     )
     config = str(write_config(model__source=str(no_weights)))
     assert main(["--config", config, "--languages", "it", f"data.chat_template={template}"]) == 0
-    assert "[assistant]\u27e6 " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[assistant]\u27e6 " in out and "\ufeff" not in out
     assert (tmp_path / "run-data" / "data.json").exists()
     assert load_tokenizer(no_weights).chat_template != template.read_text()
 
