@@ -36,15 +36,15 @@ class _Carry(NamedTuple):
     unfinished: jax.Array  # bool
     section: jax.Array  # of the next slice
     place: jax.Array  # of the next slice in its section
-    rows: jax.Array  # float32 [K, columns], the last slice
-    product: jax.Array  # float32 [K, K], its Gram matrix
-    total: jax.Array  # float32 [S, K, K]
+    rows: jax.Array  # [K, columns], the last slice
+    product: jax.Array  # [K, K], its Gram matrix
+    total: jax.Array  # [S, K, K]
 
 
 @jax.custom_jvp
 @jax.custom_batching.sequential_vmap
 def grams_by_slices(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Gram matrix of every section of every array, accumulated in float32.
+    """Gram matrix of every section of every array, accumulated in float32 or better.
 
     Args:
       arrays: per-objective gradients, each [K, S, ...].
@@ -88,7 +88,7 @@ def cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
       y: [K, S, ...].
 
     Returns:
-      float32 [S, K, K].
+      [S, K, K], float32 or, of float64 gradients, float64.
 
     Example:
       >>> cross_grams(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 4.0]]]))
@@ -100,7 +100,7 @@ def cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
         y,
         ((contracted, contracted), ((1,), (1,))),
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(jnp.result_type(x, y), jnp.float32),
     )
 
 
@@ -123,6 +123,7 @@ def _loop(x: jax.Array, start: int, stop: int) -> _Carry:
     k, sections, _ = x.shape
     per_section, columns = _per_section(x)
     dtype, zero, one = x.dtype, np.uint32(0), np.uint32(1)
+    wide = jnp.promote_types(dtype, jnp.float32)
     if dtype.itemsize == 2:
         # As integers, or the backend converts the whole array to float32 before the loop. It
         # still makes one copy, in 16 bits.
@@ -133,7 +134,7 @@ def _loop(x: jax.Array, start: int, stop: int) -> _Carry:
         rows = lax.dynamic_slice(x, corner, (k, 1, columns))[:, 0]
         if dtype.itemsize == 2:
             rows = lax.bitcast_convert_type(rows, dtype)
-        rows = rows.astype(jnp.float32)
+        rows = rows.astype(wide)
         product = jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
         corner = (carry.section, zero, zero)
         total = lax.dynamic_slice(carry.total, corner, (1, k, k)) + product
@@ -153,9 +154,9 @@ def _loop(x: jax.Array, start: int, stop: int) -> _Carry:
         unfinished=jnp.array(True),
         section=jnp.array(start // per_section, jnp.uint32),
         place=jnp.array(start % per_section, jnp.uint32),
-        rows=jnp.zeros((k, columns), jnp.float32),
-        product=jnp.zeros((k, k), jnp.float32),
-        total=jnp.zeros((sections, k, k), jnp.float32),
+        rows=jnp.zeros((k, columns), wide),
+        product=jnp.zeros((k, k), wide),
+        total=jnp.zeros((sections, k, k), wide),
     )
     return lax.while_loop(lambda carry: carry.unfinished, step, first)
 

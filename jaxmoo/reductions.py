@@ -25,7 +25,7 @@ __all__ = ["cross_grams", "section_grams", "weighted_sum"]
 def section_grams(
     arrays: Sequence[jax.Array], *, partitioned: bool | None = None
 ) -> list[jax.Array]:
-    """Gram matrix of every section, accumulated in float32.
+    """Gram matrix of every section, accumulated in float32, or float64 for float64 gradients.
 
     Args:
       arrays: per-objective gradients, each [K, S, ...]. Given all at once they share the cores of
@@ -34,8 +34,8 @@ def section_grams(
         whether there are several.
 
     Returns:
-      Gram matrices [S, K, K] of each array, float32. A non-finite row makes its own row and column
-      non-finite.
+      Gram matrices [S, K, K] of each array, float32 or float64. A non-finite row makes its own row
+      and column non-finite.
 
     Example:
       >>> section_grams([jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]])])
@@ -60,11 +60,11 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
 
     Args:
       x: per-objective gradients [K, S, ...].
-      weights: float32 [S, K].
+      weights: [S, K].
       partitioned: as in :func:`section_grams`.
 
     Returns:
-      Sums [S, ...] in the dtype of ``x``, accumulated in float32.
+      Sums [S, ...] in the dtype of ``x``, accumulated in float32, or float64 where that is it.
 
     Example:
       >>> x = jnp.array([[[1.0, 2.0]], [[jnp.nan, 3.0]]])
@@ -73,6 +73,8 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
     """
     if partitioned is None:
         partitioned = jax.device_count() > 1
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    weights = weights.astype(wide)
     columns = weights.T.reshape(*weights.T.shape, *(1,) * (x.ndim - 2))  # [K, S, 1, ...]
     if partitioned:
         kept = jnp.where(columns != 0, x, 0)
@@ -81,11 +83,11 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
             kept,
             (((1,), (0,)), ((0,), (1,))),
             precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
+            preferred_element_type=wide,
         )
         return total.astype(x.dtype)
     # One fused elementwise pass: every row is read once and nothing is copied.
-    total = jnp.zeros(x.shape[1:], jnp.float32)
+    total = jnp.zeros(x.shape[1:], wide)
     for row, column in zip(x, columns, strict=True):
-        total += jnp.where(column != 0, column * row.astype(jnp.float32), 0)
+        total += jnp.where(column != 0, column * row.astype(wide), 0)
     return total.astype(x.dtype)

@@ -44,10 +44,10 @@ class Resolution(NamedTuple):
 
     updates: list[jax.Array]  # one array per input array, without the objective axis
     state: tuple[Any, ...]  # new aggregator state, one pytree per group
-    gram: jax.Array  # float32 [B, K, K]; rows of objectives left out are zero
-    weights: jax.Array  # float32 [B, K]; zero in blocks resolved coordinate by coordinate
-    update_norm: jax.Array  # float32 [B]
-    mean_norm: jax.Array  # float32 [B]
+    gram: jax.Array  # float32 or float64 [B, K, K]; rows of objectives left out are zero
+    weights: jax.Array  # [B, K], of gram's type; zero in blocks resolved coordinate by coordinate
+    update_norm: jax.Array  # [B]
+    mean_norm: jax.Array  # [B]
     nonfinite: jax.Array  # bool [B, K]: present, but non-finite in this block
 
 
@@ -210,7 +210,7 @@ def resolve_sections(
             [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
         )
 
-    weights = jnp.zeros(used.shape, jnp.float32)
+    weights = jnp.zeros(used.shape, grams.dtype)
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         if group.aggregator.combine is None:
@@ -230,7 +230,7 @@ def resolve_sections(
                 solved = jnp.where(group.member[:, None], solved, weights[mine])
             weights = weights.at[mine].set(solved)
         new_state.append(group_state)
-    mean_norm = _norms(grams, _share(used, preference))
+    mean_norm = _norms(grams, _share(used, preference, grams.dtype))
     update_norm = _norms(grams, weights)
     if match_norm:
         scale = _matching(mean_norm, update_norm, grams)
@@ -339,7 +339,8 @@ def section_place(index: int, section: Any) -> Any:
 
 def section_uniform(key: jax.Array, place: Any, number: Any, shape: tuple[int, ...]) -> jax.Array:
     """Uniform random numbers of one section, from the step's key, its place and its block."""
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, place), number), shape)
+    key = jax.random.fold_in(jax.random.fold_in(key, place), number)
+    return jax.random.uniform(key, shape, jnp.float32)
 
 
 def conflict_share(grams: jax.Array) -> jax.Array:
@@ -370,10 +371,10 @@ def cut(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(x.shape[0], count, -1)
 
 
-def _share(used: jax.Array, preference: jax.Array | None) -> jax.Array:
+def _share(used: jax.Array, preference: jax.Array | None, dtype: Any) -> jax.Array:
     """Weights of the mean gradient over the objectives used, [B, K]."""
-    share = jnp.where(used, 1.0 if preference is None else preference, 0)
-    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    share = jnp.where(used, 1.0 if preference is None else preference, 0).astype(dtype)
+    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
 
 
 def _norms(grams: jax.Array, weights: jax.Array) -> jax.Array:
@@ -385,8 +386,8 @@ def _norms(grams: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _matching(mean_norm: jax.Array, update_norm: jax.Array, grams: jax.Array) -> jax.Array:
     """Factors that bring each block's update to its mean gradient's norm."""
-    # In float32 a norm this far below the gradients' is rounding: the block is stationary, and
-    # scaling it up would make a step of noise.
+    # A norm this far below the gradients' is rounding (its square, 1e-5 of theirs in float32): the
+    # block is stationary, and scaling it up would make a step of noise.
     largest = jnp.diagonal(grams, axis1=1, axis2=2).max(1)
-    stationary = update_norm**2 <= 1e-5 * largest
+    stationary = update_norm**2 <= 84 * jnp.finfo(grams.dtype).eps * largest
     return jnp.where(stationary, 1, mean_norm / jnp.where(stationary, 1, update_norm))

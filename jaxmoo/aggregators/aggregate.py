@@ -26,7 +26,7 @@ _START = 4096  # columns looked at to tell that a row is not zero
 
 
 def gram(jacobian: jax.Array) -> jax.Array:
-    """Inner products of stacked gradients, accumulated in float32.
+    """Inner products of stacked gradients, accumulated in float32 or, of float64 ones, float64.
 
     The sum of the Grams of pieces is the Gram of the whole, which is how blocks spread over many
     leaves or devices are formed.
@@ -35,7 +35,7 @@ def gram(jacobian: jax.Array) -> jax.Array:
       jacobian: ``[K, ...]``, one gradient per objective, any float type.
 
     Returns:
-      ``[K, K]`` float32, ``G[i, j] = <g_i, g_j>``.
+      ``[K, K]`` float32 or float64, ``G[i, j] = <g_i, g_j>``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +57,7 @@ def combine_rows(jacobian: jax.Array, weights: jax.Array) -> jax.Array:
 
     Returns:
       ``sum_k weights[k] * jacobian[k]`` of shape ``[...]`` in the gradients' type, accumulated in
-      float32.
+      float32 or, of float64 gradients, float64.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +65,7 @@ def combine_rows(jacobian: jax.Array, weights: jax.Array) -> jax.Array:
       >>> combine_rows(J, jnp.array([0.5, 0.0])).tolist()
       [0.5, 1.0]
     """
-    return weighted_sum(jacobian[:, None], jnp.asarray(weights, jnp.float32)[None])[0]
+    return weighted_sum(jacobian[:, None], jnp.asarray(weights)[None])[0]
 
 
 def aggregate(
@@ -167,7 +167,7 @@ def _in_one_pass(method, jacobian, state, key, active, preference):
         weights, _ = weigh_block(method, jnp.diag(sizes), **rest)
         return combine_rows(jacobian, weights), weights
 
-    guess, weights = update(jnp.ones(jacobian.shape[0]))
+    guess, weights = update(jnp.ones(jacobian.shape[0], jacobian.dtype))
     started = jnp.max(jnp.abs(jacobian[:, :_START]), axis=1, initial=0) > 0
     known = (weights != 0) & started
     if active is not None:
@@ -183,14 +183,14 @@ def _in_one_pass(method, jacobian, state, key, active, preference):
 
 
 def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Inner products between the gradients of two batches, accumulated in float32.
+    """Inner products between the gradients of two batches, accumulated as by :func:`gram`.
 
     Args:
       first: ``[K, ...]`` gradients of one batch.
       second: ``[K, ...]`` gradients of another, independent one.
 
     Returns:
-      ``[K, K]`` float32, ``<first_i, second_j>``.
+      ``[K, K]``, ``<first_i, second_j>``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -206,7 +206,7 @@ def _refuse_nonfinite(jacobian: jax.Array, active: jax.Array | None) -> None:
             "aggregate: nonfinite='raise' cannot raise from compiled code. Call it outside jit, "
             "or skip and look at the weights: a skipped objective has weight 0."
         )
-    bad = ~np.isfinite(np.asarray(jacobian, np.float32)).all(axis=1)
+    bad = ~np.asarray(jnp.isfinite(jacobian).all(axis=1))
     if active is not None:
         bad &= np.asarray(active)
     if bad.any():

@@ -14,7 +14,8 @@ done here once, the same for every method:
 * With one objective left the update is its gradient.
 * ``G`` is divided by a power of two so that its largest diagonal lies in [1, 2): no method has an
   absolute threshold, and scaling all gradients by a power of two scales the update exactly.
-* The solve is float32.
+* The solve is float32; float64 for a float64 Gram matrix, which takes ``JAX_ENABLE_X64``. States
+  keep the types they were made with.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class Aggregator:
     Attributes:
       name: the method's name.
       weigh: ``(gram [K, K], active [K], preference [K], state, key) -> (weights [K], state)`` for
-        one block. ``gram`` is float32, finite, zero on inactive rows, with a largest diagonal in
-        [1, 2) and a positive diagonal on every active row; ``preference`` is zero on inactive rows
-        and sums to 1 (all zero when nothing is active). Call it through :func:`weigh_block` or
-        :func:`weigh_blocks`, which establish this.
+        one block. ``gram`` is float32 or float64, as are the state's numbers; it is finite, zero on
+        inactive rows, with a largest diagonal in [1, 2) and a positive diagonal on every active
+        row; ``preference`` is zero on inactive rows and sums to 1 (all zero when nothing is
+        active). Call it through :func:`weigh_block` or :func:`weigh_blocks`, which establish this.
       init: ``num_objectives -> state`` of one block, ``()`` when the method keeps none.
       combine: ``(jacobian [K, n], active [K], preference [K], uniform [n]) -> [n]`` of a
         coordinate-wise rule, which replaces ``J^T w``; None for a method that is a function of the
@@ -96,18 +97,19 @@ class Aggregator:
 class Prepared(NamedTuple):
     """A block's Gram matrix made safe for a method."""
 
-    gram: jax.Array  # [K, K] float32, normalised, zero where inactive
+    gram: jax.Array  # [K, K] float32 or float64, normalised, zero where inactive
     active: jax.Array  # [K] bool: present, finite and not zero
-    preference: jax.Array  # [K] float32, sums to 1 over active
-    share: jax.Array  # [] float32: preference of the active rows among those present
-    count: jax.Array  # [] float32: objectives present
-    scale: jax.Array  # [] float32: the power of two G was divided by
+    preference: jax.Array  # [K], sums to 1 over active
+    share: jax.Array  # []: preference of the active rows among those present
+    count: jax.Array  # []: objectives present
+    scale: jax.Array  # []: the power of two G was divided by
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two not above a positive normal float32; 1 for zero."""
-    exponent = lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    """The largest power of two not above a positive normal number; 1 for zero."""
+    kind = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{kind.bits}"))
+    power = lax.bitcast_convert_type(bits & -(1 << kind.nmant), x.dtype)
     return jnp.where(power > 0, power, 1.0)
 
 
@@ -129,7 +131,8 @@ def prepare(
     Returns:
       The block as :class:`Prepared`.
     """
-    gram = jnp.asarray(gram, jnp.float32)
+    gram = jnp.asarray(gram)
+    gram = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
     k = gram.shape[-1]
     diagonal = jnp.diagonal(gram)
     present = jnp.isfinite(diagonal)
@@ -144,8 +147,8 @@ def prepare(
         present = touched
     gram = jnp.where(touched[:, None] & touched[None, :], gram, 0.0)
 
-    importance = jnp.ones(k, jnp.float32) if preference is None else preference
-    importance = jnp.where(present, jnp.asarray(importance, jnp.float32), 0.0)
+    importance = jnp.ones(k) if preference is None else jnp.asarray(preference)
+    importance = jnp.where(present, importance.astype(gram.dtype), 0.0)
     seen = jnp.where(touched, importance, 0.0)
     seen_total = jnp.sum(seen)
     share = seen_total / jnp.where(seen_total > 0, jnp.sum(importance), 1.0)
@@ -154,7 +157,7 @@ def prepare(
         active=touched,
         preference=seen / jnp.where(seen_total > 0, seen_total, 1.0),
         share=share,
-        count=jnp.sum(present).astype(jnp.float32),
+        count=jnp.sum(present).astype(gram.dtype),
         scale=scale,
     )
 
@@ -183,7 +186,8 @@ def weigh_block(
       preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
     Returns:
-      ``(weights, state)`` with weights ``[K]`` float32, exactly 0 for every row taken out.
+      ``(weights, state)`` with weights ``[K]``, float32 or, of a float64 Gram matrix, float64;
+      exactly 0 for every row taken out.
 
     Raises:
       ConfigError: if the method is stochastic and no key is given.
@@ -197,14 +201,23 @@ def weigh_block(
 def _weigh_block(aggregator, gram, state, key, active, preference):
     preference = _importance(aggregator, preference, gram.shape[-1])
     ready = prepare(gram, active, preference, cross=aggregator.cross_gram)
-    weights, state = aggregator.weigh(ready.gram, ready.active, ready.preference, state, key)
+    dtype = ready.gram.dtype
+    start = jax.tree.map(lambda x: _in_type(x, dtype), state)
+    weights, new = aggregator.weigh(ready.gram, ready.active, ready.preference, start, key)
+    state = jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), new, state)
     if aggregator.unit_scale:
         alone = jnp.sum(ready.active) == 1
         weights = jnp.where(alone, 1.0, weights)
     else:
         weights = weights * ready.scale**aggregator.gram_degree
-    weights = weights * _mass(aggregator, ready)
+    weights = (weights * _mass(aggregator, ready)).astype(dtype)
     return jnp.where(ready.active, weights, 0.0), state
+
+
+def _in_type(x: Any, dtype: Any) -> jax.Array:
+    """Numbers of a state in the type of a solve; counters stay as they are."""
+    x = jnp.asarray(x)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def weigh_blocks(
@@ -234,7 +247,7 @@ def weigh_blocks(
       preference: ``[K]`` importances, at least 0, any scale; None: all equal.
 
     Returns:
-      ``(weights, state)`` with weights ``[B, K]`` float32.
+      ``(weights, state)`` with weights ``[B, K]``, of the type :func:`weigh_block` gives.
 
     Raises:
       ConfigError: if the method is stochastic and no key is given.
@@ -306,12 +319,12 @@ def combine_block(
     """
     if aggregator.stochastic and uniform is None:
         key = _block_key(aggregator, key, block)
-        uniform = jax.random.uniform(key, jacobian.shape[1:])
+        uniform = jax.random.uniform(key, jacobian.shape[1:], jnp.float32)
     return compiled(_combine_block)(aggregator, jacobian, uniform, active, preference)
 
 
 def _combine_block(aggregator, jacobian, uniform, active, preference):
-    rows = jacobian.astype(jnp.float32)
+    rows = jacobian.astype(jnp.promote_types(jacobian.dtype, jnp.float32))
     size = largest_entries(rows)
     preference = _importance(aggregator, preference, jacobian.shape[0])
     ready = prepare(jnp.diag(size), active, preference)
@@ -331,13 +344,15 @@ def largest_entries(jacobian: jax.Array) -> jax.Array:
       jacobian: ``[K, n]``, any float type.
 
     Returns:
-      ``[K]`` float32 largest absolute entries, NaN for a non-finite row.
+      ``[K]`` largest absolute entries, float32 or, of a float64 matrix, float64; NaN for a
+      non-finite row.
 
     Example:
       >>> largest_entries(jnp.array([[1.0, -2.0], [jnp.inf, 0.0]])).tolist()
       [2.0, nan]
     """
-    largest = jnp.max(jnp.abs(jacobian), axis=1, initial=0).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(jacobian), axis=1, initial=0)
+    largest = largest.astype(jnp.promote_types(jacobian.dtype, jnp.float32))
     # XLA's maximum of many numbers may pass over a NaN. Zero times a non-finite number is NaN, and
     # a sum keeps it.
     finite = jnp.isfinite(jnp.sum(jacobian * 0, axis=1))
@@ -374,7 +389,7 @@ def _importance(
 ) -> jax.Array | None:
     if aggregator.importance is None:
         return preference
-    fixed = jnp.asarray(aggregator.importance, jnp.float32)
+    fixed = jnp.asarray(aggregator.importance)
     if fixed.shape != (num_objectives,):
         raise ConfigError(
             f"Aggregator {aggregator.name!r} was given {fixed.shape[0]} weights, but there are "

@@ -57,7 +57,8 @@ def config(*, reduction: Literal["mean", "sum"] = "mean") -> Aggregator:
         square = jnp.dot(direction, projections)
         length = jnp.dot(preference * norm, projections)
         # Gradients that cancel exactly leave a direction of rounding only.
-        exists = square > 1e-12 * jnp.square(jnp.sum(jnp.abs(direction)))
+        rounding = 8 * jnp.finfo(gram.dtype).eps * jnp.sum(jnp.abs(direction))
+        exists = square > jnp.square(rounding)
         factor = jnp.where(exists, length / jnp.where(exists, square, 1.0), 0.0)
         return factor * direction / norm, state
 

@@ -80,10 +80,10 @@ def cr_mogm(
     def init(num_objectives):
         return CrMogmState(
             inner=inner.init(num_objectives),
-            average=jnp.zeros(num_objectives, jnp.float32),
-            remaining=jnp.ones(num_objectives, jnp.float32),
-            total=jnp.zeros((), jnp.float32),
-            total_remaining=jnp.ones((), jnp.float32),
+            average=jnp.zeros(num_objectives),
+            remaining=jnp.ones(num_objectives),
+            total=jnp.zeros(()),
+            total_remaining=jnp.ones(()),
         )
 
     def weigh(gram, active, preference, state, key):

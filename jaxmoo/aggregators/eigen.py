@@ -1,4 +1,4 @@
-"""Eigenvalues of Gram matrices in float32.
+"""Eigenvalues of Gram matrices.
 
 Library routines are accurate relative to the *largest* eigenvalue: with gradients 1,000 times
 larger than others, whose Gram entries differ by a million, nothing is left of the small ones.
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxmoo.aggregators.interior_point import matvec
 
-_EPS = float(np.finfo(np.float32).eps)
 _MAX_SWEEPS = 12
 _REGULAR = 1e3  # of an inverse: eigenvalues below it cannot be mistaken for rounding
 
@@ -43,7 +41,7 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Two-sided Jacobi, all disjoint pairs of a round at once, as two halves of the matrix.
 
     Args:
-      gram: ``[K, K]`` float32, symmetric, positive semi-definite up to rounding.
+      gram: ``[K, K]`` float32 or float64, symmetric, positive semi-definite up to rounding.
 
     Returns:
       ``(values [K], vectors [K, K], significant [K])``: vectors in columns, in no particular
@@ -57,7 +55,7 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       (2000000.0, 1)
     """
     k = gram.shape[0]
-    size = k + k % 2
+    size, eps = k + k % 2, jnp.finfo(gram.dtype).eps
     a = jnp.pad(gram, ((0, size - k), (0, size - k)))
     identity = jnp.eye(size, dtype=gram.dtype)
     if k == 1:
@@ -89,7 +87,7 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, _, sweeps = carry
         diagonal = jnp.abs(jnp.diagonal(a))
         scale = jnp.sqrt(diagonal[:, None] * diagonal[None, :])
-        off = jnp.abs(a) > _EPS * scale
+        off = jnp.abs(a) > eps * scale
         return (sweeps < _MAX_SWEEPS) & jnp.any(off & (identity == 0))
 
     def sweep(carry):
@@ -103,7 +101,7 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     # Independent rounding errors of the entries, relative to |g_i| |g_j|, move the eigenvalue of v
     # by about eps * sum_i v_i^2 |g_i|^2; sums over many parameters and the rotations add to it.
     squares = vectors**2
-    noise = _EPS * jnp.matmul(jnp.diagonal(gram), squares, precision=lax.Precision.HIGHEST)
+    noise = eps * jnp.matmul(jnp.diagonal(gram), squares, precision=lax.Precision.HIGHEST)
     return values, vectors, values > (16 + k) * noise
 
 
@@ -111,7 +109,7 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     """Shortest least-squares solution of ``gram @ x = right``.
 
     Args:
-      gram: ``[K, K]`` float32, symmetric, positive semi-definite up to rounding.
+      gram: ``[K, K]`` float32 or float64, symmetric, positive semi-definite up to rounding.
       right: ``[K]``.
 
     Returns:
@@ -148,6 +146,6 @@ def _decomposed_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     values, vectors, significant = eigh_graded(gram)
     along = matvec(vectors.T, right)
     terms = matvec(jnp.abs(vectors.T), jnp.abs(right))
-    significant &= jnp.abs(along) > 16 * _EPS * terms
+    significant &= jnp.abs(along) > 16 * jnp.finfo(gram.dtype).eps * terms
     along = jnp.where(significant, along / jnp.where(significant, values, 1.0), 0.0)
     return matvec(vectors, along)

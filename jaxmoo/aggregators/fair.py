@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.interior_point import RIDGE, matvec
+from jaxmoo.aggregators.interior_point import matvec, ridge
 from jaxmoo.aggregators.solvers import equilibrate
-
-_TOLERANCE = 1e-6
-_NOISE = 2.4e-6  # |d|^2 relative to its terms, below which its direction is not to be trusted
 
 
 def fair_shares(
@@ -35,10 +32,10 @@ def fair_shares(
       >>> fair_shares(jnp.eye(2), jnp.log(jnp.array([4.0, 1.0])), 1.0, 20).round(4).tolist()
       [2.0, 1.0]
     """
-    k = cosine.shape[0]
+    k, eps = cosine.shape[0], float(jnp.finfo(cosine.dtype).eps)
     identity = jnp.eye(k, dtype=cosine.dtype)
-    curvature = cosine + RIDGE * identity
-    damping = 2e-6 * max(1.0, k / 16)  # more of it slows Newton's method, less defeats float32
+    curvature = cosine + ridge(cosine.dtype) * identity
+    damping = 17 * eps * max(1.0, k / 16)  # more slows Newton's method, less defeats rounding
     # Start at the solution for orthogonal gradients.
     z = jnp.exp(log_target / (1 + 1 / alpha))
 
@@ -47,7 +44,7 @@ def fair_shares(
 
     def unfinished(carry):
         _, _, error, steps = carry
-        return (error > _TOLERANCE) & (steps < iterations)
+        return (error > 8.4 * eps) & (steps < iterations)
 
     def step(carry):
         z, s, _, steps = carry
@@ -107,8 +104,9 @@ def fair_weights(
     # equations have no solution. Near there d is the difference of large terms, down to rounding,
     # which must not be blown up to the size of a gradient.
     square = jnp.maximum(jnp.dot(z, matvec(cosine, z)), 0.0)
-    noise = _NOISE * jnp.square(jnp.sum(z)) / jnp.maximum(square, 1e-30)
-    length = jnp.sqrt(square + RIDGE * jnp.dot(z, z)) * (1 + noise**2)
+    # |d|^2 relative to its terms, below which its direction is not to be trusted.
+    noise = 20 * jnp.finfo(gram.dtype).eps * jnp.square(jnp.sum(z)) / jnp.maximum(square, 1e-30)
+    length = jnp.sqrt(square + ridge(gram.dtype) * jnp.dot(z, z)) * (1 + noise**2)
     return z / norm, jnp.where(length > 0, length, 1.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.fair import fair_weights, mean_norm
@@ -59,7 +60,8 @@ def fairgrad(
     check_number("fairgrad", "iterations", iterations, low=1, whole=True)
 
     def weigh(gram, active, preference, state, key):
-        weights, length = fair_weights(gram, active, preference, alpha, iterations)
+        power = jnp.asarray(alpha, gram.dtype)
+        weights, length = fair_weights(gram, active, preference, power, iterations)
         if scale == "mean":
             weights = weights * mean_norm(gram, preference) / length
         return weights, state

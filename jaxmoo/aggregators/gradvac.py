@@ -64,7 +64,7 @@ def gradvac(
     check_choice("gradvac", "reduction", reduction, ("mean", "sum"))
 
     def init(num_objectives):
-        return jnp.zeros((num_objectives, num_objectives), jnp.float32)
+        return jnp.zeros((num_objectives, num_objectives))
 
     def weigh(gram, active, preference, state, key):
         cosine, norm = equilibrate(gram, active)
@@ -97,6 +97,8 @@ def vaccinate(
     """
     k = cosine.shape[0]
     identity = jnp.eye(k, dtype=cosine.dtype)
+    beta = jnp.asarray(beta, cosine.dtype)
+    nothing = (8 * jnp.finfo(cosine.dtype).eps) ** 2
     pairs = active[:, None] & active[None, :] & (identity == 0)
 
     def meet(t, carry):
@@ -110,7 +112,7 @@ def vaccinate(
         target = jnp.clip(old, -_MAX_TARGET, _MAX_TARGET)
         pull = target * jnp.sqrt((1 - phi**2) / (1 - target**2)) - phi
         # A gradient that has been moved to nothing has no direction to compare.
-        step = jnp.where(meets & (phi < target) & (square > 1e-12), pull * length, 0.0)
+        step = jnp.where(meets & (phi < target) & (square > nothing), pull * length, 0.0)
         add = step[:, None] * other
         new = jnp.where(meets, (1 - beta) * old + beta * phi, old)
         return (

@@ -5,27 +5,34 @@ positive semi-definite C of unit diagonal. It takes 4 to 15 steps, seldom more, 
 and however degenerate the problem (duplicated, opposed, rank-deficient gradients), where active-set
 methods cycle; a step is one factorisation of a ``K x K`` matrix, batched over blocks by ``vmap``.
 
-Three things make it safe in float32. The step is damped (a ridge on the step, not on the solution,
-so the fixed point is exact), because the Newton matrix of duplicated gradients is singular. The
-solution carries a ridge of two units in the last place of C, below what a float32 Gram matrix
-can tell apart, which bounds it where there are many. And every step's point is judged by how well
-it satisfies the optimality conditions themselves; the best is returned, because late steps, whose
-systems are nearly singular, may lose what earlier ones had.
+Three things make it safe in float32, and in float64 likewise. The step is damped (a ridge on the
+step, not on the solution, so the fixed point is exact), because the Newton matrix of duplicated
+gradients is singular. The solution carries a ridge of two units in the last place of C, below what
+a Gram matrix can tell apart, which bounds it where there are many. And every step's point is judged
+by how well it satisfies the optimality conditions themselves; the best is returned, because late
+steps, whose systems are nearly singular, may lose what earlier ones had.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-RIDGE = 2.4e-7  # two float32 units in the last place, on the solution
 _MAX_STEPS = 30
-TOLERANCE = 3e-7  # on the residual of the optimality conditions
-_FLOOR = 1e-14  # keeps iterates off the boundary, where s/z would be 0/0
+
+
+def ridge(dtype: Any) -> float:
+    """Two units in the last place, on the solution."""
+    return 2 * float(jnp.finfo(dtype).eps)
+
+
+def tolerance(dtype: Any) -> float:
+    """On the residual of the optimality conditions."""
+    return 2.5 * float(jnp.finfo(dtype).eps)
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -91,12 +98,15 @@ def interior_point(
     Returns:
       ``[K]`` z >= 0.
     """
-    k = lower.shape[0]
-    curvature = cosine + RIDGE * jnp.eye(k, dtype=cosine.dtype)
-    shift = jnp.zeros(k, cosine.dtype) if shift is None else shift
-    # Found by counting steps over random degenerate problems: a float32 factorisation of a
-    # singular matrix needs some damping, the multiplier converges the faster the less there is.
-    damping = 1e-5 if ball is None else 1e-6 * max(1.0, k / 16)
+    k, dtype = lower.shape[0], cosine.dtype
+    eps = float(jnp.finfo(dtype).eps)
+    floor = eps**2  # keeps iterates off the boundary, where s/z would be 0/0
+    curvature = cosine + ridge(dtype) * jnp.eye(k, dtype=dtype)
+    shift = jnp.zeros(k, dtype) if shift is None else shift
+    # Found by counting steps over random degenerate problems in float32 (1e-5 and 1e-6): a
+    # factorisation of a singular matrix needs some damping, the multiplier converges the faster the
+    # less there is.
+    damping = 84 * eps if ball is None else 8.4 * eps * max(1.0, k / 16)
 
     def judge(z, s, multiplier) -> Found:
         undecided = jnp.max(jnp.minimum(z, s))
@@ -110,9 +120,9 @@ def interior_point(
         residual = jnp.maximum(jnp.max(jnp.abs(jnp.minimum(z, slack))), 30 * undecided) / size
         if ball is not None:
             # The ridge is of the size of rounding; it matters where C z is nothing else.
-            square = jnp.dot(z, product) + RIDGE * jnp.dot(z, z)
+            square = jnp.dot(z, product) + ridge(dtype) * jnp.dot(z, z)
             off = jnp.abs(square - ball.radius**2)
-            terms = jnp.minimum(size * total, 1e6 * ball.radius**2)
+            terms = jnp.minimum(size * total, 0.12 / eps * ball.radius**2)
             residual = jnp.maximum(residual, off / jnp.maximum(terms, 1e-30))
         return Found(z, residual)
 
@@ -134,7 +144,7 @@ def interior_point(
         def direction(target):
             """Newton step towards ``z * s = target + z * s``."""
             dz = cho_solve((factor, True), target / z - rest)
-            change = jnp.zeros(())
+            change = jnp.zeros((), dtype)
             if ball is not None:
                 # Move the multiplier so that the full step lands on the sphere: a quadratic
                 # equation. No step needs to be longer than the sphere's radius.
@@ -162,8 +172,8 @@ def interior_point(
         dz, ds = jnp.where(solved, dz, 0.0), jnp.where(solved, ds, 0.0)
         change = jnp.where(solved, change, 0.0)
         reach = jnp.minimum(1.0, 0.99 * jnp.minimum(_longest_step(z, dz), _longest_step(s, ds)))
-        z = jnp.maximum(z + reach * dz, _FLOOR)
-        s = jnp.maximum(s + reach * ds, _FLOOR)
+        z = jnp.maximum(z + reach * dz, floor)
+        s = jnp.maximum(s + reach * ds, floor)
         multiplier = it.multiplier + reach * change
         here = judge(z, s, multiplier)
         better = here.residual < it.best.residual
@@ -178,10 +188,10 @@ def interior_point(
         )
 
     if known is None:
-        known = Found(jnp.zeros(k, cosine.dtype), jnp.full((), jnp.inf, cosine.dtype))
-    z = jnp.ones(k, cosine.dtype)
+        known = Found(jnp.zeros(k, dtype), jnp.full((), jnp.inf, dtype))
+    z = jnp.ones(k, dtype)
     if ball is None:
-        multiplier = jnp.ones((), cosine.dtype)
+        multiplier = jnp.ones((), dtype)
         z, slack = z * k**-0.5, 1.0
     else:
         multiplier = ball.multiplier
@@ -192,13 +202,13 @@ def interior_point(
         z=z,
         s=jnp.maximum(matvec(cosine, z) + shift - multiplier * lower, slack),
         multiplier=multiplier,
-        highest=jnp.full((), jnp.inf, cosine.dtype),
+        highest=jnp.full((), jnp.inf, dtype),
         best=known,
         steps=jnp.zeros((), jnp.int32),
         stuck=jnp.zeros((), bool),
     )
 
     def unfinished(it: _Iterate) -> jax.Array:
-        return (it.best.residual > TOLERANCE) & ~it.stuck & (it.steps < _MAX_STEPS)
+        return (it.best.residual > tolerance(dtype)) & ~it.stuck & (it.steps < _MAX_STEPS)
 
     return lax.while_loop(unfinished, step, first).best.point

@@ -117,10 +117,11 @@ def track_gradients(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        rate = jnp.where(count == 1, 1.0, beta / count.astype(jnp.float32) ** decay)
+        rate = jnp.where(count == 1, 1.0, beta / count.astype(float) ** decay)
 
         def track(old, new):
-            step = rate * (new.astype(jnp.float32) - old.astype(jnp.float32))
+            wide = jnp.promote_types(old.dtype, jnp.float32)
+            step = rate.astype(wide) * (new.astype(wide) - old.astype(wide))
             # One bad batch must not stay in the estimate for ever.
             return jnp.where(jnp.isfinite(step), old + step, old).astype(old.dtype)
 

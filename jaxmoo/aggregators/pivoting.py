@@ -24,7 +24,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import cho_solve
 
-from jaxmoo.aggregators.interior_point import TOLERANCE, Found
+from jaxmoo.aggregators.interior_point import Found, tolerance
 
 _MAX_STEPS = 10
 _CHANCES = 3  # exchanges that may fail to reduce the number of wrong signs, one after another
@@ -69,7 +69,7 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
     k, n = b_KN.shape
 
     def hopeful(guess: _Guess) -> jax.Array:
-        return (guess.found.residual > TOLERANCE) & (guess.chances >= 0)
+        return (guess.found.residual > tolerance(b_KN.dtype)) & (guess.chances >= 0)
 
     def step(guess: _Guess) -> _Guess:
         positive = guess.positive
@@ -84,7 +84,7 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
         # No problem's solution depends on how long others in the batch take.
         better = hopeful(guess) & (residual < guess.found.residual)
         better &= total <= _LARGEST * jnp.maximum(magnitude_N, jnp.sum(jnp.abs(b_KN), 0))
-        count = jnp.sum(wrong, 0)
+        count = jnp.sum(wrong, 0, jnp.int32)
         return _Guess(
             positive=positive ^ wrong,
             fewest=jnp.minimum(guess.fewest, count),
@@ -101,8 +101,8 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
 
     first = _Guess(
         positive=b_KN > 0,
-        fewest=jnp.full(n, k + 1),
-        chances=jnp.full(n, _CHANCES),
+        fewest=jnp.full(n, k + 1, jnp.int32),
+        chances=jnp.full(n, _CHANCES, jnp.int32),
         found=Found(jnp.zeros((k, n), b_KN.dtype), jnp.full(n, jnp.inf, b_KN.dtype)),
         steps=jnp.zeros((), jnp.int32),
     )

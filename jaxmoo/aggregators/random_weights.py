@@ -37,7 +37,7 @@ def random() -> Aggregator:
     """
 
     def weigh(gram, active, preference, state, key):
-        logits = jax.random.normal(key, active.shape) + jnp.log(preference)
+        logits = jax.random.normal(key, active.shape, gram.dtype) + jnp.log(preference)
         # A block without active rows has no finite logit; its weights are dropped anyway.
         logits = jnp.where(jnp.any(active), logits, 0.0)
         return jax.nn.softmax(logits), state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators import simplex_step
@@ -65,13 +66,14 @@ def sdmgrad(
 
     def weigh(gram, active, preference, state, key):
         def step(_, weights):
-            slope = matvec(products, weights + lambda_ * preference)
-            return simplex_step.project(weights - gamma * slope, active)
+            slope = matvec(products, weights + pull * preference)
+            return simplex_step.project(weights - rate * slope, active)
 
         products = simplex_step.relative(gram)
+        pull, rate = jnp.asarray(lambda_, gram.dtype), jnp.asarray(gamma, gram.dtype)
         start = simplex_step.restrict(state, active)
         weights = lax.fori_loop(0, iterations, step, start)
         state = simplex_step.merge(state, weights, active)
-        return (weights + lambda_ * preference) / (1 + lambda_), state
+        return (weights + pull * preference) / (1 + pull), state
 
     return Aggregator("sdmgrad", weigh, init=simplex_step.start, cross_gram=True)

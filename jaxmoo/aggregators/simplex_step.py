@@ -21,7 +21,7 @@ def start(num_objectives: int) -> jax.Array:
     Returns:
       ``[K]``, each ``1/K``.
     """
-    return jnp.full(num_objectives, 1.0 / num_objectives, jnp.float32)
+    return jnp.full(num_objectives, 1.0 / num_objectives)
 
 
 def restrict(weights: jax.Array, active: jax.Array) -> jax.Array:

@@ -149,7 +149,7 @@ def best_worst_case(
     towards = matvec(cosine, centre)
     # The centre's norm cannot be told from zero below the rounding of its own terms.
     square = jnp.maximum(jnp.dot(centre, towards), 0.0)
-    floor = 1e-7 * jnp.square(jnp.sum(jnp.abs(centre)))
+    floor = jnp.finfo(gram.dtype).eps * jnp.square(jnp.sum(jnp.abs(centre)))
     length = jnp.sqrt(jnp.maximum(square, jnp.where(floor > 0, floor, 1.0)))
     inverse = jnp.where(active, 1.0 / norm, 0.0)
     lower = inverse / jnp.maximum(jnp.max(inverse), 1e-30)
@@ -157,7 +157,7 @@ def best_worst_case(
     # The largest multiplier for which z = 0 is admissible.
     multiplier = jnp.min(jnp.where(active, shift / jnp.where(active, lower, 1.0), jnp.inf))
     multiplier = jnp.where(jnp.any(active), multiplier, 0.0)
-    ball = Ball(jnp.where(jnp.any(active), radius, 0.0).astype(jnp.float32), multiplier)
+    ball = Ball(jnp.where(jnp.any(active), radius, 0.0).astype(gram.dtype), multiplier)
     magnitude = jnp.maximum(jnp.sum(jnp.abs(centre)) / length, 1.0)
     z = interior_point(cosine, lower, shift=shift, ball=ball, magnitude=magnitude)
     return jnp.where(active, z * jnp.sqrt(square) / norm, 0.0)

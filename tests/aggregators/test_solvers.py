@@ -16,12 +16,12 @@ import pytest
 from aggregators import oracles
 from aggregators.families import families
 from jaxmoo.aggregators import pivoting, solvers
-from jaxmoo.aggregators.interior_point import TOLERANCE as GOOD_ENOUGH
-from jaxmoo.aggregators.interior_point import interior_point
+from jaxmoo.aggregators.interior_point import interior_point, tolerance
 from jaxmoo.aggregators.pivoting import pivot
 
 SIZES = (2, 8, 64)
 TOLERANCE = 1e-6
+GOOD_ENOUGH = tolerance(np.float32)
 RADII = (0.02, 0.5, 0.97)
 SKIPPED = ("zero-row", "single-row", "all-zero")  # rows are positive where the solvers are called
 REGULAR = ("random", "correlated", "imbalanced", "imbalanced correlated")  # independent gradients

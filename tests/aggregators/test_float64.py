@@ -1,0 +1,198 @@
+"""The aggregators in float64, which ``JAX_ENABLE_X64=1`` allows: float64 in, float64 accuracy out.
+
+The promises are those of float32, held to float64's rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aggregators import families, oracles
+from aggregators.families import KEY, LABELS, STACK, VARIANTS, K, N, size
+from aggregators.test_exact_methods import DEPENDENT, NEED_RANK, ORACLES
+from aggregators.test_properties import NON_CONFLICTING, mean_size, projections
+from jaxmoo import aggregators
+from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
+
+METHODS = (*(n for n in aggregators.names() if n in VARIANTS), "fairgrad published")
+WEIGHED = tuple(name for name in METHODS if VARIANTS[name].combine is None)
+STATEFUL = ("gradvac", "cr_mogm", "moco", "modo", "sdmgrad")
+# The hull of these gradients reaches the origin: lengths are known to the root of rounding.
+STATIONARY = ("low-rank", "imbalanced low-rank", "opposed", "all-zero")
+ROUNDING = 1e-14
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def compiled(name: str):
+    return families.compiled.__wrapped__(name)  # apart from what is compiled for float32
+
+
+def resolve(name: str, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    grams = jnp.asarray(np.einsum("mkn,mln->mkl", stack, stack))
+    active = jnp.asarray(np.any(stack != 0, axis=2))
+    weights = compiled(name)(grams, active, jnp.ones(K), KEY)
+    assert weights.dtype == jnp.float64
+    return np.asarray(weights), np.einsum("mk,mkn->mn", weights, stack)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name in ORACLES])
+def test_method_equals_its_formula(name):
+    weights, updates = resolve(name, STACK)
+    scale = size(weights, STACK)
+    for i, (family, seed) in enumerate(LABELS):
+        j = STACK[i][np.any(STACK[i] != 0, axis=1)]
+        if len(j) == 0 or (name in NEED_RANK and family in DEPENDENT):
+            continue
+        error = np.linalg.norm(updates[i] - ORACLES[name](j)) / scale[i]
+        bound = 3e-8 if family in STATIONARY else 1e-12
+        assert error <= bound, (family, seed)
+
+
+def test_cagrad_has_no_duality_gap():
+    """``min_i <g_i, d>`` of a d in the ball is the dual objective of the weights' w."""
+    weights, _ = resolve("cagrad", STACK)
+    for i, (family, seed) in enumerate(LABELS):
+        j = STACK[i][np.any(STACK[i] != 0, axis=1)]
+        if family in (*STATIONARY, "nearly opposed") or len(j) < 2:
+            continue
+        mean = j.mean(0)
+        y = 1.5 * weights[i][np.any(STACK[i] != 0, axis=1)] - 1 / len(j)
+        radius, correction, w = 0.5 * np.linalg.norm(mean), y @ j, y / y.sum()
+        assert np.linalg.norm(correction) == pytest.approx(radius, rel=1e-10), (family, seed)
+        dual = w @ j @ mean + radius * np.linalg.norm(w @ j)
+        norm = np.linalg.norm(j, axis=1)
+        short = (dual - j @ (mean + correction)) / (norm * ((1 / len(j) + y) @ norm))
+        assert short.max() <= ROUNDING, (family, seed)
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHED if name in NON_CONFLICTING])
+def test_no_objective_is_opposed(name):
+    weights, updates = resolve(name, STACK)
+    worst = projections(updates, STACK).min(1) / (size(weights, STACK) + mean_size(STACK))
+    assert worst.min() >= -ROUNDING
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("fairgrad", 1.0), ("nash_mtl", 1.0)])
+def test_improvements_satisfy_the_equations(name, alpha):
+    weights, updates = resolve(name, STACK)
+    for i, (family, seed) in enumerate(LABELS):
+        if family not in (*STATIONARY, "nearly opposed"):
+            rows = np.any(STACK[i] != 0, axis=1)
+            product = weights[i][rows] * (STACK[i][rows] @ updates[i]) ** alpha
+            np.testing.assert_allclose(product, product[0], rtol=1e-11, err_msg=f"{family} {seed}")
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_only_inner_products_matter(name):
+    q, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((N, N)))
+    weights, updates = resolve(name, STACK)
+    _, rotated = resolve(name, STACK @ q)
+    scale = size(weights, STACK) + mean_size(STACK)
+    error = np.linalg.norm(updates @ q - rotated, axis=1) / scale
+    for (family, seed), value in zip(LABELS, error, strict=True):
+        if family not in ("opposed", "nearly opposed", "duplicates", "equal", *STATIONARY):
+            assert value <= ROUNDING, (family, seed)
+
+
+@pytest.mark.parametrize("exponent", [-400, 400])
+@pytest.mark.parametrize("name", WEIGHED)
+def test_scaling_by_a_power_of_two_is_exact(name, exponent):
+    """Far beyond float32's range."""
+    weights, _ = resolve(name, STACK)
+    scaled, _ = resolve(name, STACK * 2.0**exponent)
+    degree = float(VARIANTS[name].gram_degree)
+    np.testing.assert_allclose(
+        scaled, weights * 2.0 ** (2 * exponent * degree), rtol=1e-13 * (degree != 0)
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "mgda", "trimmed_mean", "graddrop"])
+def test_a_matrix_of_float64_is_never_rounded_to_float32(name):
+    """From the gradients to the update, in either way of forming a Gram matrix."""
+    method = aggregators.graddrop(1.0) if name == "graddrop" else aggregators.get(name)
+    exact = {
+        "mgda": lambda j: oracles.min_norm(j) @ j,
+        "trimmed_mean": lambda j: np.sort(j, axis=0)[1:-1].mean(0),
+    }.get(name, lambda j: j.mean(0))
+    for n in (7, 1000):
+        j = np.random.default_rng(0).standard_normal((4, n))
+        update = aggregate(method, jnp.asarray(j * 1e100), key=KEY)
+        np.testing.assert_allclose(update / 1e100, exact(j), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_updates_have_the_type_of_the_gradients(name, dtype):
+    """Beside float64 ones, too."""
+
+    def update(j):
+        return aggregate(VARIANTS[name], j, second=j, key=KEY)
+
+    shape = jax.eval_shape(update, jax.ShapeDtypeStruct((K, N), dtype))
+    assert (shape.shape, shape.dtype) == ((N,), dtype)
+
+
+@pytest.mark.parametrize("made_in", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_are_carried_by_a_scan(name, dtype, made_in):
+    """Whatever the types of the Gram matrices and of a state that was saved."""
+    method = VARIANTS[name]
+    state = jax.tree.map(lambda x: x.astype(made_in), aggregators.init_blocks(method, 2, K))
+
+    def train(grams, state):
+        def step(state, key):
+            return weigh_blocks(method, grams, state=state, key=key)[::-1]
+
+        return jax.lax.scan(step, state, jax.random.split(KEY, 3))
+
+    after, weights = jax.eval_shape(train, jax.ShapeDtypeStruct((2, K, K), dtype), state)
+    assert weights.dtype == dtype
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {made_in}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        aggregators.cagrad,
+        aggregators.fairgrad,
+        aggregators.gradvac,
+        aggregators.sdmgrad,
+        lambda v: aggregators.moco(gamma=v, rho=v),
+        lambda v: aggregators.cr_mogm(momentum=v),
+        lambda v: aggregators.imtl_g(bound=v),
+        lambda v: aggregators.nash_mtl(max_norm=v, scale="published"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_traced_parameters_may_be_of_another_type(make, dtype):
+    def weigh(gram, value):
+        return weigh_block(make(value), gram, key=KEY)[0]
+
+    other = "float32" if dtype == "float64" else "float64"
+    gram = jax.ShapeDtypeStruct((K, K), dtype)
+    weights = jax.eval_shape(weigh, gram, jax.ShapeDtypeStruct((), other))
+    assert weights.dtype == dtype
+
+
+def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
+    method = aggregators.cr_mogm("mgda", momentum=0.5)
+    state, singles = None, []
+    for t, factor in enumerate((1.0, 2.0, 0.5), start=1):
+        gram = STACK[0] @ STACK[0].T * factor ** (np.arange(K) == 0)[:, None]
+        gram = gram * factor ** (np.arange(K) == 0)
+        weights, state = weigh_block(method, jnp.asarray(gram), state=state)
+        singles.append(np.asarray(weigh_block(aggregators.mgda(), jnp.asarray(gram))[0]))
+        past = 0.5 ** np.arange(t)[::-1]
+        np.testing.assert_allclose(weights, past / past.sum() @ np.stack(singles), rtol=1e-12)
