@@ -21,10 +21,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxmoo import mesh
+from jaxmoo.data.ending import ending_token
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.adapter import save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory
+from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.hf.load import load_config, load_model, read_json, with_dtypes
 from jaxmoo.hf.save import (
     MAX_SHARD_BYTES,
@@ -40,8 +42,9 @@ from jaxmoo.models.lora import merge_adapters
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import STATE
+from jaxmoo.train.config import Config
 from jaxmoo.train.config import load_config as load_run_config
-from jaxmoo.train.data import read_template
+from jaxmoo.train.data import chat_tokenizer, read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
@@ -70,6 +73,7 @@ class Opened(NamedTuple):
       dtypes: dtype of each Hugging Face tensor, by name.
       card: facts that are known about it, or None.
       chat_template: where it is not the one in ``source``.
+      stop: tokens that end a reply, beside those of ``source``.
     """
 
     model: Decoder
@@ -77,6 +81,7 @@ class Opened(NamedTuple):
     dtypes: Mapping[str, str]
     card: ModelCard | None
     chat_template: str | None = None
+    stop: tuple[int, ...] = ()
 
 
 def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -157,6 +162,7 @@ def to_hf(
         max_shard_bytes=max_shard_bytes,
         card=opened.card,
         chat_template=opened.chat_template,
+        stop=opened.stop,
     )
 
 
@@ -192,6 +198,8 @@ def to_adapter(
         base_model=public_name(base or load_run_config(run.config).model.source),
         card=None if opened.card is None else adapter_card(opened.card),
     )
+    if note := left_to_callers(opened.source, opened.stop):
+        say(f"Note: {note}")
 
 
 def kind_of(path: Path) -> str:
@@ -356,7 +364,16 @@ def _open_run(
         {name: weights.dtype(name) for name in weights.names()},
         run_card(run, config, step),
         read_template(config.data.chat_template),
+        _stop(source, config),
     )
+
+
+def _stop(source: Path, config: Config) -> tuple[int, ...]:
+    """The token that ended replies in a run."""
+    if not (source / "tokenizer.json").is_file():
+        return ()
+    ending = ending_token(chat_tokenizer(source, config.data))
+    return () if ending is None else (ending,)
 
 
 def _shardings(state: nnx.State) -> Any:

@@ -37,6 +37,8 @@ class Tokenized:
       reply_bytes: UTF-8 length of the replies' text that `tokens` holds and `scored` marks.
       length: T before truncation.
       own: `scored`, where it is not `loss_mask`.
+      ended: whether its last reply ends with a special token, cut off or not.
+      uneven: whether a reply in the middle of it is rendered otherwise than it would be at the end.
     """
 
     tokens: np.ndarray
@@ -44,6 +46,8 @@ class Tokenized:
     reply_bytes: int
     length: int
     own: np.ndarray | None = None
+    ended: bool = True
+    uneven: bool = False
 
     @property
     def scored(self) -> np.ndarray:
@@ -64,7 +68,8 @@ class _Turn(NamedTuple):
     stop: int  # behind its end-of-turn token
     text_start: int  # characters
     text_end: int
-    ending: int | None = None  # its end-of-turn token
+    ended: bool = True  # with a special token
+    uneven: bool = False  # rendered otherwise than as the last one
 
 
 class _Rendered(NamedTuple):
@@ -278,10 +283,10 @@ def _turn_of_tokens(
     begin = start
     if conversation.text[len(turn.prompt) : turn.start].strip():
         begin = next(at for at in positions if offsets[at][1] > turn.start)
-    found = _Turn(start, begin, positions[-1] + 1, turn.start, turn.end)
+    found = _Turn(start, begin, positions[-1] + 1, turn.start, turn.end, False, turn.uneven)
     for at in positions:
         if rendered.ids[at] in special and offsets[at][0] >= turn.end:
-            return found._replace(stop=at + 1, ending=rendered.ids[at])
+            return found._replace(stop=at + 1, ended=True)
     if turn.uneven:
         raise no_end(conversation, turn)
     return found
@@ -360,4 +365,6 @@ def _masked(rendered: _Rendered, turns: Sequence[_Turn], max_length: int) -> Tok
         reply_bytes,
         stop,
         None if np.array_equal(mask, own) else own[:kept],
+        ended=not turns or turns[-1].ended,
+        uneven=any(turn.uneven for turn in turns),
     )

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from jaxmoo.convert.models import open_model, source_of
 from jaxmoo.data import Example, load_examples
+from jaxmoo.data.notes import notes
 from jaxmoo.data.split import split_languages
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.fingerprint import fingerprint
@@ -29,8 +30,8 @@ from jaxmoo.evaluate.questions import (
     with_choices,
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
-from jaxmoo.hf import check_tokenizer, load_config, load_tokenizer
-from jaxmoo.train.data import read_template
+from jaxmoo.hf import check_tokenizer, load_config
+from jaxmoo.train.data import chat_tokenizer
 from jaxmoo.train.data_config import DataConfig
 
 if TYPE_CHECKING:
@@ -116,12 +117,11 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         check_sacrebleu()
     source = source_of(settings.model, base=settings.base)
     architecture = load_config(source)
-    tokenizer = load_tokenizer(source)
-    template = read_template(settings.data.chat_template)
-    if template is not None:
-        tokenizer.chat_template = template
+    tokenizer = chat_tokenizer(source, settings.data)
     check_tokenizer(tokenizer, architecture.vocab_size, source)
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
+    for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
+        say(f"Note: {note}")
     store = ResultStore(settings.output)
 
     opened = open_model(settings.model, step=settings.step, base=settings.base, say=say)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxmoo.data.ending import ending_token
 from jaxmoo.data.example import normalise
 from jaxmoo.errors import ConfigError
+from jaxmoo.hf.generation import stop_tokens as model_stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,20 +71,17 @@ def check_sacrebleu() -> None:
 
 
 def stop_tokens(source: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Tokens that end a reply, as transformers would take them.
+    """Tokens that end a reply: those that would in transformers, and the one that does in training.
 
     Args:
       source: the model's directory: its ``generation_config.json``, else its ``config.json``.
-      tokenizer: its own end token is one of them.
+      tokenizer: its own end token is one of them, and so is what ends a turn in its chat template.
 
     Returns:
       Token ids in ascending order.
+
+    Raises:
+      CheckpointError: a file of the directory is damaged.
     """
-    stop = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        file = Path(source) / name
-        found = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            stop |= set(found) if isinstance(found, list) else {found}
-            break
+    stop = {tokenizer.eos_token_id, ending_token(tokenizer), *model_stop_tokens(source)}
     return tuple(sorted(int(token) for token in stop if token is not None))

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import agree, check_target, first_process, new_directory
+from jaxmoo.hf.generation import generation_config
 from jaxmoo.hf.load import load_config, progress, read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
@@ -65,6 +66,7 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: ModelCard | None = None,
     chat_template: str | None = None,
+    stop: Sequence[int] = (),
 ) -> None:
     """Write a model as a Hugging Face directory that loads without jaxmoo.
 
@@ -84,6 +86,7 @@ def save_model(
       max_shard_bytes: weights are split into several files and an index beyond this size.
       card: what the README.md in the directory shall say; by default there is none.
       chat_template: the chat template, where it is not the one in ``source``.
+      stop: tokens that end a generated text beside those that do in ``source``.
 
     Raises:
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
@@ -104,12 +107,15 @@ def save_model(
     else:
         config = _with_dtype(read_json(source / "config.json"), dtype)
         dtype_of = lambda _: dtype  # noqa: E731
+    generation = generation_config(source, stop)
     tensors = model_tensors(model, dtype_of)
 
     def write(directory: Path, tensors: Sequence[Tensor]) -> None:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
         (directory / "config.json").write_text(config, "utf-8")
         copy_companions(source, directory)
+        if generation is not None:
+            (directory / "generation_config.json").write_text(generation, "utf-8")
         if chat_template is not None:
             (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
         if card is not None:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxmoo.data import Corpus, LanguageBatches, load_corpus, shares, stream_corpus
+from jaxmoo.data import Corpus, LanguageBatches, Tokenized, load_corpus, shares, stream_corpus
+from jaxmoo.data.notes import notes
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import check_tokenizer, load_tokenizer
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.train.config import Config
+from jaxmoo.train.config import Config, DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["RunData", "load_data", "make_batches", "read_template"]
+__all__ = ["RunData", "chat_tokenizer", "load_data", "make_batches", "read_template"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,8 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
       ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
     """
     data = config.data
-    template = read_template(data.chat_template)
-    tokenizer = load_tokenizer(source)
+    tokenizer = chat_tokenizer(source, data)
     check_tokenizer(tokenizer, load_model_config(source).vocab_size, source)
-    if template is not None:
-        tokenizer.chat_template = template
     options = {
         "seen": data.seen,
         "unseen": data.unseen,
@@ -71,7 +69,32 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
         options |= {"disjoint_replies": data.disjoint_replies}
         corpus = load_corpus(data.source, tokenizer, **options)
     say(corpus.table())
+    for note in notes(_kept(corpus), "data.sequence_length"):
+        say(f"Note: {note}")
     return RunData(tokenizer, corpus, make_batches(config, corpus, tokenizer.pad_token_id or 0))
+
+
+def _kept(corpus: Corpus) -> dict[str, list[Tokenized]]:
+    """What is used of every language; of streams, what was read to find the held-out examples."""
+    train = {code: part for code, part in corpus.train.items() if isinstance(part, list)}
+    return {code: [*train.get(code, ()), *corpus.held_out.get(code, ())] for code in corpus.report}
+
+
+def chat_tokenizer(source: Path, data: DataConfig) -> PreTrainedTokenizerFast:
+    """Load a model's tokenizer with the chat template that the settings ask for.
+
+    Args:
+      source: the model's directory.
+      data: the settings.
+
+    Raises:
+      ConfigError, CheckpointError: template or tokenizer cannot be read.
+    """
+    template = read_template(data.chat_template)
+    tokenizer = load_tokenizer(source)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def make_batches(config: Config, corpus: Corpus, pad_id: int) -> LanguageBatches:

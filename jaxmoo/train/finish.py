@@ -9,6 +9,7 @@ from typing import Any
 from jaxmoo.analysis import write_report
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
 from jaxmoo.hf import save_adapter, save_model
+from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.models import merge_adapters
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.config import Config
@@ -89,6 +90,8 @@ def _export(job: Job, params: Any, step: int) -> None:
     directory, config = job.directory, job.config
     recorded = directory.exported_step() == step
     merged, adapter = directory.export, directory.adapter
+    ending = job.setup.ending
+    stop = () if ending is None else (ending,)
     wanted = {"merged": (merged,), "adapter": (adapter,), "both": (merged, adapter)}
     for path in wanted[config.lora.export]:
         if from_first(recorded and path.exists()):
@@ -104,6 +107,8 @@ def _export(job: Job, params: Any, step: int) -> None:
             base = public_name(config.model.source)
             save_adapter(model, path, base_model=base, card=adapter_card(card))
             job.say(f"Exported the adapters to {path} (PEFT format).")
+            if note := left_to_callers(job.setup.source, stop):
+                job.say(f"Note: {note}")
         else:
             merge_adapters(model)
             save_model(
@@ -112,5 +117,6 @@ def _export(job: Job, params: Any, step: int) -> None:
                 source=job.setup.source,
                 card=card,
                 chat_template=read_template(config.data.chat_template),
+                stop=stop,
             )
             job.say(f"Exported to {path} (Hugging Face format).")

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data import Corpus, LanguageBatches
+from jaxmoo.data.ending import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
@@ -48,6 +49,7 @@ class Setup:
       nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood, which
         every process can read.
       merge: ``(params, frozen) -> Decoder``.
+      ending: the token that ends a reply, or None.
       flops: model FLOPs of a step; see :mod:`jaxmoo.train.throughput`.
     """
 
@@ -62,6 +64,7 @@ class Setup:
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
     nll: Callable[[Any, Any, Any], jax.Array]
     merge: Callable[[Any, Any], Decoder]
+    ending: int | None
     flops: float
 
 
@@ -161,6 +164,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             out_shardings=NamedSharding(device_mesh, P()),
         ),
         merge=merge,
+        ending=ending_token(loaded.tokenizer),
         flops=model_flops(
             architecture,
             params,

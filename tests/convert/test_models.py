@@ -17,6 +17,7 @@ from devices import run_python
 from jaxmoo.convert.cli import main
 from jaxmoo.convert.models import from_hf, open_model, to_hf
 from jaxmoo.errors import CheckpointError, ConfigError
+from tiny_tokenizer import bytes_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -167,6 +168,21 @@ def test_any_step_of_a_run_is_exported_over_the_frozen_weights(run, tmp_path, st
     for name, value in before.items():
         trained = ".layers.1." in name or name == "lm_head.weight"
         np.testing.assert_array_equal(after[name], value + raised_by if trained else value)
+
+
+def test_an_exported_run_stops_where_its_replies_ended(run, tmp_path: Path):
+    path, source = run
+    base, template = tmp_path / "base", "{{ messages[-1]['content'] }}<|im_end|>"
+    shutil.copytree(source, base)
+    tokenizer = bytes_tokenizer(["<s>", "</s>", "<|im_end|>"], chat_template=template)
+    tokenizer.save_pretrained(base)
+    to_hf(path, tmp_path / "without", say=quiet)
+    to_hf(path, tmp_path / "out", base=str(base), say=quiet)
+    before, same, after = (
+        json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+        for directory in (source, tmp_path / "without", tmp_path / "out")
+    )
+    assert before == same == 1 and after == [1, 2], "the model's own and <|im_end|>"
 
 
 def test_the_card_of_an_exported_run_states_what_is_known(run, tmp_path: Path):

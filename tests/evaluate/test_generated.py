@@ -7,8 +7,14 @@ import json
 import pytest
 import sacrebleu
 
+from jaxmoo.errors import CheckpointError
 from jaxmoo.evaluate.generated import score_generated, stop_tokens
+from tiny_tokenizer import bytes_tokenizer
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 REPLIES = ["The cat sat.", "昨日は雨が降った", "", "नमस्ते दुनिया", "cafe\u0301  noir"]
 REFERENCES = ["A cat sat down.", "昨日、雨が降った", "nothing", "नमस्ते दुनिया", "café noir"]
 
@@ -47,3 +53,22 @@ def test_replies_stop_where_transformers_would(files, expected, tokenizer, tmp_p
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert stop_tokens(tmp_path, tokenizer) == expected
+
+
+def test_replies_stop_where_they_ended_in_training(tmp_path):
+    """As a base model does not, which ends its texts with another token."""
+    tokenizer = bytes_tokenizer(
+        ["<|end_of_text|>", "<|im_start|>", "<|im_end|>"],
+        eos_token="<|end_of_text|>",
+        chat_template=CHATML,
+    )
+    assert stop_tokens(tmp_path, tokenizer) == (0, 2)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5]}')
+    assert stop_tokens(tmp_path, tokenizer) == (0, 2, 5)
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1.0]}', "{"])
+def test_a_damaged_generation_config_is_named(content, tokenizer, tmp_path):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        stop_tokens(tmp_path, tokenizer)

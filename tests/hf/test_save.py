@@ -228,6 +228,36 @@ def test_the_real_model_survives_a_round_trip(smollm2_dir: Path, tmp_path: Path)
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
+@pytest.mark.parametrize(
+    ("own", "stop", "expected"),
+    [
+        ({"eos_token_id": 1, "top_k": 5}, (2,), {"eos_token_id": [1, 2], "top_k": 5}),
+        ({"eos_token_id": [3, 1]}, (2, 3), {"eos_token_id": [3, 1, 2]}),
+        ({"eos_token_id": [3, 1]}, (1,), {"eos_token_id": [3, 1]}),
+        ({"top_k": 5}, (9,), {"eos_token_id": [2, 9], "top_k": 5}),
+        (None, (9,), {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [2, 9]}),
+        (None, (2,), None),
+        (None, (), None),
+    ],
+)
+def test_a_model_stops_at_its_own_tokens_and_at_those_it_was_trained_with(
+    own, stop, expected, tmp_path: Path
+):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save("llama", source, bos_token_id=1, eos_token_id=2)
+    file = source / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if own is not None:
+        file.write_text(json.dumps(own))
+    save_model(load_model(source), out, source=source, stop=stop)
+    written = out / "generation_config.json"
+    assert (json.loads(written.read_text()) if written.exists() else None) == expected
+    # transformers agrees, with and without the file.
+    found = AutoModelForCausalLM.from_pretrained(out).generation_config
+    tokens = (expected or {"eos_token_id": 2})["eos_token_id"]
+    assert found.eos_token_id == tokens and (own is not None or found.bos_token_id == 1)
+
+
 def test_a_target_that_holds_anything_is_refused_and_left_alone(tmp_path: Path):
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_models.save("llama", source)

@@ -122,6 +122,9 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     assert (killed / "report" / "loss.png").exists()
     # The exported model is prompted as it was trained.
     assert (killed / "export" / "chat_template.jinja").read_text() == CHATML
+    # It stops where replies ended in training, though the base model says nothing of that.
+    generation = json.loads((killed / "export" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 2}  # <|im_end|>
 
 
 def test_sigterm_saves_and_the_exit_code_says_so(write_config, tmp_path):

@@ -1,0 +1,97 @@
+"""Which tokens end what a model of a Hugging Face directory generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf.load import read_json
+
+__all__ = ["generation_config", "left_to_callers", "stop_tokens"]
+
+FILE = "generation_config.json"
+
+
+def stop_tokens(source: Path) -> list[int]:
+    """Return the tokens that end a text, in the order of the files, as transformers takes them.
+
+    Args:
+      source: the model's directory: its ``generation_config.json``, else its ``config.json``.
+
+    Raises:
+      CheckpointError: a file is damaged.
+    """
+    for name in (FILE, "config.json"):
+        file = Path(source) / name
+        if not file.is_file():
+            continue
+        found = read_json(file).get("eos_token_id")
+        if found is not None:
+            tokens = found if isinstance(found, list) else [found]
+            if not all(type(token) is int for token in tokens):
+                raise CheckpointError(
+                    f"{file} has eos_token_id={found!r}, expected a token's number or a list of "
+                    "such numbers"
+                )
+            return tokens
+    return []
+
+
+def generation_config(source: Path, stop: Sequence[int]) -> str | None:
+    """Make a ``generation_config.json`` by which these tokens end a text, too.
+
+    Args:
+      source: the model's directory; its own tokens come first.
+      stop: more of them.
+
+    Returns:
+      The file's text; None where ``source`` says all of it already.
+
+    Raises:
+      CheckpointError: a file of ``source`` is damaged.
+    """
+    tokens = _together(source, stop)
+    if tokens == stop_tokens(source):
+        return None
+    file = Path(source) / FILE
+    config: dict[str, Any] = {}
+    if file.is_file():
+        config = read_json(file)
+        # Said of a file that holds nothing but what the model's config says.
+        config.pop("_from_model_config", None)
+    else:
+        # Without the file, transformers takes these from the model's config; with it, it does not.
+        model = read_json(Path(source) / "config.json")
+        config = {
+            name: model[name]
+            for name in ("bos_token_id", "pad_token_id")
+            if model.get(name) is not None
+        }
+    config["eos_token_id"] = tokens if len(tokens) > 1 else tokens[0]
+    return json.dumps(config, indent=2) + "\n"
+
+
+def left_to_callers(source: Path, stop: Sequence[int]) -> str | None:
+    """Say what a caller must know who generates with adapters, which have no such file.
+
+    Args:
+      source: the directory of the model without them.
+      stop: tokens that end a reply.
+
+    Returns:
+      A line; None where ``source`` says all of it already.
+    """
+    tokens = _together(source, stop)
+    if tokens == stop_tokens(source):
+        return None
+    return (
+        "Adapters do not say where a reply ends, and their base model ends texts with other "
+        f"tokens: generate with eos_token_id={tokens}."
+    )
+
+
+def _together(source: Path, stop: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys([*stop_tokens(source), *stop]))
