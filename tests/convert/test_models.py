@@ -172,7 +172,8 @@ def test_any_step_of_a_run_is_exported_over_the_frozen_weights(run, tmp_path, st
 
 def test_an_exported_run_stops_where_its_replies_ended(run, tmp_path: Path):
     path, source = run
-    base, template = tmp_path / "base", "{{ messages[-1]['content'] }}<|im_end|>"
+    base = tmp_path / "base"
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     shutil.copytree(source, base)
     tokenizer = bytes_tokenizer(["<s>", "</s>", "<|im_end|>"], chat_template=template)
     tokenizer.save_pretrained(base)
