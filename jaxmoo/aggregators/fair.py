@@ -33,6 +33,7 @@ def fair_shares(
       [2.0, 1.0]
     """
     k, eps = cosine.shape[0], float(jnp.finfo(cosine.dtype).eps)
+    tiny = float(jnp.finfo(cosine.dtype).tiny)
     identity = jnp.eye(k, dtype=cosine.dtype)
     curvature = cosine + ridge(cosine.dtype) * identity
     damping = 17 * eps * max(1.0, k / 16)  # more slows Newton's method, less defeats rounding
@@ -53,13 +54,14 @@ def fair_shares(
         newton = curvature + jnp.diag(ratio + damping)
         factor = jnp.linalg.cholesky(newton, symmetrize_input=False)
         dz = jax.scipy.linalg.cho_solve((factor, True), slack + s * imbalance)
-        # Should rounding defeat even the damped factorisation, the last point stands.
-        solved = jnp.all(jnp.isfinite(dz))
-        dz = jnp.where(solved, dz, 0.0)
         ds = s * imbalance - ratio * dz
         reach = jnp.maximum(jnp.max(-dz / z), jnp.max(-ds / s))
         reach = jnp.minimum(1.0, 0.9 / jnp.maximum(reach, 1e-30))
-        z, s = z + reach * dz, s + reach * ds
+        ahead = jnp.stack([z + reach * dz, s + reach * ds])
+        # Should rounding defeat even the damped factorisation, or the equations have no solution
+        # and the numbers leave their range, the last point stands.
+        solved = jnp.all((ahead > tiny) & (ahead < 1 / tiny))
+        z, s = jnp.where(solved, ahead, jnp.stack([z, s]))
         imbalance, slack = errors(z, s)
         size = jnp.max(s) + jnp.max(z)
         error = jnp.maximum(jnp.max(jnp.abs(imbalance)), jnp.max(jnp.abs(slack)) / size)

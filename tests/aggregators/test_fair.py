@@ -11,6 +11,7 @@ from aggregators.families import LABELS, STACK, families, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 from jaxmoo.aggregators.fair import fair_shares
+from jaxmoo.errors import ConfigError
 
 STATIONARY = ("low-rank", "imbalanced low-rank", "opposed", "all-zero")
 
@@ -101,6 +102,46 @@ def test_newton_needs_few_steps(k):
     for i, name in enumerate(names):
         d, e = few[i] @ unit[i], many[i] @ unit[i]
         np.testing.assert_allclose(d, e, atol=1e-4 * np.abs(few[i]).sum(1).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["fairgrad", "nash_mtl"])
+def test_weights_are_finite_at_any_exponent_after_any_number_of_steps(name):
+    """Traced exponents are not refused, and where there is no solution the weights grow and grow."""
+    active = jnp.asarray(np.any(STACK != 0, axis=2))
+    stack = jnp.asarray(STACK, jnp.float32)
+
+    @quick_jit
+    def solve(alpha):
+        method = aggregators.get(name, iterations=400, **({"alpha": alpha} if "f" in name else {}))
+        grams = jax.vmap(aggregators.gram)(stack)
+        return aggregators.weigh_blocks(method, grams, active=active)[0]
+
+    for alpha in (0.02, 0.2, 1.0, 20.0, 100.0) if name == "fairgrad" else (1.0,):
+        assert np.isfinite(solve(alpha)).all(), alpha
+
+
+@pytest.mark.parametrize("k", [6, 32])
+def test_fairgrad_keeps_its_promise_at_the_ends_of_its_range(k):
+    """Non-conflict everywhere, the equations where they have a solution."""
+    names = [n for n in families(k, 2 * k + 8) if n not in ("zero-row", "single-row", "all-zero")]
+    stack = np.stack([families(k, 2 * k + 8, seed)[n] for seed in (0, 1) for n in names])
+    norms = np.linalg.norm(stack, axis=2)
+    for alpha in (0.5, 5.0):
+        method = aggregators.fairgrad(alpha)
+        weigh = quick_jit(lambda g, method=method: aggregators.weigh_blocks(method, g)[0])
+        weights = np.asarray(weigh(jnp.asarray(np.einsum("mkn,mln->mkl", stack, stack))), float)
+        gains = np.einsum("mkn,mn->mk", stack, np.einsum("mk,mkn->mn", weights, stack))
+        assert ((gains / norms).min(1) >= -1e-4 * norms.mean(1)).all()
+        for name, w, gain in zip(names * 2, weights, gains, strict=True):
+            if name not in STATIONARY and name != "nearly opposed":
+                product = w * gain**alpha
+                np.testing.assert_allclose(product, product[0], rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.4, 6.0, 100.0, np.nan])
+def test_exponents_that_float32_cannot_solve_are_refused(alpha):
+    with pytest.raises(ConfigError, match=r"alpha to be a number in \[0.5, 5\]"):
+        aggregators.fairgrad(alpha)
 
 
 def test_opposed_gradients_do_not_explode():
