@@ -328,8 +328,14 @@ def _kept(jaxpr: Any, device_mesh: Mesh, divided: int = 1) -> float:
     for equation in jaxpr.eqns:
         stack = str(equation.source_info.name_stack)
         if equation.primitive.name == "scan" and "jvp" in stack and "transpose" not in stack:
-            stacked = equation.outvars[equation.params["num_carry"] :]
-            nbytes = sum(x.aval.size * x.aval.dtype.itemsize for x in stacked)
+            (body,) = inner_jaxprs(equation)
+            # What is stacked up has one axis more than a round's; what is carried has not.
+            stacked = [
+                x.aval
+                for x, one in zip(equation.outvars, body.outvars, strict=True)
+                if x.aval.ndim > one.aval.ndim
+            ]
+            nbytes = sum(x.size * x.dtype.itemsize for x in stacked)
             total += nbytes * divided / device_mesh.size
             continue
         if equation.primitive.name == "shard_map":
