@@ -123,6 +123,16 @@ class Backward:
         self.tables = tables
         self.dynamic = dynamic
 
+    def reads(self, leaf: Any) -> bool:
+        """Whether a leaf of a block's parameters is one of them."""
+        return isinstance(leaf, Parameter)
+
+    def whole(self, parameter: Parameter) -> jax.Array:
+        """Gather a parameter, all layers of it, for reads outside of blocks."""
+        if parameter.layer is None:
+            return self.use([parameter])[0]
+        return jax.lax.scan(lambda _, layer: (None, self.use([layer])[0]), None, parameter)[1]
+
     def use(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
         """Gather parameters that are used together; backward, resolve their blocks."""
         whole: dict[int, jax.Array] = {}

@@ -130,7 +130,7 @@ def _whole(engine: Any, params: Any) -> Any:
     if engine is None:
         return params
     leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Parameter))
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Parameter)]
+    at = [i for i, leaf in enumerate(leaves) if engine.reads(leaf)]
     for i, array in zip(at, engine.use([leaves[i] for i in at]), strict=True):
         leaves[i] = array
     return jax.tree.unflatten(tree, leaves)

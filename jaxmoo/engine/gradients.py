@@ -7,8 +7,9 @@ import functools
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.backward import Rules, Tables
-from jaxmoo.engine.block import running
+from jaxmoo.engine.block import current, running
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.parameter import Parameter
+from jaxmoo.engine.reads import Reads, reads_of
 from jaxmoo.engine.usage import Recorder, Usage
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import ConfigError, DataError, JaxmooError
 from jaxmoo.gradients import num_objectives as objectives_of
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
 from jaxmoo.resolve import conflict_share, group_blocks
@@ -67,7 +69,9 @@ def resolved_value_and_grad(
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``: the *sum* of losses over the examples of one
         objective's batch, or ``loss_fn(params, frozen, batch)`` when ``frozen`` is given. Every
-        call in it that reads parameters is marked with :func:`jaxmoo.block`.
+        call in it that reads parameters is marked with :func:`jaxmoo.block`. Parameters that are
+        read outside of blocks besides, by a penalty or a mask, are held whole for the pass, with
+        every objective's gradient of them, and named in a warning.
       params: the trainable parameters, or their shapes.
       num_objectives: K.
       aggregator: see :func:`jaxmoo.resolve_conflicts`. None, with one objective only, is ordinary
@@ -216,18 +220,21 @@ class ResolvedGradients:
           objective is 0.
 
         Raises:
-          ConfigError: a parameter is read outside of a block, or by none.
+          ConfigError: a parameter is read by no block.
           DataError: the batch does not fit the mesh or K.
         """
         self._check_batch(batch)
         usage = self.usage(params, batch, frozen)
+        self._warn(usage)
         leaves, tree = jax.tree.flatten(params)
         frozen_leaves, frozen_tree = jax.tree.flatten(frozen)
         pad = self.topology.local_objectives * self.topology.language - self.topology.objectives
         if pad:
             batch = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), batch)
         per_device = DevicePass(
-            loss=functools.partial(self._loss, trees=(tree, frozen_tree)),
+            loss=functools.partial(
+                self._loss, trees=(tree, frozen_tree), outside=frozenset(usage.outside)
+            ),
             weight_fn=self.weight_fn,
             layouts=self.layouts,
             topology=self.topology,
@@ -268,30 +275,74 @@ class ResolvedGradients:
         Raises:
           ConfigError: a trainable parameter is not read by any block.
         """
-        recorder = Recorder(self.layouts)
-
-        def loss(values: list[Any], batch: Any) -> jax.Array:
-            with running(recorder):
-                return self._loss(values, [None] * len(values), batch, trees=trees)
-
         trees = (jax.tree.structure(params), jax.tree.structure(frozen))
-        arrays = [*jax.tree.leaves(params), *jax.tree.leaves(frozen)]
-        shapes = [
-            jax.ShapeDtypeStruct(x.shape, layout.gathered_dtype)
-            for x, layout in zip(arrays, self.layouts, strict=True)
-        ]
         rows = self.topology.data * self.topology.fsdp * self.microbatches
         one = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((x.shape[1] // rows, *x.shape[2:]), x.dtype), batch
         )
-        usage = recorder.finish(jax.make_jaxpr(loss)(shapes, one).jaxpr)
-        unused = usage.unused()
+        everything = frozenset(range(len(self.layouts)))
+        try:
+            seen = self._trace(trees, one, everything)
+        except JaxmooError:
+            raise
+        except Exception:
+            # A parameter where a block is missing may not fit there either: that is said first.
+            self._trace(trees, one, frozenset())
+            raise
+        outside = seen.reads.outside
+        try:
+            found = self._trace(trees, one, frozenset(outside))
+        except Exception:
+            # With ordinary arrays it can be traced: it is no error of the loss function's.
+            found = None
+        if found is None or found.reads != seen.reads:
+            # It asks for more than parameters in the engine's own form can answer.
+            outside, found = dict.fromkeys(everything, "") | outside, seen
+        trained = self.layouts[: self.num_trained]
+        unused = [x.path for i, x in enumerate(trained) if i not in seen.reads.reached]
         if unused:
             raise ConfigError(
                 f"No block reads the trainable parameters {', '.join(unused[:5])}"
                 f"{', ...' if len(unused) > 5 else ''}: they cannot learn. Freeze them."
             )
-        return usage
+        return found.recorder.finish(found.jaxpr, outside)
+
+    def _trace(self, trees: Any, batch: Any, outside: frozenset[int]) -> _Traced:
+        """Trace the loss function on shapes.
+
+        Args:
+          trees: the structures of both trees of parameters.
+          batch: shapes of one objective's batch.
+          outside: numbers of the parameters that are given as ordinary arrays.
+        """
+        recorder = Recorder(self.layouts, self.topology.pieces)
+
+        def loss(values: list[Any], batch: Any) -> jax.Array:
+            with running(recorder):
+                return self._call(self._given(values, outside), batch, trees)
+
+        pieces = [1 if i in outside else self.topology.pieces for i in range(len(self.layouts))]
+        values = [
+            jax.ShapeDtypeStruct(layout.stack_shape(n), layout.gathered_dtype)
+            for layout, n in zip(self.layouts, pieces, strict=True)
+        ]
+        jaxpr = jax.make_jaxpr(loss)(values, batch).jaxpr
+        shapes = [layout.piece_shape(n) for layout, n in zip(self.layouts, pieces, strict=True)]
+        leaves = [*range(len(values)), *[None] * (len(jaxpr.invars) - len(values))]
+        reads = reads_of(jaxpr, self.layouts, recorder.shapes, leaves, shapes)
+        return _Traced(recorder, jaxpr, reads)
+
+    def _warn(self, usage: Usage) -> None:
+        if not usage.outside:
+            return
+        named = [self.layouts[i].path + line for i, line in usage.outside.items()]
+        warnings.warn(
+            f"Read outside of a block: {', '.join(named[:3])}{', ...' if named[3:] else ''}. The "
+            f"result is right, but {len(named)} of {len(self.layouts)} arrays are held whole for "
+            "the pass, with the gradients of every objective. Read them in the blocks that use "
+            "them, jaxmoo.block(function)(params, ...), to avoid that.",
+            stacklevel=3,
+        )
 
     def tapped(self, usage: Usage) -> frozenset[int]:
         """Numbers of the arrays whose gradients [K, ...] are kept until the end of the pass."""
@@ -314,21 +365,35 @@ class ResolvedGradients:
         return kept
 
     def _loss(
-        self, values: Sequence[Any], taps: Sequence[Any], batch: Any, *, trees: Any
+        self,
+        values: Sequence[Any],
+        taps: Sequence[Any],
+        batch: Any,
+        *,
+        trees: Any,
+        outside: frozenset[int],
     ) -> jax.Array:
-        """Call the loss function of one objective with parameters it may read in blocks only."""
-        wrapped = [
-            _parameter(layout, number, value, tap)
-            for number, (layout, value, tap) in enumerate(
-                zip(self.layouts, values, taps, strict=True)
-            )
+        """Call the loss function of one objective with this device's pieces of the parameters."""
+        given = self._given(values, outside, taps)
+        for number in outside:
+            parameter = _parameter(self.layouts[number], number, values[number], taps[number])
+            given[number] = current().whole(parameter)
+        return self._call(given, batch, trees)
+
+    def _given(
+        self, values: Sequence[Any], outside: frozenset[int], taps: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """What the loss function gets for each array: it itself, or what only blocks can read."""
+        return [
+            value if i in outside else _parameter(layout, i, value, taps and taps[i])
+            for i, (layout, value) in enumerate(zip(self.layouts, values, strict=True))
         ]
-        params = jax.tree.unflatten(trees[0], wrapped[: self.num_trained])
+
+    def _call(self, given: Sequence[Any], batch: Any, trees: Any) -> jax.Array:
+        params = jax.tree.unflatten(trees[0], given[: self.num_trained])
         if not self.has_frozen:
             return self.loss_fn(params, batch)
-        return self.loss_fn(
-            params, jax.tree.unflatten(trees[1], wrapped[self.num_trained :]), batch
-        )
+        return self.loss_fn(params, jax.tree.unflatten(trees[1], given[self.num_trained :]), batch)
 
     def _check_batch(self, batch: Any) -> None:
         k, top = objectives_of(batch), self.topology
@@ -379,7 +444,15 @@ class ResolvedGradients:
 
 def _parameter(layout: Layout, number: int, value: Any, tap: Any) -> Parameter:
     layer = None if layout.layers is None else np.arange(layout.layers, dtype=np.int32)
-    return Parameter(value, tap, layer, number, layout.path)
+    return Parameter(value, tap, layer, number, layout.path, layout.shape)
+
+
+class _Traced(NamedTuple):
+    """A traced loss function: who recorded its calls, the program, and its reads."""
+
+    recorder: Recorder
+    jaxpr: Any
+    reads: Reads
 
 
 def _layouts(

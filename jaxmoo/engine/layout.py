@@ -144,6 +144,11 @@ class Layout:
         """Shape of one device's piece of one layer."""
         return tuple(n // pieces if a == self.axis else n for a, n in enumerate(self.shape))
 
+    def stack_shape(self, pieces: int) -> tuple[int, ...]:
+        """Shape of one device's piece of the array, all layers of it."""
+        lead = () if self.layers is None else (self.layers,)
+        return (*lead, *self.piece_shape(pieces))
+
     @property
     def size(self) -> int:
         """Elements of one layer."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from jaxmoo.errors import ConfigError
 
@@ -26,6 +28,7 @@ class Parameter:
       layer: number of the layer in its stack, or None.
       leaf: number of the array among all of them.
       path: its path, for messages.
+      whole: shape of the whole array, or of one layer of an array that stacks layers.
     """
 
     value: Any
@@ -33,6 +36,27 @@ class Parameter:
     layer: Any
     leaf: int = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    whole: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array, which this device may hold a piece of."""
+        return (*np.shape(self.layer), *self.whole)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the array."""
+        return self.value.dtype
 
     def _outside(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError(
@@ -46,6 +70,6 @@ class Parameter:
     __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = __pow__ = __neg__ = _outside
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("T", "mT", "at", "astype", "shape", "dtype", "ndim", "size", "reshape", "sum"):
+        if name in ("T", "mT", "at", "astype", "reshape", "sum"):
             self._outside()
         raise AttributeError(name)

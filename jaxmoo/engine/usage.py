@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.engine.layout import Layout
 from jaxmoo.engine.parameter import Parameter
+from jaxmoo.engine.reads import call_number, mark
 from jaxmoo.errors import ConfigError
 
 __all__ = ["Recorder", "Usage"]
-
-_MARK = "jaxmoo_block_"
 
 
 @dataclasses.dataclass
@@ -32,7 +32,7 @@ class Call:
 
     Attributes:
       uses: for each parameter it reads, (number of the array, layer or None for a traced one).
-      shapes: shapes of the parameters, as the call sees them.
+      shapes: shapes of all its arrays, as it is given them.
       vocabulary: name of the operation on a vocabulary table, or None.
       times: how often a pass executes it.
     """
@@ -44,49 +44,81 @@ class Call:
 
 
 class Recorder:
-    """Stands in for the engine while the loss function is traced for its use of parameters."""
+    """Stands in for the engine while the loss function is traced for its use of parameters.
 
-    def __init__(self, layouts: Sequence[Layout]) -> None:
+    Args:
+      layouts: where parameters lie, by number.
+      pieces: into how many pieces arrays are cut.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], pieces: int = 1) -> None:
         self.layouts = layouts
+        self._pieces = pieces
         self._calls: list[Call] = []
 
-    def use(
-        self, parameters: Sequence[Parameter], vocabulary: str | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Note a call and return its parameters as whole arrays."""
-        uses = [(p.leaf, _number(p.layer)) for p in parameters]
-        call = Call(uses, tuple(p.value.shape for p in parameters), vocabulary)
+    @property
+    def shapes(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Per call, the shapes of its parameters."""
+        return [call.shapes for call in self._calls]
 
-        def mark(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return values
+    def reads(self, leaf: Any) -> bool:
+        """Whether a leaf of a block's parameters is an array, in the engine's own form or not."""
+        return isinstance(leaf, Parameter | jax.Array | np.ndarray)
 
-        mark.__name__ = f"{_MARK}{len(self._calls)}_"
-        self._calls.append(call)
-        return jax.jit(mark)(tuple(p.value for p in parameters))
-
-    def finish(self, jaxpr: Any) -> Usage:
-        """Count from the traced program how often each call is executed.
+    def use(self, arrays: Sequence[Any], vocabulary: str | None = None) -> tuple[jax.Array, ...]:
+        """Note a call and return its parameters as whole arrays.
 
         Raises:
-          ConfigError: a call was mapped over its parameters.
+          ConfigError: what a parameter holds was taken apart.
         """
-        for (number, shapes), times in _executions(jaxpr).items():
-            call = self._calls[number]
-            if shapes != call.shapes:
-                raise ConfigError(
-                    f"The block that reads {self.layouts[call.uses[0][0]].path!r} was called "
-                    "inside a vmap over its parameters. Loop or scan over them instead."
-                )
-            call.times += times
-        return Usage(self.layouts, [c for c in self._calls if c.times])
+        uses, given, seen = [], [], []
+        for x in arrays:
+            if isinstance(x, Parameter):
+                layout = self.layouts[x.leaf]
+                self._check(x, layout)
+                uses.append((x.leaf, _number(x.layer)))
+                given.append(x.value)
+                seen.append((layout.shape, layout.gathered_dtype))
+            else:
+                given.append(x)
+                seen.append((x.shape, x.dtype))
+        self._calls.append(Call(uses, tuple(x.shape for x in given), vocabulary))
+        return mark(given, seen, len(self._calls) - 1)
+
+    def _check(self, parameter: Parameter, layout: Layout) -> None:
+        number = 0 if layout.layers is None else parameter.layer
+        whole = parameter.value.shape == layout.piece_shape(self._pieces)
+        if not whole or np.shape(number) or not jnp.issubdtype(jnp.result_type(number), np.integer):
+            raise ConfigError(
+                f"Parameter {parameter.path!r}: expected one layer of it, found layer {number} "
+                f"with {parameter.value.shape} on each device."
+            )
+
+    def finish(self, jaxpr: Any, outside: Mapping[int, str]) -> Usage:
+        """Count from the traced program how often each call is executed.
+
+        Args:
+          jaxpr: the program.
+          outside: see :class:`Usage`.
+        """
+        for number, times in _executions(jaxpr).items():
+            self._calls[number].times += times
+        return Usage(self.layouts, [c for c in self._calls if c.times], outside)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Usage:
-    """Which parameters each call of the loss function reads."""
+    """Which parameters each call of the loss function reads.
+
+    Attributes:
+      layouts: where parameters lie, by number.
+      calls: the calls.
+      outside: numbers of the arrays that are read outside of blocks too, and the lines that do.
+    """
 
     layouts: Sequence[Layout]
     calls: list[Call]
+    outside: Mapping[int, str]
 
     def tapped(self) -> frozenset[int]:
         """Numbers of the arrays whose blocks must be resolved after the backward pass."""
@@ -100,6 +132,12 @@ class Usage:
                     sliced = isinstance(place, str)  # of a table, one slice is seen at a time
                     seen.setdefault(int(label), set()).add((place, part) if sliced else place)
         late = {label for label, homes in seen.items() if None in homes or len(homes) > 1}
+        late |= {
+            int(label)
+            for leaf, layout in self._trainable()
+            if leaf in self.outside
+            for label in layout.labels.flat
+        }
         taps: set[int] = set()
         while True:
             more = {
@@ -111,11 +149,6 @@ class Usage:
                 return frozenset(taps)
             taps |= more
             late |= {int(label) for leaf in more for label in self.layouts[leaf].labels.flat}
-
-    def unused(self) -> list[str]:
-        """Paths of trainable arrays that no call reads."""
-        used = {leaf for call in self.calls for leaf, _ in call.uses}
-        return [layout.path for leaf, layout in self._trainable() if leaf not in used]
 
     def tied(self) -> frozenset[int]:
         """Tables that embed the tokens and score them."""
@@ -169,13 +202,12 @@ def _number(layer: Any) -> int | None:
 
 
 def _executions(jaxpr: Any, times: float = 1) -> Counter[Any]:
-    """How often each call runs, by its number and the shapes of its parameters."""
+    """How often each call runs, by its number."""
     counts: Counter[Any] = Counter()
     for equation in jaxpr.eqns:
-        name = str(equation.params.get("name", ""))
-        if name.startswith(_MARK):
-            shapes = tuple(v.aval.shape for v in equation.invars)
-            counts[int(name[len(_MARK) :].rstrip("_")), shapes] += times
+        call = call_number(equation)
+        if call is not None:
+            counts[call] += times
             continue
         inner = times
         if equation.primitive.name == "scan":

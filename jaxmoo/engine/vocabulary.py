@@ -52,7 +52,7 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket
       and is None where none is needed.
     """
     engine = current()
-    if engine is None:
+    if engine is None or not engine.reads(table):
         return table[tokens].astype(dtype), None
     if not isinstance(engine, Backward):
         return engine.use([table], _name(engine, table, "lookup"))[0][tokens].astype(dtype), None
@@ -101,7 +101,7 @@ def nll(
       float32 [B, T]; 0 where there is no target.
     """
     engine = current()
-    if engine is None:
+    if engine is None or not engine.reads(table):
         return chunked_nll(h, table, targets, chunk)
     if not isinstance(engine, Backward):
         whole = engine.use([table], _name(engine, table, "nll"))[0]
@@ -152,8 +152,8 @@ def _sliced(engine: Any, table: Parameter) -> bool:
     return layout.labels is not None and len(layout.shape) == 2 and layout.axis in (None, 1)
 
 
-def _name(engine: Any, table: Parameter, name: str) -> str | None:
-    return name if _sliced(engine, table) else None
+def _name(engine: Any, table: Any, name: str) -> str | None:
+    return name if isinstance(table, Parameter) and _sliced(engine, table) else None
 
 
 def _fit(x: jax.Array, like: jax.Array) -> jax.Array:

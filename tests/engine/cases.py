@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from engine.toy import Toy, batches, run_engine, run_oracle
 from jaxmoo import aggregators, blocks
@@ -104,6 +106,15 @@ def one_absent(batch: Any) -> Any:
     return batch | {"mask": batch["mask"].at[2].set(False)}
 
 
+def outside_of_blocks(params: Any) -> tuple[Any, Any]:
+    """A mask, a map, penalties; "layers.mix" is read in blocks only."""
+    layers, head = params["layers"], jax.tree.map(jnp.tanh, params["head"])
+    mlp = jax.tree.map(lambda p: p * (jnp.arange(p.size) % 5 > 0).reshape(p.shape), layers["mlp"])
+    squares = sum(jnp.vdot(p, p) for p in jax.tree.leaves(layers["mlp"]))
+    penalty = 0.3 * squares + optax.tree.norm(params["embed"])
+    return {**params, "layers": {**layers, "mlp": mlp}, "head": head}, penalty
+
+
 CASES = {
     # Each layer has another aggregator.
     "every aggregator": Case(
@@ -136,6 +147,7 @@ CASES = {
     "separate layers": Case(
         toy=Toy(layers=2, form="list", tied=True, shared=True), aggregator="moco"
     ),
+    "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),
     # Options.
     "preference and norm": Case(
         aggregator=("pcgrad", "graddrop"),
@@ -157,7 +169,7 @@ MESHES = {"2x2": (1, 2, 2), "8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 
 
 # Every aggregator is on every mesh; blocks and models take turns, for the time they take.
 RUNS = {
-    "2x2": ["shard", "tied in a loop", "three objectives"],
+    "2x2": ["shard", "tied in a loop", "read outside of blocks", "three objectives"],
     "8x1": ["bytes within layers", "tied and shared", "accumulated", "nine objectives"],
     "4x2": ["leaf", "bytes across layers", "tied", "not finite", "five objectives"],
     "2x2x2": ["random", "whole", "separate layers", "absent"],

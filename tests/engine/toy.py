@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,12 +50,15 @@ class Toy:
       tied: whether the table that embeds tokens also scores them.
       shared: whether all layers share one more weight.
       form: "scan" or "loop" over stacked layers, or a "list" of separate ones.
+      before: what is done with the parameters outside of blocks: to other parameters, and a
+        penalty per example.
     """
 
     layers: int = 3
     tied: bool = False
     shared: bool = False
     form: str = "scan"
+    before: Callable[[Any], tuple[Any, Any]] = lambda params: (params, 0)
 
     @property
     def stacked(self) -> str | None:
@@ -84,6 +88,7 @@ class Toy:
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         """Sum of the target tokens' losses."""
+        params, penalty = self.before(params)
         h = block(_lookup)(params["embed"], batch["tokens"])
         step = block(_layer)
         if self.form == "scan":
@@ -103,7 +108,8 @@ class Toy:
         logits = block(_scores)((table, params["head"]["scale"]), h)
         chosen = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         nll = jax.nn.logsumexp(logits, -1) - chosen
-        return (jnp.where(batch["mask"], nll, 0) * batch["factor"][:, None]).sum()
+        loss = (jnp.where(batch["mask"], nll, 0) * batch["factor"][:, None]).sum()
+        return loss + penalty * len(nll)
 
     def mean_loss(self, params: Any, batch: Any) -> jax.Array:
         """Mean loss of a target token, 0 where there is none."""
@@ -115,7 +121,7 @@ class Toy:
         return quick_jit(jaxmoo.stacked_value_and_grad(self.mean_loss))
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.tied, self.shared, self.form))
+        return hash((self.layers, self.tied, self.shared, self.form, self.before))
 
 
 def _lookup(params: Any, tokens: jax.Array) -> jax.Array:
