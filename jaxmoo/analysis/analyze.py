@@ -31,6 +31,7 @@ from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for
+from jaxmoo.outputs import check_writable
 from jaxmoo.train.config import Config, load_config
 from jaxmoo.train.data import load_data
 from jaxmoo.train.directory import RunDirectory
@@ -111,12 +112,10 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: before any model is run.
     """
-    inputs = _check(request, say)
     directory = request.output or Path(request.run) / "analysis"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be made: {error}") from error
+    check_writable(directory, "--output")
+    inputs = _check(request, say)
+    directory.mkdir(parents=True, exist_ok=True)
     sections = [*_sections(request, inputs, directory, say)]
     settings = _settings(request, inputs)
     numbers = {"settings": settings} | {s.name: s.numbers for s in sections}

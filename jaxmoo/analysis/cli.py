@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
 from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.outputs import typed_path
 
 __all__ = ["main"]
 
@@ -46,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Analyse a training run beside the model it began with: conflict between "
         "languages, stationarity, language-specific neurons, separability, negative interference.",
     )
-    parser.add_argument("run", type=Path, help="directory of a training run")
-    parser.add_argument("--output", type=Path, help="directory of the report (RUN/analysis)")
+    parser.add_argument("run", type=typed_path, help="directory of a training run")
+    parser.add_argument("--output", type=typed_path, help="directory of the report (RUN/analysis)")
     parser.add_argument(
         "--what", nargs="+", metavar="MEASURE",
         help=f"measures: {', '.join(MEASURES)} (all for which there is what they need)",
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--blocks", default=default.blocks, help="blocks (%(default)s)")
     group = parser.add_argument_group("interference")
     group.add_argument(
-        "--single", nargs="+", type=Path, default=[], metavar="RUN",
+        "--single", nargs="+", type=typed_path, default=[], metavar="RUN",
         help="runs on one language each, otherwise with this run's settings",
     )  # fmt: skip
     parser.add_argument(

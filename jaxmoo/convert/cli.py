@@ -14,6 +14,7 @@ from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
+from jaxmoo.outputs import typed_path
 from jaxmoo.sizes import parse_size
 
 __all__ = ["main"]
@@ -77,17 +78,19 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("from-hf", "Hugging Face directory -> Orbax checkpoint")
     sub.add_argument("source", help="a directory, a model's id on the hub, or an embedded model")
-    sub.add_argument("out", type=Path, help="directory to make")
+    sub.add_argument("out", type=typed_path, help="directory to make")
 
     sub = command("from-gguf", "GGUF file -> Hugging Face directory, in float32")
     sub.add_argument(
-        "file", type=Path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
+        "file", type=typed_path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
     )
-    sub.add_argument("out", type=Path, help="directory to make")
+    sub.add_argument("out", type=typed_path, help="directory to make")
 
     sub = command("to-hf", "Orbax checkpoint or training run -> Hugging Face directory")
-    sub.add_argument("source", type=Path, help="what from-hf made, or a training run's directory")
-    sub.add_argument("out", type=Path, help="directory to make")
+    sub.add_argument(
+        "source", type=typed_path, help="what from-hf made, or a training run's directory"
+    )
+    sub.add_argument("out", type=typed_path, help="directory to make")
     sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
     sub.add_argument("--base", help="model that the run began with, if it has moved")
     sub.add_argument("--dtype", help="float32, bfloat16 or float16 (as the model came)")

@@ -11,6 +11,7 @@ Nothing else is needed to go back.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data.ending import ending_token
+from jaxmoo.digests import Digests, note_own_digests, read_checked, read_digests
 from jaxmoo.errors import CheckpointError
+from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.hf.adapter import save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory
@@ -41,13 +46,14 @@ from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import merge_adapters
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.train.card import adapter_card, public_name, run_card
-from jaxmoo.train.checkpoint import STATE
+from jaxmoo.train.checkpoint import STATE, read_about, read_item, without_digests
 from jaxmoo.train.config import Config
 from jaxmoo.train.config import load_config as load_run_config
 from jaxmoo.train.data import chat_tokenizer, read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
+from jaxmoo.train.provenance import check_base
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -308,6 +314,17 @@ def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _open_checkpoint(path: Path) -> Opened:
+    digests = read_digests(path) or Digests({}, {})
+    return read_checked(
+        lambda: _read_checkpoint(path),
+        path,
+        digests.files,
+        says=f"{path} cannot be read",
+        advice="If it is damaged, make it anew, or put a good copy in its place.",
+    )
+
+
+def _read_checkpoint(path: Path) -> Opened:
     tensors = stored_tensors(path)
     config = load_config(path)
     # Before that many names are made up: the config may be damaged or forged.
@@ -323,7 +340,13 @@ def _open_checkpoint(path: Path) -> Opened:
             raise CheckpointError(f"{path / CHECKPOINT_FILE} lacks {name}, which config.json needs")
         return tensors[name][1]
 
-    state = _restore(path / _PARAMS, with_dtypes(state, dtype_of))
+    like = with_dtypes(state, dtype_of)
+    try:
+        state = _restore(path / _PARAMS, like)
+    # A damaged checkpoint fails in any way at all inside the library, and says it at length.
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path / _PARAMS} cannot be restored: {reason}") from error
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
     return Opened(nnx.merge(graph, state), path, dtypes, None)
 
@@ -347,7 +370,8 @@ def _open_run(
         )
     source = resolve_source(base or config.model.source)
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
-    segments = run_segments(config, load_config(source))
+    architecture = load_config(source)
+    segments = run_segments(config, architecture)
     model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
@@ -356,7 +380,17 @@ def _open_run(
     elif config.lora.rank is None:
         like = with_dtypes(trained, lambda _: config.model.param_dtype)
     del trained, model
-    trained = _restore(run.checkpoints / str(step) / STATE, like, within=within)
+    check_base(
+        read_about(run.checkpoints, step),
+        step,
+        architecture,
+        fingerprint(frozen, NamedSharding(mesh.make_mesh(1), P()), dtype=config.model.param_dtype),
+        base or config.model.source,
+    )
+    if unchecked := without_digests(run.checkpoints, step):
+        say(unchecked)
+    restore = functools.partial(_restore, like=like, within=within)
+    trained = read_item(run.checkpoints, step, STATE, restore)
     weights = Weights(source)
     return Opened(
         nnx.merge(graph, trained, frozen),
@@ -409,6 +443,8 @@ def _save(path: Path, params: nnx.State, out: Path) -> None:
     try:
         with _checkpointer(params) as checkpointer:
             checkpointer.save(path.absolute(), _nested(params))
+        if jax.process_count() > 1:
+            note_own_digests(path)
     except OSError:
         raise
     # The library wraps what the system says, such as that the disk is full, in errors of its own.
@@ -429,17 +465,13 @@ def _restore(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.S
     # A run stores the state itself, with NNX's own keys; ours are nested dicts.
     item: Any = _nested(like) if within is None else {within: like}
     arguments = ocp.checkpoint_utils.construct_restore_args(item)
-    try:
-        with _checkpointer(like) as checkpointer:
-            found = checkpointer.restore(
-                path.absolute(),
-                args=ocp.args.PyTreeRestore(
-                    item=item, restore_args=arguments, partial_restore=within is not None
-                ),
-            )
-    # A damaged checkpoint fails in any way at all inside the library.
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be restored: {error}") from error
+    with _checkpointer(like) as checkpointer:
+        found = checkpointer.restore(
+            path.absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=item, restore_args=arguments, partial_restore=within is not None
+            ),
+        )
     if within is not None:
         return found[within]
     leaves = []

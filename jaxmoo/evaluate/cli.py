@@ -15,6 +15,7 @@ from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import read_results
 from jaxmoo.hf import resolve_source
+from jaxmoo.outputs import typed_path
 from jaxmoo.train.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.train.directory import RunDirectory
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
     group.add_argument("--base", help="model that the run began with, if it has moved")
-    group.add_argument("--output", type=Path, help="file for the results, .json")
+    group.add_argument("--output", type=typed_path, help="file for the results, .json")
 
     group = parser.add_argument_group(
         "examples",
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=typed_path,
         metavar=("A", "B"),
         help="compare two results of the same examples; --output also writes the numbers",
     )

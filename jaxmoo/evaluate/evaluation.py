@@ -115,6 +115,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     """
     if settings.new_tokens:
         check_sacrebleu()
+    store = ResultStore(settings.output)
     source = source_of(settings.model, base=settings.base)
     architecture = load_config(source)
     tokenizer = chat_tokenizer(source, settings.data)
@@ -122,7 +123,6 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")
-    store = ResultStore(settings.output)
 
     opened = open_model(settings.model, step=settings.step, base=settings.base, say=say)
     weights = fingerprint(opened.model)

@@ -3,51 +3,57 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from jaxmoo.models import Decoder, logical_paths, named_leaves
 
 __all__ = ["fingerprint"]
 
 
-def fingerprint(model: Decoder) -> str:
+def fingerprint(
+    params: Decoder | nnx.State, everywhere: Sharding | None = None, *, dtype: Any = None
+) -> str:
     """Digest of all parameters by name, whatever the segments and devices they lie in.
 
     It tells models apart that differ by chance or training. It is no protection against forgery.
 
     Args:
-      model: the decoder.
+      params: the decoder, or a part of its state.
+      everywhere: a sharding of all its devices that shards nothing; needed where these belong to
+        several processes, all of which call together.
+      dtype: dtype that the parameters are taken to have; by default each its own.
 
     Returns:
       16 hexadecimal digits.
     """
-    leaves = named_leaves(nnx.state(model))
+    leaves = named_leaves(params if isinstance(params, nnx.State) else nnx.state(params))
     stacked = tuple(path[0] == "layers" for path, _ in leaves)
-    found = jax.device_get(_all_checksums([x for _, x in leaves], stacked))
+    dtypes = [jnp.dtype(dtype or x.dtype) for _, x in leaves]
+
+    def checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+        return [_checksums(x.astype(d), s) for x, d, s in zip(arrays, dtypes, stacked, strict=True)]
+
+    found = jax.device_get(jax.jit(checksums, out_shardings=everywhere)([x for _, x in leaves]))
     lines = [
-        f"{name} {x.dtype.name} {number}"
-        for (path, x), numbers in zip(leaves, found, strict=True)
+        f"{name} {dtype.name} {number}"
+        for (path, x), dtype, numbers in zip(leaves, dtypes, found, strict=True)
         for name, number in zip(logical_paths(path, x.shape), np.atleast_1d(numbers), strict=True)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
-@partial(jax.jit, static_argnums=1)
-def _all_checksums(arrays: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
-    return [_checksums(x, stack) for x, stack in zip(arrays, stacked, strict=True)]
-
-
 def _checksums(x: Any, stacked: bool) -> jax.Array:
     """A sum of mixed bits per layer of a stack; integers wrap around, so order is no matter."""
-    axes = tuple(range(int(stacked), x.ndim))
-    kinds = {2: jnp.uint16, 4: jnp.uint32}
-    bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    # Of 64 bits it makes two numbers, along another axis.
+    kind = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
+    x = jax.lax.bitcast_convert_type(x, kind)
+    bits, axes = x.astype(jnp.uint32), tuple(range(int(stacked), x.ndim))
     place = jnp.zeros((), jnp.uint32)
     for axis in axes:
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
+from jaxmoo.outputs import check_writable
 
 __all__ = ["LanguageResult", "ResultStore", "Results", "read_results"]
 
@@ -77,10 +78,7 @@ class ResultStore:
         if self.output.suffix != ".json" or self.output.is_dir():
             raise ConfigError(f"--output names a file that ends in .json, found {output}.")
         self.directory = _directory(self.output)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output: {self.directory} cannot be made: {error}") from error
+        check_writable(self.output.parent, "--output")
 
     def stored(self, language: str, identity: Mapping[str, Any]) -> LanguageResult | None:
         """Return what is stored of a language, or None.
@@ -97,8 +95,11 @@ class ResultStore:
         if not file.exists():
             return None
         found = _read(file)
-        if found["identity"] != identity:
-            other = [key for key in identity if found["identity"].get(key) != identity[key]]
+        stored = found.get("identity")
+        if not isinstance(stored, dict):
+            raise _damaged(file, "it lacks its identity")
+        if stored != identity:
+            other = [key for key in identity if stored.get(key) != identity[key]]
             raise ConfigError(
                 f"--output: {self.directory} holds results of another evaluation (language "
                 f"{language!r}, other {', '.join(other)}). Choose another --output, or remove that "
@@ -108,6 +109,7 @@ class ResultStore:
 
     def store(self, language: str, identity: Mapping[str, Any], result: LanguageResult) -> None:
         """Store a language's result, at once."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         content = {"identity": dict(identity), **result._asdict()}
         replace_text(_file(self.directory, language), json.dumps(content, ensure_ascii=False))
 
@@ -144,11 +146,12 @@ def read_results(path: Path) -> Results:
     path = Path(path)
     found = _read(path)
     try:
-        seen, unseen, model = found["seen"], found["unseen"], found["model"]
+        seen, unseen = ([str(code) for code in found[key]] for key in ("seen", "unseen"))
+        model = str(found["model"])
         digests = {code: found["languages"][code]["data"] for code in (*seen, *unseen)}
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not what evaluate.py writes: it lacks {error}."
+            f"{path} is not what evaluate.py writes, or is damaged: it lacks {error}."
         ) from error
     languages = {}
     for code, data in digests.items():
@@ -162,24 +165,31 @@ def read_results(path: Path) -> Results:
 def _result(found: Mapping[str, Any], file: Path) -> LanguageResult:
     try:
         result = LanguageResult(**{name: found[name] for name in LanguageResult._fields})
-        lengths = {len(column) for column in (result.units, *result.columns.values())}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error!r}); remove it and evaluate again."
-        ) from None
-    if len(lengths) != 1:
-        raise CheckpointError(f"{file} is damaged: its columns have lengths {sorted(lengths)}.")
+        columns = [result.units, *result.columns.values()]
+        if not all(isinstance(column, list) for column in columns):
+            raise TypeError("a column is not a list")
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError(f"its columns have lengths {sorted({len(c) for c in columns})}")
+        if not all(isinstance(x, int | float) for x in result.scores().values()):
+            raise TypeError("a score is not a number")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise _damaged(file, str(error) or repr(error)) from None
     return result
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    # RecursionError: brackets nested by the thousand.
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not what evaluate.py writes.")
     return content
+
+
+def _damaged(file: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged ({problem}); remove it and evaluate again.")
 
 
 def _directory(output: Path) -> Path:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.digests import DIGESTS, read_checked, read_digests, write_digests
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.outputs import check_writable
 
-__all__ = ["agree", "check_target", "first_process", "new_directory"]
+__all__ = [
+    "agree",
+    "check_target",
+    "first_process",
+    "new_directory",
+    "read_unchanged",
+    "written_files",
+]
+
+T = TypeVar("T")
 
 
 def check_target(path: Path) -> None:
@@ -25,18 +39,24 @@ def check_target(path: Path) -> None:
       path: the directory that is to be made.
 
     Raises:
-      CheckpointError: when it is a file or holds anything.
+      CheckpointError: when it is a file or holds anything, or nothing can be written there.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"{path} already exists and is not an empty directory; nothing was written. Choose "
             "another path or remove it yourself."
         )
+    try:
+        check_writable(path.absolute().parent, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory whose contents appear at once, when the block has ended without error.
+
+    With them appear the digests of its files (`jaxmoo.digests`).
 
     Where there are several processes, all of them must enter, and see the same files; the first
     one makes and renames the directory.
@@ -55,12 +75,18 @@ def new_directory(path: Path) -> Iterator[Path]:
     if jax.process_count() > 1:
         number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
     temporary = path.absolute().parent / f".{path.name}.{number}.tmp"
+    lock = FileLock(temporary.with_suffix(".lock"))
 
     def make() -> None:
         check_target(path)
-        temporary.mkdir(parents=True)
+        _clear_abandoned(path)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+        temporary.mkdir()
 
     def rename() -> None:
+        write_digests(temporary)
         check_target(path)
         os.replace(temporary, path)
 
@@ -78,6 +104,55 @@ def new_directory(path: Path) -> Iterator[Path]:
     finally:
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove what killed processes began to write for a directory; those at work hold a lock."""
+    parent = path.absolute().parent
+    pattern = re.compile(rf"(\.{re.escape(path.name)}\.\d+)\.(tmp|lock)")
+    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    for stem in {found[1] for name in names if (found := pattern.fullmatch(name))}:
+        lock = FileLock(parent / f"{stem}.lock", timeout=0)
+        with contextlib.suppress(Timeout, NotImplementedError, OSError), lock:
+            shutil.rmtree(parent / f"{stem}.tmp", ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def written_files(path: Path) -> dict[str, str]:
+    """Return the digests of what was written to a directory that `new_directory` made.
+
+    Without the README.md, which is there for people to edit. Empty where there are no digests.
+
+    Raises:
+      CheckpointError: the digests are damaged.
+    """
+    found = read_digests(path)
+    files = {} if found is None else found.files
+    return {name: digest for name, digest in files.items() if name != "README.md"}
+
+
+def read_unchanged(read: Callable[[], T], path: Path) -> T:
+    """Read a model's directory; raise where its files are not what was written, if that is known.
+
+    Several processes call together.
+
+    Args:
+      read: reads it.
+      path: the directory.
+
+    Raises:
+      CheckpointError: names the directory and the files.
+    """
+    return read_checked(
+        read,
+        path,
+        written_files(path),
+        says=f"{path} cannot be read",
+        advice=f"If it is damaged, make or copy it anew. If you have changed it on purpose, remove "
+        f"{path / DIGESTS}.",
+    )
 
 
 def first_process(action: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from jaxmoo.errors import CheckpointError, did_you_mean
+from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import Weights
 from jaxmoo.models.config import DecoderConfig
@@ -127,10 +128,17 @@ def load_model(
         raise CheckpointError(
             f"shardings has {len(placements)} leaves, the model's state {len(leaves)}"
         )
-    arrays = []
-    with progress(sum(x.size * x.dtype.itemsize for x in leaves), "Loading weights") as bar:
-        for (leaf_path, leaf), placement in zip(named_leaves(state), placements, strict=True):
-            arrays.append(_read_leaf(weights, leaf_path, leaf, placement, bar.update))
+
+    def read() -> list[jax.Array]:
+        with progress(sum(x.size * x.dtype.itemsize for x in leaves), "Loading weights") as bar:
+            return [
+                _read_leaf(weights, leaf_path, leaf, placement, bar.update)
+                for (leaf_path, leaf), placement in zip(
+                    named_leaves(state), placements, strict=True
+                )
+            ]
+
+    arrays = read_unchanged(read, path)
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, arrays))
 
 

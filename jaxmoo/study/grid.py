@@ -75,7 +75,7 @@ def make_cells(study: StudyConfig) -> list[Cell]:
         for rate in study.learning_rates:
             for arm, own in study.arms.items():
                 key = Key(arm, seed, rate)
-                place = Path(study.output) / "runs" / _directory(key)
+                place = Path(study.output).expanduser() / "runs" / _directory(key)
                 given = [f"seed={seed}", f"optimizer.learning_rate={rate!r}", f"output={place}"]
                 try:
                     config = load_config(study.base, [*_LEAN, *shared, *own, *given])

@@ -40,7 +40,7 @@ class RowStore:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self.path = self.directory / "rows.jsonl"
 
     @contextlib.contextmanager

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoo.digests import (
+    DIGESTS,
+    note_own_digests,
+    read_checked,
+    read_digests,
+    write_digests,
+)
 from jaxmoo.errors import CheckpointError
 from jaxmoo.train.distributed import from_first
 
-__all__ = ["ABOUT", "STATE", "Checkpoints", "UnsavedError"]
+__all__ = [
+    "ABOUT",
+    "STATE",
+    "Checkpoints",
+    "UnsavedError",
+    "read_about",
+    "read_item",
+    "without_digests",
+]
+
+T = TypeVar("T")
 
 # What a checkpoint is made of, each in a directory of that name.
 STATE, ABOUT = "state", "about"
@@ -26,12 +43,83 @@ class UnsavedError(CheckpointError):
     exit_code = 1
 
 
+def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
+    """Read a part of a checkpoint, and check it meanwhile.
+
+    Several processes call together.
+
+    Args:
+      directory: where the run's checkpoints are.
+      step: which one.
+      item: the part, ``STATE`` or ``ABOUT``.
+      read: reads it, given its directory.
+
+    Raises:
+      CheckpointError: it cannot be read, is damaged, or is that of another step. It names the
+        directory, and the file if one is to blame.
+    """
+    path = directory.absolute() / str(step)
+    says = f"The checkpoint {directory / str(step)} cannot be restored"
+    advice = (
+        "If it is damaged, remove that directory; the run resumes from an older one, or from the "
+        "beginning."
+    )
+    try:
+        digests = read_digests(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{says}: {error}.\n{advice}") from None
+    if digests is not None and digests.about.get("step") != step:
+        raise CheckpointError(
+            f"The checkpoint {directory / str(step)} is that of step {digests.about.get('step')}: "
+            "it was renamed or copied. Give it its own name again, or remove that directory."
+        )
+    files = {} if digests is None else digests.files
+    files = {name: digest for name, digest in files.items() if name.startswith(f"{item}/")}
+    return read_checked(lambda: read(path / item), path, files, says=says, advice=advice)
+
+
+def without_digests(directory: Path, step: int) -> str | None:
+    """Return what a person should know about a checkpoint that cannot be checked, if it is one.
+
+    Args:
+      directory: where the run's checkpoints are.
+      step: which one.
+    """
+    if (directory / str(step) / DIGESTS).exists():
+        return None
+    return (
+        f"The checkpoint {directory / str(step)} has no digests ({DIGESTS}), as those of earlier "
+        "versions: it is not checked for damage."
+    )
+
+
+def read_about(directory: Path, step: int) -> dict[str, Any]:
+    """Return what was saved beside the state of a step.
+
+    Args:
+      directory: where the run's checkpoints are.
+      step: which one.
+
+    Raises:
+      CheckpointError: as :func:`read_item` does.
+    """
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        about = read_item(directory, step, ABOUT, reader.restore)
+    if not isinstance(about, dict):
+        raise CheckpointError(
+            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object. "
+            "Remove that directory; the run resumes from an older one, or from the beginning."
+        )
+    return about
+
+
 class Checkpoints:
     """The checkpoints of one run, in ``directory/STEP``.
 
-    A checkpoint appears under its final name only when it is complete. Writing goes on in the
-    background; leaving the context, or saving again, waits for it. In several processes, each
-    writes and reads its own part, and all must call every method alike.
+    A checkpoint appears under its final name only when it is complete, with digests of its files,
+    which are checked when it is read (:mod:`jaxmoo.digests`). Writing goes on in the background;
+    leaving the context, or saving again, waits for it. In several processes, each writes and reads
+    its own part, and all must call every method alike.
 
     Kept are the newest and the one with the lowest score, of those whose score is known.
 
@@ -46,11 +134,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             item_names=(STATE, ABOUT),
+            item_handlers={STATE: _StateHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 create=True,
                 # What a killed run left half written.
                 cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
             ),
         )
         found = self._manager.latest_step()
@@ -94,8 +184,10 @@ class Checkpoints:
         """
         if self._latest == step:
             return
-        items = {STATE: ocp.args.StandardSave(state), ABOUT: ocp.args.JsonSave(dict(about or {}))}
+        items = {STATE: _StateSave(state), ABOUT: ocp.args.JsonSave(dict(about or {}))}
         with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._latest = step
 
@@ -109,10 +201,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def about(self, step: int) -> dict[str, Any]:
-        """Return what was saved beside the state."""
-        with self._reading(step):
-            items = {ABOUT: ocp.args.JsonRestore()}
-            return self._manager.restore(step, args=ocp.args.Composite(**items))[ABOUT]
+        """Return what was saved beside the state.
+
+        Raises:
+          CheckpointError: it cannot be read, or is damaged.
+        """
+        return read_about(self._directory, step)
 
     def restore(self, step: int, like: Any) -> Any:
         """Read a state straight into place.
@@ -123,24 +217,25 @@ class Checkpoints:
             these need not be those it was saved with.
 
         Raises:
-          CheckpointError: the checkpoint cannot be read, or does not fit ``like``.
+          CheckpointError: the checkpoint cannot be read, is damaged or of another step, or does
+            not fit ``like``.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with self._reading(step):
-            items = {STATE: ocp.args.StandardRestore(abstract)}
-            return self._manager.restore(step, args=ocp.args.Composite(**items))[STATE]
+        arguments = ocp.args.Composite(**{STATE: _StateRestore(abstract)})
+        return read_item(
+            self._directory,
+            step,
+            STATE,
+            lambda _: self._manager.restore(step, args=arguments)[STATE],
+        )
 
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        # A damaged checkpoint fails in any way at all inside the library.
-        except Exception as error:
-            raise CheckpointError(
-                f"The checkpoint {self._directory / str(step)} cannot be restored: {error}\n"
-                "If it is damaged, remove that directory; the run resumes from an older one, or "
-                "from the beginning."
-            ) from error
+    def _digest(self) -> None:
+        """Write the digests of a checkpoint that is complete, but has no name yet."""
+        name = str(self._saving)
+        # While it is written it has a longer one, or on some file systems lacks a mark.
+        root = next(p for p in (*self._directory.glob(f"{name}.*"), self._directory / name))
+        # The library still writes facts of its own beside these.
+        write_digests(root, {"step": self._saving}, within=(STATE, ABOUT))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -154,6 +249,37 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self._directory}: {error}\n{kept}. When "
                 "there is room, the same command goes on from there."
             ) from error
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Writes a state; of several processes, each also the digests of the files it has written."""
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        written = await super().async_save(directory, *args, **kwargs) or []
+        return [*written, _OwnDigests(directory, written)] if jax.process_count() > 1 else written
+
+
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+class _StateSave(ocp.args.StandardSave):
+    """A state to be saved."""
+
+
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+class _StateRestore(ocp.args.StandardRestore):
+    """A state to be restored."""
+
+
+class _OwnDigests:
+    """Notes the digests of a process's own files when these are written; as Orbax waits for it."""
+
+    def __init__(self, directory: Any, written: Sequence[Any]) -> None:
+        self._directory = Path(getattr(directory, "path", directory))
+        self._written = written
+
+    def result(self, timeout: float | None = None) -> None:
+        for future in self._written:
+            future.result(timeout)
+        note_own_digests(self._directory)
 
 
 class _NewestAndBest:

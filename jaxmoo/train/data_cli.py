@@ -8,13 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxmoo.analysis.data_plot import lengths_and_shares
 from jaxmoo.data.describe import describe, epochs_table, marked, sample
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.hf import resolve_source
+from jaxmoo.outputs import check_writable, typed_path
 from jaxmoo.train.config import Config, load_config
 from jaxmoo.train.data import RunData, load_data, make_batches
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         shown = _languages(config, options.languages)
+        out = typed_path(options.out or f"{config.output.rstrip('/')}-data")
+        check_writable(out, "--out")
         data = load_data(config, resolve_source(config.model.source))
         if config.data.streaming:
             corpus = dataclasses.replace(data.corpus, train=data.corpus.at_hand())
@@ -55,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description = describe(data.corpus, data.batches, config.train.steps)
         print(f"\n{epochs_table(description)}")
         _show(data, shown, options.examples)
-        out = Path(options.out or f"{config.output.rstrip('/')}-data")
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(description, indent=1, ensure_ascii=False)
         (out / "data.json").write_text(text + "\n", encoding="utf-8")

@@ -15,11 +15,14 @@ from filelock import FileLock, Timeout
 from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
+from jaxmoo.outputs import check_writable
 from jaxmoo.train.config import Config, differences, load_config, to_yaml
 from jaxmoo.train.distributed import barrier, is_first
 
 __all__ = ["RunDirectory"]
 
+# What a run may have left that was killed before its directory had a config.
+_FIRST_FILES = {".lock", ".config.yaml.partial"}
 # Seconds for which a run waits for another to leave its directory, and for files to be seen by all.
 _PATIENCE = 10
 
@@ -49,7 +52,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.grams = self.path / "grams"
@@ -67,11 +70,11 @@ class RunDirectory:
         """Raise unless a run with these settings may start, or resume, here.
 
         Raises:
-          ConfigError: the directory belongs to a run with other settings, or to something else.
+          ConfigError: the directory belongs to a run with other settings, or to something else,
+            or nothing can be written there.
         """
-        if self.path.is_file():
-            raise ConfigError(f"output: {self.path} is a file; name a directory.")
-        if not self.path.exists() or all(p.name.startswith(".") for p in self.path.iterdir()):
+        check_writable(self.path, "output")
+        if not self.path.exists() or {p.name for p in self.path.iterdir()} <= _FIRST_FILES:
             return
         if not self.config.exists():
             raise ConfigError(
@@ -151,13 +154,11 @@ class RunDirectory:
         file = self.evaluation / f"step_{step:08d}.json"
         if not file.exists():
             return None
+        stored = _read(file)
         try:
-            stored = json.loads(file.read_text())
             return {code: LanguageScore.from_dict(values) for code, values in stored.items()}
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}); remove it to evaluate again."
-            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(file, repr(error)) from error
 
     def store_scores(self, step: int, scores: Mapping[str, LanguageScore]) -> None:
         """Store held-out scores of a step."""
@@ -173,4 +174,25 @@ class RunDirectory:
         """Return the number of steps after which the recorded export was made, or None."""
         if not self.results.exists():
             return None
-        return json.loads(self.results.read_text()).get("steps")
+        steps = _read(self.results).get("steps")
+        if not isinstance(steps, int):
+            raise _damaged(self.results, f"steps is {steps!r}")
+        return steps
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    # RecursionError: brackets nested by the thousand.
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, "no JSON object")
+    return content
+
+
+def _damaged(file: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} cannot be read ({problem}). Remove it and give the same command again: it is made "
+        "anew."
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +14,11 @@ import numpy as np
 
 from jaxmoo.data import LanguageBatches
 from jaxmoo.errors import CheckpointError
+from jaxmoo.models import DecoderConfig
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.setup import Setup
 
-__all__ = ["about", "batch_digest", "check_data", "versions"]
+__all__ = ["about", "architecture", "batch_digest", "check_base", "check_data", "versions"]
 
 _PACKAGES = ("jaxmoo", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
@@ -52,10 +55,53 @@ def about(config: Config, setup: Setup, step: int) -> dict[str, Any]:
         "config": to_yaml(config),
         "versions": versions(),
         "mesh": dict(setup.device_mesh.shape),
+        "architecture": architecture(setup.model),
+        "base": setup.base,
         # Batches are a function of the step; a stream is told where to find the next one.
         "stream": setup.batches.state(step),
         "next_batch": batch_digest(setup.batches, step),
     }
+
+
+def architecture(model: DecoderConfig) -> dict[str, Any]:
+    """Return a model's sizes and constants as JSON holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(model), default=str))
+
+
+def check_base(
+    described: Mapping[str, Any], step: int, model: DecoderConfig, base: str, source: str
+) -> None:
+    """Raise unless a checkpoint is of the step it is said to be, and on top of a base model.
+
+    Args:
+      described: what :func:`about` returned for it; what is not in it is not checked.
+      step: its name.
+      model: sizes and constants of the base model.
+      base: fingerprint of the parameters that are not trained.
+      source: where they came from.
+
+    Raises:
+      CheckpointError: it is another's.
+    """
+    if described.get("step", step) != step:
+        raise CheckpointError(
+            f"The checkpoint of step {step} says that it is that of step {described['step']}: it "
+            "was renamed or copied. Give it its own name again, or remove it."
+        )
+    then, now = described.get("architecture", {}), architecture(model)
+    changed = [
+        f"{name} {then[name]!r} -> {now[name]!r}"
+        for name in then
+        if name in now and then[name] != now[name]
+    ]
+    if described.get("base", base) != base:
+        changed.append("other weights in the parameters that are not trained")
+    if changed:
+        raise CheckpointError(
+            f"model.source: {source} is no longer the model that the run began with (checkpoint of "
+            f"step {step}): {', '.join(changed)}. Put that model back, or start a new run with "
+            "output=..."
+        )
 
 
 def check_data(described: Mapping[str, Any], setup: Setup) -> None:

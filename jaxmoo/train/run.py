@@ -11,18 +11,19 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmoo.sizes import format_size
-from jaxmoo.train.checkpoint import Checkpoints
+from jaxmoo.train.checkpoint import Checkpoints, without_digests
 from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import check_same, is_first
 from jaxmoo.train.evaluation import evaluate
+from jaxmoo.train.export import check_exports
 from jaxmoo.train.finish import finish
 from jaxmoo.train.hang import HangTimeout
 from jaxmoo.train.job import Job
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import check_packages
-from jaxmoo.train.provenance import batch_digest, check_data, versions
+from jaxmoo.train.provenance import batch_digest, check_base, check_data, versions
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.setup import Setup, prepare
 from jaxmoo.train.signals import InterruptedRunError, StopRequest
@@ -61,6 +62,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
     with StopRequest() as stop:
         with stop.at_once():
             directory.check(config)
+            check_exports(config, directory)
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
             distrust_on_cpus()
             setup = prepare(config, say)
@@ -93,10 +95,14 @@ def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     if done is None:
         return state, 0
     described = checkpoints.about(done)
+    setup = job.setup
+    check_base(described, done, setup.model, setup.base, job.config.model.source)
     check_data(described, job.setup)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     # There is not always room for two.
     jax.tree.map(lambda x: x.delete(), state)
+    if unchecked := without_digests(job.directory.checkpoints, done):
+        job.say(unchecked)
     state = checkpoints.restore(done, shapes)
     job.say(f"Resuming from the checkpoint of step {done}.")
     changed = {

@@ -16,9 +16,10 @@ from jaxmoo import mesh
 from jaxmoo.data import Corpus, LanguageBatches
 from jaxmoo.data.ending import ending_token
 from jaxmoo.errors import ConfigError
+from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.models import Decoder, token_nll
+from jaxmoo.models import Decoder, DecoderConfig, token_nll
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.train.config import Config
@@ -39,6 +40,8 @@ class Setup:
 
     Attributes:
       source: directory of the model that is fine-tuned, in Hugging Face format.
+      model: its sizes and constants.
+      base: fingerprint of its parameters that are not trained.
       corpus: tokenised examples.
       batches: training batches by step.
       device_mesh: how the devices are arranged.
@@ -54,6 +57,8 @@ class Setup:
     """
 
     source: Path
+    model: DecoderConfig
+    base: str
     corpus: Corpus
     batches: LanguageBatches
     pad_id: int
@@ -151,6 +156,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
 
     return Setup(
         source=source,
+        model=architecture,
+        base=fingerprint(frozen, NamedSharding(device_mesh, P())),
         corpus=loaded.corpus,
         batches=loaded.batches,
         pad_id=loaded.batches.pad_id,

@@ -1,14 +1,18 @@
 """What checkpoints promise: whole or not there, readable on other devices, the best one kept."""
 
+import random
+import shutil
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from devices import run_python
+from jaxmoo.digests import DIGESTS
 from jaxmoo.errors import CheckpointError
-from jaxmoo.train.checkpoint import Checkpoints
+from jaxmoo.train.checkpoint import Checkpoints, without_digests
 
 
 def state(value):
@@ -84,6 +88,92 @@ def test_a_damaged_or_unfitting_checkpoint_is_named(tmp_path):
         large.write_bytes(large.read_bytes()[:100])
         with pytest.raises(CheckpointError, match=r"3 cannot be restored"):
             checkpoints.restore(3, state(0))
+
+
+def mutate(file, chance):
+    """Damage a file as disks, copies and people do; return how."""
+    content = bytearray(file.read_bytes())
+    kind = chance.choice(["flip", "cut", "zero", "grow", "remove"])
+    if kind == "remove":
+        file.unlink()
+        return kind
+    place = chance.randrange(len(content))
+    if kind == "flip":
+        content[place] ^= 1 << chance.randrange(8)
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "zero":
+        content[place : place + 16] = b"\xff" * len(content[place : place + 16])
+    else:
+        content += b"\0"
+    file.write_bytes(content)
+    return kind
+
+
+def test_of_200_damages_to_any_file_none_changes_what_is_restored(tmp_path):
+    random_bits = jnp.asarray(np.random.default_rng(0).standard_normal((40, 30), np.float32))
+    saved = {"w": random_bits, "layers": jnp.ones((3, 5), jnp.bfloat16), "step": jnp.int32(7)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, saved, {"step": 7, "config": "seed: 0"})
+    files = sorted(p for p in (tmp_path / "7").rglob("*") if p.is_file())
+    good = {file: file.read_bytes() for file in files}
+    chance, refused = random.Random(0), 0
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for _ in range(200):
+            file = chance.choice(files)
+            how = mutate(file, chance)
+            try:
+                about, found = checkpoints.about(7), checkpoints.restore(7, saved)
+                assert about == {"step": 7, "config": "seed: 0"}
+                assert jax.tree.all(jax.tree.map(np.array_equal, found, saved)), (file, how)
+                # The library's notes for itself, or the digests as a whole, which are missed aloud.
+                unread = {"_CHECKPOINT_METADATA", "commit_success.txt", DIGESTS}
+                assert file.parent == tmp_path / "7" and file.name in unread, (file, how)
+            except CheckpointError as error:
+                refused += 1
+                assert str(tmp_path / "7") in str(error) and file.name in str(error)
+            file.write_bytes(good[file])
+        assert refused > 150
+        assert np.array_equal(checkpoints.restore(7, saved)["w"], saved["w"])
+
+
+def test_damage_to_large_files_is_found_while_they_are_read_and_is_the_last_word(tmp_path, capfd):
+    random_bits = np.random.default_rng(0).standard_normal((24, 256, 256), np.float32)
+    saved = {f"w{i}": jnp.asarray(x) for i, x in enumerate(random_bits)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, saved)
+        checkpoints.wait()
+        large = max((tmp_path / "1").rglob("*"), key=lambda p: p.stat().st_size)
+        content = bytearray(large.read_bytes())
+        for place in range(0, len(content), len(content) // 50):
+            content[place : place + 100] = bytes(100)
+        large.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{large.name} is not what was written"):
+            checkpoints.restore(1, saved)
+    # What the library had begun to read complains, unless it is told not to.
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, state(3), {"step": 3})
+    shutil.copytree(tmp_path / "3", tmp_path / "9")
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 9
+        for read in (checkpoints.about, lambda step: checkpoints.restore(step, state(0))):
+            with pytest.raises(CheckpointError, match="9 is that of step 3: it was renamed"):
+                read(9)
+        assert checkpoints.restore(3, state(0))["step"] == 3
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_said_to_be_unchecked(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, state(3))
+    assert without_digests(tmp_path, 3) is None
+    (tmp_path / "3" / DIGESTS).unlink()
+    assert "3 has no digests" in without_digests(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(3, state(0))["step"] == 3
 
 
 FULL_DISK = """

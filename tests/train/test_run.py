@@ -11,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from devices import ROOT, run_python
+from jaxmoo.convert.models import to_hf
+from jaxmoo.errors import CheckpointError
 from jaxmoo.train.cli import main
 from jaxmoo.train.data_cli import main as data_main
 from jaxmoo.train.metrics import read_metrics
@@ -22,6 +24,17 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+# As little as makes a run.
+SHORT = {
+    "report": False,
+    "tensorboard": False,
+    "train__steps": 1,
+    "data__seen": ["it", "pt"],
+    "data__unseen": [],
+    "data__max_held_out": 2,
+}
 
 
 def weights(run):
@@ -151,6 +164,86 @@ def test_a_finished_run_only_repeats_its_table(write_config, tmp_path, capsys):
     assert main(["--config", str(config)]) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == table
     assert os.stat(tmp_path / "run" / "export" / "model.safetensors").st_mtime_ns == stamp
+
+
+def flip(file, place):
+    """Flip one bit of a file, as a disk may."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
+    write_config, tmp_path, capsys
+):
+    config = write_config(**SHORT, optimizer={"decay": "constant"})
+    command, export = ["--config", str(config)], tmp_path / "run" / "export"
+    assert main(command) == 0
+    first = (export / "model.safetensors").read_bytes()
+    # A person's own, and what is there for people to edit, are nobody's business.
+    (export / "notes.txt").write_text("mine")
+    (export / "README.md").write_text("better")
+    flip(export / "model.safetensors", -5)
+    (export / "tokenizer.json").unlink()
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert f"{export} is no longer what this run exported: " in message
+    assert "model.safetensors is not what was written, tokenizer.json is missing. " in message
+    assert "Remove that directory" in message and "exported anew" in message
+
+    export.rename(tmp_path / "elsewhere")
+    export.mkdir()
+    assert main(command) == 0
+    assert "or empty: the model is exported again" in capsys.readouterr().out
+    assert (export / "model.safetensors").read_bytes() == first
+
+    # Training goes on, and would replace the export: what it did not write stops it beforehand.
+    for name in ("notes.txt", "README.md"):
+        old = (export / name).read_text() if (export / name).exists() else None
+        (export / name).write_text("mine")
+        assert main([*command, "train.steps=2"]) == 2
+        captured = capsys.readouterr()
+        assert name in captured.err and "Move that directory away" in captured.err
+        assert "Training" not in captured.out
+        (export / name).unlink() if old is None else (export / name).write_text(old)
+    assert main([*command, "train.steps=2"]) == 0
+    assert (export / "model.safetensors").read_bytes() != first
+
+
+def test_a_run_goes_on_only_with_the_model_that_it_began_with(
+    write_config, tiny_model, tmp_path, capsys
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = write_config(
+        model={"source": str(base), "trainable": r"^layers\.[23]\."},
+        export=False,
+        **SHORT,
+    )
+    run = tmp_path / "run"
+    assert main(["--config", str(config)]) == 0
+
+    def refused(message):
+        assert main(["--config", str(config)]) == 2
+        found = capsys.readouterr().err
+        assert f"{base} is no longer the model that the run began with" in found
+        assert message in found
+
+    # A parameter that is not trained: nothing of it is in the checkpoint.
+    stored = load_file(base / "model.safetensors")
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    save_file(stored | {frozen: stored[frozen][::-1].copy()}, base / "model.safetensors")
+    refused("other weights in the parameters that are not trained")
+    with pytest.raises(CheckpointError, match="is no longer the model"):
+        to_hf(run, tmp_path / "out", say=lambda _: None)
+
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    description = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(description | {"rope_theta": 5e5}))
+    refused("rope_theta 10000.0 -> 500000.0")
+
+    (base / "config.json").write_text(json.dumps(description))
+    to_hf(run, tmp_path / "out", say=lambda _: None)
 
 
 def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(write_config, tmp_path):

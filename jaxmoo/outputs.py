@@ -1,0 +1,60 @@
+"""Where a command writes: paths as people type them, and whether anything can be written there."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from jaxmoo.errors import ConfigError
+
+__all__ = ["check_writable", "typed_path"]
+
+
+def typed_path(text: str) -> Path:
+    """Return the path that a person means; a shell leaves the ``~`` of ``--output=~/a`` as it is.
+
+    Example:
+      >>> typed_path("~/runs") == Path.home() / "runs"
+      True
+    """
+    return Path(text).expanduser()
+
+
+def check_writable(directory: Path, setting: str) -> None:
+    """Raise unless files can be written to a directory; it is left as it was, also if not there.
+
+    Args:
+      directory: where; need not exist.
+      setting: what names it, as errors begin.
+
+    Raises:
+      ConfigError: it is a file, cannot be made, or takes no files.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     check_writable(Path(folder) / "a" / "b", "output")
+      ...     print(list(Path(folder).iterdir()))
+      []
+    """
+    made: list[Path] = []
+    try:
+        for path in reversed([directory, *directory.parents]):
+            if not path.exists():
+                path.mkdir(exist_ok=True)
+                made.append(path)
+        if not directory.is_dir():
+            raise ConfigError(f"{setting}: {directory} is a file; name a directory.")
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: nothing can be written to {directory}: {error.strerror}. Choose another "
+            "place."
+        ) from error
+    finally:
+        for path in reversed(made):
+            # Someone else may have begun to use it.
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,127 @@
+"""The model that a run leaves in its directory: written once, and looked after from then on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxmoo.digests import DIGESTS, damaged_files, files_below, read_digests
+from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.hf import save_adapter, save_model
+from jaxmoo.hf.directory import first_process, written_files
+from jaxmoo.hf.generation import left_to_callers
+from jaxmoo.models import merge_adapters
+from jaxmoo.train.card import adapter_card, public_name, run_card
+from jaxmoo.train.config import Config
+from jaxmoo.train.data import read_template
+from jaxmoo.train.directory import RunDirectory
+from jaxmoo.train.distributed import barrier, from_first, is_first
+from jaxmoo.train.job import Job
+
+__all__ = ["check_exports", "export"]
+
+_CARD = "README.md"
+
+
+def check_exports(config: Config, directory: RunDirectory) -> None:
+    """Raise if a run that is still to be trained would have to delete what is not its own.
+
+    Raises:
+      ConfigError: names the files.
+      CheckpointError: what is recorded of an earlier end is damaged.
+    """
+    exported, steps = directory.exported_step(), directory.steps()
+    if exported is not None and steps and steps[-1] >= config.train.steps:
+        return
+    for path in _wanted(config, directory):
+        _check_own(path)
+
+
+def export(job: Job, params: Any, step: int) -> None:
+    """Write the model, unless it is there already, whole.
+
+    Args:
+      job: the run.
+      params: the trained parameters.
+      step: the steps that they have behind them.
+
+    Raises:
+      CheckpointError: the model that is there is damaged, or it cannot be written.
+      ConfigError: another's files are in the way.
+    """
+    directory, config = job.directory, job.config
+    recorded = directory.exported_step() == step
+    ending = job.setup.ending
+    stop = () if ending is None else (ending,)
+    for path in _wanted(config, directory):
+        if from_first(recorded and path.is_dir() and any(path.iterdir())):
+            first_process(lambda path=path: _check_whole(path))
+            continue
+        if is_first() and recorded:
+            job.say(f"{path} is gone, or empty: the model is exported again.")
+        first_process(lambda path=path: _remove(path))
+        barrier("nothing is in the way of the export")
+        model = job.setup.merge(params, job.setup.frozen)
+        card = run_card(directory, config, step)
+        if path == directory.adapter:
+            base = public_name(config.model.source)
+            save_adapter(model, path, base_model=base, card=adapter_card(card))
+            job.say(f"Exported the adapters to {path} (PEFT format).")
+            if note := left_to_callers(job.setup.source, stop):
+                job.say(f"Note: {note}")
+        else:
+            merge_adapters(model)
+            save_model(
+                model,
+                path,
+                source=job.setup.source,
+                card=card,
+                chat_template=read_template(config.data.chat_template),
+                stop=stop,
+            )
+            job.say(f"Exported to {path} (Hugging Face format).")
+
+
+def _wanted(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+    if not config.export:
+        return ()
+    merged, adapter = directory.export, directory.adapter
+    return {"merged": (merged,), "adapter": (adapter,), "both": (merged, adapter)}[
+        config.lora.export
+    ]
+
+
+def _check_whole(path: Path) -> None:
+    problems = damaged_files(path, written_files(path))
+    if problems:
+        raise CheckpointError(
+            f"{path} is no longer what this run exported: {', '.join(problems[:5])}. Remove that "
+            "directory, or move it away if you have changed it on purpose, and give the same "
+            "command again: the model is exported anew."
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove an earlier export; nothing else."""
+    _check_own(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_own(path: Path) -> None:
+    """Raise unless a directory holds only what a run exported, as it was."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"output: {path} is in the way of the export. Move it away.")
+    digests = read_digests(path)
+    own = set() if digests is None else {*digests.files, DIGESTS}
+    others = [name for name in files_below(path) if name not in own]
+    # It is there for people to edit.
+    if digests is not None and _CARD in digests.files and (path / _CARD).exists():
+        others += damaged_files(path, {_CARD: digests.files[_CARD]})
+    if others:
+        raise ConfigError(
+            f"output: {path} is where the model is exported to, but holds what no run has written "
+            f"there: {', '.join(others[:5])}. Move that directory away."
+        )
