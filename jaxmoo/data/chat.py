@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import jinja2
+from typing import Any, NamedTuple
 
 from jaxmoo.data.example import Example
+from jaxmoo.data.template import ChatTemplate
 from jaxmoo.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 Messages = Sequence[Mapping[str, Any]]
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # The most characters of a reply that a generation prompt may hold, such as "<think>\n".
 _OPENING = 64
@@ -56,85 +49,46 @@ class Conversation(NamedTuple):
       example: the example.
       text: the rendered conversation.
       turns: the replies that are learnt, in order.
+      marked: where what the template marks as generated (``{% generation %}``) begins and ends, in
+        characters.
     """
 
     example: Example
     text: str
     turns: list[Turn]
+    marked: list[tuple[int, int]]
 
 
-def locate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Conversation]:
-    """Render conversations and say where the replies lie that are learnt.
+def locate(example: Example, template: ChatTemplate) -> Conversation:
+    """Render a conversation and say where the replies lie that are learnt.
 
     These are the assistant turns that follow another message and say something: nothing leads to a
     first message, and an empty turn teaches nothing but to stop.
 
     Args:
-      examples: conversations; no plain text.
-      tokenizer: its chat template is used.
+      example: a conversation; no plain text.
+      template: renders it.
 
     Raises:
-      DataError: there is no template, it cannot render a conversation, its generation prompt is
-        not how a reply begins, or it changes what a reply says.
+      DataError: naming the place, when the template cannot render the conversation, its generation
+        prompt is not how a reply begins, or it changes what a reply says.
     """
-    check_template(tokenizer)
-    texts = _render(tokenizer, [(e, e.messages) for e in examples])
-    wanted = [
-        (number, at)
-        for number, example in enumerate(examples)
-        for at, message in enumerate(example.messages)
-        if at and message["role"] == "assistant" and _says_something(message)
-    ]
-    of = [examples[number] for number, _ in wanted]
-    before = [e.messages[:at] for e, (_, at) in zip(of, wanted, strict=True)]
-    prompts = _render(tokenizer, list(zip(of, before, strict=True)), add_generation_prompt=True)
-    holders = [_placeholder(e.messages) for e in of]
-    held = _render(
-        tokenizer,
-        [
-            (e, [*e.messages[:at], _bare(holder), *e.messages[at + 1 :]])
-            for e, (_, at), holder in zip(of, wanted, holders, strict=True)
-        ],
-    )
-    # What follows an inner turn is told apart from it by rendering the conversation up to it.
-    inner = [(e, at) for e, (_, at) in zip(of, wanted, strict=True) if at + 1 < len(e.messages)]
-    ends = iter(_render(tokenizer, [(e, e.messages[: at + 1]) for e, at in inner]))
-    found = [Conversation(e, text, []) for e, text in zip(examples, texts, strict=True)]
-    for (number, at), prompt, holder, around in zip(wanted, prompts, holders, held, strict=True):
-        conversation = found[number]
-        messages = conversation.example.messages
-        ended = next(ends) if at + 1 < len(messages) else conversation.text
-        conversation.turns.append(
-            _turn(conversation, messages[at], prompt, around.split(holder), ended)
-        )
-    return found
 
+    def render(messages: Messages, **options: Any) -> str:
+        return template.render(messages, example.tools, place=example.place, **options).text
 
-def assistant_marks(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[list[int], list[int]]]:
-    """Tokens of rendered conversations, and 1 for those that the template marks as generated.
-
-    Nothing where the template has no such marks (``{% generation %}``).
-    """
-    if not examples or not _GENERATION.search(str(tokenizer.chat_template)):
-        return []
-    marked = _apply(
-        tokenizer,
-        [example.messages for example in examples],
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-    )
-    return list(zip(marked["input_ids"], marked["assistant_masks"], strict=True))
-
-
-def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise DataError unless a tokenizer has a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "The tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or "
-            "give a template (data.chat_template, tokenizer.chat_template)."
-        )
+    messages = example.messages
+    text, marked = template.render(messages, example.tools, place=example.place)
+    conversation = Conversation(example, text, [], marked)
+    for at, message in enumerate(messages):
+        if at and message["role"] == "assistant" and _says_something(message):
+            holder = _placeholder(messages)
+            prompt = render(messages[:at], add_generation_prompt=True)
+            around = render([*messages[:at], _bare(holder), *messages[at + 1 :]]).split(holder)
+            # What follows an inner turn is told apart from it by rendering up to it.
+            ended = render(messages[: at + 1]) if at + 1 < len(messages) else text
+            conversation.turns.append(_turn(conversation, message, prompt, around, ended))
+    return conversation
 
 
 def not_a_prefix(conversation: Conversation, turn: Turn) -> DataError:
@@ -232,40 +186,6 @@ def _trimmed(text: str) -> set[str]:
     return {text, text.strip(), text.lstrip(), text.rstrip()}
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[tuple[Example, Messages]],
-    **options: Any,
-) -> list[str]:
-    """Render messages of examples, or say which ones the template refuses and why."""
-    if not conversations:
-        return []
-    try:
-        batch = [messages for _, messages in conversations]
-        return _apply(tokenizer, batch, tokenize=False, **options)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"The chat template is broken, line {error.lineno}: {error}") from None
-    except jinja2.TemplateError as error:
-        failure = error
-    for _, messages in conversations:
-        try:
-            _apply(tokenizer, [messages], tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            shown = [(message["role"], message["content"][:40]) for message in messages]
-            raise DataError(
-                f"The chat template cannot render {shown}: {error}. Change the data, or give "
-                "another template (data.chat_template)."
-            ) from None
-    raise DataError(f"The chat template cannot be used: {failure}")
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Messages], **options: Any
-) -> Any:
-    """Every rendering goes through here."""
-    return tokenizer.apply_chat_template([list(one) for one in conversations], **options)
-
-
 def _no_prefix(conversation: Conversation, prompt: str, reply: str) -> DataError:
     text = conversation.text
     return DataError(
@@ -278,4 +198,5 @@ def _no_prefix(conversation: Conversation, prompt: str, reply: str) -> DataError
 
 
 def _described(example: Example, reply: str) -> str:
-    return f"Language {example.language!r}, reply {reply[:40]!r}"
+    place = f"{example.place}: " if example.place else f"Language {example.language!r}, "
+    return f"{place}reply {reply[:40]!r}"

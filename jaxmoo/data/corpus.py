@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmoo.data.example import Example, normalise
+from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.sources import read_examples
 from jaxmoo.data.split import deduplicate, split_languages
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.data.tokenize import Tokenized, tokenize_good
 from jaxmoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class LanguageReport:
       language: its code.
       seen: whether it is trained on.
       records: examples in the source.
-      skipped: records of the source that are malformed.
+      skipped: records of the source that are malformed, or that the template cannot render.
       duplicates: records dropped because prompt and reply had occurred before.
       leaked: held-out examples dropped because they, or others of their group, are among the
         training examples of another language.
@@ -40,6 +42,7 @@ class LanguageReport:
       truncated: examples of `train` and `held_out` whose reply lost its end.
       dropped: examples of both that had no reply within the sequence length, not counted in
         `train` and `held_out`.
+      spelled: special tokens that texts of both spell, by how often.
       tokens_min, tokens_median, tokens_p95, tokens_max: lengths of the rendered examples of both
         (and the dropped ones) before truncation.
     """
@@ -56,6 +59,7 @@ class LanguageReport:
     replies_in_train: int
     truncated: int
     dropped: int
+    spelled: dict[str, int]
     tokens_min: int
     tokens_median: float
     tokens_p95: float
@@ -75,12 +79,14 @@ class Corpus:
       held_out: per seen and unseen language the examples to evaluate.
       report: per seen and unseen language what became of its records.
       complaints: what is wrong with each malformed record that was left out.
+      special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
     """
 
     train: dict[str, list[Tokenized]] | dict[str, ExampleStream]
     held_out: dict[str, list[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
+    special_tokens: str = "text"
 
     def at_hand(self) -> dict[str, list[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
@@ -118,6 +124,16 @@ class Corpus:
                 *self.complaints[:5],
             ]
             lines += ["..."] * (len(self.complaints) > 5)
+        spelled = Counter[str]()
+        for report in self.report.values():
+            spelled.update(report.spelled)
+        if spelled:
+            found = ", ".join(f"{token} {n:,} times" for token, n in spelled.most_common(5))
+            kind = "the text they are" if self.special_tokens == "text" else "these tokens"
+            lines.append(
+                f"Texts spell special tokens: {found}. They are learnt as {kind} "
+                f"(data.special_tokens={self.special_tokens})."
+            )
         return "\n".join(lines)
 
 
@@ -137,6 +153,7 @@ def load_corpus(
     subset: str | None = None,
     split: str = "train",
     max_malformed: float = 0.0,
+    special_tokens: str = "text",
     cache_dir: Path | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
@@ -154,6 +171,7 @@ def load_corpus(
       sequence_length: the most tokens of an example; the ends of longer replies are cut.
       held_out: the fraction of each seen language's prompts that is kept from training.
       max_held_out: the most examples to evaluate per language; None for all.
+      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
       disjoint_replies: keep every reply on one side of the split, as in `split_examples`. Wanted
         for the built-in corpus, many of whose prompts paraphrase one another.
 
@@ -187,14 +205,21 @@ def load_corpus(
     train: dict[str, list[Tokenized]] = {}
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
+    complaints = list(reading.complaints)
     for language, (examples, skipped) in reading.languages.items():
         divided = split_by_language[language]
         # The limit leaves the rest unused, so that what is trained on does not depend on how much
         # is evaluated.
         parts = {"train": divided.train, "held_out": divided.held_out[:max_held_out]}
-        tokens = {
-            use: tokenize_all(part, tokenizer, sequence_length) for use, part in parts.items()
-        }
+        total = len(examples) + skipped
+        malformed = Malformed(f"language {language!r}", max_malformed, skipped, total)
+        tokens = {}
+        for use, part in parts.items():
+            parts[use], tokens[use] = tokenize_good(
+                part, tokenizer, sequence_length, malformed, special_tokens=special_tokens
+            )
+        bad = len(malformed.complaints)
+        complaints += malformed.complaints
         usable = {use: [t for t in part if t.loss_mask.any()] for use, part in tokens.items()}
         if language in seen:
             train[language] = usable_examples(
@@ -210,13 +235,13 @@ def load_corpus(
             parts,
             tokens,
             usable,
-            records=len(examples),
-            skipped=skipped,
+            records=len(examples) - bad,
+            skipped=skipped + bad,
             duplicates=len(examples) - len(distinct[language]),
             leaked=divided.leaked,
             reserve=len(divided.held_out) - len(parts["held_out"]),
         )
-    return Corpus(train, evaluated, report, tuple(reading.complaints))
+    return Corpus(train, evaluated, report, tuple(complaints), special_tokens)
 
 
 def check_languages_and_length(
@@ -293,6 +318,7 @@ def report_on(
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
         truncated=sum(t.truncated for t in kept),
         dropped=len(everything) - len(kept),
+        spelled=dict(Counter(token for t in everything for token in t.spelled)),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),
         tokens_p95=float(np.percentile(lengths, 95)),

@@ -17,6 +17,8 @@ from jaxmoo.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 # Of one text: far beyond every context, and far below what makes reading it slow or memory short.
 MOST_CHARACTERS = 10_000_000
+# Is set into texts while they are tokenised; Unicode has no such character, so neither has a text.
+MARK = "\ufdd0"
 _DEEPEST = 100
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -74,6 +76,8 @@ def checked_text(value: Any) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"text is not valid Unicode ({error.reason}): {shown(value)}") from None
+    if MARK in value:
+        raise DataError(f"text with U+FDD0, which is no character: {shown(value)}")
     return "" if value.isspace() else value
 
 

@@ -40,6 +40,7 @@ def stream_corpus(
     subset: str | None = None,
     split: str = "train",
     max_malformed: float = 0.0,
+    special_tokens: str = "text",
     say: Callable[[str], None] = print,
 ) -> Corpus:
     """Open the examples of a run, reading no more of them than the held-out ones need.
@@ -62,6 +63,7 @@ def stream_corpus(
       max_scan: records to read at most to find a language's held-out examples.
       columns: as in :func:`~jaxmoo.data.sources.read_examples`, and so are `codes`,
         `language_column`, `subset`, `split` and `max_malformed`.
+      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
       say: called with lines about malformed records that come later.
 
     Returns:
@@ -92,6 +94,7 @@ def stream_corpus(
             name=names[language],
             column=opened.column,
             max_malformed=max_malformed,
+            special_tokens=special_tokens,
             say=say,
         )
         for language, records in opened.streams.items()
@@ -101,8 +104,9 @@ def stream_corpus(
     complaints: list[str] = []
     for language, stream in streams.items():
         scan = _Scan(stream, max_held_out, max_scan)
-        parts = {"train": scan.train if language in seen else [], "held_out": scan.held_out}
-        tokens = {use: stream.tokenise(part) for use, part in parts.items()}
+        found = {"train": scan.train if language in seen else [], "held_out": scan.held_out}
+        parts = {use: [example for example, _ in part] for use, part in found.items()}
+        tokens = {use: [one for _, one in part] for use, part in found.items()}
         usable = {use: [t for t in part if t.loss_mask.any()] for use, part in tokens.items()}
         for use in ("train", "held_out") if language in seen else ("held_out",):
             usable_examples(language, use, parts, usable, held_out, sequence_length)
@@ -121,17 +125,17 @@ def stream_corpus(
             reserve=scan.reserve + (0 if language in seen else len(scan.train)),
         )
     train = {language: streams[language] for language in seen}
-    return Corpus(train, evaluated, report, tuple(complaints))
+    return Corpus(train, evaluated, report, tuple(complaints), special_tokens)
 
 
 class _Scan:
     """The beginning of a stream, up to where enough held-out examples were found."""
 
     def __init__(self, stream: ExampleStream, wanted: int, limit: int) -> None:
-        self.train: list[Example] = []
+        self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
         self.records = self.duplicates = 0
-        found: dict[tuple[str, str], Example] = {}
+        found: dict[tuple[str, str], tuple[Example, Tokenized]] = {}
         place, read = Place(), 0
         while len(found) < wanted:
             if read >= limit:
@@ -143,7 +147,7 @@ class _Scan:
             piece = stream.read(place, limit - read)
             read += piece.passed
             self.train += piece.train
-            new = {example.key: example for example in piece.held_out if example.key not in found}
+            new = {one[0].key: one for one in piece.held_out if one[0].key not in found}
             found |= new
             self.complaints += piece.complaints
             self.records += piece.records

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmoo.data.example import Example
@@ -10,7 +10,7 @@ from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.records import language_of, to_example
 from jaxmoo.data.split import deduplicate, hash_fraction, side_key
 from jaxmoo.data.streams import Position, RecordStream
-from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.data.tokenize import Tokenized, tokenize_good
 from jaxmoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Piece(NamedTuple):
     """The examples of consecutive records.
 
     Attributes:
-      train: those to train on, without duplicates, in the stream's order.
+      train: those to train on and what they are as tokens, without duplicates, in the stream's
+        order.
       held_out: those to evaluate, likewise.
       records: how many well-formed records there were.
       passed: records read in all, those of other languages and malformed ones included.
@@ -47,8 +48,8 @@ class Piece(NamedTuple):
       behind: the place behind them: the beginning, if it is over.
     """
 
-    train: list[Example]
-    held_out: list[Example]
+    train: list[tuple[Example, Tokenized]]
+    held_out: list[tuple[Example, Tokenized]]
     records: int
     passed: int
     complaints: list[str]
@@ -75,6 +76,7 @@ class ExampleStream:
       name: of the language in the source, where records are told apart by `column`.
       column: the column of the language; None where all records are of this one.
       max_malformed: the largest share of the records read so far that may be malformed.
+      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
       say: called with lines about malformed records.
     """
 
@@ -91,6 +93,7 @@ class ExampleStream:
         name: str | None = None,
         column: str | None = None,
         max_malformed: float = 0.0,
+        special_tokens: str = "text",
         say: Callable[[str], None] = print,
     ) -> None:
         self.language, self.size = language, size
@@ -98,6 +101,7 @@ class ExampleStream:
         self._tokenizer, self._length = tokenizer, sequence_length
         self._held_out, self._name, self._column = held_out, name, column
         self._max_malformed, self._say = max_malformed, say
+        self._special_tokens = special_tokens
         self._scanned = self._said = 0
 
     def read(self, place: Place, most: int | None = None) -> Piece:
@@ -126,34 +130,35 @@ class ExampleStream:
                     examples.append(to_example(record, self.language, self._columns))
             except DataError as error:
                 malformed.add(error)
-        malformed.check(place.good + len(examples))
+        position = None if ended else self._records.position()
         distinct = deduplicate(examples)
+        good, tokens = tokenize_good(
+            distinct, self._tokenizer, self._length, malformed, special_tokens=self._special_tokens
+        )
+        records = len(examples) - (len(distinct) - len(good))
+        malformed.check(place.good + records)
         train, held = [], []
-        for example in distinct:
-            (held if hash_fraction(side_key(example)) < self._held_out else train).append(example)
+        for one in zip(good, tokens, strict=True):
+            (held if hash_fraction(side_key(one[0])) < self._held_out else train).append(one)
         return Piece(
             train,
             held,
-            len(examples),
+            records,
             passed,
             malformed.complaints,
             len(examples) - len(distinct),
             ended,
             Place(
-                None if ended else self._records.position(),
-                place.good + len(examples),
+                position,
+                place.good + records,
                 place.bad + len(malformed.complaints),
             ),
         )
 
-    def tokenise(self, examples: Sequence[Example]) -> list[Tokenized]:
-        """Tokenise examples, as :func:`~jaxmoo.data.tokenize.tokenize_all` does."""
-        return tokenize_all(examples, self._tokenizer, self._length)
-
     def training(self, piece: Piece) -> list[Tokenized]:
         """Return what of a piece can be trained on."""
         # The first token of a sequence is predicted from nothing and is never a target.
-        return [t for t in self.tokenise(piece.train) if t.loss_mask[1:].any()]
+        return [tokens for _, tokens in piece.train if tokens.loss_mask[1:].any()]
 
     def scanned(self, records: int) -> None:
         """Note that the faults of so many records at the beginning are known."""

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxmoo.data.chat import (
-    Conversation,
-    Turn,
-    assistant_marks,
-    locate,
-    no_end,
-    not_a_prefix,
-)
-from jaxmoo.data.example import Example
+from jaxmoo.data.chat import Conversation, Turn, locate, no_end, not_a_prefix
+from jaxmoo.data.encode import Encoded, Encoder, lost
+from jaxmoo.data.example import MARK, Example
+from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.template import ChatTemplate
 from jaxmoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,10 +31,12 @@ class Tokenized:
       loss_mask: bool [T]; true on what is learnt: every reply's tokens and its end-of-turn token,
         and what the template puts before a reply behind the generation prompt.
       reply_bytes: UTF-8 length of the replies' text that `tokens` holds and `scored` marks.
-      length: T before truncation.
+      length: T before truncation; at least so much, of a text of more than 250,000
+        characters.
       own: `scored`, where it is not `loss_mask`.
       ended: whether its last reply ends with a special token, cut off or not.
       uneven: whether a reply in the middle of it is rendered otherwise than it would be at the end.
+      spelled: special tokens that its texts spell, every time; learnt as text unless asked for.
     """
 
     tokens: np.ndarray
@@ -48,6 +46,7 @@ class Tokenized:
     own: np.ndarray | None = None
     ended: bool = True
     uneven: bool = False
+    spelled: tuple[str, ...] = ()
 
     @property
     def scored(self) -> np.ndarray:
@@ -72,16 +71,13 @@ class _Turn(NamedTuple):
     uneven: bool = False  # rendered otherwise than as the last one
 
 
-class _Rendered(NamedTuple):
-    """A conversation or text as tokens, with the characters each stands for."""
-
-    example: Example
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenized:
+def tokenize(
+    example: Example,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    *,
+    special_tokens: str = "text",
+) -> Tokenized:
     """Render an example by the tokenizer's chat template and tokenise it.
 
     `tokenize_all` describes how, and does many at once far faster.
@@ -90,6 +86,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, max_length: i
       example: the example.
       tokenizer: a fast tokenizer with a chat template.
       max_length: the most tokens to keep.
+      special_tokens: as in `tokenize_all`.
 
     Returns:
       The tokens and the mask of the replies.
@@ -98,7 +95,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, max_length: i
       DataError: nothing to learn is left within `max_length`, or the template or tokenizer
         cannot be used.
     """
-    result = tokenize_all([example], tokenizer, max_length)[0]
+    (result,) = tokenize_all([example], tokenizer, max_length, special_tokens=special_tokens)
     if result.loss_mask.any():
         return result
     raise DataError(
@@ -108,7 +105,11 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerFast, max_length: i
 
 
 def tokenize_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    *,
+    special_tokens: str = "text",
 ) -> list[Tokenized]:
     """Render examples by the tokenizer's chat template and tokenise them.
 
@@ -123,60 +124,134 @@ def tokenize_all(
     the last reply is cut, for no token is learnt from it. Sequences longer than `max_length` lose
     their end.
 
+    What spells a special token in the data, such as ``<|im_end|>``, is no such token, for it would
+    end a turn or begin one that nobody took; it is tokenised as the text it is.
+
     Plain text is tokenised as the tokenizer does by itself (with a token at its start, if it puts
     one there), ends with the tokenizer's end token, and is learnt whole but for its first token.
 
     Args:
-      examples: of any languages.
+      examples: of one language, or any.
       tokenizer: a fast tokenizer with a chat template; plain text needs none.
       max_length: the most tokens to keep of each.
+      special_tokens: ``tokens`` makes special tokens of all that spells them.
 
     Returns:
       One `Tokenized` per example. Where nothing of any reply's text is left (an empty reply, or a
       prompt as long as `max_length`) its `loss_mask` is false everywhere.
 
     Raises:
-      DataError: the tokenizer has no chat template or gives no character offsets, a rendered
-        prompt is no prefix of the whole rendering, or the template changes a reply's text.
+      DataError: the tokenizer has no chat template, gives no character offsets, or knows less than
+        half of the replies' characters; or, naming the place of an example, the template fails, a
+        rendered prompt is no prefix of the whole rendering, or a reply's text is changed.
+    """
+    strict = Malformed("the examples", 0.0)
+    return tokenize_good(examples, tokenizer, max_length, strict, special_tokens=special_tokens)[1]
+
+
+def tokenize_good(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    malformed: Malformed,
+    *,
+    special_tokens: str = "text",
+) -> tuple[list[Example], list[Tokenized]]:
+    """As `tokenize_all`, without the examples that the template cannot render.
+
+    Args:
+      examples: as in `tokenize_all`, and so are the others.
+      malformed: notes what is wrong with each that is left out.
+
+    Returns:
+      The examples that are left, and one `Tokenized` for each.
+
+    Raises:
+      DataError: there are more of them than `malformed` allows; else as `tokenize_all`.
     """
     if not examples:
-        return []
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer "
-            "(tokenizer.json) is needed."
-        )
+        return [], []
+    encoder = Encoder(tokenizer, special_tokens, max_length)
     chats = [example for example in examples if example.text is None]
     texts = [example for example in examples if example.text is not None]
-    chat_results = iter(_tokenize_chats(chats, tokenizer, max_length) if chats else ())
-    text_results = iter(_tokenize_texts(texts, tokenizer, max_length) if texts else ())
-    return [next(chat_results if example.text is None else text_results) for example in examples]
+    chat_results = iter(_chats(chats, encoder, malformed) if chats else ())
+    text_results = iter(_plain(texts, encoder, malformed) if texts else ())
+    found = [next(chat_results if e.text is None else text_results) for e in examples]
+    good = [one for one in found if one is not None]
+    _check_known(good, tokenizer)
+    tokenized = [
+        dataclasses.replace(_masked(one, max_length), spelled=tuple(encoder.spelled(one.example)))
+        for one in good
+    ]
+    return [one.example for one in good], tokenized
 
 
-def _tokenize_texts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> list[Tokenized]:
-    results = []
-    for rendered in _encode(examples, [e.reply for e in examples], tokenizer, plain=True):
-        ids, offsets = list(rendered.ids), list(rendered.offsets)
-        if ids and tokenizer.eos_token_id not in (None, ids[-1]):
-            ids.append(tokenizer.eos_token_id)
-            offsets.append((len(rendered.text), len(rendered.text)))
+def _placed(example: Example, error: DataError) -> DataError:
+    """An error that names the place of an example."""
+    named = str(error).startswith(example.place)
+    return error if named else DataError(f"{example.place}: {error}")
+
+
+def _raised(found: Any) -> Any:
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
+class _Read(NamedTuple):
+    """An example as tokens, with the replies in it."""
+
+    example: Example
+    encoded: Encoded
+    turns: list[_Turn]
+
+
+def _plain(
+    examples: Sequence[Example], encoder: Encoder, malformed: Malformed
+) -> list[_Read | None]:
+    eos = encoder.tokenizer.eos_token_id
+    results: list[_Read | None] = []
+    texts = [example.reply for example in examples]
+    for example, encoded in zip(examples, encoder.try_encode(texts, plain=True), strict=True):
+        if isinstance(encoded, DataError):
+            malformed.add(_placed(example, encoded))
+            results.append(None)
+            continue
+        ids, offsets = list(encoded.ids), list(encoded.offsets)
+        size = len(encoded.text)
+        if ids and eos not in (None, ids[-1]):
+            ids.append(eos)
+            offsets.append((size, size))
         # A text is a reply to nothing; its first token is predicted by nothing and has no part.
-        whole = _Turn(1, 1, len(ids), offsets[0][1] if ids else 0, len(rendered.text))
-        rendered = rendered._replace(ids=ids, offsets=offsets)
-        results.append(_masked(rendered, [whole] if len(ids) > 1 else [], max_length))
+        whole = _Turn(1, 1, len(ids), offsets[0][1] if ids else 0, size)
+        turns = [whole] if len(ids) > 1 else []
+        results.append(_Read(example, Encoded(encoded.text, ids, offsets), turns))
     return results
 
 
-def _tokenize_chats(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> list[Tokenized]:
-    return [_masked(rendered, turns, max_length) for rendered, turns in _chats(examples, tokenizer)]
+def _check_known(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise where a tokenizer has no tokens for most of what is to be learnt."""
+    unknown = tokenizer.unk_token_id
+    characters = missing = 0
+    for one in examples:
+        whole = [_Turn(0, 0, 0, 0, len(one.encoded.text))] if one.example.text else one.turns
+        for turn in whole:
+            characters += turn.text_end - turn.text_start
+            missing += lost(one.encoded, turn.text_start, turn.text_end, unknown)
+    if missing > characters / 2:
+        language = examples[0].example.language
+        raise DataError(
+            f"The tokenizer loses the text of language {language!r}: it has no tokens "
+            f"for {missing:,} of the {characters:,} characters to learn. Take a model whose "
+            "tokenizer knows the language's script, or mend tokenizer.json."
+        )
 
 
 def reply_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    special_tokens: str = "text",
 ) -> list[np.ndarray]:
     """Return the tokens that lead to every example's last reply, to be continued.
 
@@ -186,6 +261,7 @@ def reply_prompts(
     Args:
       examples: conversations whose last reply is not empty.
       tokenizer: a fast tokenizer with a chat template.
+      special_tokens: as in `tokenize_all`.
 
     Returns:
       int32 [T] each.
@@ -193,14 +269,15 @@ def reply_prompts(
     Raises:
       DataError: as `tokenize_all`.
     """
-    return [
-        np.asarray(rendered.ids[: turns[-1].begin], np.int32)
-        for rendered, turns in _chats(examples, tokenizer)
-    ]
+    found = _chats(examples, Encoder(tokenizer, special_tokens), Malformed("the examples", 0.0))
+    return [np.asarray(one.encoded.ids[: one.turns[-1].begin], np.int32) for one in found]
 
 
 def tokenize_choices(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    special_tokens: str = "text",
 ) -> list[list[Tokenized]]:
     """Tokenise every choice of examples in the reply's place, as lm-evaluation-harness cuts them.
 
@@ -210,6 +287,7 @@ def tokenize_choices(
     Args:
       examples: conversations, each with its `choices`.
       tokenizer: a fast tokenizer with a chat template.
+      special_tokens: as in `tokenize_all`.
 
     Raises:
       DataError: the tokenizer joins what comes before a choice with it; else as `tokenize_all`.
@@ -228,12 +306,13 @@ def tokenize_choices(
         for example in examples
         for choice in example.choices
     ]
-    located = locate(asked, tokenizer)
+    encoder, template = Encoder(tokenizer, special_tokens), ChatTemplate(tokenizer)
+    located = [_located(one, template, encoder) for one in asked]
     texts = [one.text[: one.turns[-1].end] for one in located]
     contexts = [one.text[: one.turns[-1].start].rstrip() for one in located]
     found = []
     for one, ids, context in zip(
-        located, _ids(tokenizer, texts), _ids(tokenizer, contexts), strict=True
+        located, _ids(encoder, texts), _ids(encoder, contexts), strict=True
     ):
         turn, size = one.turns[-1], len(context)
         if ids[:size] != context or len(ids) == size:
@@ -242,43 +321,90 @@ def tokenize_choices(
                 "cannot be told from those of the prompt, because the tokenizer joins them. End "
                 "the chat template's generation prompt with a special token or a new line."
             )
-        scored = len(one.text[turn.start : turn.end].encode())
+        scored = len(one.text[turn.start : turn.end].replace(MARK, "").encode())
         mask = np.arange(len(ids)) >= size
         found.append(Tokenized(np.asarray(ids, np.int32), mask, scored, len(ids)))
     rest = iter(found)
     return [[next(rest) for _ in example.choices] for example in examples]
 
 
+def _located(example: Example, template: ChatTemplate, encoder: Encoder) -> Conversation:
+    """Where replies lie in a conversation, with marks in what spells a special token."""
+    if encoder.as_text and encoder.spelled(example):
+        example = encoder.marked(example)
+    return locate(example, template)
+
+
 def _chats(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[_Rendered, list[_Turn]]]:
-    """Conversations as tokens, with the turns that are learnt."""
-    located = locate(examples, tokenizer)
-    encoded = list(_encode(examples, [one.text for one in located], tokenizer))
-    prompts = iter(_ids(tokenizer, [turn.prompt for one in located for turn in one.turns]))
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    found = []
-    for conversation, rendered in zip(located, encoded, strict=True):
-        turns = []
-        for turn in conversation.turns:
-            prompt = next(prompts)
-            if rendered.ids[: len(prompt)] != prompt:
-                raise not_a_prefix(conversation, turn)
-            turns.append(_turn_of_tokens(conversation, rendered, turn, len(prompt), special))
-        found.append(turns)
-    for i, (ids, marks) in enumerate(assistant_marks(examples, tokenizer)):
-        if ids == encoded[i].ids:
-            found[i] = _as_marked(encoded[i], found[i], marks)
-    return list(zip(encoded, found, strict=True))
+    examples: Sequence[Example], encoder: Encoder, malformed: Malformed
+) -> list[_Read | None]:
+    """Conversations as tokens, with the turns that are learnt; None for those left out."""
+    template = ChatTemplate(encoder.tokenizer)
+    located = []
+    for number, example in enumerate(examples):
+        try:
+            located.append((number, _located(example, template, encoder)))
+        except DataError as error:
+            malformed.add(error)
+    texts = encoder.try_encode([one.text for _, one in located])
+    prompts = [turn.prompt for _, one in located for turn in one.turns]
+    prompts = iter(encoder.try_encode(prompts))
+    found: list[_Read | None] = [None] * len(examples)
+    for (number, one), encoded in zip(located, texts, strict=True):
+        some = [next(prompts) for _ in one.turns]
+        try:
+            turns = _turns(one, _raised(encoded), some, encoder.special)
+            found[number] = _Read(examples[number], encoded, turns)
+        except DataError as error:
+            malformed.add(_placed(examples[number], error))
+    return found
+
+
+def _turns(
+    conversation: Conversation,
+    encoded: Encoded,
+    prompts: Sequence[Encoded | DataError],
+    special: set[int],
+) -> list[_Turn]:
+    """The turns of a conversation that begin where it was tokenised."""
+    turns, size = [], len(encoded.text)
+    for turn, prompt in zip(conversation.turns, prompts, strict=True):
+        if max(turn.start, len(turn.prompt)) >= size:
+            break
+        ids = _raised(prompt).ids
+        if encoded.ids[: len(ids)] != ids:
+            raise not_a_prefix(conversation, turn)
+        if turn.end <= size:
+            turns.append(_turn_of_tokens(conversation, encoded, turn, len(ids), special))
+        else:
+            # Its end was not tokenised, and is cut off in any case.
+            cut = turn._replace(end=size, limit=size, uneven=False)
+            found = _turn_of_tokens(conversation, encoded, cut, len(ids), special)
+            turns.append(found._replace(ended=True))
+    if conversation.marked:
+        turns = _as_marked(encoded, turns, _marks(encoded, conversation.marked))
+    return turns
+
+
+def _marks(rendered: Encoded, marked: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bool per token: whether any of its characters is marked."""
+    inside = np.zeros(len(rendered.text) + 1, np.int64)  # marked characters before each
+    for start, end in marked:
+        inside[start + 1 : end + 1] = 1
+    inside = np.cumsum(inside)
+    starts, ends = np.asarray(rendered.offsets, np.int64).reshape(-1, 2).T
+    return inside[ends] > inside[starts]
 
 
 def _turn_of_tokens(
-    conversation: Conversation, rendered: _Rendered, turn: Turn, start: int, special: set[int]
+    conversation: Conversation, rendered: Encoded, turn: Turn, start: int, special: set[int]
 ) -> _Turn:
     """The tokens of one turn, which is learnt from token `start`."""
     offsets = rendered.offsets
     inside = itertools.takewhile(lambda at: offsets[at][0] < turn.limit, range(start, len(offsets)))
     positions = [at for at in inside if offsets[at][1] <= turn.limit]
+    if not any(offsets[at][1] > turn.start for at in positions):
+        return _Turn(start, start, start, turn.start, turn.end)
     # White space alone belongs to the reply, for tokenizers join it with a word.
     begin = start
     if conversation.text[len(turn.prompt) : turn.start].strip():
@@ -292,7 +418,7 @@ def _turn_of_tokens(
     return found
 
 
-def _as_marked(rendered: _Rendered, turns: list[_Turn], marks: Sequence[int]) -> list[_Turn]:
+def _as_marked(rendered: Encoded, turns: list[_Turn], marks: Sequence[int]) -> list[_Turn]:
     """Leave out what a template does not mark before a reply's text, if it marks every reply.
 
     The end of a turn is learnt whether marked or not: a model has to learn to stop.
@@ -304,7 +430,7 @@ def _as_marked(rendered: _Rendered, turns: list[_Turn], marks: Sequence[int]) ->
             for at in range(turn.start, turn.stop)
             if rendered.offsets[at][1] > turn.text_start and rendered.offsets[at][0] < turn.text_end
         ]
-        if not all(marks[at] for at in said):
+        if not said or not all(marks[at] for at in said):
             return turns
         start = said[0]
         while start > turn.start and marks[start - 1]:
@@ -313,36 +439,13 @@ def _as_marked(rendered: _Rendered, turns: list[_Turn], marks: Sequence[int]) ->
     return marked
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # The template has written every special token, the first included.
-    return tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    return [one.ids for one in encoder.encode(texts)]
 
 
-def _encode(
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    plain: bool = False,
-) -> Iterator[_Rendered]:
-    # A template has written every special token, the first included.
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=plain,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    columns = (examples, texts, encoded["input_ids"], encoded["offset_mapping"])
-    return itertools.starmap(_Rendered, zip(*columns, strict=True))
-
-
-def _masked(rendered: _Rendered, turns: Sequence[_Turn], max_length: int) -> Tokenized:
+def _masked(read: _Read, max_length: int) -> Tokenized:
     """Cut behind the last turn that is left, and mark the turns."""
+    rendered, turns = read.encoded, read.turns
     stop = turns[-1].stop if turns else len(rendered.ids)
     mask = np.zeros(min(stop, max_length), bool)
     own = mask.copy()
@@ -356,7 +459,8 @@ def _masked(rendered: _Rendered, turns: Sequence[_Turn], max_length: int) -> Tok
             kept = end
             # A character cut in the middle of its bytes counts whole.
             text_end = min(turn.text_end, rendered.offsets[end - 1][1])
-            reply_bytes += len(rendered.text[turn.text_start : text_end].encode())
+            said = rendered.text[turn.text_start : text_end]
+            reply_bytes += len(said.replace(MARK, "").encode())
     # With no token left to learn, the whole is kept to be shown in a complaint.
     kept = kept or len(mask)
     return Tokenized(

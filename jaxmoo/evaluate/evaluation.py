@@ -203,6 +203,8 @@ def _questions(
             max_length=max_length,
             new_tokens=settings.new_tokens,
             drop_unusable=settings.skip_empty,
+            max_malformed=settings.data.max_malformed,
+            special_tokens=settings.data.special_tokens,
         )
         for code, part in examples.items()
     }

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxmoo.data.example import Example
+from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.split import hash_fraction
-from jaxmoo.data.tokenize import Tokenized, reply_prompts, tokenize_all, tokenize_choices
+from jaxmoo.data.tokenize import Tokenized, reply_prompts, tokenize_choices, tokenize_good
 from jaxmoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def digest(examples: Sequence[Example]) -> str:
       >>> digest([Example.from_pair("en", "Hi", "Hello")])
       'ec07dd1575380a68'
     """
-    texts = [[*map(dict, e.messages), e.text, e.choices] for e in examples]
+    texts = [
+        [*map(dict, e.messages), e.text, e.choices, *([e.tools] if e.tools else [])]
+        for e in examples
+    ]
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -188,6 +192,8 @@ def prepare_questions(
     max_length: int,
     new_tokens: int = 0,
     drop_unusable: bool = False,
+    max_malformed: float = 0.0,
+    special_tokens: str = "text",
 ) -> Questions:
     """Tokenise one language's examples for every measure that is asked for.
 
@@ -197,13 +203,18 @@ def prepare_questions(
       max_length: the most tokens of a sequence; the ends of longer replies are not scored.
       new_tokens: the most tokens to generate; 0 generates nothing.
       drop_unusable: leave out examples whose reply is empty or begins beyond `max_length`.
+      max_malformed: the largest share of examples that the template may fail to render; they are
+        left out.
+      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
 
     Raises:
       DataError: a reply begins beyond `max_length`, no example is left, or a prompt leaves no room
         for its choices or for what is generated.
     """
     language = examples[0].language
-    replies = tokenize_all(examples, tokenizer, max_length)
+    malformed = Malformed(f"language {language!r}", max_malformed, total=len(examples))
+    options = {"special_tokens": special_tokens}
+    examples, replies = tokenize_good(examples, tokenizer, max_length, malformed, **options)
     usable = [bool(reply.loss_mask[1:].any()) for reply in replies]
     if not all(usable) and not (drop_unusable and any(usable)):
         lengths = [r.length for r, ok in zip(replies, usable, strict=True) if not ok]
@@ -217,11 +228,11 @@ def prepare_questions(
     choices: list[list[Tokenized]] = []
     prompts: list[np.ndarray] = []
     if examples[0].choices:
-        choices = tokenize_choices(examples, tokenizer)
+        choices = tokenize_choices(examples, tokenizer, **options)
         lengths = [len(one.tokens) for some in choices for one in some]
         _check_room(language, lengths, max_length, "choices")
     if new_tokens:
-        prompts = reply_prompts(examples, tokenizer)
+        prompts = reply_prompts(examples, tokenizer, **options)
         _check_room(language, [len(p) + new_tokens for p in prompts], max_length, "new tokens")
     return Questions(examples, replies, choices, prompts)
 

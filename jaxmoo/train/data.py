@@ -61,6 +61,7 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
         "subset": data.subset,
         "split": data.split,
         "max_malformed": data.max_malformed,
+        "special_tokens": data.special_tokens,
     }
     if data.streaming:
         options |= {"shuffle_buffer": data.shuffle_buffer, "max_scan": data.max_scan, "say": say}

@@ -92,6 +92,12 @@ class DataConfig:
         "and reported. At 0 the first one is an error.",
         within=_FRACTION,
     )
+    special_tokens: str = setting(
+        "text",
+        "What becomes of a text of the data that spells a special token, such as `<|im_end|>`: it "
+        "is learnt as the text it is, or `tokens` makes a token of it, which may end a turn.",
+        choices=("text", "tokens"),
+    )
     streaming: bool = setting(
         False,
         "Read records while training goes on, in pieces of `shuffle_buffer`, instead of reading, "

@@ -9,6 +9,7 @@ import pytest
 
 from jaxmoo.data.chat import locate
 from jaxmoo.data.example import Example
+from jaxmoo.data.template import ChatTemplate
 from jaxmoo.data.tokenize import reply_prompts, tokenize, tokenize_choices
 from jaxmoo.errors import DataError
 
@@ -83,7 +84,7 @@ def test_equal_texts_are_told_apart(tokenizer):
         {"role": "assistant", "content": "Ciao"},
         *chat("Ciao", "Ciao", "assistant", "assistant", "Ciao", "Ciao"),
     ]
-    (found,) = locate([Example.from_messages("it", messages)], tokenizer)
+    found = locate(Example.from_messages("it", messages), ChatTemplate(tokenizer))
     assert [found.text[turn.start : turn.end] for turn in found.turns] == [
         "Ciao",
         "assistant",

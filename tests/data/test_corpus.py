@@ -95,6 +95,45 @@ def test_nothing_needs_to_be_held_out(folder, tokenizer):
     assert list(corpus.held_out) == ["de"]
 
 
+PICKY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content == 'en 7?' %}{{ 1 / 0 }}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_a_template_cannot_render_is_malformed(folder, make_tokenizer):
+    tokenizer = make_tokenizer(PICKY)
+    complaint = r"en\.jsonl:8: the chat template cannot render .*ZeroDivisionError"
+    with pytest.raises(DataError, match=complaint):
+        load(folder, tokenizer)
+    with pytest.raises(DataError, match=rf"{complaint}.*\n.* 1 of the 60 records of language 'en'"):
+        load(folder, tokenizer, max_malformed=0.01)
+    corpus = load(folder, tokenizer, max_malformed=0.02)
+    report = corpus.report["en"]
+    assert (report.records, report.skipped) == (59, 1) and report.train + report.held_out == 59
+    assert "en.jsonl:8" in corpus.complaints[0] and corpus.complaints[0] in corpus.table()
+
+
+def test_too_many_failures_of_a_template_end_reading_before_the_last(folder, make_tokenizer):
+    # Each takes a second.
+    slow = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match="malformed are 2 of the 60"):
+        load(folder, make_tokenizer(slow + PICKY), max_malformed=0.02)
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_special_tokens_that_texts_spell_are_counted_and_shown(kind, folder, tokenizer):
+    pairs = [(f"en {i}?", f"reply {i}") for i in range(60)]
+    write(folder, "en", [*pairs, ("a", "ok<|im_end|>\n<|im_start|>user\nb<|im_end|>")])
+    corpus = load(folder, tokenizer, special_tokens=kind)
+    assert corpus.report["en"].spelled == {"<|im_end|>": 2, "<|im_start|>": 1}
+    assert corpus.report["fa"].spelled == {}
+    assert "spell special tokens: <|im_end|> 2 times, <|im_start|> 1 times" in corpus.table()
+    assert f"data.special_tokens={kind}" in corpus.table()
+    assert "special tokens" not in load(folder, tokenizer, seen=["fa"]).table()
+
+
 def test_the_report_counts_everything(folder, tokenizer):
     pairs = [(f"en {i}?", f"reply {i % 7}") for i in range(40)]
     pairs += [(" en  1? ", "reply 1"), ("long?", "very " * 200), ("long? " * 100, "short")]

@@ -132,6 +132,27 @@ def test_only_what_is_needed_is_read(folder, stream):
         stream(folder, max_malformed=0.01, shuffle_buffer=100)
 
 
+def test_what_a_template_cannot_render_is_malformed_in_a_stream_too(folder, make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.content.startswith('en 40?') %}{{ 1 / 0 }}{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    options = {"seen": ["en", "fa"], "sequence_length": LENGTH, "held_out": 0.3}
+    options |= {"max_held_out": 2, "shuffle_buffer": 16}
+    said = []
+    corpus = stream_corpus(str(folder), tokenizer, max_malformed=0.1, say=said.append, **options)
+    batches = batches_of(corpus)
+    step = 0
+    while batches.epochs(step)["en"] < 1:
+        batches.batch(step := step + 1)
+    assert batches.malformed()["en"] >= 1 and "en.jsonl:41: the chat template" in said[0]
+    batches = batches_of(stream_corpus(str(folder), tokenizer, **options))
+    with pytest.raises(DataError, match=r"en\.jsonl:41: .*ZeroDivisionError"):
+        for step in range(100):
+            batches.batch(step)
+
+
 @pytest.mark.parametrize("kind", ["jsonl.gz", "csv", "csv.zst", "parquet", "one table"])
 def test_from_any_step_a_run_goes_on_with_the_same_batches(kind, stream, tmp_path):
     options = {}

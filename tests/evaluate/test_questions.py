@@ -119,6 +119,20 @@ def test_what_cannot_be_scored_is_an_error_or_left_out(tokenizer):
         prepare_questions(labelled, tokenizer, max_length=30)
 
 
+def test_what_a_template_cannot_render_is_left_out_as_in_training(tokenizer):
+    options = {"max_length": 64, "max_malformed": 0.4}
+    examples = pairs("en", "yes", "no", "no")
+    template = "{% if messages[0].content == 'en 1' %}{{ 1 / 0 }}{% endif %}"
+    tokenizer.chat_template, before = template + tokenizer.chat_template, tokenizer.chat_template
+    try:
+        asked = prepare_questions(examples, tokenizer, **options)
+        assert asked.examples == [examples[0], examples[2]] and len(asked.replies) == 2
+        with pytest.raises(DataError, match=r"ZeroDivisionError.*\n.*1 of the 3 records"):
+            prepare_questions(examples, tokenizer, **(options | {"max_malformed": 0.3}))
+    finally:
+        tokenizer.chat_template = before
+
+
 def test_of_parallel_examples_the_same_are_chosen():
     data = {code: pairs(code, *"abcdefgh", group=True) for code in ("en", "fa")}
     chosen = {code: [e.group for e in choose_some(part, 3)] for code, part in data.items()}
