@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.parameters import check_number, reusable
@@ -16,7 +18,7 @@ class CrMogmState(NamedTuple):
     """State of one block."""
 
     inner: Any  # state of the smoothed method
-    average: jax.Array  # [K] running mean of the weights, started at 0
+    average: jax.Array  # [K] running mean of the weights, started at 0 unless weights are given
     remaining: jax.Array  # [K] weight of that 0 in the mean, as in Adam's debiasing
     total: jax.Array  # [] running mean of the weights' sum
     total_remaining: jax.Array  # [] likewise
@@ -24,7 +26,10 @@ class CrMogmState(NamedTuple):
 
 @reusable
 def cr_mogm(
-    aggregator: str | Aggregator = "mgda", *, momentum: float | jax.Array = 0.9
+    aggregator: str | Aggregator = "mgda",
+    *,
+    momentum: float | jax.Array = 0.9,
+    initial: Sequence[float] | None = None,
 ) -> Aggregator:
     """Correlation-reduced stochastic multi-objective gradients: smooth any method's weights.
 
@@ -35,20 +40,22 @@ def cr_mogm(
     Keeps: permutation equivariance and degree of the inner method. A running mean of weights need
     not keep its non-conflict.
 
-    Departures: the mean is debiased as in Adam, so the first step uses the inner method's weights
-    and not an arbitrary start. An absent objective's mean stays as it is, and the others take over
-    its weight in proportion.
+    Departures: unless it starts from ``initial`` weights, the mean is debiased as in Adam, so the
+    first step uses the inner method's weights and not an arbitrary start. An absent objective's
+    mean stays as it is, and the others take over its weight in proportion.
 
     Args:
       aggregator: the method whose weights are smoothed; a name, or an aggregator that is a function
         of the Gram matrix and has degree 0 in it.
       momentum: weight of the past, from 0 to 1. May be traced.
+      initial: ``[K]`` weights, at least 0, that the mean starts from; None: it has no past.
 
     Returns:
       The aggregator. It keeps ``2 K + 2`` numbers per block besides the inner state.
 
     Raises:
-      ConfigError: if the inner method cannot be smoothed or the momentum is out of range.
+      ConfigError: if the inner method cannot be smoothed, or the momentum or the initial weights
+        are out of range.
 
     References:
       Zhou et al., *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
@@ -77,7 +84,24 @@ def cr_mogm(
             "function of the Gram matrix and do not change with its scale."
         )
 
+    given = None if initial is None else np.asarray(initial, np.float64)
+    if given is not None and (
+        given.ndim != 1 or not np.isfinite(given).all() or (given < 0).any() or not given.any()
+    ):
+        raise ConfigError(
+            "cr_mogm: expected initial weights >= 0, one per objective and not all 0, found "
+            f"{initial!r}."
+        )
+
     def init(num_objectives):
+        if given is not None:
+            return CrMogmState(
+                inner=inner.init(num_objectives),
+                average=jnp.asarray(given, float),
+                remaining=jnp.zeros(len(given)),
+                total=jnp.asarray(given.sum(), float),
+                total_remaining=jnp.zeros(()),
+            )
         return CrMogmState(
             inner=inner.init(num_objectives),
             average=jnp.zeros(num_objectives),
@@ -87,6 +111,11 @@ def cr_mogm(
         )
 
     def weigh(gram, active, preference, state, key):
+        if state.average.shape != active.shape:
+            raise ConfigError(
+                f"cr_mogm was given {len(state.average)} initial weights, but there are "
+                f"{len(active)} objectives."
+            )
         weights, inner_state = inner.weigh(gram, active, preference, state.inner, key)
         weights = jnp.where(active, weights, 0.0)
 

@@ -34,9 +34,9 @@ def fairgrad(
     Preferences, which the paper does not have, weight the utilities.
 
     Args:
-      alpha: fairness exponent, from 0.5 to 5: beyond, shares differ by more than a float32 solve can
-        hold. Smaller ones would tend to ``dualproj``, larger ones to ``mgda``'s worst case. May be
-        traced.
+      alpha: fairness exponent, from 0.5 to 5: beyond, weights differ by more than a float32 solve
+        can hold. Smaller ones would tend to ``dualproj``, larger ones to the best worst case. May
+        be traced.
       scale: ``"mean"`` or ``"published"``.
       iterations: most Newton steps; None: enough for alpha, 30 up to 2 and 100 above. About 8 are
         needed where the hull of the gradients does not reach the origin.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
+from jaxmoo.errors import ConfigError
 
 
 @reusable
 def graddrop(
-    leak: float | jax.Array = 0.0, *, reduction: Literal["mean", "sum"] = "mean"
+    leak: float | Sequence[float] | jax.Array = 0.0, *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Aggregator:
     """Gradient sign dropout.
 
@@ -32,7 +35,8 @@ def graddrop(
     weight the gradients.
 
     Args:
-      leak: share of a dropped gradient that passes, from 0 to 1. May be traced.
+      leak: share of a dropped gradient that passes, from 0 to 1; one number, or one per objective
+        ``[K]``. May be traced.
       reduction: ``"mean"``, or ``"sum"`` for the published scale.
 
     Returns:
@@ -51,16 +55,24 @@ def graddrop(
       >>> aggregate(graddrop(), jnp.array([[2.0, 2.0], [4.0, 0.0]]), key=jax.random.key(0)).tolist()
       [3.0, 1.0]
     """
-    check_number("graddrop", "leak", leak, low=0, high=1)
+    for share in [leak] if np.ndim(leak) == 0 else leak:
+        check_number("graddrop", "leak", share, low=0, high=1)
     check_choice("graddrop", "reduction", reduction, ("mean", "sum"))
 
     def combine(jacobian, active, preference, uniform):
+        passes = jnp.asarray(leak, jacobian.dtype)
+        if passes.shape not in ((), active.shape):
+            raise ConfigError(
+                f"graddrop: expected a leak for each of the {len(active)} objectives, or one for "
+                f"all; found an array of shape {passes.shape}."
+            )
+        passes = jnp.broadcast_to(passes, active.shape)[:, None]
         pulls = preference[:, None] * jacobian
         total = jnp.sum(jnp.abs(pulls), axis=0)
         purity = jnp.sum(pulls, axis=0) / jnp.where(total > 0, total, 1.0)
         positive = uniform < (1 + purity) / 2
         kept = jnp.where(positive, pulls > 0, pulls < 0)
-        return jnp.sum(jnp.where(kept, pulls, leak * pulls), axis=0)
+        return jnp.sum(jnp.where(kept, pulls, passes * pulls), axis=0)
 
     def weigh(gram, active, preference, state, key):
         return preference, state

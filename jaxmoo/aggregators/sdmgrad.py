@@ -18,6 +18,7 @@ def sdmgrad(
     *,
     gamma: float | jax.Array = 0.1,
     iterations: int = 20,
+    momentum: float | jax.Array = 0.0,
 ) -> Aggregator:
     """Stochastic direction-oriented multi-objective gradient descent.
 
@@ -40,6 +41,8 @@ def sdmgrad(
       lambda_: pull towards the mean, at least 0. May be traced.
       gamma: step size of the weights, at least 0. May be traced.
       iterations: inner steps.
+      momentum: of the inner steps, from 0 to 1 (the authors' code has 0.5); each resolution starts
+        anew. May be traced.
 
     Returns:
       The aggregator. It keeps K weights per block.
@@ -62,17 +65,19 @@ def sdmgrad(
     """
     check_number("sdmgrad", "lambda_", lambda_, low=0)
     check_number("sdmgrad", "gamma", gamma, low=0)
+    check_number("sdmgrad", "momentum", momentum, low=0, high=1, open_high=True)
     check_number("sdmgrad", "iterations", iterations, low=1, whole=True)
 
     def weigh(gram, active, preference, state, key):
-        def step(_, weights):
-            slope = matvec(products, weights + pull * preference)
-            return simplex_step.project(weights - rate * slope, active)
+        def step(_, carry):
+            weights, velocity = carry
+            velocity = keeps * velocity + matvec(products, weights + pull * preference)
+            return simplex_step.project(weights - rate * velocity, active), velocity
 
         products = simplex_step.relative(gram)
-        pull, rate = jnp.asarray(lambda_, gram.dtype), jnp.asarray(gamma, gram.dtype)
+        pull, rate, keeps = (jnp.asarray(x, gram.dtype) for x in (lambda_, gamma, momentum))
         start = simplex_step.restrict(state, active)
-        weights = lax.fori_loop(0, iterations, step, start)
+        weights, _ = lax.fori_loop(0, iterations, step, (start, jnp.zeros_like(start)))
         state = simplex_step.merge(state, weights, active)
         return (weights + pull * preference) / (1 + pull), state
 

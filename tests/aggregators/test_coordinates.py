@@ -10,6 +10,7 @@ import pytest
 from aggregators.families import KEY, LABELS, STACK, K, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, combine_block
+from jaxmoo.errors import ConfigError
 
 RULES = {
     "graddrop": aggregators.graddrop(),
@@ -109,6 +110,34 @@ def test_graddrop_leaks():
     assert update in (pytest.approx((3 - 0.5) / 2), pytest.approx((1.5 - 1) / 2))
     everything = aggregate(aggregators.graddrop(1.0), j, key=KEY)
     np.testing.assert_allclose(everything, j.mean(0))
+
+
+def test_graddrop_leaks_of_every_objective_its_own_share():
+    """By the rule written out for one coordinate after another."""
+    rng = np.random.default_rng(0)
+    j, uniform = rng.standard_normal((K, 50)), rng.uniform(size=50)
+    leak = np.linspace(0, 1, K)
+    total = np.zeros(50)
+    for column in range(50):
+        purity = (1 + j[:, column].sum() / np.abs(j[:, column]).sum()) / 2
+        winner = 1 if uniform[column] < purity else -1
+        for row in range(K):
+            kept = np.sign(j[row, column]) == winner
+            total[column] += (1 if kept else leak[row]) * j[row, column]
+    for given in (leak, leak.tolist(), tuple(leak)):
+        found = combine_block(
+            aggregators.graddrop(given, reduction="sum"),
+            jnp.asarray(j, jnp.float32),
+            uniform=jnp.asarray(uniform, jnp.float32),
+        )
+        np.testing.assert_allclose(found, total, rtol=1e-5, atol=1e-6)
+
+
+def test_leaks_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"leak to be a number in \[0, 1\], found 1.5"):
+        aggregators.graddrop([0.0, 1.5])
+    with pytest.raises(ConfigError, match="a leak for each of the 3 objectives"):
+        aggregate(aggregators.graddrop([0.0, 1.0]), jnp.ones((3, 2)), key=KEY)
 
 
 def test_graddrop_sum_is_published():

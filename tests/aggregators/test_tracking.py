@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from aggregators.families import STACK, quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import cross_gram, gram, weigh_block
+from jaxmoo.errors import ConfigError
 
 J = np.asarray(STACK[0, :3], np.float64)
 GRAM = gram(jnp.asarray(J, jnp.float32))
@@ -51,6 +52,24 @@ def test_cr_mogm_is_a_debiased_running_mean():
         past = 0.5 ** np.arange(t)[::-1]
         expected = (past / past.sum()) @ np.stack(singles)
         np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+def test_cr_mogm_starts_from_given_weights():
+    """``w_1 = m w_0 + (1 - m) w(G_1)``, as published."""
+    initial = np.array([0.7, 0.2, 0.1])
+    method = aggregators.cr_mogm("mgda", momentum=0.8, initial=initial)
+    expected, single = initial, np.asarray(weigh(aggregators.mgda(), GRAM, ())[0])
+    weights, _ = run(method, GRAM, 3)
+    for found in weights:
+        expected = 0.8 * expected + 0.2 * single
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_initial_weights_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="expected initial weights >= 0"):
+        aggregators.cr_mogm("mgda", initial=[1.0, -1.0])
+    with pytest.raises(ConfigError, match="given 2 initial weights, but there are 3 objectives"):
+        weigh_block(aggregators.cr_mogm("mgda", initial=[0.5, 0.5]), GRAM)
 
 
 def test_cr_mogm_without_momentum_is_the_method_itself():
@@ -94,6 +113,30 @@ def test_sdmgrad_solves_its_regularised_problem():
         options={"ftol": 1e-14},
     ).x
     np.testing.assert_allclose(weights[-1], (exact + lam * p) / (1 + lam), atol=1e-3)
+
+
+def test_sdmgrad_has_momentum_within_a_step():
+    """By the recursion on the products themselves."""
+    products, lam, p = J @ J.T, 0.3, np.full(3, 1 / 3)
+    products = products / np.abs(products).max()
+    w = p
+    for expected_steps in range(3):  # the weights are kept from one to the next, the speed is not
+        velocity = 0
+        for _ in range(4):
+            velocity = 0.5 * velocity + products @ (w + lam * p)
+            w = project_on_simplex(w - 0.2 * velocity)
+        method = aggregators.sdmgrad(lam, gamma=0.2, iterations=4, momentum=0.5)
+        weights, _ = run(method, GRAM, expected_steps + 1)
+        np.testing.assert_allclose(weights[-1], (w + lam * p) / (1 + lam), rtol=1e-4)
+
+
+def project_on_simplex(v: np.ndarray) -> np.ndarray:
+    """By bisection on the amount taken from every coordinate."""
+    low, high = v.min() - 1, v.max()
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(v - middle, 0).sum() > 1 else (low, middle)
+    return np.maximum(v - low, 0)
 
 
 def test_two_batches_remove_the_noise_of_the_products():
@@ -182,6 +225,7 @@ def test_tracker_and_moco_work_in_a_chain():
         lambda: aggregators.moco(gamma=-1.0),
         lambda: aggregators.sdmgrad(-0.1),
         lambda: aggregators.sdmgrad(iterations=0),
+        lambda: aggregators.sdmgrad(momentum=1.0),
     ],
 )
 def test_bad_parameters_are_refused(make):
