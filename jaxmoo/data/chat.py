@@ -70,8 +70,9 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
       template: renders it.
 
     Raises:
-      DataError: naming the place, when the template cannot render the conversation, its generation
-        prompt is not how a reply begins, or it changes what a reply says.
+      DataError: naming the place, when the template cannot render the conversation or leaves out
+        something of it, its generation prompt is not how a reply begins, or it changes what a reply
+        says.
     """
 
     def render(messages: Messages, **options: Any) -> str:
@@ -79,6 +80,7 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
 
     messages = example.messages
     text, marked = template.render(messages, example.tools, place=example.place)
+    _check_shown(example, template, text)
     conversation = Conversation(example, text, [], marked)
     for at, message in enumerate(messages):
         if at and message["role"] == "assistant" and _says_something(message):
@@ -89,6 +91,38 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
             ended = render(messages[: at + 1]) if at + 1 < len(messages) else text
             conversation.turns.append(_turn(conversation, message, prompt, around, ended))
     return conversation
+
+
+def _check_shown(example: Example, template: ChatTemplate, text: str) -> None:
+    """Raise where the template would render a conversation just so without something it has."""
+
+    def check(what: str, messages: Messages, tools: Messages) -> None:
+        try:
+            seen = template.render(messages, tools).text != text
+        except DataError:
+            seen = True
+        if not seen:
+            raise DataError(
+                f"{_placed(example)}the chat template shows nothing of {what}. Give one that does "
+                "(data.chat_template), or take it out of the data."
+            )
+
+    messages, tools = example.messages, example.tools
+    if tools:
+        check("the record's tools", messages, ())
+    beside: dict[str, int] = {}
+    for at, message in enumerate(messages):
+        for key, value in message.items():
+            # A weight of 0 says something, an empty list of calls nothing.
+            if key not in ("role", "content") and value not in ("", [], (), {}):
+                beside.setdefault(key, at)
+    for key, at in beside.items():
+        without = [{k: v for k, v in message.items() if k != key} for message in messages]
+        check(f"{key!r} in message {at} ({messages[at]['role']})", without, tools)
+    for at, message in enumerate(messages):
+        if message["content"].strip() not in text:
+            without = [*messages[:at], {**message, "content": ""}, *messages[at + 1 :]]
+            check(f"the content of message {at} ({message['role']})", without, tools)
 
 
 def not_a_prefix(conversation: Conversation, turn: Turn) -> DataError:
@@ -198,5 +232,8 @@ def _no_prefix(conversation: Conversation, prompt: str, reply: str) -> DataError
 
 
 def _described(example: Example, reply: str) -> str:
-    place = f"{example.place}: " if example.place else f"Language {example.language!r}, "
-    return f"{place}reply {reply[:40]!r}"
+    return f"{_placed(example)}reply {reply[:40]!r}"
+
+
+def _placed(example: Example) -> str:
+    return f"{example.place}: " if example.place else f"Language {example.language!r}, "

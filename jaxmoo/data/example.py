@@ -305,6 +305,12 @@ class Example:
         return self.messages[-1]["content"] if self.text is None else self.text
 
     @property
+    def says_more(self) -> bool:
+        """Whether the last assistant turn has more than its text, such as calls of tools."""
+        last = self.messages[-1] if self.messages else {}
+        return any(value for key, value in last.items() if key not in ("role", "content"))
+
+    @property
     def prompt_key(self) -> str:
         """What is given: role and normalised text of every message before the reply.
 

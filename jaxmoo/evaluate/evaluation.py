@@ -188,6 +188,13 @@ def _questions(
                 "--choices and --generate need prompts and replies, but the data of "
                 f"{', '.join(plain)} is plain text, of which only the likelihood can be scored."
             )
+        more = [code for code, part in examples.items() if any(e.says_more for e in part)]
+        if more:
+            raise DataError(
+                "--choices and --generate compare texts, but some replies in the data of "
+                f"{', '.join(more)} have more than text (tool_calls, reasoning_content, ...): only "
+                "their likelihood can be scored."
+            )
     if not settings.skip_empty:
         check_references(examples)
     if settings.choices is not None:

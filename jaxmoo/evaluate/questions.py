@@ -99,7 +99,9 @@ def check_references(examples: Mapping[str, Sequence[Example]]) -> None:
     Raises:
       DataError: names the languages, and how many.
     """
-    empty = {code: sum(not e.reply for e in part) for code, part in examples.items()}
+    empty = {
+        code: sum(not e.reply and not e.says_more for e in part) for code, part in examples.items()
+    }
     found = [f"{code}: {n} of {len(examples[code])}" for code, n in empty.items() if n]
     if found:
         raise DataError(

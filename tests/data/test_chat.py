@@ -210,3 +210,67 @@ def test_training_reads_what_is_scored_and_more(make_tokenizer):
         assert not (result.scored & ~result.loss_mask).any()
         edges = np.flatnonzero(np.diff([0, *result.scored, 0])).reshape(-1, 2)
         assert len(edges) == 2 and result.loss_mask[edges[:, 1] - 1].all()
+
+
+# What is beside the text
+
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}" + PROMPT
+)
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+CALLED = '<call>{"name": "weather", "arguments": {"city": "Rome"}}</call>'
+
+
+def test_tool_calls_and_thoughts_are_learnt_as_the_template_writes_them(make_tokenizer):
+    tokenizer = make_tokenizer(TOOLS)
+    messages = [
+        {"role": "user", "content": "Rome?", "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "12", "name": "weather"},
+        {"role": "assistant", "content": "Twelve.", "reasoning_content": "12 C"},
+        {"role": "user", "content": "Again."},
+        {"role": "assistant", "content": "Sure.", "tool_calls": [CALL]},
+    ]
+    example = Example.from_messages("en", messages, tools=[{"name": "weather"}])
+    result = tokenize(example, tokenizer, 1024)
+    turns = [f"{CALLED}{CALLED}", "<think>12 C</think>Twelve.", f"Sure.{CALLED}"]
+    assert scored(tokenizer, result) == "".join(f"{turn}<|im_end|>" for turn in turns)
+    assert learnt(tokenizer, result) == scored(tokenizer, result)
+    assert result.reply_bytes == len("".join(turns))
+    whole = tokenizer.apply_chat_template(messages, tools=[{"name": "weather"}], tokenize=False)
+    assert tokenizer.decode(result.tokens) == whole.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("beside", "tools", "what"),
+    [
+        ({"tool_calls": [CALL]}, (), r"'tool_calls' in message 1 \(assistant\)"),
+        ({"reasoning_content": "Hm."}, (), r"'reasoning_content' in message 1 \(assistant\)"),
+        ({"weight": 0}, (), r"'weight' in message 1 \(assistant\)"),
+        ({}, [{"name": "weather"}], "the record's tools"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused_by_name(beside, tools, what, tokenizer):
+    messages = chat("Rome?", "Yes.")
+    messages[1] |= beside
+    example = Example.from_messages("en", messages, tools=tools, place="en.jsonl:5")
+    with pytest.raises(DataError, match=rf"en\.jsonl:5: the chat template shows nothing of {what}"):
+        tokenize(example, tokenizer, 512)
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(make_tokenizer):
+    template = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+    messages = [{"role": "system", "content": "Be kind."}, *chat("a", "b")]
+    with pytest.raises(DataError, match=r"nothing of the content of message 0 \(system\)"):
+        tokenize(Example.from_messages("en", messages), make_tokenizer(template + THINK), 512)
+
+
+def test_keys_that_say_nothing_need_not_be_shown(tokenizer):
+    messages = chat("Rome?", "Yes.")
+    messages[1] |= {"tool_calls": [], "name": None, "reasoning_content": ""}
+    result = tokenize(Example.from_messages("en", messages), tokenizer, 512)
+    assert learnt(tokenizer, result) == "Yes.<|im_end|>"
