@@ -16,10 +16,12 @@ import jax
 
 from jaxmoo.errors import JaxmooError, failed
 from jaxmoo.sizes import parse_size
+from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import load_config
 from jaxmoo.train.plan import plan, shape_of
 
 
+@forgiving_output
 def main() -> int:
     """Run the command; return its exit code: 0 it fits, 1 it does not, 2 bad input."""
     parser = argparse.ArgumentParser(prog="plan.py", description=__doc__.split("\n")[0])

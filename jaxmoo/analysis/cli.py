@@ -9,10 +9,12 @@ from pathlib import Path
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.outputs import typed_path
+from jaxmoo.terminal import forgiving_output
 
 __all__ = ["main"]
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 failed along the way, 2 bad input."""
     options = _parser().parse_args(arguments)

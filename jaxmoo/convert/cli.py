@@ -16,6 +16,7 @@ from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.outputs import typed_path
 from jaxmoo.sizes import parse_size
+from jaxmoo.terminal import forgiving_output
 
 __all__ = ["main"]
 
@@ -30,6 +31,7 @@ _EXAMPLES = """examples:
 """
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 

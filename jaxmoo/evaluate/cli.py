@@ -16,6 +16,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import read_results
 from jaxmoo.hf import resolve_source
 from jaxmoo.outputs import typed_path
+from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.train.directory import RunDirectory
 
@@ -34,6 +35,7 @@ _EXAMPLES = """examples:
 """
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 

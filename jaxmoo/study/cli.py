@@ -14,6 +14,7 @@ from jaxmoo.study.outlook import outlook
 from jaxmoo.study.report import write_report
 from jaxmoo.study.rows import RowStore, check_rows
 from jaxmoo.study.runner import run_missing
+from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.run import InterruptedRunError
 from jaxmoo.train.yaml_text import dump
 
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
 """
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 

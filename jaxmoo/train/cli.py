@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxmoo.errors import JaxmooError, failed
+from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import help_text, load_config, to_yaml
 from jaxmoo.train.distributed import Launch, start
 from jaxmoo.train.run import InterruptedRunError, train
@@ -16,6 +17,7 @@ from jaxmoo.train.run import InterruptedRunError, train
 __all__ = ["main"]
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 

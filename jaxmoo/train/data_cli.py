@@ -15,12 +15,14 @@ from jaxmoo.data.languages import nearest_language
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.hf import resolve_source
 from jaxmoo.outputs import check_writable, typed_path
+from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import Config, load_config
 from jaxmoo.train.data import RunData, load_data, make_batches
 
 __all__ = ["main"]
 
 
+@forgiving_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 failed along the way, 2 bad input."""
     parser = argparse.ArgumentParser(

@@ -24,6 +24,7 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -242,8 +243,8 @@ def _wandb_run(directory: Path, project: str) -> Any:
 
     # So that a resumed run goes on in its own.
     kept = directory / "wandb_id"
-    name = kept.read_text().strip() if kept.exists() else secrets.token_hex(8)
-    kept.write_text(name + "\n")
+    name = kept.read_text("utf-8").strip() if kept.exists() else secrets.token_hex(8)
+    kept.write_text(name + "\n", "utf-8")
     return wandb.init(
         project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
     )
@@ -267,6 +268,7 @@ class Progress:
         self._steps, self._every = steps, every
         self._start, self._begun = start, time.monotonic()
         self._bar = self._losses = None
+        self._width = 80
         if self._file.isatty():
             layout = "{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}]  {desc}"
             common = {"file": self._file, "dynamic_ncols": True, "miniters": 1}
@@ -280,8 +282,9 @@ class Progress:
         losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
         summary = _summary(row, losses)
         if self._bar is not None:
-            width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
-            self._losses.set_description_str(_compact(losses, width - 1), refresh=False)
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
+            self._losses.set_description_str(_compact(losses, self._width - 1), refresh=False)
             self._bar.set_description_str(summary, refresh=False)
             if self._bar.update(step - self._bar.n):
                 self._losses.refresh()

@@ -78,9 +78,12 @@ class StopRequest:
                 os._exit(128 + signal.SIGINT)
             again = "; SIGINT again ends it at once" if interrupts else ""
             name = signal.Signals(numbers[0]).name
-            print(
-                f"\n{name}: stopping where nothing is lost{again}.", file=sys.__stderr__, flush=True
-            )
+            with contextlib.suppress(OSError, ValueError):  # nobody is listening any more
+                print(
+                    f"\n{name}: stopping where nothing is lost{again}.",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = signal.Signals(number)

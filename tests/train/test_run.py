@@ -1,5 +1,6 @@
 """A run from config to exported weights: what it leaves, how it resumes, how it refuses."""
 
+import io
 import json
 import os
 import re
@@ -174,7 +175,7 @@ def flip(file, place):
 
 
 def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
-    write_config, tmp_path, capsys
+    write_config, tmp_path, capsys, monkeypatch
 ):
     config = write_config(**SHORT, optimizer={"decay": "constant"})
     command, export = ["--config", str(config)], tmp_path / "run" / "export"
@@ -193,8 +194,13 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
 
     export.rename(tmp_path / "elsewhere")
     export.mkdir()
-    assert main(command) == 0
-    assert "or empty: the model is exported again" in capsys.readouterr().out
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")  # it knows no arrows
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(command) == 0
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert "or empty: the model is exported again" in shown
+    assert "NLL before -> after" in shown
     assert (export / "model.safetensors").read_bytes() == first
 
     # Training goes on, and would replace the export: what it did not write stops it beforehand.
