@@ -18,6 +18,7 @@ from jaxmoo.aggregators.config import config
 from jaxmoo.aggregators.constant import constant
 from jaxmoo.aggregators.cr_mogm import cr_mogm
 from jaxmoo.aggregators.dualproj import dualproj
+from jaxmoo.aggregators.excess_mtl import excess_mtl
 from jaxmoo.aggregators.fairgrad import fairgrad
 from jaxmoo.aggregators.graddrop import graddrop
 from jaxmoo.aggregators.gradvac import gradvac
@@ -48,6 +49,7 @@ __all__ = [
     "cr_mogm",
     "cross_gram",
     "dualproj",
+    "excess_mtl",
     "fairgrad",
     "get",
     "graddrop",

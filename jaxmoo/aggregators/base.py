@@ -68,6 +68,8 @@ class Aggregator:
         Gram matrix. Inactive rows are zero; ``uniform`` is None unless the rule is stochastic.
       reads_gram: whether the weights depend on more of the Gram matrix than which rows are zero or
         non-finite.
+      compares_steps: whether ``weigh`` compares Gram matrices of different steps, and therefore
+        reads them as they are, not divided by a power of two.
       stochastic: whether the method draws random numbers and therefore needs a key.
       cross_gram: whether ``weigh`` expects ``J1 J2^T`` of two independent batches.
       unit_scale: whether K equal gradients g give g (before ``summed``). False for a published
@@ -83,6 +85,7 @@ class Aggregator:
     init: Callable[[int], State] = stateless
     combine: Callable[..., jax.Array] | None = None
     reads_gram: bool = True
+    compares_steps: bool = False
     stochastic: bool = False
     cross_gram: bool = False
     unit_scale: bool = True
@@ -203,7 +206,8 @@ def _weigh_block(aggregator, gram, state, key, active, preference):
     ready = prepare(gram, active, preference, cross=aggregator.cross_gram)
     dtype = ready.gram.dtype
     start = jax.tree.map(lambda x: _in_type(x, dtype), state)
-    weights, new = aggregator.weigh(ready.gram, ready.active, ready.preference, start, key)
+    gram = ready.gram * ready.scale if aggregator.compares_steps else ready.gram
+    weights, new = aggregator.weigh(gram, ready.active, ready.preference, start, key)
     state = jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), new, state)
     if aggregator.unit_scale:
         alone = jnp.sum(ready.active) == 1

@@ -142,6 +142,7 @@ def cr_mogm(
         "cr_mogm",
         weigh,
         init=init,
+        compares_steps=inner.compares_steps,
         stochastic=inner.stochastic,
         cross_gram=inner.cross_gram,
         unit_scale=inner.unit_scale,

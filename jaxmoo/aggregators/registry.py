@@ -12,6 +12,7 @@ from jaxmoo.aggregators.config import config
 from jaxmoo.aggregators.constant import constant
 from jaxmoo.aggregators.cr_mogm import cr_mogm
 from jaxmoo.aggregators.dualproj import dualproj
+from jaxmoo.aggregators.excess_mtl import excess_mtl
 from jaxmoo.aggregators.fairgrad import fairgrad
 from jaxmoo.aggregators.graddrop import graddrop
 from jaxmoo.aggregators.gradvac import gradvac
@@ -54,6 +55,7 @@ _FACTORIES: dict[str, Callable[..., Aggregator]] = {
         modo,
         moco,
         cr_mogm,
+        excess_mtl,
         graddrop,
         trimmed_mean,
         krum,

@@ -161,7 +161,7 @@ def test_state_has_a_leading_block_axis_and_is_kept_per_block():
 
 
 def test_a_block_without_gradient_leaves_its_state():
-    for name in ("gradvac", "cr_mogm", "moco", "modo", "sdmgrad"):
+    for name in ("gradvac", "cr_mogm", "excess_mtl", "moco", "modo", "sdmgrad"):
         method = aggregators.get(name)
         _, state = weigh_block(method, aggregators.gram(PAIR), key=KEY)
         _, after = weigh_block(method, jnp.zeros((2, 2)), state=state, key=KEY)

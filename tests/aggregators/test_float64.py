@@ -21,7 +21,7 @@ from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 
 METHODS = (*(n for n in aggregators.names() if n in VARIANTS), "fairgrad published")
 WEIGHED = tuple(name for name in METHODS if VARIANTS[name].combine is None)
-STATEFUL = ("gradvac", "cr_mogm", "moco", "modo", "sdmgrad")
+STATEFUL = ("gradvac", "cr_mogm", "excess_mtl", "moco", "modo", "sdmgrad")
 # The hull of these gradients reaches the origin: lengths are known to the root of rounding.
 STATIONARY = ("low-rank", "imbalanced low-rank", "opposed", "all-zero")
 ROUNDING = 1e-14

@@ -48,7 +48,18 @@ NON_CONFLICTING = (
 # The same, while the gradients are linearly independent.
 NON_CONFLICTING_IF_INDEPENDENT = ("imtl_g", "config", "config sum")
 DEPENDENT = ("low-rank", "imbalanced low-rank", "opposed", "all-zero")
-CONVEX = ("mean", "random", "mgda", "mgda l2", "moco", "modo", "sdmgrad", "krum", "krum 2")
+CONVEX = (
+    "mean",
+    "random",
+    "excess_mtl",
+    "mgda",
+    "mgda l2",
+    "moco",
+    "modo",
+    "sdmgrad",
+    "krum",
+    "krum 2",
+)
 
 # Rounding of an update formed from float32 weights, relative to the sum of its terms.
 ROUNDING = 2e-6

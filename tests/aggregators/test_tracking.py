@@ -85,6 +85,33 @@ def test_cr_mogm_of_an_absent_objective():
     assert float(after.average[2]) == float(state.average[2])
 
 
+@pytest.mark.parametrize(("eta", "warmup"), [(1.0, 1), (0.5, 3)])
+def test_excess_mtl_is_the_papers_recursion(eta, warmup):
+    """With one curvature per objective: on numbers of its own, at any scale of the gradients."""
+    rng = np.random.default_rng(0)
+    lengths = 10 ** rng.uniform(-0.3, 0.3, (7, 3))
+    method = aggregators.excess_mtl(eta=eta, warmup=warmup)
+    for scale in (1.0, 3e-6):
+        state, squares, risks, w = method.init(3), np.zeros(3), [], np.full(3, 1 / 3)
+        for length in lengths * scale:
+            squares = squares + length**2
+            risks.append(length**2 / squares**0.5)
+            if len(risks) > warmup:
+                w = w * np.exp(eta * risks[-1] / np.mean(risks[:warmup], axis=0))
+                w = w / w.sum()
+            found, state = weigh(method, gram(jnp.diag(jnp.asarray(length, jnp.float32))), state)
+            np.testing.assert_allclose(found, w, rtol=1e-4, atol=1e-6)
+
+
+def test_excess_mtl_never_loses_an_objective():
+    """Its weight may become too small for a number; when its turn comes it grows again."""
+    method, state = aggregators.excess_mtl(eta=50.0), None
+    for length in [(1.0, 1.0, 1.0)] + [(1.0, 0.01, 0.01)] * 5 + [(0.001, 1.0, 0.001)] * 40:
+        lengths = jnp.diag(jnp.asarray(length, jnp.float32))
+        weights, state = weigh_block(method, gram(lengths), state=state, active=EVERYONE)
+    assert np.isfinite(weights).all() and float(weights[1]) > 0.9
+
+
 @pytest.mark.parametrize(
     "method", [aggregators.moco(gamma=0.5), aggregators.modo(gamma=0.5)], ids=lambda m: m.name
 )
