@@ -406,7 +406,7 @@ def _stop(source: Path, config: Config) -> tuple[int, ...]:
     """The token that ended replies in a run."""
     if not (source / "tokenizer.json").is_file():
         return ()
-    ending = ending_token(chat_tokenizer(source, config.data))
+    ending = ending_token(chat_tokenizer(source, config.data)[0])
     return () if ending is None else (ending,)
 
 

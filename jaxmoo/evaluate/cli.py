@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--language-column", metavar="NAME", help="as data.language_column")
     group.add_argument("--subset", help="as data.subset")
     group.add_argument("--split", help="as data.split")
+    group.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="for chat templates that read the clock (as data.date of the config, else today)",
+    )
     group.add_argument("--max-examples", type=int, metavar="N", help="at most N per language (all)")
     group.add_argument(
         "--skip-empty",
@@ -211,6 +216,7 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
         "language_column": options.language_column,
         "subset": options.subset,
         "split": options.split,
+        "date": options.date,
     }
     columns = _pairs("--columns", options.columns)
     if columns is not None:

@@ -95,6 +95,12 @@ def compare(a: Results, b: Results, *, resamples: int = 2000, seed: int = 0) -> 
     drawn: dict[tuple[str, ...], np.ndarray] = {}
     rows: dict[str, dict[str, Row]] = {}
     notes = []
+    if a.date != b.date:
+        notes.append(
+            f"The chat templates saw different dates, A {a.date or 'none'} and B "
+            f"{b.date or 'none'}: prompts differ by more than the models. Evaluate both with the "
+            "same --date."
+        )
     for name in MEASURES:
         pairs = {code: (one, b.languages[code]) for code, one in a.languages.items()}
         if not all(name in measured(r.columns) for pair in pairs.values() for r in pair):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from jaxmoo.convert.models import open_model, source_of
 from jaxmoo.data import Example, load_examples
+from jaxmoo.data.clock import is_date
 from jaxmoo.data.notes import notes
 from jaxmoo.data.split import split_languages
 from jaxmoo.errors import ConfigError, DataError
@@ -93,6 +94,8 @@ class Evaluation:
             if value is not None and value < 1:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} takes a positive number, found {value}.")
+        if self.data.date is not None and not is_date(self.data.date):
+            raise ConfigError(f"--date takes a date such as 2026-07-26, found {self.data.date!r}.")
         if self.new_tokens < 0:
             raise ConfigError(f"--generate takes a number of tokens, found {self.new_tokens}.")
 
@@ -118,7 +121,9 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     store = ResultStore(settings.output)
     source = source_of(settings.model, base=settings.base)
     architecture = load_config(source)
-    tokenizer = chat_tokenizer(source, settings.data)
+    # An evaluation that goes on another day goes on with its date.
+    begun = settings.data.date or store.date()
+    tokenizer, date = chat_tokenizer(source, dataclasses.replace(settings.data, date=begun))
     check_tokenizer(tokenizer, architecture.vocab_size, source)
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
@@ -133,6 +138,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
             "input": asked.fingerprint(),
             "new_tokens": settings.new_tokens,
             "dtype": settings.dtype,
+            **({"date": date} if date else {}),
         }
         for language, asked in questions.items()
     }
@@ -163,7 +169,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         settings.unseen,
         model=settings.name + ("" if settings.step is None else f", step {settings.step}"),
         weights=weights,
-        settings=_described(settings),
+        settings=_described(settings) | {"date": date},
         versions={name: version(name) for name in ("jaxmoo", "jax", "flax", "transformers")},
     )
     say(summary_table(results["languages"], settings.seen, settings.unseen))

@@ -54,6 +54,7 @@ class Results(NamedTuple):
       seen: languages that the model was trained on.
       unseen: the others.
       languages: per language what was found.
+      date: the date that the chat template saw; None where it reads no clock.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Results(NamedTuple):
     seen: list[str]
     unseen: list[str]
     languages: dict[str, LanguageResult]
+    date: str | None = None
 
 
 class ResultStore:
@@ -79,6 +81,18 @@ class ResultStore:
             raise ConfigError(f"--output names a file that ends in .json, found {output}.")
         self.directory = _directory(self.output)
         check_writable(self.output.parent, "--output")
+
+    def date(self) -> str | None:
+        """Return the date that the chat template saw in what is stored, or None.
+
+        Raises:
+          CheckpointError: a file is damaged.
+        """
+        for file in sorted(self.directory.glob("*.json")):
+            identity = _read(file).get("identity")
+            if isinstance(identity, dict):
+                return identity.get("date")
+        return None
 
     def stored(self, language: str, identity: Mapping[str, Any]) -> LanguageResult | None:
         """Return what is stored of a language, or None.
@@ -159,7 +173,9 @@ def read_results(path: Path) -> Results:
         languages[code] = _result(_read(file), file)
         if languages[code].data != data:
             raise CheckpointError(f"{file} is of other data than {path}. Evaluate again.")
-    return Results(path, model, seen, unseen, languages)
+    settings = found.get("settings")
+    date = settings.get("date") if isinstance(settings, dict) else None
+    return Results(path, model, seen, unseen, languages, date)
 
 
 def _result(found: Mapping[str, Any], file: Path) -> LanguageResult:

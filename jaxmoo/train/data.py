@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmoo.data import Corpus, LanguageBatches, Tokenized, load_corpus, shares, stream_corpus
+from jaxmoo.data.clock import at_date, reads_clock
 from jaxmoo.data.notes import notes
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import check_tokenizer, load_tokenizer
@@ -28,11 +30,13 @@ class RunData:
       tokenizer: with the chat template that is used.
       corpus: tokenised examples.
       batches: training batches by step.
+      date: the date that the chat template sees; None where it reads no clock.
     """
 
     tokenizer: PreTrainedTokenizerFast
     corpus: Corpus
     batches: LanguageBatches
+    date: str | None
 
 
 def load_data(config: Config, source: Path, say: Callable[[str], None] = print) -> RunData:
@@ -47,7 +51,7 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
       ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
     """
     data = config.data
-    tokenizer = chat_tokenizer(source, data)
+    tokenizer, date = chat_tokenizer(source, data)
     check_tokenizer(tokenizer, load_model_config(source).vocab_size, source)
     options = {
         "seen": data.seen,
@@ -72,7 +76,8 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
     say(corpus.table())
     for note in notes(_kept(corpus), "data.sequence_length"):
         say(f"Note: {note}")
-    return RunData(tokenizer, corpus, make_batches(config, corpus, tokenizer.pad_token_id or 0))
+    batches = make_batches(config, corpus, tokenizer.pad_token_id or 0)
+    return RunData(tokenizer, corpus, batches, date)
 
 
 def _kept(corpus: Corpus) -> dict[str, list[Tokenized]]:
@@ -81,12 +86,16 @@ def _kept(corpus: Corpus) -> dict[str, list[Tokenized]]:
     return {code: [*train.get(code, ()), *corpus.held_out.get(code, ())] for code in corpus.report}
 
 
-def chat_tokenizer(source: Path, data: DataConfig) -> PreTrainedTokenizerFast:
+def chat_tokenizer(source: Path, data: DataConfig) -> tuple[PreTrainedTokenizerFast, str | None]:
     """Load a model's tokenizer with the chat template that the settings ask for.
 
     Args:
       source: the model's directory.
       data: the settings.
+
+    Returns:
+      The tokenizer, and the date that its template sees: that of the settings, by default today;
+      None where the template reads no clock.
 
     Raises:
       ConfigError, CheckpointError: template or tokenizer cannot be read.
@@ -95,7 +104,16 @@ def chat_tokenizer(source: Path, data: DataConfig) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(source)
     if template is not None:
         tokenizer.chat_template = template
-    return tokenizer
+    date = datetime.date.fromisoformat(data.date) if data.date else datetime.date.today()
+    named = tokenizer.chat_template
+    texts = list(named.values()) if isinstance(named, dict) else [named or ""]
+    if not any(map(reads_clock, texts)):
+        return tokenizer, None
+    fixed = [at_date(text, date) for text in texts]
+    tokenizer.chat_template = (
+        dict(zip(named, fixed, strict=True)) if isinstance(named, dict) else fixed[0]
+    )
+    return tokenizer, date.isoformat()
 
 
 def make_batches(config: Config, corpus: Corpus, pad_id: int) -> LanguageBatches:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from jaxmoo.data.clock import is_date
 from jaxmoo.errors import did_you_mean
 from jaxmoo.train.schema import MISSING, Range, setting
 
@@ -85,6 +86,12 @@ class DataConfig:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     chat_template: str | None = setting(
         None, "File with a chat template (Jinja) to use instead of the tokenizer's."
+    )
+    date: str | None = setting(
+        None,
+        "Date that a chat template sees which reads the clock (`strftime_now`), such as "
+        "2026-07-26. null is the day on which the run begins; the run's own `config.yaml` says "
+        "which.",
     )
     max_malformed: float = setting(
         0.0,
@@ -185,6 +192,8 @@ def check_data(data: DataConfig) -> list[str]:
             "data.columns takes either messages or prompt and completion or text: name columns of "
             "one kind only."
         )
+    if data.date is not None and not is_date(data.date):
+        problems.append(f"data.date is {data.date!r}, expected a date such as 2026-07-26.")
     return problems + _check_streaming(data) + _check_sampling(data)
 
 

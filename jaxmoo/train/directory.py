@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,13 @@ class RunDirectory:
         self.export = self.path / "export"
         self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
+
+    def resumed(self, config: Config) -> Config:
+        """Return settings with the date that the run here began with, where they give none."""
+        if config.data.date is not None or not self.config.is_file():
+            return config
+        date = load_config(self.config).data.date
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
     def check(self, config: Config) -> None:
         """Raise unless a run with these settings may start, or resume, here.

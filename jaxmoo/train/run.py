@@ -61,11 +61,15 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
     directory = RunDirectory(config.output)
     with StopRequest() as stop:
         with stop.at_once():
+            config = directory.resumed(config)
             directory.check(config)
             check_exports(config, directory)
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
             distrust_on_cpus()
             setup = prepare(config, say)
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, date=config.data.date or setup.date)
+            )
             say(_plan(config, setup))
         with (
             HangTimeout(config.train.hang_timeout) as hang,

@@ -53,6 +53,7 @@ class Setup:
         every process can read.
       merge: ``(params, frozen) -> Decoder``.
       ending: the token that ends a reply, or None.
+      date: the date that the chat template sees; None where it reads no clock.
       flops: model FLOPs of a step; see :mod:`jaxmoo.train.throughput`.
     """
 
@@ -70,6 +71,7 @@ class Setup:
     nll: Callable[[Any, Any, Any], jax.Array]
     merge: Callable[[Any, Any], Decoder]
     ending: int | None
+    date: str | None
     flops: float
 
 
@@ -172,6 +174,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         ),
         merge=merge,
         ending=ending_token(loaded.tokenizer),
+        date=loaded.date,
         flops=model_flops(
             architecture,
             params,

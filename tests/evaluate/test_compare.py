@@ -47,6 +47,16 @@ def pair():
     return results("a"), results("b", shift=0.1)
 
 
+def test_results_of_different_dates_are_compared_with_a_word_on_it(pair):
+    a, b = pair
+    assert compare(a, b).notes == []
+    a = a._replace(date="2026-07-26")
+    assert compare(a, b._replace(date="2026-07-26")).notes == []
+    for date, said in ((None, "none"), ("2026-07-27", "2026-07-27")):
+        (note,) = compare(a, b._replace(date=date)).notes
+        assert f"A 2026-07-26 and B {said}" in note and "--date" in note
+
+
 def test_intervals_are_those_of_scipy(pair):
     found = compare(*pair, resamples=4000)
     for code in ("en", "uk"):

@@ -152,6 +152,22 @@ def test_the_same_command_goes_on_and_repeats_nothing(results, arguments, tmp_pa
     assert json.loads(output.read_text())["languages"] == after
 
 
+def test_an_evaluation_goes_on_with_the_date_it_began_with(chat_model, topics, tmp_path):
+    model, output = tmp_path / "model", tmp_path / "results.json"
+    shutil.copytree(chat_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("It is {{ strftime_now('%d %b') }}. " + template)
+    command = ["--model", model, "--data", topics, "--languages", "en", "ja", *COLUMNS]
+    command = list(map(str, [*command, "--max-examples", "2", "--output", output]))
+    assert main([*command, "--date", "2020-02-03"]) == 0
+    (tmp_path / "results.examples" / "ja.json").unlink()
+    first = json.loads(output.read_text())
+    assert main(command) == 0
+    assert json.loads(output.read_text()) == first and first["settings"]["date"] == "2020-02-03"
+    assert main([*command, "--date", "2020-02-04"]) == 2, "prompts of another day"
+    assert main([*command, "--date", "yesterday"]) == 2
+
+
 def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):
     output = tmp_path / "four.json"
     run_python(["scripts/evaluate.py", *arguments(output)], devices=4, PYTHONPATH=str(ROOT))

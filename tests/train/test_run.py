@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from devices import ROOT, run_python
 from jaxmoo.convert.models import to_hf
+from jaxmoo.data.clock import is_date
 from jaxmoo.errors import CheckpointError
 from jaxmoo.train.cli import main
+from jaxmoo.train.config import load_config
 from jaxmoo.train.data_cli import main as data_main
 from jaxmoo.train.metrics import read_metrics
 
@@ -25,6 +27,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The date is read, but not shown.
+CLOCK = "{% set today = strftime_now('%Y-%m-%d') %}" + CHATML
 
 
 # As little as makes a run.
@@ -94,7 +98,7 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     template = tmp_path / "template.jinja"
-    template.write_text(CHATML)
+    template.write_text(CLOCK)
     config = write_config(
         train__steps=6,
         train__checkpoint_every=2,
@@ -115,6 +119,11 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "results.json").exists()
+    # It goes on with the date it began with, as if that had been long ago.
+    settings = (killed / "config.yaml").read_text()
+    assert is_date(load_config(killed / "config.yaml").data.date)
+    settings = re.sub(r"  date: .*", "  date: '2020-02-03'", settings)
+    (killed / "config.yaml").write_text(settings)
 
     assert main(["--config", str(config), f"output={killed}"]) == 0
     for name, array in weights(unbroken).items():
@@ -135,7 +144,8 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
         assert np.isfinite(np.array(row["cosine"], float)).sum() == 4
     assert (killed / "report" / "loss.png").exists()
     # The exported model is prompted as it was trained.
-    assert (killed / "export" / "chat_template.jinja").read_text() == CHATML
+    assert (killed / "export" / "chat_template.jinja").read_text() == CLOCK
+    assert load_config(killed / "config.yaml").data.date == "2020-02-03"
     # It stops where replies ended in training, though the base model says nothing of that.
     generation = json.loads((killed / "export" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 2}  # <|im_end|>
