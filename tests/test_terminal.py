@@ -48,7 +48,7 @@ def test_what_an_encoding_lacks_is_spelt(monkeypatch, encoding):
     assert lines[1] in (r"ja \u65e5\u672c \udc80", r"ja 日本 \udc80")
 
 
-# Much is printed, on both streams, so that more than one buffer is; then a file is written to, whose
+# Much is printed, on both streams, so that more than one buffer is; then a file is written, whose
 # number could have been that of a stream.
 COMMAND = """
 import os, sys

@@ -117,6 +117,7 @@ def _results(path: Path) -> tuple[Config, dict[str, LanguageScore], dict[str, La
             {code: LanguageScore.from_dict(score) for code, score in stored[when].items()}
             for when in ("before", "after")
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    # RecursionError: brackets nested by the thousand.
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{run.results} cannot be read: {error!r}") from error
     return load_config(run.config), before, after

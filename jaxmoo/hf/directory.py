@@ -105,7 +105,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
 
 
 def _clear_abandoned(path: Path) -> None:

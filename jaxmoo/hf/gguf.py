@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
 
 from jaxmoo.errors import CheckpointError, did_you_mean
-from jaxmoo.hf.directory import new_directory
+from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
 from jaxmoo.hf.save import Tensor, write_weights
 from jaxmoo.models.config import DecoderConfig
@@ -67,6 +67,7 @@ def convert_gguf(file: Path, path: Path) -> None:
         ``path`` is not empty.
     """
     file = Path(file)
+    check_target(Path(path))
     try:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -76,12 +76,13 @@ class RowStore:
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []
-        for number, line in enumerate(self.path.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(self.path.read_text("utf-8", "replace").splitlines(), 1):
             where = f"{self.path}, line {number}"
             try:
                 row = json.loads(line)
                 missing = sorted(_FIELDS - set(row))
-            except (ValueError, TypeError) as error:
+            # RecursionError: brackets nested by the thousand.
+            except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{where} is not a row of a study: {error}") from error
             if missing:
                 raise DataError(f"{where} is not a row of a study: it lacks {', '.join(missing)}.")

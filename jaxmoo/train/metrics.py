@@ -137,7 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no integer step")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith("\n"):
                 return
             raise DataError(
