@@ -20,6 +20,8 @@ MOST_CHARACTERS = 10_000_000
 # Is set into texts while they are tokenised; Unicode has no such character, so neither has a text.
 MARK = "\ufdd0"
 _DEEPEST = 100
+_PIECE = 2**16
+_BLANKS = re.compile(r"\s+")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 3
@@ -41,7 +43,15 @@ def normalise(text: str) -> str:
       >>> normalise("  Cafe\\u0301   noir\\n") == "Caf\\u00e9 noir"
       True
     """
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    text = unicodedata.normalize("NFC", text)
+    if len(text) <= _PIECE:
+        return " ".join(text.split())
+    # In pieces: a list of all words would take twenty times the text.
+    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
+    text = "".join(_BLANKS.sub(" ", piece) for piece in pieces)
+    while "  " in text:  # where pieces met
+        text = text.replace("  ", " ")
+    return text.strip(" ")
 
 
 def checked_text(value: Any) -> str:

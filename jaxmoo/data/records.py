@@ -60,7 +60,7 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         name = columns.get(key, key)
         if name not in values:
             raise DataError(
-                f"{place}: no column {name!r} for the {key}. Columns: {listed(values)}."
+                f"{place}: no column {name!r} for the {key}. Columns: {listed(values) or 'none'}."
                 f"{did_you_mean(name, values)} "
                 "Name the right ones in `columns`."
             )
@@ -129,7 +129,7 @@ def language_of(record: Record, column: str) -> str:
         raise values
     if column not in values:
         raise DataError(
-            f"{place}: no column {column!r} for the language. Columns: {listed(values)}."
+            f"{place}: no column {column!r} for the language. Columns: {listed(values) or 'none'}."
             f"{did_you_mean(column, values)}"
         )
     try:

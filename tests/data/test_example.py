@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 import pytest
 
@@ -155,6 +156,14 @@ def test_the_key_of_a_prompt_knows_its_roles():
     one_turn = Example.from_messages("en", [user("a b"), assistant("c")])
     two_turns = Example.from_messages("en", [user("a"), assistant("b"), assistant("c")])
     assert one_turn.prompt_key != two_turns.prompt_key
+
+
+def test_a_long_text_is_normalised_as_a_short_one():
+    # A blank before, behind and on both sides of where pieces of the text meet, and one of blanks.
+    for blanks in ("x ", " x", " \u3000 ", "\x1c\n", " " * 70_000):
+        for shift in range(4):
+            text = "a" * (2**16 - shift) + blanks + "b \n" * 40_000 + "e\u0301"
+            assert normalise(text) == " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def test_normalising_twice_changes_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import tracemalloc
 
 import datasets
@@ -17,6 +18,7 @@ from jaxmoo.data.example import Example
 from jaxmoo.data.files import LONGEST_LINE, read_records
 from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.sources import hub_records, load_examples, read_examples
+from jaxmoo.data.tokenize import tokenize_good
 from jaxmoo.errors import ConfigError, DataError
 
 STRICT = Malformed("all", 0.0)
@@ -244,6 +246,55 @@ def test_whatever_a_record_holds_it_is_named_and_counted(line, complaint, tmp_pa
     assert said.isprintable() and said.encode()
     with pytest.raises(DataError, match=complaint):
         read_examples(str(tmp_path), ["en"], columns=columns)
+
+
+ODD = ["null", "NaN", "-1e999", "0.5", NUMBER, NESTED, HALF, "true", "[]", "{}", "[null]", '""']
+ODD += ['" "', r'"\ufdd0"', r'"\u001b[2J"', '"<|im_end|>"', '[{"type": "text", "text": "a"}]']
+ODD += ['[{"type": "image"}]', '[[["a"]]]', '{"role": "user"}', '"سلام"', "'a'", '"a', "\xff"]
+
+
+def odd_records(seed, count):
+    """Lines of JSON, most of which are no record."""
+    draw = random.Random(seed)
+
+    def value(depth=0):
+        kind = draw.random()
+        if kind < 0.5:
+            return '"a"'
+        if kind < 0.8 or depth > 3:
+            return draw.choice(ODD)
+        if kind < 0.9:
+            return "[" + ", ".join(value(depth + 1) for _ in range(draw.randrange(4))) + "]"
+        return record(*draw.sample(["role", "content", "text", "name"], 2), depth=depth + 1)
+
+    def record(*keys, depth=0):
+        return "{" + ", ".join(f'"{key}": {value(depth)}' for key in keys) + "}"
+
+    def message(role):
+        more = draw.choice(["", "", f', "tool_calls": {value()}', f', "name": {value()}'])
+        return f'{{"role": {draw.choice([role, role, value()])}, "content": {value()}{more}}}'
+
+    def conversation():
+        messages = ", ".join(map(message, ['"user"', '"assistant"'] * draw.randrange(3)))
+        return f'{{"messages": [{messages}], "id": {value()}}}'
+
+    made = [lambda: record("prompt", "completion", "id"), lambda: record("text", "id")]
+    return [draw.choice([*made, conversation, value])() for _ in range(count)]
+
+
+def test_whatever_a_line_holds_it_is_an_example_or_a_complaint(tmp_path, tokenizer):
+    lines = odd_records(seed=0, count=600)
+    content = "\n".join(lines).encode().replace("\xff".encode(), b"\xff")
+    (tmp_path / "en.jsonl").write_bytes(content)
+    reading = read_examples(str(tmp_path), ["en"], columns={"group": "id"}, max_malformed=0.99)
+    examples, skipped = reading.languages["en"]
+    assert len(examples) + skipped == len(lines) and 50 < len(examples) < 200
+    malformed = Malformed("all", 0.99)
+    good, tokens = tokenize_good(examples, tokenizer, 64, malformed)
+    assert len(good) == len(tokens) == len(examples) - len(malformed.complaints) < len(examples)
+    for said in reading.complaints + malformed.complaints:
+        assert said.startswith(f"{tmp_path}/en.jsonl:") and len(said) < 900
+        assert said.encode() and said.isprintable()
 
 
 @pytest.mark.parametrize("value", ["null", "7", "NaN", "true", '"\\ud83d"', "[1]"])
