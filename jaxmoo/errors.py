@@ -47,6 +47,26 @@ def failed(error: JaxmooError | OSError, where: str = "") -> int:
     return error.exit_code if isinstance(error, JaxmooError) else 1
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as an error shows it: as Python writes it, cut where that is long.
+
+    Args:
+      value: what was found; it may come from a file that means harm.
+      most: characters at most.
+
+    Example:
+      >>> shown("nan"), shown([1] * 1000, most=9), shown(10**5000)
+      ("'nan'", '[1, 1, 1,...', 'an integer of more than 4300 digits')
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers beyond a number of digits
+        return f"an integer of more than {sys.get_int_max_str_digits()} digits"
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply to be shown"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a hint naming the choice nearest to a misspelt name.
 
@@ -63,5 +83,5 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
       >>> did_you_mean("zzz", ["mgda", "cagrad"])
       ''
     """
-    near = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1)
+    near = difflib.get_close_matches(str(name)[:200], [str(c) for c in choices], n=1)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -32,7 +32,7 @@ from jaxmoo.hf.adapter import save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory
 from jaxmoo.hf.generation import left_to_callers
-from jaxmoo.hf.load import load_config, load_model, read_json, with_dtypes
+from jaxmoo.hf.load import check_tensors, load_config, load_model, read_json, with_dtypes
 from jaxmoo.hf.save import (
     MAX_SHARD_BYTES,
     check_space,
@@ -41,6 +41,7 @@ from jaxmoo.hf.save import (
     save_model,
 )
 from jaxmoo.hf.source import resolve_source
+from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.hf.weights import DTYPES, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import merge_adapters
@@ -108,6 +109,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
     """
     source, out = Path(source), Path(out)
     first_process(lambda: check_target(out))
+    _check_tokenizer(source)
     model = load_model(source, param_dtype=None, shardings=_shardings)
     params = nnx.state(model)
     stored = Weights(source)
@@ -160,6 +162,7 @@ def to_hf(
     out = Path(out)
     first_process(lambda: check_target(out))
     opened = open_model(Path(source), step=step, base=base, say=say)
+    _check_tokenizer(opened.source)
     save_model(
         opened.model,
         out,
@@ -170,6 +173,12 @@ def to_hf(
         chat_template=opened.chat_template,
         stop=opened.stop,
     )
+
+
+def _check_tokenizer(source: Path) -> None:
+    """Raise unless the tokenizer that goes with a model, if there is one, fits it."""
+    if (source / "tokenizer.json").is_file():
+        load_tokenizer(source)
 
 
 def to_adapter(
@@ -341,6 +350,7 @@ def _read_checkpoint(path: Path) -> Opened:
         return tensors[name][1]
 
     like = with_dtypes(state, dtype_of)
+    check_tensors({name: shape for name, (shape, _) in tensors.items()}, state, config, path)
     try:
         state = _restore(path / _PARAMS, like)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.

@@ -31,7 +31,7 @@ from jaxmoo.evaluate.questions import (
     with_choices,
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
-from jaxmoo.hf import check_tokenizer, load_config
+from jaxmoo.hf import load_config
 from jaxmoo.train.data import chat_tokenizer
 from jaxmoo.train.data_config import DataConfig
 
@@ -124,7 +124,6 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     # An evaluation that goes on another day goes on with its date.
     begun = settings.data.date or store.date()
     tokenizer, date = chat_tokenizer(source, dataclasses.replace(settings.data, date=begun))
-    check_tokenizer(tokenizer, architecture.vocab_size, source)
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")

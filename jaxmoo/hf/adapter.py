@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
+from jaxmoo.hf.weights import DTYPES
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, LoRA, adapters
 from jaxmoo.models.paths import logical_paths, named_leaves, trainable_filter
@@ -126,11 +127,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
     file = path / _WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    found = _read_tensors(file)
     _check_tensors(found, abstract, file)
     leaves, tree = jax.tree.flatten(abstract)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
@@ -144,6 +141,29 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
             else jax.numpy.asarray(value)
         )
     return jax.tree.unflatten(tree, arrays)
+
+
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a file: finite numbers, of a type that weights have."""
+    found = {}
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            for name in handle.keys():  # noqa: SIM118 -- it is no mapping
+                dtype = handle.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{file}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
+                    )
+                found[name] = handle.get_tensor(name)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{file}: {name} holds values that are not finite. The adapters are damaged, or "
+                "their training failed; use others."
+            )
+    return found
 
 
 def peft_tensor(path: str) -> HFTensor:
@@ -166,25 +186,36 @@ def _logical(state: nnx.State) -> list[str]:
 def _check_kind(config: dict[str, Any], lora: LoRA, path: Path) -> None:
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        problems.append(f"peft_type is {shown(config.get('peft_type'))}, expected 'LORA'")
     problems += [f"{name} is set" for name in _OTHER_KINDS if config.get(name)]
     if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}, expected 'none'")
+        problems.append(f"bias is {shown(config['bias'])}, expected 'none'")
     start = config.get("init_lora_weights")
     if start not in _STARTS:
-        problems.append(f"init_lora_weights={start!r} changes the base model")
+        problems.append(f"init_lora_weights={shown(start)} changes the base model")
     if problems:
         raise CheckpointError(
             f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if rank != lora.rank or not isinstance(alpha, int | float):
+    try:
+        LoRA(rank, alpha)  # type and range of both
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the adapters in {path} have rank {shown(rank)} and alpha {shown(alpha)}: {error}"
+        ) from error
+    rooted = config.get("use_rslora", False)
+    if not isinstance(rooted, bool):
+        raise CheckpointError(
+            f"{path / _CONFIG_FILE}: use_rslora must be true or false, found {shown(rooted)}"
+        )
+    if rank != lora.rank:
         raise CheckpointError(
             f"the adapters in {path} have rank {rank} and alpha {alpha}, this run's are to have "
             f"rank {lora.rank}: set lora.rank and lora.alpha to theirs"
         )
     # Divided by the root of the rank instead; ours say the same with another alpha.
-    wanted = alpha * rank**0.5 if config.get("use_rslora") else alpha
+    wanted = alpha * rank**0.5 if rooted else alpha
     if abs(wanted - lora.alpha) > 1e-6 * abs(wanted):
         raise CheckpointError(
             f"the adapters in {path} were trained with a scale of {wanted / rank:g}, this run's "

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFReader
+from flax import nnx
+from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
-from jaxmoo.errors import CheckpointError, did_you_mean
+from jaxmoo.errors import CheckpointError, JaxmooError, did_you_mean, shown
 from jaxmoo.hf.directory import check_target, new_directory
+from jaxmoo.hf.gguf_fields import Fields, open_gguf
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
+from jaxmoo.hf.load import check_tensors
 from jaxmoo.hf.save import Tensor, write_weights
+from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
 
 __all__ = ["convert_gguf"]
@@ -60,37 +65,18 @@ def convert_gguf(file: Path, path: Path) -> None:
       file: the GGUF file; its tensors may be of any type that the ``gguf`` package dequantises,
         among them F32, F16, BF16, Q4_0 to Q8_0 and the K-quants.
       path: the directory to make: config, float32 weights, tokenizer with its chat template and
-        generation config. It appears only when all is written.
+        generation config. It appears only when all is written, and can be loaded.
 
     Raises:
-      CheckpointError: when the file is damaged or of another architecture or tokenizer, or
-        ``path`` is not empty.
+      CheckpointError: when the file is damaged or of another architecture or tokenizer, its
+        tensors are not those of a whole model, or ``path`` is not empty.
     """
     file = Path(file)
     check_target(Path(path))
     try:
-        reader = GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    # A damaged file fails in many ways inside the reader, none of them its own.
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise CheckpointError(f"{file} is not a GGUF file, or is damaged: {error}") from error
-    architecture = fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{file} has architecture {architecture!r}, which cannot be converted."
-            f"{did_you_mean(str(architecture), _ARCHITECTURES)} Supported: "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    try:
-        factors = stored.pop(_ROPE_FACTORS, None)
-        config = _config(architecture, fields, tied="output.weight" not in stored)
-        if factors is not None:
-            config |= _stretched(config, np.array(factors.data, np.float32))
-        tokenizer, tokenizer_config = gguf_tokenizer(fields, config["max_position_embeddings"])
-        tensors = [_tensor(tensor, config) for tensor in stored.values()]
-    except KeyError as error:
-        raise CheckpointError(f"{file} lacks {error}") from error
+        config, tensors, (tokenizer, tokenizer_config) = _read(file)
+    except JaxmooError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with new_directory(path) as directory:
         write_weights(directory, tensors)
@@ -102,54 +88,88 @@ def convert_gguf(file: Path, path: Path) -> None:
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(text + "\n", "utf-8")
         tokenizer.save(str(directory / "tokenizer.json"))
+        try:  # what is written must be a model for everything that reads it
+            load_tokenizer(directory)
+        except JaxmooError as error:
+            raise CheckpointError(f"{file} gives no model: {error}") from error
 
 
-def _config(architecture: str, fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    def field(name: str, *default: Any) -> Any:
-        key = f"{architecture}.{name}"
-        return fields.get(key, *default) if default else fields[key]
+def _read(file: Path) -> tuple[dict[str, Any], list[Tensor], tuple[Any, dict[str, Any]]]:
+    """Contents of ``config.json``, tensors, and tokenizer with its config; all is checked."""
+    fields, found = open_gguf(file)
+    architecture = fields.text("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"the architecture {shown(architecture)}, which the file has, cannot be converted."
+            f"{did_you_mean(architecture, _ARCHITECTURES)} Supported: "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    stored = {tensor.name: tensor for tensor in found}
+    factors = stored.pop(_ROPE_FACTORS, None)
+    config = _config(architecture, fields, tied="output.weight" not in stored)
+    if factors is not None:
+        config |= _stretched(config, np.array(factors.data, np.float32))
+    decoder = DecoderConfig.from_hf(config)
+    tokenizer = gguf_tokenizer(fields, decoder.max_position_embeddings)
+    tensors = [_tensor(tensor, config, file) for tensor in stored.values()]
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    check_tensors(shapes, nnx.state(Decoder.abstract(decoder)), decoder, file)
+    return config, tensors, tokenizer
 
-    heads, hidden = field("attention.head_count"), field("embedding_length")
-    theta = float(field("rope.freq_base", 10000.0))
-    head_dim = field("attention.key_length", hidden // heads)
+
+def _config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, Any]:
+    def key(name: str) -> str:
+        return f"{architecture}.{name}"
+
+    heads, hidden = fields.size(key("attention.head_count")), fields.size(key("embedding_length"))
+    theta = fields.number(key("rope.freq_base"), 10000.0)
+    head_dim = fields.size(key("attention.key_length"), hidden // heads)
+    tokens = fields.texts("tokenizer.ggml.tokens")
     for name, supported in {
         "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scale_linear": 1.0,
         "rope.dimension_count": head_dim,
+        "attention.value_length": head_dim,
         "attention.sliding_window": 0,
+        "expert_count": 0,
     }.items():
-        if field(name, supported) != supported:
+        found = fields.get(key(name), supported)
+        if found != supported:
             raise CheckpointError(
-                f"GGUF files with {architecture}.{name}={field(name)!r} cannot be converted "
+                f"GGUF files with {key(name)}={shown(found)} cannot be converted "
                 f"(only {supported!r})"
             )
     return {
         "architectures": [_ARCHITECTURES[architecture]],
         "model_type": architecture,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(tokens),
         "hidden_size": hidden,
-        "intermediate_size": field("feed_forward_length"),
-        "num_hidden_layers": field("block_count"),
+        "intermediate_size": fields.size(key("feed_forward_length")),
+        "num_hidden_layers": fields.size(key("block_count")),
         "num_attention_heads": heads,
-        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.size(key("attention.head_count_kv"), heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": fields.size(key("context_length")),
+        "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
         # Both spellings: transformers 4 reads the first and ignores the second.
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": fields.token("tokenizer.ggml.bos_token_id", tokens, None),
+        "eos_token_id": fields.token("tokenizer.ggml.eos_token_id", tokens),
+        "pad_token_id": fields.token("tokenizer.ggml.padding_token_id", tokens, None),
         "torch_dtype": "float32",
     }
 
 
 def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
     """The settings of Llama 3's stretched rotary frequencies, in both spellings."""
+    if not factors.size:
+        raise CheckpointError(f"{_ROPE_FACTORS} is empty")
     # Of the four numbers of Llama 3's rule all its models share three.
     scaling = {
         "rope_type": "llama3",
@@ -176,9 +196,9 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _tensor(tensor: Any, config: dict[str, Any]) -> Tensor:
+def _tensor(tensor: Any, config: dict[str, Any], file: Path) -> Tensor:
     """A tensor of the GGUF file under its Hugging Face name."""
-    layer, part, leaf = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name).groups()
+    layer, part, leaf = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name).groups()
     known = _PREFIXES if layer is None else _LAYER_PARTS
     if part not in known or leaf not in (".weight", ".bias"):
         raise CheckpointError(
@@ -195,7 +215,12 @@ def _tensor(tensor: Any, config: dict[str, Any]) -> Tensor:
     kind = tensor.tensor_type
 
     def read() -> np.ndarray:
-        value = dequantize(tensor.data, kind).astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):
+            value = dequantize(tensor.data, kind).astype(np.float32, copy=False)
+        if not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{file} is damaged: tensor {tensor.name!r} holds values that are not finite"
+            )
         if heads is None:
             return value
         return value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)

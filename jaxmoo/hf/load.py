@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
-from jaxmoo.errors import CheckpointError, did_you_mean
+from jaxmoo.errors import CheckpointError, ConfigError, did_you_mean, shown
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import Weights
@@ -26,7 +26,14 @@ from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
 
-__all__ = ["load_config", "load_model", "progress", "read_json", "with_dtypes"]
+__all__ = [
+    "check_tensors",
+    "load_config",
+    "load_model",
+    "progress",
+    "read_json",
+    "with_dtypes",
+]
 
 # Buffers of old checkpoints, computed from the config today.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -43,10 +50,38 @@ def load_config(path: Path) -> DecoderConfig:
       What its ``config.json`` says.
 
     Raises:
-      CheckpointError: when there is no readable ``config.json``.
-      ConfigError: when the architecture is not supported.
+      CheckpointError: when there is no readable ``config.json``, or a token that ends replies,
+        there or in ``generation_config.json``, is none of the model's.
+      ConfigError: when the architecture is not supported, or a size or number is of another type
+        or out of range.
     """
-    return DecoderConfig.from_hf(read_json(Path(path) / "config.json"))
+    file = Path(path) / "config.json"
+    content = read_json(file)
+    try:
+        config = DecoderConfig.from_hf(content)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    _check_end_tokens(content, config, file)
+    generation = Path(path) / "generation_config.json"
+    if generation.is_file():
+        _check_end_tokens(read_json(generation), config, generation)
+    return config
+
+
+def _check_end_tokens(content: dict[str, Any], config: DecoderConfig, file: Path) -> None:
+    found = content.get("eos_token_id")
+    for token in found if isinstance(found, list) else [found]:
+        if token is None and not isinstance(found, list):
+            continue
+        if (
+            isinstance(token, bool)
+            or not isinstance(token, int)
+            or not (0 <= token < config.vocab_size)
+        ):
+            raise CheckpointError(
+                f"{file}: eos_token_id must be a token's number, or a list of them, from 0 to "
+                f"{config.vocab_size - 1}, found {shown(found)}"
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -182,13 +217,24 @@ def with_dtypes(state: nnx.State, dtype_of: Callable[[str], Any]) -> nnx.State:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path) -> None:
-    """Raise unless the files hold exactly the tensors of the model."""
-    found = {name for name in weights.names() if not _IGNORED.search(name)}
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], state: nnx.State, config: DecoderConfig, path: Path
+) -> None:
+    """Raise unless tensors are exactly those of a model.
+
+    Args:
+      found: their shapes by Hugging Face name.
+      state: abstract state of the model.
+      config: its sizes.
+      path: file or directory with all of that.
+
+    Raises:
+      CheckpointError: some are missing, left over or of another shape; it names all of them.
+    """
     # Before that many names are made up: the config may be damaged or forged.
     if config.num_hidden_layers > len(found):
         raise CheckpointError(
-            f"the config.json in {path} says num_hidden_layers={config.num_hidden_layers}, but its "
+            f"the config in {path} says num_hidden_layers={config.num_hidden_layers}, but its "
             f"weights are only {len(found)} tensors"
         )
     expected: dict[str, tuple[int, ...]] = {}
@@ -197,20 +243,12 @@ def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path
         for logical in logical_paths(leaf_path, leaf.shape):
             tensor = hf_tensor(logical)
             expected[tensor.name] = shape[::-1] if tensor.transposed else shape
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        # Some tied models ship a copy of the embedding as their head.
-        found.remove("lm_head.weight")
-        if not _equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
-            raise CheckpointError(
-                f"{path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight. Set tie_word_embeddings to false or drop the tensor."
-            )
     missing = [name for name in expected if name not in found]
-    extra = sorted(found - set(expected))
+    extra = sorted(set(found) - set(expected))
     misshapen = [
-        f"{name}: expected shape {list(shape)}, found {list(weights.shape(name))}"
+        f"{name}: expected shape {list(shape)}, found {list(found[name])}"
         for name, shape in expected.items()
-        if name in found and weights.shape(name) != shape
+        if name in found and found[name] != shape
     ]
     problems = [
         *_listed(misshapen, str),
@@ -221,9 +259,22 @@ def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path
     ]
     if problems:
         raise CheckpointError(
-            f"the weights in {path} do not fit its config.json:\n  " + "\n  ".join(problems)
+            f"the weights in {path} do not fit its config:\n  " + "\n  ".join(problems)
         )
-    for name in expected:
+
+
+def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path) -> None:
+    """Raise unless the files hold exactly the tensors of the model."""
+    found = {name: weights.shape(name) for name in weights.names() if not _IGNORED.search(name)}
+    # Some tied models ship a copy of the embedding as their head.
+    copied = config.tie_word_embeddings and found.pop("lm_head.weight", None) is not None
+    check_tensors(found, state, config, path)
+    if copied and not _equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
+        raise CheckpointError(
+            f"{path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight. Set tie_word_embeddings to false or drop the tensor."
+        )
+    for name in found:
         weights.dtype(name)
 
 
@@ -242,7 +293,7 @@ def _near(name: str, missing: list[str]) -> str:
 
 
 def _equal(weights: Weights, a: str, b: str) -> bool:
-    if b not in weights.names() or weights.shape(a) != weights.shape(b):
+    if weights.shape(a) != weights.shape(b):
         return False
     rows = weights.shape(a)[0]
     bands = [(slice(i, min(i + 1024, rows)), slice(None)) for i in range(0, rows, 1024)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.hf.load import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +28,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
       The tokenizer.
 
     Raises:
-      CheckpointError: when ``tokenizer.json`` is missing or unusable.
+      CheckpointError: when ``tokenizer.json`` is missing or unusable, or the directory's model
+        does not know all of its tokens.
+      ConfigError: when the architecture of the directory's model is not supported.
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
@@ -43,6 +46,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    if (Path(path) / "config.json").is_file():
+        check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     return tokenizer
@@ -61,7 +66,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, path: P
     Raises:
       CheckpointError: the tokenizer has tokens that the model does not know.
     """
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise CheckpointError(f"the tokenizer in {path} has no tokens at all")
     if largest >= vocab_size:
         raise CheckpointError(
             f"model and tokenizer in {path} do not belong together: the tokenizer has tokens up to "

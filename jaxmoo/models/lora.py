@@ -12,7 +12,6 @@ Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*,
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoo.cross_entropy import at_least_float32
-from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.errors import ConfigError, did_you_mean, shown
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import Linear
@@ -41,6 +40,8 @@ __all__ = [
 
 # Finds the adapters among logical paths.
 ADAPTERS = r"\.lora_[AB]\.kernel$"
+
+_MOST_ALPHA = 1e30  # kernels are float32
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,10 +73,15 @@ class LoRA:
     targets: Sequence[str] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"the rank of adapters must be at least 1, found {self.rank}.")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"alpha of adapters must be above 0, found {self.alpha}.")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(
+                f"the rank of adapters must be an integer of at least 1, found {shown(self.rank)}."
+            )
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not (number and 0 < self.alpha < _MOST_ALPHA):
+            raise ConfigError(
+                f"alpha of adapters must be a number above 0, found {shown(self.alpha)}."
+            )
         if not self.targets:
             raise ConfigError(f"no projections to adapt: name some of {', '.join(PROJECTIONS)}.")
         for name in self.targets:

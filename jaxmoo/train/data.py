@@ -12,9 +12,10 @@ from jaxmoo.data import Corpus, LanguageBatches, Tokenized, load_corpus, shares,
 from jaxmoo.data.clock import at_date, reads_clock
 from jaxmoo.data.notes import notes
 from jaxmoo.errors import ConfigError
-from jaxmoo.hf import check_tokenizer, load_tokenizer
 from jaxmoo.hf import load_config as load_model_config
+from jaxmoo.hf import load_tokenizer
 from jaxmoo.train.config import Config, DataConfig
+from jaxmoo.train.parameters import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,8 +52,8 @@ def load_data(config: Config, source: Path, say: Callable[[str], None] = print) 
       ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
     """
     data = config.data
+    check_model(config, load_model_config(source))
     tokenizer, date = chat_tokenizer(source, data)
-    check_tokenizer(tokenizer, load_model_config(source).vocab_size, source)
     options = {
         "seen": data.seen,
         "unseen": data.unseen,

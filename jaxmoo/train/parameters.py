@@ -12,7 +12,7 @@ from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters
 from jaxmoo.train.config import Config
 from jaxmoo.train.lora import lora_of
 
-__all__ = ["run_segments", "split_model"]
+__all__ = ["check_model", "run_segments", "split_model"]
 
 
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
@@ -33,6 +33,30 @@ def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]
         except ConfigError as error:
             raise ConfigError(f"model.trainable, with lora.rank: {error}") from None
     return segments_for(architecture, pattern)
+
+
+def check_model(config: Config, architecture: DecoderConfig) -> None:
+    """Raise unless a model has the sizes that a run's settings ask for.
+
+    Args:
+      config: the run's settings.
+      architecture: the model's sizes.
+
+    Raises:
+      ConfigError: rows are longer than the model reads, or adapters larger than what they adapt.
+    """
+    length, longest = config.data.sequence_length, architecture.max_position_embeddings
+    if length > longest:
+        raise ConfigError(
+            f"data.sequence_length is {length}, but {config.model.source} reads at most {longest} "
+            "tokens."
+        )
+    largest = max(architecture.hidden_size, architecture.intermediate_size)
+    if config.lora.rank is not None and config.lora.rank > largest:
+        raise ConfigError(
+            f"lora.rank is {config.lora.rank}, but no side of a matrix of {config.model.source} is "
+            f"longer than {largest}: a smaller rank does the same."
+        )
 
 
 def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.State]:

@@ -31,7 +31,7 @@ from jaxmoo.sizes import format_size
 from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.parameters import run_segments, split_model
+from jaxmoo.train.parameters import check_model, run_segments, split_model
 from jaxmoo.train.setup import make_run_mesh
 from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 
@@ -210,6 +210,7 @@ def abstract_step(
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
     """
+    check_model(config, architecture)
     device_mesh = make_run_mesh(config)
     model, data = config.model, config.data
     decoder = Decoder.abstract(

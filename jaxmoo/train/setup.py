@@ -27,7 +27,7 @@ from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.lora import lora_of
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.parameters import run_segments, split_model
+from jaxmoo.train.parameters import check_model, run_segments, split_model
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 
@@ -116,11 +116,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     device_mesh = make_run_mesh(config)
     source = resolve_source(model.source)
     architecture = load_model_config(source)
-    if data.sequence_length > architecture.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length is {data.sequence_length}, but {model.source} reads at most "
-            f"{architecture.max_position_embeddings} tokens."
-        )
+    check_model(config, architecture)
     segments = run_segments(config, architecture)
     # Kernels cannot be divided by the compiler, to which the tensor axis is left.
     fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention

