@@ -13,7 +13,9 @@ import tiny_models
 from jaxmoo.study.cli import main
 from tiny_tokenizer import chat_tokenizer
 
+# It reads the clock, but does not show what it says.
 TEMPLATE = (
+    "{% set today = strftime_now('%d %b %Y') %}"
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )

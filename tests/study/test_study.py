@@ -136,6 +136,15 @@ def test_only_what_is_missing_is_run_again(copy, capsys):
         assert again[-1][name] == first[name]
 
 
+def test_a_study_goes_on_with_the_date_it_began_with(copy):
+    base, _, *others = rows_of(copy)
+    assert len({row["date"] for row in (base, *others)}) == 1
+    rewrite(copy, [row | {"date": "2020-02-03"} for row in (base, *others)])
+    shutil.rmtree(copy.parent / "study" / "runs")
+    assert main(["--config", str(copy)]) == 0
+    assert rows_of(copy)[-1]["date"] == "2020-02-03"
+
+
 def test_other_settings_are_refused_by_name(copy, capsys):
     before = (copy.parent / "study" / "rows.jsonl").read_bytes()
     assert main(["--config", str(copy), "training.train.steps=5"]) == 2
