@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmoo.sharding import varying
+
 # Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to
 # start than to multiply, and the backend would run loops over them one after the other.
 _ENTRIES = 98_304
@@ -158,7 +160,7 @@ def _loop(x: jax.Array, start: int, stop: int) -> _Carry:
         product=jnp.zeros((k, k), wide),
         total=jnp.zeros((sections, k, k), wide),
     )
-    return lax.while_loop(lambda carry: carry.unfinished, step, first)
+    return lax.while_loop(lambda carry: carry.unfinished, step, varying(first, x))
 
 
 def _never(end: _Carry) -> jax.Array:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
+from jaxmoo.sharding import automatic, spec_of
 
 __all__ = [
     "Group",
@@ -128,25 +130,45 @@ def resolve(
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
     """
-    sections = [
-        Section(cut(x, len(labels)), labels, uniform_sections(index, x.shape[1:], len(labels)))
-        for index, (x, labels) in enumerate(zip(leaves, part.labels, strict=True))
-    ]
-    resolved = resolve_sections(
-        sections,
-        groups,
-        np.arange(len(part)),
-        state=state,
-        key=key,
-        active=active,
-        preference=preference,
-        match_norm=match_norm,
-        second=None
-        if second is None
-        else [cut(y, len(n)) for y, n in zip(second, part.labels, strict=True)],
+
+    def compute(
+        leaves: Sequence[jax.Array],
+        second: Sequence[jax.Array] | None,
+        state: Sequence[Any],
+        key: jax.Array,
+        active: jax.Array | None,
+        preference: jax.Array | None,
+    ) -> Resolution:
+        sections = [
+            Section(cut(x, len(labels)), labels, uniform_sections(index, x.shape[1:], len(labels)))
+            for index, (x, labels) in enumerate(zip(leaves, part.labels, strict=True))
+        ]
+        resolved = resolve_sections(
+            sections,
+            groups,
+            np.arange(len(part)),
+            state=state,
+            key=key,
+            active=active,
+            preference=preference,
+            match_norm=match_norm,
+            second=None
+            if second is None
+            else [cut(y, len(n)) for y, n in zip(second, part.labels, strict=True)],
+        )
+        updates = [u.reshape(x.shape[1:]) for u, x in zip(resolved.updates, leaves, strict=True)]
+        return resolved._replace(updates=updates)
+
+    specs = Resolution(
+        updates=[P(*spec_of(x)[1:]) for x in leaves],
+        state=P(),
+        gram=P(),
+        weights=P(),
+        update_norm=P(),
+        mean_norm=P(),
+        nonfinite=P(),
     )
-    updates = [u.reshape(x.shape[1:]) for u, x in zip(resolved.updates, leaves, strict=True)]
-    return resolved._replace(updates=updates)
+    return automatic(compute, (leaves, second, state, key, active, preference), specs)
 
 
 def resolve_sections(

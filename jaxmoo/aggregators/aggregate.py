@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators.base import (
     Aggregator,
@@ -21,6 +23,7 @@ from jaxmoo.aggregators.parameters import check_choice
 from jaxmoo.aggregators.registry import get
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
+from jaxmoo.sharding import automatic, spec_of, varying
 
 _START = 4096  # columns looked at to tell that a row is not zero
 
@@ -141,7 +144,11 @@ def aggregate(
         )
     if method.stochastic and key is None:
         raise missing_key(method)
-    return compiled(_aggregate)(method, jacobian, second, state, key, active, preference)
+    return automatic(
+        functools.partial(compiled(_aggregate), method),
+        (jacobian, second, state, key, active, preference),
+        P(*spec_of(jacobian)[1:]),
+    )
 
 
 def _aggregate(method, jacobian, second, state, key, active, preference):
@@ -174,12 +181,13 @@ def _in_one_pass(method, jacobian, state, key, active, preference):
         known |= ~active
 
     def look(_):
-        return update(largest_entries(jacobian))[0], jnp.ones((), bool)
+        done = varying(jnp.ones((), bool), first)
+        return update(largest_entries(jacobian))[0], done
 
     # A loop of at most one step, because a conditional would copy the update.
     finite = jnp.isfinite(jnp.sum(guess * 0))  # zero times a non-finite number is NaN
     first = (guess, jnp.all(known) & finite)
-    return jax.lax.while_loop(lambda carry: ~carry[1], look, first)[0]
+    return jax.lax.while_loop(lambda carry: ~carry[1], look, varying(first))[0]
 
 
 def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:

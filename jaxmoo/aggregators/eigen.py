@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.sharding import varying
 
 _MAX_SWEEPS = 12
 _REGULAR = 1e3  # of an inverse: eigenvalues below it cannot be mistaken for rounding
@@ -95,7 +96,8 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, vectors = lax.fori_loop(0, size - 1, rotate, (a, vectors))
         return a, vectors, sweeps + 1
 
-    a, vectors, _ = lax.while_loop(unfinished, sweep, (a, identity, jnp.zeros((), jnp.int32)))
+    start = varying((a, identity, jnp.zeros((), jnp.int32)))
+    a, vectors, _ = lax.while_loop(unfinished, sweep, start)
     values = jnp.diagonal(a)[:k]
     vectors = vectors[:k, :k]
     # Independent rounding errors of the entries, relative to |g_i| |g_j|, move the eigenvalue of v
@@ -134,12 +136,13 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
 
     def decompose(carry):
         gram, right, _ = carry
-        return jnp.zeros_like(gram), _decomposed_solve(gram, right), jnp.ones((), bool)
+        done = varying(jnp.ones((), bool), gram)
+        return jnp.zeros_like(gram), _decomposed_solve(gram, right), done
 
     # A loop of at most one step: a batch takes it only if one of its matrices must. What it reads
     # it also changes, or the compiler would compute it beforehand.
     first = (gram, jnp.where(regular, quick, right), regular)
-    return lax.while_loop(lambda carry: ~carry[2], decompose, first)[1]
+    return lax.while_loop(lambda carry: ~carry[2], decompose, varying(first))[1]
 
 
 def _decomposed_solve(gram: jax.Array, right: jax.Array) -> jax.Array:

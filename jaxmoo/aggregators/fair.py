@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxmoo.aggregators.interior_point import matvec, ridge
 from jaxmoo.aggregators.solvers import equilibrate
+from jaxmoo.sharding import varying
 
 
 def fair_shares(
@@ -70,7 +71,7 @@ def fair_shares(
     # Strictly feasible in s whatever the signs of C z.
     s = jnp.maximum(matvec(curvature, z), jnp.exp(log_target - jnp.log(z) / alpha))
     first = (z, s, jnp.asarray(jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
-    return lax.while_loop(unfinished, step, first)[0]
+    return lax.while_loop(unfinished, step, varying(first, curvature))[0]
 
 
 def fair_weights(

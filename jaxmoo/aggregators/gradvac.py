@@ -13,6 +13,7 @@ from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 from jaxmoo.aggregators.pcgrad import random_orders
 from jaxmoo.aggregators.solvers import equilibrate
+from jaxmoo.sharding import varying
 
 # The formula divides by the sine of the target's angle, which rounding alone would decide for
 # gradients that are always parallel.
@@ -123,5 +124,5 @@ def vaccinate(
         )
 
     start = (identity, cosine, jnp.ones(k, cosine.dtype), targets)
-    coefficients, _, _, targets = lax.fori_loop(0, k, meet, start)
+    coefficients, _, _, targets = lax.fori_loop(0, k, meet, varying(start, orders))
     return coefficients, targets

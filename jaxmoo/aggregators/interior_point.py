@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
+from jaxmoo.sharding import varying
+
 _MAX_STEPS = 30
 
 
@@ -211,4 +213,4 @@ def interior_point(
     def unfinished(it: _Iterate) -> jax.Array:
         return (it.best.residual > tolerance(dtype)) & ~it.stuck & (it.steps < _MAX_STEPS)
 
-    return lax.while_loop(unfinished, step, first).best.point
+    return lax.while_loop(unfinished, step, varying(first, cosine)).best.point

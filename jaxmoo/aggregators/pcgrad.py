@@ -12,6 +12,7 @@ from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.interior_point import matvec
 from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import equilibrate
+from jaxmoo.sharding import varying
 
 
 def random_orders(key: jax.Array, num_objectives: int) -> jax.Array:
@@ -51,7 +52,7 @@ def project_conflicts(cosine: jax.Array, orders: jax.Array) -> jax.Array:
         remove = jnp.minimum(along, 0.0) * other
         return coefficients - remove, products - matvec(remove, cosine)
 
-    return lax.fori_loop(0, k, meet, (identity, cosine))[0]
+    return lax.fori_loop(0, k, meet, varying((identity, cosine), orders))[0]
 
 
 @reusable

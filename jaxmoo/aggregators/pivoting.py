@@ -25,6 +25,7 @@ from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import cho_solve
 
 from jaxmoo.aggregators.interior_point import Found, tolerance
+from jaxmoo.sharding import varying
 
 _MAX_STEPS = 10
 _CHANCES = 3  # exchanges that may fail to reduce the number of wrong signs, one after another
@@ -106,7 +107,7 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
         found=Found(jnp.zeros((k, n), b_KN.dtype), jnp.full(n, jnp.inf, b_KN.dtype)),
         steps=jnp.zeros((), jnp.int32),
     )
-    return lax.while_loop(unfinished, step, first).found
+    return lax.while_loop(unfinished, step, varying(first, b_KN)).found
 
 
 @_pivot.def_vmap
