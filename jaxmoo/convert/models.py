@@ -47,7 +47,7 @@ from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import merge_adapters
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.train.card import adapter_card, public_name, run_card
-from jaxmoo.train.checkpoint import STATE, read_about, read_item, without_digests
+from jaxmoo.train.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.train.config import Config
 from jaxmoo.train.config import load_config as load_run_config
 from jaxmoo.train.data import chat_tokenizer, read_template
@@ -390,15 +390,16 @@ def _open_run(
     elif config.lora.rank is None:
         like = with_dtypes(trained, lambda _: config.model.param_dtype)
     del trained, model
+    about = read_about(run.checkpoints, step)
     check_base(
-        read_about(run.checkpoints, step),
+        about,
         step,
         architecture,
         fingerprint(frozen, NamedSharding(mesh.make_mesh(1), P()), dtype=config.model.param_dtype),
         base or config.model.source,
     )
-    if unchecked := without_digests(run.checkpoints, step):
-        say(unchecked)
+    if note := unchecked(run.checkpoints, step, about):
+        say(note)
     restore = functools.partial(_restore, like=like, within=within)
     trained = read_item(run.checkpoints, step, STATE, restore)
     weights = Weights(source)

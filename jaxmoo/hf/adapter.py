@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.hf.card import ModelCard
+from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
@@ -127,7 +128,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
     file = path / _WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
-    found = _read_tensors(file)
+    found = read_unchanged(lambda: _read_tensors(file), path)
     _check_tensors(found, abstract, file)
     leaves, tree = jax.tree.flatten(abstract)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)

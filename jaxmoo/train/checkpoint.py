@@ -28,7 +28,7 @@ __all__ = [
     "UnsavedError",
     "read_about",
     "read_item",
-    "without_digests",
+    "unchecked",
 ]
 
 T = TypeVar("T")
@@ -78,18 +78,28 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
     return read_checked(lambda: read(path / item), path, files, says=says, advice=advice)
 
 
-def without_digests(directory: Path, step: int) -> str | None:
+def unchecked(directory: Path, step: int, about: Mapping[str, Any]) -> str | None:
     """Return what a person should know about a checkpoint that cannot be checked, if it is one.
 
     Args:
       directory: where the run's checkpoints are.
       step: which one.
+      about: what was saved beside its state.
+
+    Raises:
+      CheckpointError: it had digests, which are gone.
     """
-    if (directory / str(step) / DIGESTS).exists():
+    path = directory / str(step)
+    if (path / DIGESTS).exists():
         return None
+    if about.get("digests"):
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: {DIGESTS} is missing. Remove that directory; the "
+            "run resumes from an older one, or from the beginning."
+        )
     return (
-        f"The checkpoint {directory / str(step)} has no digests ({DIGESTS}), as those of earlier "
-        "versions: it is not checked for damage."
+        f"The checkpoint {path} has no digests ({DIGESTS}), as those of earlier versions: it is "
+        "not checked for damage."
     )
 
 
@@ -131,18 +141,25 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._directory = directory
         self._kept = _NewestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            item_names=(STATE, ABOUT),
-            item_handlers={STATE: _StateHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept,
-                create=True,
-                # What a killed run left half written.
-                cleanup_tmp_directories=True,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
-            ),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                item_names=(STATE, ABOUT),
+                item_handlers={STATE: _StateHandler()},
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._kept,
+                    create=True,
+                    # What a killed run left half written.
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
+                ),
+            )
+        # Damaged notes of the library's own, or a directory that cannot be read or made.
+        except Exception as error:
+            raise CheckpointError(
+                f"The checkpoints in {directory} cannot be listed: {error}\n"
+                "Remove the one that is damaged, or choose another output=..."
+            ) from error
         found = self._manager.latest_step()
         step = from_first(-1 if found is None else found)
         self._latest = None if step < 0 else step

@@ -52,6 +52,7 @@ def about(config: Config, setup: Setup, step: int) -> dict[str, Any]:
     """Describe a run for its checkpoint of a step: settings, versions, devices, next batch."""
     return {
         "step": step,
+        "digests": True,
         "config": to_yaml(config),
         "versions": versions(),
         "mesh": dict(setup.device_mesh.shape),

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmoo.sizes import format_size
-from jaxmoo.train.checkpoint import Checkpoints, without_digests
+from jaxmoo.train.checkpoint import Checkpoints, unchecked
 from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
@@ -105,8 +105,8 @@ def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     # There is not always room for two.
     jax.tree.map(lambda x: x.delete(), state)
-    if unchecked := without_digests(job.directory.checkpoints, done):
-        job.say(unchecked)
+    if note := unchecked(job.directory.checkpoints, done, described):
+        job.say(note)
     state = checkpoints.restore(done, shapes)
     job.say(f"Resuming from the checkpoint of step {done}.")
     changed = {

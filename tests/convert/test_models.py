@@ -267,6 +267,21 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(run, tmp_pat
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_directory_is_found(tmp_path: Path, source):
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    from_hf(source, checkpoint, say=quiet)
+    files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file()]
+    assert len(files) > 8
+    for file in files:
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=file.name) as refused:
+            to_hf(checkpoint, out, say=quiet)
+        assert str(checkpoint) in str(refused.value)
+        file.write_bytes(good)
+    assert not out.exists()
+
+
 def test_a_target_that_holds_anything_is_left_alone(source: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()

@@ -12,7 +12,7 @@ import pytest
 from devices import run_python
 from jaxmoo.digests import DIGESTS
 from jaxmoo.errors import CheckpointError
-from jaxmoo.train.checkpoint import Checkpoints, without_digests
+from jaxmoo.train.checkpoint import Checkpoints, unchecked
 
 
 def state(value):
@@ -166,12 +166,22 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
         assert checkpoints.restore(3, state(0))["step"] == 3
 
 
+def test_damaged_notes_of_the_library_are_an_error_that_names_the_directory(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, state(3))
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be listed"):
+        Checkpoints(tmp_path, keep=2)
+
+
 def test_checkpoints_of_earlier_versions_are_read_and_said_to_be_unchecked(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, state(3))
-    assert without_digests(tmp_path, 3) is None
+    assert unchecked(tmp_path, 3, {}) is None
     (tmp_path / "3" / DIGESTS).unlink()
-    assert "3 has no digests" in without_digests(tmp_path, 3)
+    assert "3 has no digests" in unchecked(tmp_path, 3, {})
+    with pytest.raises(CheckpointError, match=rf"3 is damaged: {DIGESTS} is missing"):
+        unchecked(tmp_path, 3, {"digests": True})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore(3, state(0))["step"] == 3
 
