@@ -152,20 +152,56 @@ def test_the_same_command_goes_on_and_repeats_nothing(results, arguments, tmp_pa
     assert json.loads(output.read_text())["languages"] == after
 
 
-def test_an_evaluation_goes_on_with_the_date_it_began_with(chat_model, topics, tmp_path):
-    model, output = tmp_path / "model", tmp_path / "results.json"
-    shutil.copytree(chat_model, model)
-    template = (model / "chat_template.jinja").read_text()
-    (model / "chat_template.jinja").write_text("It is {{ strftime_now('%d %b') }}. " + template)
-    command = ["--model", model, "--data", topics, "--languages", "en", "ja", *COLUMNS]
-    command = list(map(str, [*command, "--max-examples", "2", "--output", output]))
+@pytest.fixture(scope="module")
+def dated(chat_model, topics, tmp_path_factory):
+    """An evaluation of two examples by a template with a date and thoughts; its command line."""
+    directory = tmp_path_factory.mktemp("dated")
+    shutil.copytree(chat_model, directory / "model")
+    template = (directory / "model" / "chat_template.jinja").read_text()
+    thinking = (
+        "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+    )
+    template = template.replace("{{ m['content'] }}", thinking)
+    template = "It is {{ strftime_now('%d %b') }}. " + template
+    (directory / "model" / "chat_template.jinja").write_text(template)
+    command = ["--model", directory / "model", "--data", topics, "--languages", "en", "ja"]
+    command += [*COLUMNS, "--choices", "replies", "--generate", "8", "--max-examples", "3"]
+    command = [*map(str, [*command, "--output", directory / "results.json"])]
     assert main([*command, "--date", "2020-02-03"]) == 0
-    (tmp_path / "results.examples" / "ja.json").unlink()
+    return command
+
+
+def test_replies_are_scored_and_generated_behind_what_the_template_puts_before_them(
+    dated, topics, oracle, tokenizer
+):
+    stored = json.loads(
+        Path(dated[-1]).with_name("results.examples").joinpath("en.json").read_text()
+    )
+    columns = stored["columns"]
+    chosen = [e for e in examples(topics, "en") if e["id"] in stored["units"]]
+    assert len(chosen) == 3
+    labels = sorted({e["topic"] for e in chosen})
+    for number, example in enumerate(chosen):
+        before = f"It is 03 Feb. {prompt(example['text'])}<think>\n\n</think>"
+        own = log_likelihoods(oracle, tokenizer, f"{before}\n\n", f"{example['topic']}<|im_end|>")
+        assert columns["nats"][number] == pytest.approx(-sum(own), abs=1e-3)
+        assert columns["tokens"][number] == len(own)
+        sums = [sum(log_likelihoods(oracle, tokenizer, before, f"\n\n{c}")) for c in labels]
+        assert columns["choice_nats"][number] == pytest.approx(np.negative(sums), abs=1e-3)
+        ids = tokenizer(f"{before}\n\n", return_tensors="pt")
+        out = oracle.generate(**ids, do_sample=False, max_new_tokens=8)
+        text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert columns["generated"][number] == text.strip()
+
+
+def test_an_evaluation_goes_on_with_the_date_it_began_with(dated):
+    output = Path(dated[-1])
     first = json.loads(output.read_text())
-    assert main(command) == 0
+    (output.with_name("results.examples") / "ja.json").unlink()
+    assert main(dated) == 0
     assert json.loads(output.read_text()) == first and first["settings"]["date"] == "2020-02-03"
-    assert main([*command, "--date", "2020-02-04"]) == 2, "prompts of another day"
-    assert main([*command, "--date", "yesterday"]) == 2
+    assert main([*dated, "--date", "2020-02-04"]) == 2, "prompts of another day"
+    assert main([*dated, "--date", "yesterday"]) == 2
 
 
 def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):
