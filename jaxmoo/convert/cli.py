@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("out", type=typed_path, help="directory to make")
     sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
-    sub.add_argument("--base", help="model that the run began with, if it has moved")
+    sub.add_argument("--base", help="model that the run or adapters began with, if moved")
     sub.add_argument("--dtype", help="float32, bfloat16 or float16 (as the model came)")
     sub.add_argument(
         "--adapter", action="store_true", help="of a LoRA run: the adapters alone, in PEFT format"

@@ -13,6 +13,7 @@ from ml_dtypes import bfloat16
 
 from jaxmoo.convert.models import kind_of, stored_tensors
 from jaxmoo.errors import ConfigError
+from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json
 from jaxmoo.hf.weights import Weights
 from jaxmoo.train.config import load_config as load_run_config
@@ -24,7 +25,7 @@ Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def describe(path: Path) -> str:
-    """Describe a Hugging Face directory, a checkpoint directory or a training run.
+    """Describe a Hugging Face directory, adapters, a checkpoint directory or a training run.
 
     Args:
       path: the directory.
@@ -40,6 +41,8 @@ def describe(path: Path) -> str:
     kind = kind_of(path)
     if kind == "run":
         return _run(RunDirectory(path))
+    if kind == "adapter":
+        return _adapter(path)
     if kind == "checkpoint":
         title, tensors = "checkpoint directory (Orbax)", stored_tensors(path)
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -97,6 +100,18 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _adapter(path: Path) -> str:
+    found = describe_adapter(path)
+    return "\n".join(
+        [
+            f"{path}: adapters in PEFT format",
+            f"of      {found.base or 'a model that it does not name'}",
+            f"rank    {found.lora.rank}, scale {found.lora.scale:g}",
+            f"on      {', '.join(found.lora.targets)} of layers {_ranges(list(found.layers))}",
+        ]
+    )
 
 
 def _run(run: RunDirectory) -> str:

@@ -26,9 +26,15 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import mesh
 from jaxmoo.data.ending import ending_token
 from jaxmoo.digests import Digests, note_own_digests, read_checked, read_digests
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, JaxmooError
 from jaxmoo.evaluate.fingerprint import fingerprint
-from jaxmoo.hf.adapter import save_adapter
+from jaxmoo.hf.adapter import (
+    Adapters,
+    describe_adapter,
+    is_adapter,
+    load_adapter,
+    save_adapter,
+)
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory
 from jaxmoo.hf.generation import left_to_callers
@@ -44,8 +50,8 @@ from jaxmoo.hf.source import resolve_source
 from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.hf.weights import DTYPES, Weights
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.lora import merge_adapters
-from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.lora import ADAPTERS, add_adapters, merge_adapters
+from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.train.config import Config
@@ -65,6 +71,7 @@ __all__ = [
     "source_of",
     "to_adapter",
     "to_hf",
+    "tokenizer_of",
 ]
 
 CHECKPOINT_FILE = "checkpoint.json"
@@ -147,12 +154,14 @@ def to_hf(
     Several processes may call together, as for `from_hf`; the first one writes.
 
     Args:
-      source: what `from_hf` made, or the output directory of a training run.
+      source: what `from_hf` made, the output directory of a training run, or adapters in PEFT
+        format.
       out: the directory to make; may exist if it is empty.
       step: which of the run's checkpoints; the newest by default.
       dtype: dtype of all tensors; by default each has that of the model it comes from.
       max_shard_bytes: size beyond which the weights are split into several files.
-      base: the model that the run began with, if it is no longer where the run's config says.
+      base: the model that the run began with, or that adapters belong to, if it is no longer where
+        their config says.
       say: called with lines for a person to read.
 
     Raises:
@@ -218,7 +227,7 @@ def to_adapter(
 
 
 def kind_of(path: Path) -> str:
-    """Tell what a directory is: "run", "checkpoint" or "hf".
+    """Tell what a directory is: "run", "checkpoint", "adapter" (in PEFT format) or "hf".
 
     Raises:
       CheckpointError: when it is none of them.
@@ -228,6 +237,8 @@ def kind_of(path: Path) -> str:
         return "run"
     if (path / CHECKPOINT_FILE).is_file():
         return "checkpoint"
+    if is_adapter(path):
+        return "adapter"
     if (path / "config.json").is_file():
         return "hf"
     run = path.absolute().parent.parent
@@ -239,8 +250,9 @@ def kind_of(path: Path) -> str:
             f"{path} is one checkpoint of a training run: name the run, {run}, and step {path.name}"
         )
     raise CheckpointError(
-        f"{path} is not a model: expected a Hugging Face directory (config.json), a checkpoint "
-        f"directory ({CHECKPOINT_FILE}) or the output of a training run (config.yaml)"
+        f"{path} is not a model: expected a Hugging Face directory (config.json), adapters in PEFT "
+        f"format (adapter_config.json), a checkpoint directory ({CHECKPOINT_FILE}) or the output "
+        "of a training run (config.yaml)"
     )
 
 
@@ -248,7 +260,7 @@ def source_of(path: Path, *, base: str | None = None) -> Path:
     """Find the directory with the config and tokenizer of a model of any kind; reads no weights.
 
     Args:
-      path: a Hugging Face directory, a checkpoint directory or a training run.
+      path: a Hugging Face directory, adapters, a checkpoint directory or a training run.
       base: see `to_hf`.
 
     Raises:
@@ -256,9 +268,42 @@ def source_of(path: Path, *, base: str | None = None) -> Path:
       ConfigError, DownloadError: when the model that a run began with is not to be had.
     """
     path = Path(path)
-    if kind_of(path) != "run":
+    kind = kind_of(path)
+    if kind == "adapter":
+        return _base_of(path, describe_adapter(path), base)
+    if kind != "run":
         return path
     return resolve_source(base or load_run_config(RunDirectory(path).config).model.source)
+
+
+def tokenizer_of(path: Path, source: Path) -> Path:
+    """Return the directory with the tokenizer of a model.
+
+    Args:
+      path: the model's directory, of any kind.
+      source: from `source_of`.
+
+    Returns:
+      ``source``, but for adapters that have a tokenizer of their own beside them.
+    """
+    own = kind_of(path) == "adapter" and (Path(path) / "tokenizer.json").is_file()
+    return Path(path) if own else source
+
+
+def _base_of(path: Path, adapters: Adapters, base: str | None) -> Path:
+    """The directory of the model that adapters belong to."""
+    if base is None and adapters.base is None:
+        raise CheckpointError(
+            f"{path} does not say which model its adapters belong to (base_model_name_or_path in "
+            "adapter_config.json): name it with --base"
+        )
+    try:
+        return resolve_source(base or adapters.base)
+    except JaxmooError as error:
+        raise CheckpointError(
+            f"the adapters in {path} belong to the model {base or adapters.base!r}, which is not "
+            f"to be had: {error}\nIf it has moved, name it with --base."
+        ) from error
 
 
 def open_model(
@@ -270,10 +315,10 @@ def open_model(
 ) -> Opened:
     """Load the model in a directory of any kind, every parameter in its stored dtype.
 
-    Adapters that a run trained are merged into the parameters they adapt.
+    Adapters, of a run or in PEFT format, are merged into the parameters they adapt.
 
     Args:
-      path: a Hugging Face directory, a checkpoint directory or a training run.
+      path: a Hugging Face directory, adapters, a checkpoint directory or a training run.
       step: which of a run's checkpoints; the newest by default.
       base: see `to_hf`.
       say: called with lines for a person to read.
@@ -287,8 +332,14 @@ def open_model(
         opened = _open_run(RunDirectory(path), step, base, say)
         merge_adapters(opened.model)
         return opened
-    if step is not None or base is not None:
-        raise CheckpointError(f"a step or base was given, but {path} is not a training run")
+    if step is not None:
+        raise CheckpointError(f"a step was given, but {path} is not a training run")
+    if kind == "adapter":
+        return _open_adapter(path, base)
+    if base is not None:
+        raise CheckpointError(
+            f"a base was given, but {path} is a whole model, neither a training run nor adapters"
+        )
     if kind == "checkpoint":
         return _open_checkpoint(path)
     weights = Weights(path)
@@ -320,6 +371,34 @@ def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             f"{path / CHECKPOINT_FILE} is damaged: unknown dtype {', '.join(sorted(unknown))}"
         )
     return tensors
+
+
+def _open_adapter(path: Path, base: str | None) -> Opened:
+    """A model with the adapters of a directory in PEFT format merged into it."""
+    found = describe_adapter(path)
+    source = _base_of(path, found, base)
+    config = load_config(source)
+    if found.layers[-1] >= config.num_hidden_layers:
+        raise CheckpointError(
+            f"the adapters in {path} are on layer {found.layers[-1]}, but the model in {source} "
+            f"has {config.num_hidden_layers} layers: name the model they belong to with --base"
+        )
+    pattern = rf"^layers\.({'|'.join(map(str, found.layers))})\."
+    segments = segments_for(config, pattern)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
+    add_adapters(model, found.lora, found.layers)
+    graph, abstract, rest = nnx.split(model, trainable_filter(ADAPTERS), ...)
+    model = nnx.merge(graph, load_adapter(path, abstract, found.lora, _shardings(abstract)), rest)
+    merge_adapters(model)
+    weights = Weights(source)
+    template = path / "chat_template.jinja"
+    return Opened(
+        model,
+        source,
+        {name: weights.dtype(name) for name in weights.names()},
+        None,
+        read_template(str(template)) if template.is_file() else None,
+    )
 
 
 def _open_checkpoint(path: Path) -> Opened:

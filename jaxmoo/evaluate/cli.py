@@ -67,10 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what is evaluated")
     group.add_argument(
         "--model",
-        help="Hugging Face directory, checkpoint, training run, built-in name, or id on a hub",
+        help="Hugging Face directory, adapters (PEFT), checkpoint, training run, built-in name, or "
+        "id on a hub",
     )
     group.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
-    group.add_argument("--base", help="model that the run began with, if it has moved")
+    group.add_argument("--base", help="model that the run or adapters began with, if moved")
     group.add_argument("--output", type=typed_path, help="file for the results, .json")
 
     group = parser.add_argument_group(

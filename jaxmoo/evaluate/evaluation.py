@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxmoo.convert.models import open_model, source_of
+from jaxmoo.convert.models import open_model, source_of, tokenizer_of
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.clock import is_date
 from jaxmoo.data.notes import notes
@@ -31,7 +31,7 @@ from jaxmoo.evaluate.questions import (
     with_choices,
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
-from jaxmoo.hf import load_config
+from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.train.data import chat_tokenizer
 from jaxmoo.train.data_config import DataConfig
 
@@ -123,7 +123,9 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     architecture = load_config(source)
     # An evaluation that goes on another day goes on with its date.
     begun = settings.data.date or store.date()
-    tokenizer, date = chat_tokenizer(source, dataclasses.replace(settings.data, date=begun))
+    data = dataclasses.replace(settings.data, date=begun)
+    tokenizer, date = chat_tokenizer(tokenizer_of(settings.model, source), data)
+    check_tokenizer(tokenizer, architecture.vocab_size, settings.model)
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")

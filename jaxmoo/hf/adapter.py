@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,8 +24,11 @@ from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, LoRA, adapters
 from jaxmoo.models.paths import logical_paths, named_leaves, trainable_filter
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["Adapters", "describe_adapter", "is_adapter", "load_adapter", "save_adapter"]
 
+_PLACE = re.compile(
+    r"base_model\.model\.model\.layers\.([0-9]{1,6})\.\w+\.(\w+)\.lora_[AB]\.weight"
+)
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -104,6 +107,66 @@ def save_adapter(
             (directory / "README.md").write_text(card.text(), "utf-8")
 
     write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
+
+
+class Adapters(NamedTuple):
+    """What a directory in PEFT format says of its adapters.
+
+    Attributes:
+      base: the model they were trained on: an id on a hub, a directory or a name; None if it is not
+        said.
+      lora: their kind.
+      layers: the layers they are on, ascending.
+    """
+
+    base: str | None
+    lora: LoRA
+    layers: tuple[int, ...]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds adapters in PEFT format, and no model of its own."""
+    return (path / _CONFIG_FILE).is_file() and not any(path.glob("model*.safetensors"))
+
+
+def describe_adapter(path: Path) -> Adapters:
+    """Tell which adapters are in a directory that the ``peft`` library wrote; reads no weights.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      CheckpointError: when files are missing or damaged, or the adapters are of another kind.
+    """
+    path = Path(path)
+    config = read_json(path / _CONFIG_FILE)
+    found = [_PLACE.fullmatch(name) for name in _tensor_names(path)]
+    if not found or None in found:
+        raise CheckpointError(
+            f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such as "
+            f"{peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    _check_numbers(rank, alpha, config, path)
+    try:
+        lora = LoRA(rank, _scaled(alpha, rank, config), tuple(sorted({m[2] for m in found})))
+    except ConfigError as error:
+        raise CheckpointError(f"the adapters in {path} cannot be used: {error}") from error
+    _check_kind(config, lora, path)
+    base = config.get("base_model_name_or_path")
+    layers = tuple(sorted({int(match[1]) for match in found}))
+    return Adapters(base if isinstance(base, str) and base else None, lora, layers)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    file = path / _WEIGHTS_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            return list(handle.keys())
+    except (SafetensorError, OSError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = None) -> nnx.State:
@@ -199,6 +262,21 @@ def _check_kind(config: dict[str, Any], lora: LoRA, path: Path) -> None:
             f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
+    _check_numbers(rank, alpha, config, path)
+    if rank != lora.rank:
+        raise CheckpointError(
+            f"the adapters in {path} have rank {rank} and alpha {alpha}, this run's are to have "
+            f"rank {lora.rank}: set lora.rank and lora.alpha to theirs"
+        )
+    wanted = _scaled(alpha, rank, config)
+    if abs(wanted - lora.alpha) > 1e-6 * abs(wanted):
+        raise CheckpointError(
+            f"the adapters in {path} were trained with a scale of {wanted / rank:g}, this run's "
+            f"would be {lora.scale:g}: set lora.alpha={wanted:.9g}"
+        )
+
+
+def _check_numbers(rank: Any, alpha: Any, config: dict[str, Any], path: Path) -> None:
     try:
         LoRA(rank, alpha)  # type and range of both
     except ConfigError as error:
@@ -210,18 +288,11 @@ def _check_kind(config: dict[str, Any], lora: LoRA, path: Path) -> None:
         raise CheckpointError(
             f"{path / _CONFIG_FILE}: use_rslora must be true or false, found {shown(rooted)}"
         )
-    if rank != lora.rank:
-        raise CheckpointError(
-            f"the adapters in {path} have rank {rank} and alpha {alpha}, this run's are to have "
-            f"rank {lora.rank}: set lora.rank and lora.alpha to theirs"
-        )
-    # Divided by the root of the rank instead; ours say the same with another alpha.
-    wanted = alpha * rank**0.5 if rooted else alpha
-    if abs(wanted - lora.alpha) > 1e-6 * abs(wanted):
-        raise CheckpointError(
-            f"the adapters in {path} were trained with a scale of {wanted / rank:g}, this run's "
-            f"would be {lora.scale:g}: set lora.alpha={wanted:.9g}"
-        )
+
+
+def _scaled(alpha: float, rank: int, config: dict[str, Any]) -> float:
+    """Alpha as ours: some are divided by the root of the rank, ours by the rank."""
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 
 def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path) -> None:

@@ -41,6 +41,11 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds adapters (PEFT), no model. To begin a run with them, name the model "
+                "they belong to in model.source, and this directory in lora.adapter"
+            )
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is not a Hugging Face model directory: no config.json")
         return path

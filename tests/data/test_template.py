@@ -8,9 +8,12 @@ import pytest
 
 from jaxmoo.data.template import MOST_CHARACTERS, ChatTemplate
 from jaxmoo.errors import DataError
-from tests.data.conftest import CHATML
-from tests.tiny_tokenizer import chat_tokenizer
+from tiny_tokenizer import chat_tokenizer
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SHIPPED = Path(__file__).parents[2] / "configs" / "chat_templates"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 MESSAGES = [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from devices import ROOT, run_python
@@ -202,6 +203,36 @@ def test_an_evaluation_goes_on_with_the_date_it_began_with(dated):
     assert json.loads(output.read_text()) == first and first["settings"]["date"] == "2020-02-03"
     assert main([*dated, "--date", "2020-02-04"]) == 2, "prompts of another day"
     assert main([*dated, "--date", "yesterday"]) == 2
+
+
+def test_adapters_are_scored_on_the_model_they_name(chat_model, topics, tokenizer, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    # As trainers leave them: with a tokenizer, whose template is what was trained with.
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    template = tmp_path / "adapter" / "chat_template.jinja"
+    template.write_text("Topic: " + template.read_text())
+    command = ["--model", tmp_path / "adapter", "--data", topics, "--languages", "en", *COLUMNS]
+    command += ["--output", tmp_path / "results.json", "--max-examples", "2"]
+    assert main(list(map(str, command))) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["languages"]["en"]
+    stored = json.loads((tmp_path / "results.examples" / "en.json").read_text())
+    assert found["examples"] == 2
+    sums = {
+        one["text"]: -sum(
+            log_likelihoods(
+                adapted, tokenizer, "Topic: " + prompt(one["text"]), one["topic"] + "<|im_end|>"
+            )
+        )
+        for one in examples(topics, "en")
+    }
+    for nats in stored["columns"]["nats"]:
+        assert min(abs(nats - one) for one in sums.values()) < 1e-3
 
 
 def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):

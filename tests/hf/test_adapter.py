@@ -17,9 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_models
 from closeness import relative_error
+from jaxmoo.convert.describe import describe
+from jaxmoo.convert.models import kind_of, open_model, source_of, to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import ModelCard, load_adapter, load_model, save_adapter, save_model
 from jaxmoo.hf.adapter import peft_tensor
+from jaxmoo.hf.source import resolve_source
 from jaxmoo.models import LoRA, add_adapters, language_loss, merge_adapters, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, PROJECTIONS
 from tiny_models import by_logical_path, tokens_and_mask
@@ -168,6 +171,43 @@ def test_what_we_write_peft_loads_with_equal_logits(
     assert "library_name: peft" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match="not an empty directory"):
         save_adapter(model, out, base_model="org/base")
+
+
+@pytest.mark.parametrize("name", ["everywhere", "somewhere"])
+def test_a_directory_of_adapters_is_the_model_they_belong_to(name, request, tmp_path: Path):
+    case = request.getfixturevalue(name)
+    named = tmp_path / "adapter"
+    shutil.copytree(case.adapter, named)
+    config = json.loads((named / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(case.base)
+    (named / "adapter_config.json").write_text(json.dumps(config))
+    assert kind_of(named) == "adapter" and source_of(named) == case.base
+    to_hf(named, tmp_path / "merged")
+    expected = case.reload(case.adapter).merge_and_unload().state_dict()
+    for tensor, value in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert relative_error(value, expected[tensor].numpy()) < 1e-6, tensor
+    assert "rank    4" in describe(named)
+
+
+def test_adapters_that_do_not_tell_their_model_need_a_base(somewhere: Case, tmp_path: Path):
+    path = tmp_path / "adapter"
+    shutil.copytree(somewhere.adapter, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+
+    def write(**changes):
+        (path / "adapter_config.json").write_text(json.dumps(config | changes))
+
+    write(base_model_name_or_path=None)
+    with pytest.raises(CheckpointError, match=r"does not say which model .* --base"):
+        open_model(path)
+    assert open_model(path, base=str(somewhere.base)).source == somewhere.base
+    write(base_model_name_or_path="/nowhere/model")
+    with pytest.raises(CheckpointError, match="'/nowhere/model', which is not to be had"):
+        open_model(path)
+    with pytest.raises(CheckpointError, match=r"this directory in lora\.adapter"):
+        resolve_source(str(path))
+    with pytest.raises(CheckpointError, match="a step was given"):
+        open_model(path, step=1)
 
 
 # --- Bad input ---------------------------------------------------------------------------------
