@@ -12,6 +12,7 @@ from jaxmoo.data.example import Example
 from jaxmoo.data.template import ChatTemplate
 from jaxmoo.data.tokenize import reply_prompts, tokenize, tokenize_choices
 from jaxmoo.errors import DataError
+from tiny_tokenizer import bytes_tokenizer
 
 THOUGHT = "<think>\n\n</think>\n\n"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -274,3 +275,37 @@ def test_keys_that_say_nothing_need_not_be_shown(tokenizer):
     messages[1] |= {"tool_calls": [], "name": None, "reasoning_content": ""}
     result = tokenize(Example.from_messages("en", messages), tokenizer, 512)
     assert learnt(tokenizer, result) == "Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "\n", "###"])
+@pytest.mark.parametrize("lead", ["", "<think>\n\n</think>\n\n", "[a]: ", "> ", " ", "assistant\n"])
+def test_whatever_a_reply_says_it_is_found_where_it_was_put(lead, end, trim):
+    """Replies and what surrounds them, drawn from the same few characters."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}"
+        "{{ LEAD if m['role'] == 'assistant' }}{{ m['content'] TRIM }}{{ END }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    template = template.replace("LEAD", repr(lead)).replace("END", repr(end))
+    tokenizer = bytes_tokenizer(
+        ["<|im_start|>", "<|im_end|>"],
+        chat_template=template.replace("TRIM", "| trim" if trim else ""),
+    )
+    stop = end.strip("\n") or end
+    letters, rng = sorted(set(f"{lead}ab \n<{end[-1]}")), np.random.default_rng(0)
+
+    def text(length):
+        drawn = "".join(rng.choice(letters, length))
+        return drawn if drawn.strip() else f"{drawn}a"
+
+    for _ in range(6):
+        texts = [text(rng.integers(1, 8)) for _ in range(6)]
+        texts[3] = texts[1]
+        messages = [{"role": "assistant", "content": texts[5]}, *chat(*texts)]
+        result = tokenize(Example.from_messages("en", messages), tokenizer, 512)
+        replies = [reply.strip() if trim else reply for reply in texts[1::2]]
+        assert learnt(tokenizer, result) == "".join(f"{lead}{r}{stop}" for r in replies)
+        kept = "" if lead.strip() else lead
+        assert scored(tokenizer, result) == "".join(f"{kept}{r}{stop}" for r in replies)
+        assert result.reply_bytes == sum(map(len, replies))
