@@ -4,7 +4,7 @@ from jaxmoo import aggregators, blocks, errors
 from jaxmoo.aggregators import Aggregator, aggregate
 from jaxmoo.engine import ResolvedGradients, block, resolved_value_and_grad
 from jaxmoo.gradients import stacked_value_and_grad
-from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+from jaxmoo.transform import ResolveConflictsState, freeze, resolve_conflicts
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "block",
     "blocks",
     "errors",
+    "freeze",
     "resolve_conflicts",
     "resolved_value_and_grad",
     "stacked_value_and_grad",

@@ -12,14 +12,25 @@ be contracted as a whole: slicing along a partitioned axis would make it gather 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoo.cpu_grams import cross_grams, grams_by_slices
+from jaxmoo.sharding import varying
 
-__all__ = ["cross_grams", "section_grams", "weighted_sum"]
+__all__ = [
+    "cross_grams",
+    "grams_in_range",
+    "scaled_grams",
+    "section_grams",
+    "section_sizes",
+    "weighted_sum",
+]
+
+_AT_A_TIME = 2**20  # entries that are scaled, and so copied
 
 
 def section_grams(
@@ -51,6 +62,124 @@ def section_grams(
     if partitioned:
         return whole(list(arrays))
     return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
+
+
+def section_sizes(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
+    """Largest absolute entry of every row of every section.
+
+    Args:
+      x: per-objective gradients [K, S, ...].
+      partitioned: as in :func:`section_grams`.
+
+    Returns:
+      [S, K], float32 or float64; infinite for a row that is not finite.
+
+    Example:
+      >>> section_sizes(jnp.array([[[1.0, -2.0]], [[jnp.inf, 3.0]]])).tolist()
+      [[2.0, inf]]
+    """
+    if partitioned is None:
+        partitioned = jax.device_count() > 1
+    x = jax.lax.stop_gradient(x.reshape(*x.shape[:2], -1))
+
+    def size(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))  # a maximum may pass over a NaN
+
+    if partitioned:
+        largest = jnp.max(size(x), axis=2, initial=0)
+    else:  # in one reduction, or the entries' sizes would be copied
+        zero = np.zeros((), x.dtype)
+        largest = jax.lax.reduce(x, zero, lambda a, b: jnp.maximum(size(a), size(b)), (2,))
+    return largest.T.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def grams_in_range(
+    grams: jax.Array,
+    active: jax.Array | None,
+    sizes: Callable[[], jax.Array],
+    scaled: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Form Gram matrices anew, of scaled gradients, where squares left their type's range.
+
+    The passes over the gradients that this takes are made only when a square looks like it.
+
+    Args:
+      grams: [B, K, K].
+      active: bool [K], or None.
+      sizes: gives the largest entries of the gradients [B, K].
+      scaled: gives the Gram matrices of gradients times a number per block [B].
+
+    Returns:
+      The Gram matrices, and what the gradients of each block were multiplied by: powers of two.
+    """
+    kind = jnp.finfo(grams.dtype)
+    squares = jnp.diagonal(grams, axis1=1, axis2=2)
+    # Wide enough that no sum of squares between has lost a part that counts.
+    doubtful = ~((squares > kind.tiny * 2.0**60) & (squares < kind.max * 2.0**-30))
+    if active is not None:
+        doubtful &= active
+    plain = varying((grams, jnp.ones(len(grams), grams.dtype)), grams, active)
+
+    def look() -> tuple[jax.Array, jax.Array]:
+        largest = sizes()
+        largest = jnp.where(jnp.isfinite(largest), largest, 0)
+        wrong = (doubtful & (largest > 0)).any(1)
+        # To a power of two, so that scaling rounds nothing.
+        bound = 2.0 ** (kind.maxexp - 8)
+        power = jax.lax.reduce_precision(
+            jnp.clip(largest.max(1), 1 / bound, bound), kind.nexp, mantissa_bits=0
+        )
+        unit = jnp.where(wrong, 1 / power, 1)
+
+        def again() -> tuple[jax.Array, jax.Array]:
+            return jnp.where(wrong[:, None, None], scaled(unit), grams), unit
+
+        return jax.lax.cond(wrong.any(), again, lambda: plain)
+
+    return jax.lax.cond(doubtful.any(), look, lambda: plain)
+
+
+def scaled_grams(
+    x: jax.Array, scale: jax.Array, y: jax.Array | None = None, *, partitioned: bool | None = None
+) -> jax.Array:
+    """Gram matrix of every section, of gradients times a number.
+
+    Args:
+      x: per-objective gradients [K, S, ...].
+      scale: [S].
+      y: the gradients whose rows are the products' other side; by default ``x``.
+      partitioned: as in :func:`section_grams`.
+
+    Returns:
+      Products of the scaled gradients [S, K, K], in the dtype that :func:`section_grams` has.
+
+    Example:
+      >>> scaled_grams(jnp.array([[[3e20, 4e20]]]), jnp.array([1e-20])).round(2).tolist()
+      [[[25.0]]]
+    """
+    if partitioned is None:
+        partitioned = jax.device_count() > 1
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = x if y is None else y
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        by = scale.astype(wide).reshape(1, -1, *(1,) * (x.ndim - 2))
+        return cross_grams(x.astype(wide) * by, y.astype(wide) * by)
+
+    if partitioned:
+        return product(x, y)
+    k, sections = x.shape[:2]
+    x, y = x.reshape(k, sections, -1), y.reshape(k, sections, -1)
+    columns = max(1, _AT_A_TIME // max(1, k * sections))
+    pieces = x.shape[2] // columns
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + product(
+            *(jax.lax.dynamic_slice_in_dim(z, i * columns, columns, 2) for z in (x, y))
+        )
+
+    rest = product(x[:, :, pieces * columns :], y[:, :, pieces * columns :])
+    return jax.lax.fori_loop(0, pieces, add, rest) if pieces else rest
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None) -> jax.Array:

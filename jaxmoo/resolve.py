@@ -19,7 +19,14 @@ from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
-from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
+from jaxmoo.reductions import (
+    cross_grams,
+    grams_in_range,
+    scaled_grams,
+    section_grams,
+    section_sizes,
+    weighted_sum,
+)
 from jaxmoo.sharding import automatic, spec_of
 
 __all__ = [
@@ -46,7 +53,9 @@ class Resolution(NamedTuple):
 
     updates: list[jax.Array]  # one array per input array, without the objective axis
     state: tuple[Any, ...]  # new aggregator state, one pytree per group
-    gram: jax.Array  # float32 or float64 [B, K, K]; rows of objectives left out are zero
+    # float32 or float64 [B, K, K]; rows of objectives left out are zero; infinite or 0 where a
+    # product leaves that type's range
+    gram: jax.Array
     weights: jax.Array  # [B, K], of gram's type; zero in blocks resolved coordinate by coordinate
     update_norm: jax.Array  # [B]
     mean_norm: jax.Array  # [B]
@@ -64,7 +73,8 @@ def group_blocks(
         aggregators; the first expression found in a block's name decides.
 
     Raises:
-      ConfigError: a block matches no expression, or an expression is given that no block needs.
+      ConfigError: a block matches no expression, or an expression is given that no block needs
+        (where there are any).
     """
     if not isinstance(choices, Mapping):
         return (Group(aggregators.get(choices), tuple(range(len(part)))),)
@@ -78,7 +88,7 @@ def group_blocks(
             )
         members[pattern].append(number)
     for pattern, numbers in members.items():
-        if not numbers:
+        if not numbers and len(part):
             raise ConfigError(
                 f"The pattern {pattern!r} is the first match of no block. Blocks are "
                 f"{', '.join(part.names[:8])}{', ...' if len(part) > 8 else ''}."
@@ -117,7 +127,7 @@ def resolve(
     Args:
       part: blocks of the arrays, without their objective axis.
       groups: aggregator of every block.
-      leaves: per-objective gradients, each [K, ...].
+      leaves: per-objective gradients, each [K, ...]; at least one has elements.
       state: aggregator state, one pytree per group.
       key: PRNG key of this step; block b draws from ``fold_in(key, b)``.
       active: bool [K], False for objectives absent from this step. By default, an objective whose
@@ -139,9 +149,10 @@ def resolve(
         active: jax.Array | None,
         preference: jax.Array | None,
     ) -> Resolution:
+        held = [index for index, x in enumerate(leaves) if x.size]
         sections = [
             Section(cut(x, len(labels)), labels, uniform_sections(index, x.shape[1:], len(labels)))
-            for index, (x, labels) in enumerate(zip(leaves, part.labels, strict=True))
+            for index, x, labels in ((i, leaves[i], part.labels[i]) for i in held)
         ]
         resolved = resolve_sections(
             sections,
@@ -152,11 +163,12 @@ def resolve(
             active=active,
             preference=preference,
             match_norm=match_norm,
-            second=None
-            if second is None
-            else [cut(y, len(n)) for y, n in zip(second, part.labels, strict=True)],
+            rescale=True,
+            second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )
-        updates = [u.reshape(x.shape[1:]) for u, x in zip(resolved.updates, leaves, strict=True)]
+        updates = [x.reshape(x.shape[1:]) if not x.size else x for x in leaves]
+        for i, update in zip(held, resolved.updates, strict=True):
+            updates[i] = update.reshape(leaves[i].shape[1:])
         return resolved._replace(updates=updates)
 
     specs = Resolution(
@@ -183,6 +195,7 @@ def resolve_sections(
     match_norm: bool,
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
+    rescale: bool = False,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Resolution:
@@ -199,6 +212,8 @@ def resolve_sections(
       match_norm: see :func:`resolve`.
       second: values of the sections of a second batch.
       partitioned: see :func:`jaxmoo.reductions.section_grams`.
+      rescale: whether gradients whose squares leave float32's range are scaled, in a second and
+        third pass over them. Else the largest count as not finite, the smallest as zero.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
 
@@ -214,7 +229,30 @@ def resolve_sections(
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
         return total(jax.ops.segment_sum(jnp.concatenate(counted), every, num_blocks))
 
+    def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
+        return blocks_of(
+            [
+                scaled_grams(s.values, unit[n], y, partitioned=partitioned)
+                for s, n, y in zip(sections, labels, others, strict=True)
+            ]
+        )
+
     grams = pooled(blocks_of(section_grams([s.values for s in sections], partitioned=partitioned)))
+    # In each block, gradients have been multiplied by it where they meet each other.
+    unit = jnp.ones(num_blocks, grams.dtype)
+    if rescale:
+        grams, unit = grams_in_range(
+            grams,
+            active,
+            lambda: jax.ops.segment_max(
+                jnp.concatenate(
+                    [section_sizes(s.values, partitioned=partitioned) for s in sections]
+                ),
+                every,
+                num_blocks,
+            ),
+            lambda unit: scaled(unit, [None] * len(sections)),
+        )
     squares = jnp.diagonal(grams, axis1=1, axis2=2)  # [B, K]
     present = (squares != 0).any(0) if active is None else active
     finite = jnp.isfinite(squares)
@@ -228,11 +266,17 @@ def resolve_sections(
                 "sdmgrad and modo need the gradients of an independent second batch: pass "
                 "second=, shaped like the updates."
             )
-        products[True] = blocks_of(
-            [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
+        products[True] = jax.lax.cond(
+            (unit == 1).all(),
+            lambda unit: blocks_of(
+                [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
+            ),
+            lambda unit: scaled(unit, second),
+            unit,
         )
 
     weights = jnp.zeros(used.shape, grams.dtype)
+    power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         if group.aggregator.combine is None:
@@ -248,6 +292,8 @@ def resolve_sections(
                     preference=preference,
                 )
             )(products[group.aggregator.cross_gram][mine], group_state, numbers[mine], used[mine])
+            if not group.aggregator.unit_scale:
+                power = power.at[mine].set(unit[mine] ** (-2 * group.aggregator.gram_degree))
             if group.member is not None:
                 solved = jnp.where(group.member[:, None], solved, weights[mine])
             weights = weights.at[mine].set(solved)
@@ -257,6 +303,8 @@ def resolve_sections(
     if match_norm:
         scale = _matching(mean_norm, update_norm, grams)
         weights, update_norm = weights * scale[:, None], update_norm * scale
+    elif rescale:
+        weights, update_norm = weights * power[:, None], update_norm * power
     updates = [
         weighted_sum(s.values, weights[n], partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
@@ -271,7 +319,14 @@ def resolve_sections(
             else u
             for s, u, n in zip(sections, updates, labels, strict=True)
         ]
-        norms = jnp.sqrt(blocks_of([(u.reshape(len(u), -1) ** 2).sum(1) for u in updates]))
+        norms = jnp.sqrt(
+            blocks_of(
+                [
+                    ((u.reshape(len(u), -1) * unit[n, None]) ** 2).sum(1)
+                    for u, n in zip(updates, labels, strict=True)
+                ]
+            )
+        )
         if match_norm:
             scale = jnp.where(member, _matching(mean_norm, norms, grams), 1)
             updates = [
@@ -283,10 +338,10 @@ def resolve_sections(
     return Resolution(
         updates=updates,
         state=tuple(new_state),
-        gram=grams,
+        gram=grams / unit[:, None, None] / unit[:, None, None],
         weights=weights,
-        update_norm=update_norm,
-        mean_norm=mean_norm,
+        update_norm=update_norm / unit,
+        mean_norm=mean_norm / unit,
         nonfinite=~finite & present,
     )
 

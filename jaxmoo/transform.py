@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +13,12 @@ import optax
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.blocks import Blocks, partition, path_string
+from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
 from jaxmoo.resolve import Group, conflict_share, group_blocks, resolve
 
-__all__ = ["ResolveConflictsState", "resolve_conflicts"]
+__all__ = ["ResolveConflictsState", "freeze", "resolve_conflicts"]
 
 
 class ResolveConflictsState(NamedTuple):
@@ -28,9 +29,10 @@ class ResolveConflictsState(NamedTuple):
     """
 
     step: jax.Array  # int32 []: updates so far
-    key: jax.Array  # PRNG key; step t uses fold_in(key, t)
+    key: jax.Array  # raw data of a PRNG key; step t uses fold_in(key, t)
     aggregator: Any  # one pytree per distinct aggregator, leaves [its blocks, ...]
-    gram: jax.Array | None  # float32 [B, K, K]: inner products of the objectives' gradients
+    # float32 [B, K, K]: inner products of the objectives' gradients; infinite or 0 beyond its range
+    gram: jax.Array | None
     weights: jax.Array | None  # float32 [B, K]: weight given to each objective
     conflict: jax.Array  # float32 [B]: share of pairs of objectives with negative inner product
     update_norm: jax.Array  # float32 [B]: norm of the resolved gradient
@@ -70,7 +72,8 @@ def resolve_conflicts(
         :func:`jaxmoo.blocks.partition`.
       num_objectives: K. Needed by aggregators that keep state, and for the state to hold each
         block's Gram matrix and weights.
-      preference: how much each objective matters [K]; normalised to sum 1. Equal by default.
+      preference: how much each objective matters [K]; normalised to sum 1. Equal by default. It
+        may be traced, and so follow a schedule (``optax.inject_hyperparams``).
       match_norm: rescale every block's result to the norm of its mean gradient, so that methods
         and block sizes can be compared at equal step lengths. A block that is stationary to
         within rounding is left as it is.
@@ -83,7 +86,8 @@ def resolve_conflicts(
 
     Raises:
       ConfigError: an option is unknown or contradicts another; a pattern matches no block; or, on
-        update, the updates carry no objective axis.
+        update, the updates carry no objective axis, ``active`` or ``preference`` has not one entry
+        per objective, or the state is of other blocks.
 
     References:
       Hoang et al., *Multilingual Fine-Tuning via Localized Gradient Conflict Resolution*,
@@ -101,8 +105,7 @@ def resolve_conflicts(
       [1.0, 0.0]
     """
     rule = get_blocks(blocks)
-    if nonfinite not in ("skip", "raise"):
-        raise ConfigError(f"nonfinite: expected 'skip' or 'raise', found {nonfinite!r}.")
+    _check_options(num_objectives, match_norm, nonfinite)
     if isinstance(aggregator, Mapping):
         choices: Any = {pattern: aggregators.get(a) for pattern, a in aggregator.items()}
         chosen = list(choices.values())
@@ -117,9 +120,16 @@ def resolve_conflicts(
             )
     share = None if preference is None else normalised(preference, num_objectives)
 
+    def cut(tree: Any) -> tuple[Partition, tuple[Group, ...]]:
+        # Of a tree without arrays, such as a part of one that is masked as a whole.
+        part = Partition((), (), (), (), ())
+        if jax.tree.leaves(tree):
+            part = partition(rule, tree, stacked=stacked)
+        return part, group_blocks(part, choices)
+
     def init(params: Any) -> ResolveConflictsState:
-        part = partition(rule, params, stacked=stacked)
-        return new_state(len(part), group_blocks(part, choices), num_objectives, seed)
+        part, groups = cut(params)
+        return new_state(len(part), groups, num_objectives, seed)
 
     def update(
         updates: Any,
@@ -131,24 +141,37 @@ def resolve_conflicts(
         **extra_args: Any,
     ) -> tuple[Any, ResolveConflictsState]:
         del extra_args
-        _check_objective_axis(updates, params, num_objectives)
+        leaves, treedef = jax.tree.flatten(updates)
+        if not leaves:
+            return updates, state._replace(step=optax.safe_increment(state.step))
+        k = _check_objective_axis(updates, params, num_objectives)
         if second is not None and jax.tree.map(jnp.shape, second) != jax.tree.map(
             jnp.shape, updates
         ):
             raise ConfigError("second: expected arrays shaped like the updates.")
-        leaves, treedef = jax.tree.flatten(updates)
-        part = partition(
-            rule,
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates),
-            stacked=stacked,
-        )
+        if active is not None:
+            active = jnp.asarray(active, bool)
+        for name, given in (("active", active), ("preference", share)):
+            if given is not None and given.shape != (k,):
+                raise ConfigError(
+                    f"{name}: expected one entry for each of the {k} objectives, found shape "
+                    f"{list(given.shape)}."
+                )
+        part, groups = cut(_like_parameters(updates, params))
+        if len(part) != len(state.conflict):
+            raise ConfigError(
+                f"The state is of {len(state.conflict)} blocks, the updates make {len(part)}. Give "
+                "update the parameters that init had: how large an array is depends on its type."
+            )
+        if not any(x.size for x in leaves):
+            return jax.tree.map(lambda x: x.reshape(x.shape[1:]), updates), state
         resolved = resolve(
             part,
-            group_blocks(part, choices),
+            groups,
             leaves,
             state=state.aggregator,
-            key=jax.random.fold_in(state.key, state.step),
-            active=None if active is None else jnp.asarray(active, bool),
+            key=step_key(state),
+            active=active,
             preference=share,
             match_norm=match_norm,
             second=None if second is None else jax.tree.leaves(second),
@@ -171,6 +194,35 @@ def resolve_conflicts(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def freeze() -> optax.GradientTransformation:
+    """Leave parameters as they are: zero updates, without the objective axis of the gradients.
+
+    For the parts of an ``optax.partition`` that are not trained. ``optax.set_to_zero`` gives zeros
+    shaped like what it gets: of per-objective gradients ``[K, ...]``, which
+    ``optax.apply_updates`` would then add to the parameters as if they were K models.
+
+    Returns:
+      An ``optax.GradientTransformation`` without state.
+
+    Example:
+      >>> params = {"trunk": jnp.zeros(2), "embedding": jnp.ones(3)}
+      >>> tx = optax.partition(
+      ...     {"train": resolve_conflicts("mgda"), "frozen": freeze()},
+      ...     {"trunk": "train", "embedding": "frozen"},
+      ... )
+      >>> gradients = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> jax.tree.map(jnp.shape, updates)
+      {'embedding': (3,), 'trunk': (2,)}
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def new_state(
     num_blocks: int, groups: Sequence[Group], num_objectives: int | None, seed: int
 ) -> ResolveConflictsState:
@@ -185,7 +237,7 @@ def new_state(
     b, k = num_blocks, num_objectives
     return ResolveConflictsState(
         step=jnp.zeros((), jnp.int32),
-        key=jax.random.key(seed),
+        key=jax.random.key_data(jax.random.key(seed)),
         aggregator=tuple(
             aggregators.init_blocks(group.aggregator, len(group.blocks), k or 0) for group in groups
         ),
@@ -198,20 +250,41 @@ def new_state(
     )
 
 
+def step_key(state: ResolveConflictsState) -> jax.Array:
+    """The PRNG key of the step that a state is before."""
+    # Counters and keys of a state that was cast as a whole are integers again.
+    key = jax.random.wrap_key_data(jnp.asarray(state.key).astype(jnp.uint32))
+    return jax.random.fold_in(key, jnp.asarray(state.step).astype(jnp.int32))
+
+
 def normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Array:
     """Return preferences [K] as weights that sum to 1.
+
+    Args:
+      preference: what was given; of a traced array only the shape is checked.
+      k: K, where it is known.
 
     Raises:
       ConfigError: they are not K numbers >= 0 of which one is positive.
     """
-    share = np.asarray(preference, np.float32)
-    wrong_length = k is not None and share.shape != (k,)
-    if share.ndim != 1 or wrong_length or not (share >= 0).all() or not share.sum() > 0:
-        raise ConfigError(
-            f"preference: expected {'K' if k is None else k} weights >= 0, not all zero; found "
-            f"{preference!r}."
-        )
-    return jnp.asarray(share / share.sum())
+    wrong = ConfigError(
+        f"preference: expected {'K' if k is None else k} weights >= 0, not all zero; found "
+        f"{preference!r}."
+    )
+    traced = isinstance(preference, jax.core.Tracer)
+    try:
+        share = preference if traced else np.asarray(preference, np.float64)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if share.ndim != 1 or (k is not None and share.shape != (k,)):
+        raise wrong
+    if traced:
+        total = share.sum()
+        return share / jnp.where(total > 0, total, 1)
+    if not (np.isfinite(share).all() and (share >= 0).all() and share.any()):
+        raise wrong
+    share = share / share.max()
+    return jnp.asarray(share / share.sum(), jnp.float32)
 
 
 def raise_nonfinite(nonfinite: np.ndarray) -> None:
@@ -223,8 +296,37 @@ def raise_nonfinite(nonfinite: np.ndarray) -> None:
         )
 
 
-def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> None:
-    """Check that every array of the updates starts with the same objective axis."""
+def _check_options(num_objectives: Any, match_norm: Any, nonfinite: Any) -> None:
+    """Check options that must be known when a program is compiled."""
+    if nonfinite not in ("skip", "raise"):
+        raise ConfigError(f"nonfinite: expected 'skip' or 'raise', found {nonfinite!r}.")
+    static = "With optax.inject_hyperparams, name it in static_args."
+    if not isinstance(match_norm, bool):
+        raise ConfigError(f"match_norm: expected True or False, found {match_norm!r}. {static}")
+    if num_objectives is None:
+        return
+    try:
+        whole = operator.index(num_objectives)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        whole = 0
+    if whole < 1:
+        raise ConfigError(
+            f"num_objectives: expected an integer, at least 1, found {num_objectives!r}. {static}"
+        )
+
+
+def _like_parameters(updates: Any, params: Any) -> Any:
+    """Shapes of the updates without their objective axis, in the parameters' types if known."""
+
+    def like(x: jax.Array, p: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape[1:], p.dtype)
+
+    known = params is not None and jax.tree.structure(params) == jax.tree.structure(updates)
+    return jax.tree.map(like, updates, params if known else updates)
+
+
+def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> int:
+    """Return K, after checking that every array of the updates starts with the same axis."""
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     shapes = (
         [x.shape for x in jax.tree.leaves(params)]
@@ -247,8 +349,9 @@ def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> No
     if len(lengths) > 1:
         found = ", ".join(f"{k} in {name!r}" for k, name in lengths.items())
         raise ConfigError(f"Objective axes disagree: found lengths {found}. {hint}")
-    k = next(iter(lengths), None)
-    if k is None:
-        raise ConfigError("There are no updates to resolve: the tree has no arrays.")
+    k = next(iter(lengths))
+    if k == 0:
+        raise ConfigError(f"The updates hold no objectives: their first axis has length 0. {hint}")
     if expected is not None and k != expected:
         raise ConfigError(f"num_objectives={expected}, but the updates hold {k} objectives.")
+    return k

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoo.reductions import section_grams, weighted_sum
+from jaxmoo.reductions import scaled_grams, section_grams, section_sizes, weighted_sum
 
 SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
 
@@ -27,6 +27,22 @@ def test_both_forms_equal_float64(shape, dtype, partitioned):
     np.testing.assert_allclose(
         np.asarray(result, np.float64), total, rtol=precision, atol=precision
     )
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_scaled_products_do_not_leave_float32s_range(partitioned):
+    """In several pieces of columns, and what is left over."""
+    x, y = (jax.random.normal(jax.random.key(i), (3, 2, 400_000)) * 1e20 for i in range(2))
+    scale = jnp.array([1e-20, 2e-20])
+    exact = [np.asarray(z, np.float64) * np.asarray(scale, np.float64)[:, None] for z in (x, y)]
+    for other in (0, 1):
+        found = scaled_grams(x, scale, (None, y)[other], partitioned=partitioned)
+        wanted = np.einsum("isn,jsn->sij", exact[0], exact[other])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    bad = x.at[1, 0, 5].set(jnp.nan).at[2, 1, 7].set(-jnp.inf)
+    wanted = np.abs(np.asarray(x)).max(2).T
+    wanted[[0, 1], [1, 2]] = np.inf
+    np.testing.assert_array_equal(section_sizes(bad, partitioned=partitioned), wanted)
 
 
 @pytest.mark.parametrize("partitioned", [False, True])

@@ -2,6 +2,7 @@
 
 import re
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,6 +270,47 @@ def test_bfloat16_gradients_stay_bfloat16(params, updates):
     assert state.conflict.dtype == jnp.float32
 
 
+def times(tree, factors):
+    """A tree whose parts are multiplied by numbers."""
+    scaled = {}
+    for name, part in tree.items():
+        factor = factors[name]
+        scaled[name] = jax.tree.map(lambda x, c=factor: x * c, part)
+    return scaled
+
+
+def test_gradients_whose_squares_leave_float32s_range_are_resolved_as_any(params, updates):
+    """Their products are formed of gradients scaled by a power of two, block by block."""
+    methods = {"embed": "mgda", r"layers\.\d": "cagrad", "scale": "graddrop"}
+    tx = jaxmoo.resolve_conflicts(methods, "layer", stacked=STACKED, num_objectives=K)
+    update = jax.jit(tx.update)
+    wanted, state = update(updates, tx.init(params), params)
+    # Blocks of different ranges beside each other; below the smallest of them nothing is left.
+    for factors in ({"embed": 1e20, "scale": 1e-20}, {"embed": 1e-20, "layers": 1e25}):
+        size = {name: factors.get(name, 1.0) for name in updates}
+        found, after = update(times(updates, size), tx.init(params), params)
+        back = {name: 1 / c for name, c in size.items()}
+        assert_trees_close(times(found, back), wanted, rtol=1e-4, atol=1e-5)
+        by = np.array([back[name] for name in ("embed", *["layers"] * 5, "scale")])
+        np.testing.assert_allclose(after.update_norm * by, state.update_norm, rtol=1e-4)
+        np.testing.assert_allclose(after.mean_norm * by, state.mean_norm, rtol=1e-4)
+        assert not after.skipped.any()
+
+
+def test_a_published_scale_holds_for_gradients_of_any_size():
+    """Of degree (1 - a) / (1 + a) in the gradients, here -1 / 3."""
+    tx = jaxmoo.resolve_conflicts(
+        jaxmoo.aggregators.fairgrad(alpha=2.0, scale="published"), "whole"
+    )
+    params = jnp.zeros(4)
+    given = jnp.eye(2, 4) + 0.1
+    update = jax.jit(tx.update)
+    wanted, _ = update(given, tx.init(params), params)
+    for size in (1e20, 1e-20):
+        found, _ = update(given * size, tx.init(params), params)
+        np.testing.assert_allclose(found * size ** (1 / 3), wanted, rtol=1e-4)
+
+
 # --- As an optax transformation ----------------------------------------------------------------
 
 
@@ -402,6 +444,98 @@ def test_peak_memory_is_inputs_and_outputs(params):
     assert memory.temp_size_in_bytes < 0.05 * 8 * 4 * 4_000_000 * 4
 
 
+def test_where_there_is_nothing_to_resolve_nothing_is_done(params, updates):
+    methods = {"layers": "gradvac", ".*": "mean"}
+    tx = optax.chain(
+        jaxmoo.resolve_conflicts(methods, "layer", stacked=STACKED, num_objectives=K),
+        optax.adam(1e-3),
+    )
+    none = optax.masked(tx, jax.tree.map(lambda _: False, params))
+    found, _ = none.update(updates, none.init(params), params)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, updates)
+    found, _ = tx.update({}, tx.init({}), {})
+    assert found == {}
+    # A part that holds nothing, in which no pattern matches anything.
+    parts = optax.partition(
+        {"all": jaxmoo.resolve_conflicts("mean", "layer"), "none": tx},
+        jax.tree.map(lambda _: "all", params),
+    )
+    found, _ = compiled_update(parts, updates, params)
+    assert_trees_close(found, jax.tree.map(lambda x: x.mean(0), updates), atol=1e-6)
+
+
+def test_arrays_without_elements_are_resolved_with_the_others():
+    params = {"layers": {"none": jnp.zeros((0, 3)), "empty": jnp.zeros((2, 0))}, "w": jnp.zeros(2)}
+    updates = jax.tree.map(lambda p: jnp.ones((K, *p.shape)), params)
+    tx = jaxmoo.resolve_conflicts({"w": "mgda", ".*": "graddrop"}, "leaf", stacked="^layers")
+    found, _ = compiled_update(tx, updates, params)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(found["w"], 1, rtol=1e-6)
+
+
+def test_the_state_maps_over_parameters_is_serialised_and_cast(params, updates):
+    tx = optax.chain(
+        jaxmoo.resolve_conflicts("pcgrad", "layer", stacked=STACKED, num_objectives=K),
+        optax.adam(1e-3),
+    )
+    state = tx.init(params)
+    names = optax.tree_map_params(
+        tx, lambda _, name: name, state, jax.tree.map(jnp.shape, params), is_leaf=None
+    )
+    assert names[1][0].mu == jax.tree.map(jnp.shape, params)
+    update = jax.jit(tx.update)
+    wanted, _ = update(updates, state, params)
+    stored = flax.serialization.to_bytes(state)
+    found, _ = update(updates, flax.serialization.from_bytes(state, stored), params)
+    assert_trees_close(found, wanted, rtol=0)
+    cast = optax.tree.cast(state[:1], jnp.float32)
+    assert optax.tree.get(cast, "step").dtype != jnp.int32
+    found, _ = update(updates, (*cast, state[1]), params)
+    assert_trees_close(found, wanted, rtol=0)
+
+
+def test_blocks_of_bytes_are_those_of_the_parameters_whatever_the_gradients_type(params, updates):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    tx = jaxmoo.resolve_conflicts("mgda", "bytes:60", stacked=STACKED, num_objectives=K)
+    state = tx.init(low)
+    part = blocks.partition("bytes:60", low, stacked=STACKED)
+    assert len(part) != len(blocks.partition("bytes:60", params, stacked=STACKED))
+    _, after = compiled_update(tx, updates, low, state)
+    for gram, matrix in zip(after.gram, block_matrices(part, updates)[0], strict=True):
+        np.testing.assert_allclose(gram, matrix @ matrix.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"state is of .* Give update the parameters"):
+        tx.update(updates, state)
+
+
+def test_a_preference_can_follow_a_schedule(params, updates):
+    resolver = optax.inject_hyperparams(jaxmoo.resolve_conflicts, static_args=("num_objectives",))
+    tx = resolver(
+        "mean",
+        preference=lambda step: jnp.where(step == 0, jnp.array([1.0, 0, 0]), jnp.array([0, 1, 3])),
+        num_objectives=K,
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    first, state = update(updates, state, params)
+    second, _ = update(updates, state, params)
+    np.testing.assert_allclose(first["embed"], updates["embed"][0], atol=1e-6)
+    expected = updates["embed"][1] / 4 + updates["embed"][2] * 3 / 4
+    np.testing.assert_allclose(second["embed"], expected, atol=1e-6)
+
+
+def test_frozen_parts_lose_the_objective_axis(params, updates):
+    labels = jax.tree.map(lambda _: "train", params) | {"embed": "frozen"}
+    tx = optax.partition(
+        {
+            "train": optax.chain(jaxmoo.resolve_conflicts("mean", "layer"), optax.sgd(1.0)),
+            "frozen": jaxmoo.freeze(),
+        },
+        labels,
+    )
+    found, _ = compiled_update(tx, updates, params)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
+    assert not found["embed"].any() and found["scale"] != 0
+
+
 # --- Bad input ---------------------------------------------------------------------------------
 
 
@@ -413,6 +547,11 @@ def test_peak_memory_is_inputs_and_outputs(params):
         ({"nonfinite": "ignore"}, "expected 'skip' or 'raise'"),
         ({"preference": [1, -1]}, "weights >= 0"),
         ({"preference": [1, 1], "num_objectives": 3}, "expected 3 weights"),
+        ({"preference": [1, "much"]}, "weights >= 0"),
+        ({"preference": [1, float("nan")]}, "weights >= 0"),
+        ({"num_objectives": 0}, "at least 1"),
+        ({"num_objectives": 2.5}, "at least 1"),
+        ({"match_norm": "yes"}, "expected True or False"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):
@@ -433,6 +572,14 @@ def test_bad_updates_are_refused(params, updates):
     fixed = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, num_objectives=5)
     with pytest.raises(ConfigError, match="hold 3 objectives"):
         compiled_update(fixed, updates, params)
+    with pytest.raises(ConfigError, match="no objectives"):
+        tx.update(jax.tree.map(lambda x: x[:0], updates), state)
+    for active in (jnp.ones(K + 1, bool), jnp.array(True)):
+        with pytest.raises(ConfigError, match="active: expected one entry for each of the 3"):
+            tx.update(updates, state, params, active=active)
+    weighted = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, preference=[1, 2])
+    with pytest.raises(ConfigError, match="preference: expected one entry for each of the 3"):
+        weighted.update(updates, state, params)
     with pytest.raises(ConfigError, match="floating point"):
         tx.update(jax.tree.map(lambda x: x.astype(jnp.int32), updates), state)
 

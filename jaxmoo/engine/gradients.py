@@ -31,7 +31,13 @@ from jaxmoo.errors import ConfigError, DataError, JaxmooError
 from jaxmoo.gradients import num_objectives as objectives_of
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
 from jaxmoo.resolve import conflict_share, group_blocks
-from jaxmoo.transform import ResolveConflictsState, new_state, normalised, raise_nonfinite
+from jaxmoo.transform import (
+    ResolveConflictsState,
+    new_state,
+    normalised,
+    raise_nonfinite,
+    step_key,
+)
 
 __all__ = ["ResolvedGradients", "resolved_value_and_grad"]
 
@@ -152,6 +158,11 @@ def resolved_value_and_grad(
                 f"{group.aggregator.name} works coordinate by coordinate and has no Gram matrix to "
                 "pool; use replicas='mean_then_resolve' or 'resolve_then_mean'."
             )
+    if isinstance(preference, jax.core.Tracer):
+        raise ConfigError(
+            "preference: the engine takes numbers that are known when it is made, found a traced "
+            "array. Make it outside of jit, or use resolve_conflicts."
+        )
     share = None if preference is None else np.asarray(normalised(preference, num_objectives))
     return ResolvedGradients(
         loss_fn=loss_fn,
@@ -246,7 +257,7 @@ class ResolvedGradients:
         )
         specs = [layout.spec for layout in self.layouts]
         trained, fixed = specs[: self.num_trained], specs[self.num_trained :]
-        key = jax.random.key_data(jax.random.fold_in(state.key, state.step))
+        key = jax.random.key_data(step_key(state))
         run = jax.shard_map(
             per_device,
             mesh=self.mesh,
