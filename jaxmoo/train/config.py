@@ -436,7 +436,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """Return how settings differ in a way that makes it wrong to resume one run as the other.
 
     Settings that only change what is watched, written or recomputed, or where, are left out. So
-    is ``train.steps`` when the learning rate does not depend on it.
+    is ``train.steps`` when the learning rate does not depend on it, and ``data.date`` of a run that
+    noted none: whether its prompts are still the same is told by its batches.
 
     Args:
       old: the settings the run was started with.
@@ -453,6 +454,7 @@ def differences(old: Config, new: Config) -> list[str]:
         if before[name] != after[name]
         and not leaf.free
         and not (name == "train.steps" and steps_free)
+        and not (name == "data.date" and before[name] is None)
     ]
 
 

@@ -295,6 +295,15 @@ def test_differences_name_what_makes_resuming_wrong(load):
     ]
 
 
+def test_the_date_of_a_run_stays_once_it_is_noted(load):
+    dated, other = load("data.date=2026-07-26"), load("data.date=2026-07-27")
+    assert dated.data.date == "2026-07-26"
+    assert differences(dated, other) == ["data.date: '2026-07-26' -> '2026-07-27'"]
+    assert differences(load(), dated) == [], "of a run that is older than the setting"
+    with pytest.raises(ConfigError, match=r"data\.date is 'today', expected a date"):
+        load("data.date=today")
+
+
 def test_what_is_only_watched_or_written_may_change(load):
     new = load(
         "output=elsewhere",

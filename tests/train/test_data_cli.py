@@ -68,6 +68,14 @@ def test_a_chat_template_from_a_file_is_used(no_weights, write_config, tmp_path,
     assert load_tokenizer(no_weights).chat_template != template.read_text()
 
 
+def test_a_template_that_ends_no_reply_is_noted(no_weights, write_config, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
+    config = str(write_config(model__source=str(no_weights), data__seen=["it"], data__unseen=[]))
+    assert main(["--config", config, f"data.chat_template={template}"]) == 0
+    assert "Note: The chat template ends no reply with a special token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
