@@ -60,7 +60,7 @@ from jaxmoo.train.data import chat_tokenizer, read_template
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
-from jaxmoo.train.provenance import check_base
+from jaxmoo.train.provenance import check_base, check_settings
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -470,6 +470,7 @@ def _open_run(
         like = with_dtypes(trained, lambda _: config.model.param_dtype)
     del trained, model
     about = read_about(run.checkpoints, step)
+    check_settings(about, step, config)
     check_base(
         about,
         step,

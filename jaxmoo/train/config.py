@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError, did_you_mean
@@ -446,12 +447,37 @@ def differences(old: Config, new: Config) -> list[str]:
     Returns:
       One text ``"section.key: old -> new"`` per difference, in the order of declaration.
     """
-    before, after = schema.values(old), schema.values(new)
-    steps_free = old.optimizer.decay == new.optimizer.decay == "constant"
+    return _differences(schema.values(old), schema.values(new))
+
+
+def differences_from_yaml(old: str, new: Config) -> list[str]:
+    """Return how settings differ from those that :func:`to_yaml` wrote, as :func:`differences`.
+
+    Settings that there were not yet when it wrote them are left out.
+    """
+    return _differences(_written(old), _written(to_yaml(new)))
+
+
+def _written(text: str) -> dict[str, Any]:
+    """Settings by name, as YAML holds them."""
+    tree, found = yaml.safe_load(text), {}
+    for name in schema.leaves(Config):
+        value = tree
+        for part in name.split("."):
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+        if value is not MISSING:
+            found[name] = value
+    return found
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    decay = "optimizer.decay"
+    steps_free = before.get(decay) == after.get(decay) == "constant"
     return [
         f"{name}: {flow(before[name])} -> {flow(after[name])}"
         for name, leaf in schema.leaves(Config).items()
-        if before[name] != after[name]
+        if name in before
+        and before[name] != after[name]
         and not leaf.free
         and not (name == "train.steps" and steps_free)
         and not (name == "data.date" and before[name] is None)

@@ -15,11 +15,20 @@ import numpy as np
 from jaxmoo.data import LanguageBatches
 from jaxmoo.errors import CheckpointError
 from jaxmoo.models import DecoderConfig
-from jaxmoo.train.config import Config, to_yaml
+from jaxmoo.train.config import Config, differences_from_yaml, to_yaml
 from jaxmoo.train.setup import Setup
 
-__all__ = ["about", "architecture", "batch_digest", "check_base", "check_data", "versions"]
+__all__ = [
+    "about",
+    "architecture",
+    "batch_digest",
+    "check_base",
+    "check_data",
+    "check_settings",
+    "versions",
+]
 
+_PLACES = ("model.source", "data.source", "lora.adapter")
 _PACKAGES = ("jaxmoo", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -67,6 +76,28 @@ def about(config: Config, setup: Setup, step: int) -> dict[str, Any]:
 def architecture(model: DecoderConfig) -> dict[str, Any]:
     """Return a model's sizes and constants as JSON holds them."""
     return json.loads(json.dumps(dataclasses.asdict(model), default=str))
+
+
+def check_settings(described: Mapping[str, Any], step: int, config: Config) -> None:
+    """Raise unless a checkpoint is of a run with these settings.
+
+    Args:
+      described: what :func:`about` returned for it; what is not in it is not checked.
+      step: its name.
+      config: the settings.
+
+    Raises:
+      CheckpointError: it is another run's.
+    """
+    changed = differences_from_yaml(described["config"], config) if "config" in described else []
+    # Files may move: what is in them is checked instead.
+    changed = [one for one in changed if one.partition(":")[0] not in _PLACES]
+    if changed:
+        raise CheckpointError(
+            f"The checkpoint of step {step} is that of a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nPut the run's own in its place, or remove it."
+        )
 
 
 def check_base(

@@ -23,7 +23,7 @@ from jaxmoo.train.hang import HangTimeout
 from jaxmoo.train.job import Job
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import check_packages
-from jaxmoo.train.provenance import batch_digest, check_base, check_data, versions
+from jaxmoo.train.provenance import batch_digest, check_base, check_data, check_settings, versions
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.setup import Setup, prepare
 from jaxmoo.train.signals import InterruptedRunError, StopRequest
@@ -100,6 +100,7 @@ def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         return state, 0
     described = checkpoints.about(done)
     setup = job.setup
+    check_settings(described, done, job.config)
     check_base(described, done, setup.model, setup.base, job.config.model.source)
     check_data(described, job.setup)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)

@@ -14,10 +14,10 @@ from devices import ROOT
 from jaxmoo.data import LanguageBatches
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import CheckpointError, ConfigError
-from jaxmoo.train.config import load_config
+from jaxmoo.train.config import load_config, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import Launch, start
-from jaxmoo.train.provenance import batch_digest, check_data
+from jaxmoo.train.provenance import batch_digest, check_data, check_settings
 from jaxmoo.train.signals import InterruptedRunError, StopRequest
 
 
@@ -129,6 +129,20 @@ def test_a_directory_in_which_a_run_was_killed_before_it_had_a_config_is_free(
     for name in (".lock", ".config.yaml.partial"):
         (tmp_path / "run" / name).write_text("")
     RunDirectory(tmp_path / "run").check(load_config(write_config()))
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(write_config):
+    mine = load_config(write_config())
+    others = load_config(write_config(), ["optimizer.learning_rate=0.5", "train.hang_timeout=7"])
+    check_settings({"config": to_yaml(mine)}, 2, mine)
+    with pytest.raises(CheckpointError, match="other settings") as refused:
+        check_settings({"config": to_yaml(others)}, 2, mine)
+    assert "optimizer.learning_rate: 0.5 -> 0.001" in str(refused.value)
+    assert "hang_timeout" not in str(refused.value)
+    moved = load_config(write_config(), ["model.source=else/where", "data.source=there"])
+    check_settings({"config": to_yaml(moved)}, 2, mine)
+    # A setting that came later is not in the checkpoint of an earlier version.
+    check_settings({"config": "seed: 0\noptimizer: {learning_rate: 0.001}"}, 2, mine)
 
 
 def test_other_data_behind_the_same_settings_are_refused():
