@@ -59,7 +59,7 @@ def shown(value: object, most: int = 80) -> str:
       ("'nan'", '[1, 1, 1,...', 'an integer of more than 4300 digits')
     """
     try:
-        text = repr(value)
+        text = repr(value[: most + 1] if isinstance(value, str) else value)
     except ValueError:  # Python does not write integers beyond a number of digits
         return f"an integer of more than {sys.get_int_max_str_digits()} digits"
     except RecursionError:

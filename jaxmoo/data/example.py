@@ -6,13 +6,12 @@ import itertools
 import json
 import math
 import re
-import reprlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmoo.errors import DataError
+from jaxmoo.errors import DataError, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Of one text: far beyond every context, and far below what makes reading it slow or memory short.
@@ -22,9 +21,6 @@ MARK = "\ufdd0"
 _DEEPEST = 100
 _PIECE = 2**16
 _BLANKS = re.compile(r"\s+")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 3
 
 
 def normalise(text: str) -> str:
@@ -89,16 +85,6 @@ def checked_text(value: Any) -> str:
     if MARK in value:
         raise DataError(f"text with U+FDD0, which is no character: {shown(value)}")
     return "" if value.isspace() else value
-
-
-def shown(value: Any) -> str:
-    """Return a value of a record for an error: cut, on one line, and in any terminal harmless.
-
-    Example:
-      >>> shown("ab" * 99)
-      "'abababababababababababababa...abababababababababababababab'"
-    """
-    return _SHORT.repr(value)
 
 
 def identifier(value: Any) -> str | None:
@@ -171,7 +157,7 @@ def _text_of_content(content: Any) -> str:
 def listed(names: Iterable[Any], most: int = 20) -> str:
     """Return names of a record's columns or keys, or what a table has, for an error."""
     first = list(itertools.islice(names, most + 1))
-    return ", ".join(shown(str(name))[1:-1] for name in first[:most]) + ", ..." * (
+    return ", ".join(shown(str(name)[:60])[1:-1] for name in first[:most]) + ", ..." * (
         len(first) > most
     )
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from jaxmoo.data.example import Example, checked_text, identifier, listed, shown
+from jaxmoo.data.example import Example, checked_text, identifier, listed
 from jaxmoo.data.files import Record, parse_json
-from jaxmoo.errors import ConfigError, DataError, did_you_mean
+from jaxmoo.errors import ConfigError, DataError, did_you_mean, shown
 
 # What a record's content may be.
 CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
