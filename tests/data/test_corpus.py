@@ -95,6 +95,18 @@ def test_nothing_needs_to_be_held_out(folder, tokenizer):
     assert list(corpus.held_out) == ["de"]
 
 
+def test_advice_names_no_value_that_is_refused(folder, make_tokenizer):
+    """Runs take no held_out of 0, and some tokenizers have no longest sequence."""
+    write(folder, "en", [("a", "b")])
+    with pytest.raises(
+        DataError, match=r"no held_out examples at .* more data, or raise held_out\.$"
+    ):
+        load(folder, make_tokenizer(), seen=["en"], held_out=1e-9)
+    endless = make_tokenizer(model_max_length=int(1e30))
+    with pytest.raises(ConfigError, match=r"is 1; expected at least 2\.$"):
+        load(folder, endless, seen=["en"], sequence_length=1)
+
+
 PICKY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content == 'en 7?' %}{{ 1 / 0 }}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"

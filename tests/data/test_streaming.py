@@ -257,8 +257,15 @@ def test_what_cannot_be_streamed_is_refused(folder, stream):
         (folder / "lists" / f"{language}.json").write_text("[]")
     with pytest.raises(ConfigError, match="cannot be streamed"):
         stream(folder / "lists")
-    with pytest.raises(DataError, match=r"'en': the first 20 records.*fewer than.*raise"):
+    with pytest.raises(DataError, match=r"'en': the first 20 records.*fewer than.*Lower it, or ra"):
         stream(folder, max_held_out=50, max_scan=20)
+    # None cannot be asked for, nor can the built-in corpus be streamed.
+    with pytest.raises(DataError, match=r"have 0 examples .*=1\. Raise data\.held_out"):
+        stream(folder, max_held_out=1, held_out=1e-9, max_scan=20)
+    with pytest.raises(DataError, match=r"Unknown data source 'chaterbot'\. Expected a path"):
+        stream("chaterbot")
+    with pytest.raises(DataError, match=r"ending in \.jsonl, \.parquet, \.csv, found '\.txt'"):
+        stream(folder / "{language}.txt")
     # All that there are are enough when there are no more.
     assert len(stream(folder, max_held_out=50).held_out["en"]) < 30
     with pytest.raises(DataError, match="a whole pass over its records gave no example"):
