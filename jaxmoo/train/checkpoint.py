@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxmoo.digests import (
@@ -239,12 +240,12 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = ocp.args.Composite(**{STATE: _StateRestore(abstract)})
-        return read_item(
-            self._directory,
-            step,
-            STATE,
-            lambda _: self._manager.restore(step, args=arguments)[STATE],
-        )
+
+        def read(_: Path) -> Any:
+            found = self._manager.restore(step, args=arguments)[STATE]
+            return jax.tree.map(_raw_key, found, abstract)
+
+        return read_item(self._directory, step, STATE, read)
 
     def _digest(self) -> None:
         """Write the digests of a checkpoint that is complete, but has no name yet."""
@@ -266,6 +267,13 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self._directory}: {error}\n{kept}. When "
                 "there is room, the same command goes on from there."
             ) from error
+
+
+def _raw_key(found: Any, like: Any) -> Any:
+    """Take a key's data where they are wanted: earlier versions stored keys as such."""
+    if jnp.issubdtype(found.dtype, jax.dtypes.prng_key) and found.dtype != like.dtype:
+        return jax.device_put(jax.random.key_data(found), like.sharding)
+    return found
 
 
 class _StateHandler(ocp.StandardCheckpointHandler):

@@ -174,6 +174,15 @@ def test_damaged_notes_of_the_library_are_an_error_that_names_the_directory(tmp_
         Checkpoints(tmp_path, keep=2)
 
 
+def test_keys_of_earlier_versions_become_the_numbers_that_they_stand_for(tmp_path):
+    key = jax.random.key(5)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(3, {"key": key})
+        found = checkpoints.restore(3, {"key": jax.random.key_data(jax.random.key(0))})
+    assert found["key"].dtype == jnp.uint32
+    assert np.array_equal(found["key"], jax.random.key_data(key))
+
+
 def test_checkpoints_of_earlier_versions_are_read_and_said_to_be_unchecked(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, state(3))
