@@ -15,6 +15,7 @@ from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import read_results
 from jaxmoo.hf import resolve_source
+from jaxmoo.memory import named_when_full
 from jaxmoo.outputs import typed_path
 from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import ColumnsConfig, DataConfig, load_config
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.compare is not None:
             return _compare(options)
-        evaluate(_settings(options))
+        with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
+            evaluate(_settings(options))
     except (JaxmooError, OSError) as error:
         return failed(error)
     except KeyboardInterrupt:

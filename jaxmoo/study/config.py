@@ -121,7 +121,9 @@ def _problems(study: StudyConfig) -> list[str]:
             problems.append(f"{name} names {', '.join(map(str, twice))} more than once.")
     problems += [f"seeds: {seed} is below 0." for seed in study.seeds if seed < 0]
     problems += [
-        f"learning_rates: {rate} is not above 0." for rate in study.learning_rates if not rate > 0
+        f"learning_rates: {rate} is not above 0 and finite."
+        for rate in study.learning_rates
+        if rate not in Range(above=0)
     ]
     own = {"seed": "seeds", "output": "output", "optimizer.learning_rate": "learning_rates"}
     sections = {"training": list(study.training)}

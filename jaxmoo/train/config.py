@@ -50,6 +50,7 @@ __all__ = [
 _AT_LEAST_0 = Range(least=0)
 _AT_LEAST_1 = Range(least=1)
 _POSITIVE = Range(above=0)
+_MOST_POSITIONS = 2**31 - 1
 _PRECISIONS = ("float32", "bfloat16")
 
 
@@ -212,7 +213,7 @@ class TrainConfig:
         "Seconds without progress (a step, a batch of the evaluation, a checkpoint) after which "
         "the run shows what it is doing and ends; 0 waits for ever. The first step includes its "
         "compilation.",
-        within=_AT_LEAST_0,
+        within=Range(least=0, most=10**9),
         free=True,
     )
     log_every: int = setting(
@@ -282,7 +283,11 @@ class Config:
         "with the same directory resumes.",
         free=True,
     )
-    seed: int = setting(0, "Seed of every random choice.", within=_AT_LEAST_0)
+    seed: int = setting(
+        0,
+        "Seed of every random choice.",
+        within=Range(least=0, most=2**32 - 1),  # of JAX's keys
+    )
     export: bool = setting(
         True, "Write the trained model to `export/`, in Hugging Face format.", free=True
     )
@@ -346,6 +351,14 @@ def validate(config: Config) -> None:
         problems = [*check_data(config.data), *_check_resolve(config.resolve, config.data.seen)]
         if config.data.samples:
             problems += _check_sampled(config.resolve)
+        positions = (
+            config.data.step_languages * config.data.batch_size * config.data.sequence_length
+        )
+        if positions > _MOST_POSITIONS:
+            problems.append(
+                f"data.batch_size x data.sequence_length x languages of a step is {positions}, "
+                f"more tokens than an array can number, {_MOST_POSITIONS}."
+            )
         if config.resolve.engine == "stacked" and config.train.microbatches > 1:
             problems.append("train.microbatches above 1 needs resolve.engine=backward.")
         if config.model.attention in ("cudnn", "tpu") and config.mesh.tensor > 1:

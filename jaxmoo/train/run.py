@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoo.memory import named_when_full
 from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints, unchecked
 from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
@@ -55,11 +56,12 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
       ConfigError, DataError, CheckpointError, DownloadError: before any training.
       NonFiniteLossError: a loss is NaN or infinite; checkpoints stay as they are.
       UnsavedError: a checkpoint cannot be written; those before it stay as they are.
+      MemoryFullError: memory has run out; checkpoints stay as they are.
       InterruptedRunError: on SIGINT or SIGTERM, once everything is saved.
     """
     say = say if is_first() else _silence
     directory = RunDirectory(config.output)
-    with StopRequest() as stop:
+    with named_when_full(_LESS_MEMORY), StopRequest() as stop:
         with stop.at_once():
             config = directory.resumed(config)
             directory.check(config)
@@ -82,6 +84,12 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
                 versions=str(versions()),
             )
             return _train(Job(config, setup, directory, stop, hang, say))
+
+
+_LESS_MEMORY = (
+    "scripts/plan.py shows what a step needs, and of what it is made. Use more train.microbatches, "
+    "a smaller data.batch_size or data.sequence_length, or more devices."
+)
 
 
 def _train(job: Job) -> dict[str, Any]:

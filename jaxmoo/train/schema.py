@@ -23,7 +23,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.errors import ConfigError, did_you_mean, shown
 from jaxmoo.train.yaml_text import Loader, describe_error, flow
 
 __all__ = [
@@ -58,7 +58,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
@@ -72,7 +72,11 @@ class Range:
             ("at most", self.most),
             ("below", self.below),
         )
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}"
+            for word, bound in bounds
+            if bound is not None
+        )
 
 
 def setting(
@@ -240,6 +244,9 @@ def load(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
+_MOST_REFERENCES = 30
+
+
 def _build(schema: type[T], text: str, overrides: Iterable[str]) -> T:
     problems: list[str] = []
     given: dict[str, _Given] = {}
@@ -252,13 +259,16 @@ def _build(schema: type[T], text: str, overrides: Iterable[str]) -> T:
         raise ConfigError(describe_error(error)) from error
     for override in overrides:
         _override(schema, str(override), given, problems)
+    # Each may stand for a text with several more of them.
+    if sum(str(entry.value).count("${") for entry in given.values()) > _MOST_REFERENCES:
+        raise ConfigError(f"there are more than {_MOST_REFERENCES} references ${{...}}.")
     tree = OmegaConf.structured(schema)
     for section in _sections(schema):
         OmegaConf.set_readonly(OmegaConf.select(tree, section) if section else tree, False)
     for name, entry in given.items():
         try:
             OmegaConf.update(tree, name, entry.value, merge=False)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
+        except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
             problems.append(_wrong_type(leaves(schema)[name], entry, error))
     problems += [
         f"{leaf.name} is missing ({leaf.summary})."
@@ -291,13 +301,54 @@ def check_values(config: Any) -> list[tuple[str, str]]:
             or value == ""
         ):
             hint = did_you_mean(value, leaf.choices)
-            problems.append((name, f"{name} must be {leaf.expected}, found {flow(value)}.{hint}"))
+            found = flow(value, _SHOWN)
+            problems.append((name, f"{name} must be {leaf.expected}, found {found}.{hint}"))
+        elif (fault := _beyond(value, leaf.within)) is not None:
+            problems.append((name, f"{name} {fault}."))
     return problems
+
+
+_SHOWN = 200  # characters of a value in an error
+_LARGEST_INTEGER = 2**31 - 1  # arrays are indexed, and steps counted, in 32 bits
+_LARGEST_FLOAT = 3.4e38  # in float32
+
+
+def _beyond(value: Any, within: Range | None = None) -> str | None:
+    """What a value holds that no run could use, whatever the setting; None if nothing."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return next((fault for part in value if (fault := _beyond(part)) is not None), None)
+    if isinstance(value, str):
+        if "\0" in value or not _encodes(value):
+            return "holds a character that no file can hold"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        limited = within is not None and within.most is not None
+        if abs(value) > _LARGEST_INTEGER and not limited:
+            return f"is {shown(value, _SHOWN)}, beyond the largest integer, {_LARGEST_INTEGER}"
+    elif isinstance(value, float) and _LARGEST_FLOAT < abs(value) < math.inf:
+        return f"is {value:g}, beyond the largest number, {_LARGEST_FLOAT:g}"
+    return None
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character, or a byte of the command line that is no text
+        return False
+    return True
+
+
+_MOST_BYTES = 2**20
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path} is no config file: it is larger than {_MOST_BYTES:,} bytes.")
+        return content.decode("utf-8")
     except FileNotFoundError as error:
         there = sorted({*path.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml")})
         names = [str(p) for p in there]
@@ -308,6 +359,8 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} is a directory; expected a YAML file.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason}).") from error
+    except (OSError, ValueError) as error:  # a null character in the path
+        raise ConfigError(f"{path!r} cannot be read: {error}.") from error
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -335,7 +388,7 @@ def _collect(
     if not isinstance(node, yaml.MappingNode):
         found = loader.construct_object(node, deep=True)
         what = f"{section} must be a section of settings" if section else "expected settings"
-        problems.append(f"{where}{what} (key: value), found {flow(found)}.")
+        problems.append(f"{where}{what} (key: value), found {flow(found, _SHOWN)}.")
         return
     loader.flatten_mapping(node)
     for key_node, value_node in node.value:
@@ -350,7 +403,7 @@ def _collect(
 
 
 def _override(schema: type, text: str, given: dict[str, _Given], problems: list[str]) -> None:
-    where = f"override {text!r}: "
+    where = f"override {shown(text, _SHOWN)}: "
     name, equals, raw = text.partition("=")
     name, raw = name.strip(), raw.strip()
     if not equals:
@@ -408,7 +461,7 @@ def _unknown(schema: type, name: str) -> str:
 def _wrong_type(leaf: Leaf, entry: _Given, error: Exception) -> str:
     if "${" in str(entry.value):
         return f"{entry.where}{leaf.name}: {str(error).splitlines()[0]}."
-    return f"{entry.where}{leaf.name} must be {leaf.expected}, found {flow(entry.value)}."
+    return f"{entry.where}{leaf.name} must be {leaf.expected}, found {flow(entry.value, _SHOWN)}."
 
 
 # --- Describing ------------------------------------------------------------------------------

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.data import Corpus, LanguageBatches
+from jaxmoo.data import Corpus, LanguageBatches, batch_spec
 from jaxmoo.data.ending import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
+from jaxmoo.memory import check_host_memory
 from jaxmoo.models import Decoder, DecoderConfig, token_nll
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
@@ -114,6 +117,16 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     """
     data, model = config.data, config.model
     device_mesh = make_run_mesh(config)
+    spec = batch_spec(
+        data.step_languages,
+        data.batch_size,
+        data.sequence_length,
+        packing=data.packing,
+        sampled=data.samples,
+    )
+    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
+    what = "a batch of data.batch_size x data.sequence_length x languages"
+    check_host_memory(size // jax.process_count(), what)
     source = resolve_source(model.source)
     architecture = load_model_config(source)
     check_model(config, architecture)

@@ -4,6 +4,10 @@ YAML 1.1, which PyYAML reads, takes the bare words ``no``, ``on`` and ``off`` fo
 that a list of languages loses Norwegian; takes ``1e-4`` for text; and lets a key that is given
 twice win silently. Here only ``true`` and ``false`` are truth values, ``1e-4`` is a number, and
 giving a key twice is an error.
+
+A short text can stand for billions of values (anchors that repeat anchors), or for values nested so
+deeply that reading them ends in the interpreter's own error. How many values there are, and how
+deep, is therefore limited while they are read.
 """
 
 from __future__ import annotations
@@ -13,13 +17,64 @@ from typing import Any, ClassVar
 
 import yaml
 
+from jaxmoo.errors import shown
+
 __all__ = ["Loader", "describe_error", "dump", "flow"]
+
+
+_MOST_VALUES = 10_000
+_DEEPEST = 32
 
 
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the rules above."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._depth = 0
+        # Number of values that a node stands for, anchors written out; none while it is read.
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Read a value and those within it; PyYAML calls this for every value."""
+        event = self.peek_event()
+        mark = event.start_mark
+        if self._depth == _DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"values are nested more than {_DEEPEST} deep", problem_mark=mark
+            )
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                inner = [part for pair in inner for part in pair]
+            self._sizes[node] = 1 + sum(self._sizes[part] for part in inner)
+        elif node not in self._sizes:
+            raise yaml.MarkedYAMLError(
+                problem=f"the anchor {event.anchor!r} contains itself", problem_mark=mark
+            )
+        if self._sizes[node] > _MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"these are more than {_MOST_VALUES:,} values, anchors (&, *) written out",
+                problem_mark=mark,
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make a value of a node; PyYAML calls this for every value."""
+        try:
+            return super().construct_object(node, deep)
+        # What its own constructors raise for a number or date that is none, or too long.
+        except (ValueError, KeyError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"{shown(node.value)} cannot be read as {kind}",
+                problem_mark=node.start_mark,
+            ) from error
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge ``<<`` keys; PyYAML calls this for every mapping."""
@@ -70,8 +125,8 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=96)
 
 
-def flow(value: Any) -> str:
-    """Return a value as YAML in one line.
+def flow(value: Any, most: int | None = None) -> str:
+    """Return a value as YAML in one line, with at most so many characters.
 
     Example:
       >>> flow({"c": 0.5}), flow(None), flow("12")
@@ -85,7 +140,8 @@ def flow(value: Any) -> str:
         width=10_000,
         default_flow_style=True,
     )
-    return text.removesuffix("\n").removesuffix("\n...")
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if most is None or len(text) <= most else f"{text[:most]}..."
 
 
 def describe_error(error: yaml.YAMLError) -> str:

@@ -284,6 +284,106 @@ def test_a_file_that_is_not_text(tmp_path):
         load_config(tmp_path / "a.yaml")
 
 
+# --- What means harm -------------------------------------------------------------------------
+
+
+def repeated(first: str, then: str) -> str:
+    """Options that each stand for nine of those before."""
+    lines = [f"    a: &a {first}"]
+    for name, before in zip("bcdefghij", "abcdefghi", strict=True):
+        lines.append(f"    {name}: &{name} {then}".replace("*", ", ".join([f"*{before}"] * 9)))
+    return MINIMAL + "resolve:\n  options:\n" + "\n".join(lines) + "\n"
+
+
+def options(value: str) -> str:
+    return MINIMAL + f"resolve: {{options: {{a: {value}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (repeated("[x, x]", "[*]"), "more than 10,000 values, anchors"),
+        (repeated("{x: 1}", "{<<: [*]}"), "more than 10,000 values, anchors"),
+        (options(f"[{'x, ' * 10_000}x]"), "more than 10,000 values"),
+        (options("&a [*a]"), "the anchor 'a' contains itself"),
+        (options("&a {b: {<<: *a}}"), "the anchor 'a' contains itself"),
+        (options("[" * 100_000), "line 9, column 53: values are nested more than 32 deep"),
+        (options("{a: " * 400 + "1" + "}" * 400), "nested more than 32 deep"),
+        (options("!!int abc"), "line 9, column 24: 'abc' cannot be read as int"),
+        (options("!!float abc"), "'abc' cannot be read as float"),
+        (options("!!bool maybe"), "'maybe' cannot be read as bool"),
+        (options("!!timestamp 2020-99-99"), "cannot be read as timestamp|month must be in 1..12"),
+        (MINIMAL + "seed: " + "9" * 5000, r"line 9, column 7: '9{70,}\.\.\. cannot be read as int"),
+        (MINIMAL + "seed: " + "9" * 4000, r"seed must be an integer.*, found 9{200}\.\.\.\."),
+        (MINIMAL + "# " + "x" * 2**20, "is no config file: it is larger than 1,048,576 bytes"),
+        (MINIMAL.replace("runs/test", "${wandb}" * 31), r"more than 30 references \$\{\.\.\.\}"),
+        (MINIMAL.replace("runs/test", r'"a\0b"'), "output holds a character that no file can hold"),
+        (MINIMAL.replace("runs/test", r'"\ud800"'), "output holds a character that no file can"),
+    ],
+    ids=lambda text: text[-40:],
+)
+def test_texts_that_blow_up_or_stand_for_nothing_are_refused_at_once(load, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(text=text)
+    assert len(str(caught.value)) < 1000
+
+
+def test_anchors_that_do_no_harm_are_read(load):
+    text = MINIMAL.replace("[en, es]", "&codes [en, es]") + "lora: {rank: 4, targets: [q_proj]}\n"
+    assert load(
+        text=text + "resolve: {preference: {en: &two 2, es: *two}}\n"
+    ).resolve.preference == {
+        "en": 2.0,
+        "es": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "seed=4294967296",
+            "seed must be an integer, at least 0 and at most 4294967295, found 4294",
+        ),
+        (f"seed={2**64}", "seed must be .* at most 4294967295, found 18446744073709551616"),
+        (
+            "data.batch_size=1000000000000",
+            "is 1000000000000, beyond the largest integer, 2147483647",
+        ),
+        (
+            "data={batch_size: 1000000, sequence_length: 2000}",
+            "is 4000000000, more tokens than an ar",
+        ),
+        ("data.sequence_length=2147483648", "beyond the largest integer, 2147483647"),
+        ("lora.rank=10000000000", "lora.rank is 10000000000, beyond the largest integer"),
+        ("train.steps=1" + "0" * 30, "train.steps is 1000000000000000000000000000000, beyond"),
+        (
+            "resolve.options.c=1e300",
+            "options is 1e.300, beyond the largest number, 3.4e.38",
+        ),
+        ("optimizer.learning_rate=1e300", "learning_rate is 1e.300, beyond the largest number"),
+        (
+            "optimizer.learning_rate=1" + "0" * 400,
+            "learning_rate must be a number, above 0, found",
+        ),
+        ("train.hang_timeout=1e10", "must be a number, at least 0 and at most 1000000000, found"),
+        ("resolve.options.c=[" + "[" * 1000, "values are nested more than 32 deep"),
+        ("wandb=a\ud800", "not YAML: unacceptable character #xd800"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_numbers_that_nothing_can_hold_are_refused(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(override)
+
+
+def test_settings_put_together_by_hand_are_checked_as_strictly(load):
+    config = load()
+    for seed in (10**400, 2**32, -1):
+        with pytest.raises(ConfigError, match="seed must be an integer, at least 0 and at most"):
+            validate(dataclasses.replace(config, seed=seed))
+
+
 # --- Resuming --------------------------------------------------------------------------------
 
 
