@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from jaxmoo.digests import DIGESTS, read_checked, read_digests, write_digests
-from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
 from jaxmoo.outputs import check_writable
 
 __all__ = [
@@ -81,7 +81,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         check_target(path)
         _clear_abandoned(path)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # a file system without locks
+        with contextlib.suppress(NotImplementedError, OSError):  # a file system without locks
             lock.acquire(timeout=0)
         temporary.mkdir()
 
@@ -129,7 +129,12 @@ def written_files(path: Path) -> dict[str, str]:
     Raises:
       CheckpointError: the digests are damaged.
     """
-    found = read_digests(path)
+    try:
+        found = read_digests(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Make or copy {path} anew; or remove {DIGESTS}, if you trust the other files."
+        ) from None
     files = {} if found is None else found.files
     return {name: digest for name, digest in files.items() if name != "README.md"}
 
@@ -167,7 +172,7 @@ def first_process(action: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         try:
             action()
-        except (CheckpointError, OSError) as error:
+        except (JaxmooError, OSError) as error:
             failure = error
     agree(failure)
 

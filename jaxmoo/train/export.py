@@ -114,14 +114,23 @@ def _check_own(path: Path) -> None:
         return
     if not path.is_dir():
         raise ConfigError(f"output: {path} is in the way of the export. Move it away.")
-    digests = read_digests(path)
+    in_the_way = f"output: {path} is where the model will be exported to, but"
+    try:
+        digests = read_digests(path)
+    except CheckpointError as error:
+        raise ConfigError(f"{in_the_way} {error}. Move that directory away.") from None
     own = set() if digests is None else {*digests.files, DIGESTS}
     others = [name for name in files_below(path) if name not in own]
+    if others and digests is None:
+        raise ConfigError(
+            f"{in_the_way} holds files, and nothing says ({DIGESTS}) that a run has written them: "
+            f"{', '.join(others[:5])}. Move that directory away."
+        )
     # It is there for people to edit.
     if digests is not None and _CARD in digests.files and (path / _CARD).exists():
         others += damaged_files(path, {_CARD: digests.files[_CARD]})
     if others:
         raise ConfigError(
-            f"output: {path} is where the model is exported to, but holds what no run has written "
-            f"there: {', '.join(others[:5])}. Move that directory away."
+            f"{in_the_way} holds what no run has written there: {', '.join(others[:5])}. Move that "
+            "directory away."
         )
