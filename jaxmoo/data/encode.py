@@ -140,11 +140,11 @@ class Encoder:
                 return_offsets_mapping=True,
                 verbose=False,
             )
-        # The Rust library raises bare Exception.
-        except Exception as error:
+        except BaseException as error:
+            failure = _failure(error, texts[0])
             if len(texts) > 1:
                 return [one for text in texts for one in self._usual([text], plain)]
-            return [DataError(f"the tokenizer fails ({error}) on {texts[0][:60]!r}")]
+            return [failure]
         columns = (texts, encoded["input_ids"], encoded["offset_mapping"])
         return [Encoded(*one) for one in zip(*columns, strict=True)]
 
@@ -200,6 +200,8 @@ class Encoder:
         self._backend.encode_special_tokens = True
         try:
             found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise _failure(error, text) from None
         finally:
             self._backend.encode_special_tokens = before
         return found.ids, found.offsets
@@ -210,6 +212,14 @@ class Encoder:
         token = next(iter(self._control))
         behind = self._one(self.tokenizer.added_tokens_decoder[token].content + "a", plain=False)
         return behind.ids[1:] != self._one("a", plain=False).ids
+
+
+def _failure(error: BaseException, text: str) -> DataError:
+    """What is wrong with a text; raises what comes from elsewhere than the tokenizer."""
+    # The Rust library raises bare Exception, and where it panics what is none.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return DataError(f"the tokenizer fails ({error}) on {text.replace(MARK, '')[:60]!r}")
 
 
 def lost(encoded: Encoded, start: int, end: int, unknown: int | None) -> int:

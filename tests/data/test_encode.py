@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -174,11 +173,16 @@ def test_a_few_unknown_words_are_no_loss():
     assert len(tokenize_all(examples, tokenizer, 64)) == 3
 
 
-def test_a_tokenizer_that_fails_is_named_with_the_record():
-    # A word that is not known, and no token for what is not.
+@pytest.mark.parametrize("fault", ["no token for what is unknown", "a search without end"])
+@pytest.mark.parametrize("text", ["n" * 3000, "</s>" + "n" * 3000])
+def test_a_tokenizer_that_fails_is_named_with_the_record(fault, text):
     tokenizer = words({"Ciao": 2})
-    examples = [Example.from_text("it", "Ciao"), Example.from_text("it", "no", place="it.csv:9")]
-    with pytest.raises(DataError, match=r"it\.csv:9: the tokenizer fails .*UNK.*'no'"):
+    if fault == "a search without end":
+        # The library panics at its limit.
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"((n|x)+)+$"), "")
+        text += "!"
+    examples = [Example.from_text("it", "Ciao"), Example.from_text("it", text, place="it.csv:9")]
+    with pytest.raises(DataError, match=r"it\.csv:9: the tokenizer fails .* on '(</s>)?nn"):
         tokenize_all(examples, tokenizer, 64)
 
 
@@ -200,7 +204,7 @@ def test_a_normaliser_that_makes_endless_texts_is_refused(normalizer, make_token
 
 def test_of_a_long_text_no_more_is_tokenised_than_is_needed(make_tokenizer):
     tokenizer = make_tokenizer()
-    size = 2_000_000
+    size = 1_000_000
     long = "Hello, how are you? " * (size // 20)
     examples = [
         Example.from_text("en", long),
@@ -211,14 +215,10 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_needed(make_tokenizer):
         Example.from_pair("en", "Hello", long[:9000]),
     ]
     for example, other in zip(examples, short, strict=True):
-        tracemalloc.start()
         (found,) = tokenize_all([example], tokenizer, 256)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
         (expected,) = tokenize_all([other], tokenizer, 256)
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.loss_mask.tolist() == expected.loss_mask.tolist()
-        assert found.truncated and found.length > 256
-        assert peak < 35 * size
+        assert found.truncated and 256 < found.length < 250_000
     (nothing,) = tokenize_all([Example.from_pair("en", long, "a")], tokenizer, 256)
     assert len(nothing.tokens) == 256 and not nothing.loss_mask.any()
