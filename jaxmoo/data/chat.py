@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxmoo.data.example import Example
 from jaxmoo.data.template import ChatTemplate
@@ -95,34 +95,45 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
 
 def _check_shown(example: Example, template: ChatTemplate, text: str) -> None:
     """Raise where the template would render a conversation just so without something it has."""
-
-    def check(what: str, messages: Messages, tools: Messages) -> None:
-        try:
-            seen = template.render(messages, tools).text != text
-        except DataError:
-            seen = True
-        if not seen:
-            raise DataError(
-                f"{_placed(example)}the chat template shows nothing of {what}. Give one that does "
-                "(data.chat_template), or take it out of the data."
-            )
-
     messages, tools = example.messages, example.tools
-    if tools:
-        check("the record's tools", messages, ())
-    beside: dict[str, int] = {}
+
+    def seen(with_it: str | Messages, without: Messages, tools: Messages = tools) -> bool:
+        try:
+            if not isinstance(with_it, str):
+                with_it = template.render(with_it, tools).text
+            return template.render(without, tools).text != with_it
+        except DataError:
+            return True  # the template misses it
+
+    def refuse(what: str) -> NoReturn:
+        raise DataError(
+            f"{_placed(example)}the chat template shows nothing of {what}. Give one that does "
+            "(data.chat_template), or take it out of the data."
+        )
+
+    if tools and not seen(text, messages, ()):
+        refuse("the record's tools")
+    for key, at in _beside(messages).items():
+        without = [{k: v for k, v in message.items() if k != key} for message in messages]
+        # Some templates show the thoughts of a reply only as long as it is the last one.
+        if not seen(text, without) and not seen(messages[: at + 1], without[: at + 1]):
+            refuse(f"{key!r} in message {at} ({messages[at]['role']})")
+    for at, message in enumerate(messages):
+        if message["content"].strip() not in text:
+            without = [*messages[:at], {**message, "content": ""}, *messages[at + 1 :]]
+            if not seen(text, without):
+                refuse(f"the content of message {at} ({message['role']})")
+
+
+def _beside(messages: Messages) -> dict[str, int]:
+    """What messages have beside role and content, and the first that has it."""
+    found: dict[str, int] = {}
     for at, message in enumerate(messages):
         for key, value in message.items():
             # A weight of 0 says something, an empty list of calls nothing.
             if key not in ("role", "content") and value not in ("", [], (), {}):
-                beside.setdefault(key, at)
-    for key, at in beside.items():
-        without = [{k: v for k, v in message.items() if k != key} for message in messages]
-        check(f"{key!r} in message {at} ({messages[at]['role']})", without, tools)
-    for at, message in enumerate(messages):
-        if message["content"].strip() not in text:
-            without = [*messages[:at], {**message, "content": ""}, *messages[at + 1 :]]
-            check(f"the content of message {at} ({message['role']})", without, tools)
+                found.setdefault(key, at)
+    return found
 
 
 def not_a_prefix(conversation: Conversation, turn: Turn) -> DataError:
