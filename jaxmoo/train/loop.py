@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from jaxmoo import mesh
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.checkpoint import Checkpoints
+from jaxmoo.train.condition import Condition, examine, unchanged
 from jaxmoo.train.distributed import place
 from jaxmoo.train.evaluation import evaluate, stored_scores
 from jaxmoo.train.job import Job
@@ -22,6 +23,8 @@ from jaxmoo.train.signals import InterruptedRunError
 from jaxmoo.train.step import TrainState
 
 __all__ = ["Loop"]
+
+_SOON = 10  # steps after which weights that stand still are noticed
 
 
 class Loop:
@@ -63,17 +66,35 @@ class Loop:
         if self._goes_on():
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             latest = self._checkpoints.latest
+            begun, weights = self._done, self._examined()
             with Reporter(job, self._done, jax.device_get(skipped), latest) as reporter:
                 self._evaluate(reporter)  # what an interrupted run did not come to
                 job.say("Compiling the training step ...")
                 while self._goes_on():
                     self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
+                    if self._done == begun + _SOON and self._goes_on():
+                        self._tell_of_standstill(reporter, weights, begun)
                 self._profile.close(reporter.flush)
+                self._tell_of_standstill(reporter, weights, begun)
         self._save()
         self._note(self._done, evaluate(job, self._done, self._state.weights))
         self._checkpoints.wait()
         return self._select()
+
+    def _examined(self) -> dict[str, Condition]:
+        return examine(self._state.params, self._job.setup.everywhere)
+
+    def _tell_of_standstill(
+        self, reporter: Reporter, weights: dict[str, Condition], begun: int
+    ) -> None:
+        """Say so when steps have not changed any weight."""
+        if unchanged(weights, self._examined()):
+            reporter.message(
+                f"Note: no weight has changed in steps {begun + 1} to {self._done}. What an update "
+                "adds is zero or less than model.param_dtype resolves: look at "
+                "optimizer.learning_rate, resolve.options and grad_norm in the metrics."
+            )
 
     def _goes_on(self) -> bool:
         return self._done < self._job.config.train.steps and not self._selection.exhausted

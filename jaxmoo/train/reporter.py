@@ -63,6 +63,7 @@ class Reporter:
     ) -> None:
         self._job, self._start, self._skipped, self._saved = job, start, skipped, saved
         self._pending: StepDone | None = None
+        self._told_of_zero = False
         self._rate = learning_rate(job.config.optimizer, job.config.train.steps)
         self._read_at = 0.0
         self._parts = dict(job.clock.seconds)
@@ -122,6 +123,7 @@ class Reporter:
         if done.step > self._start + 1:  # the first step's time is the compiler's
             self._job.clock.add("step", now - began)
         self._check_finite(done.step, measured)
+        self._tell_of_zero(done.step, measured)
         if self._metrics is not None:
             row = self._row(done, measured, now - began)
             self._progress.update(row)
@@ -205,6 +207,16 @@ class Reporter:
         self._parts = now
         return spent
 
+    def _tell_of_zero(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
+        """Say once that a step's gradient is zero."""
+        if self._told_of_zero or measured["grad_norm"] != 0:
+            return
+        self._told_of_zero = True
+        which = "those of the languages are not: look at resolve.aggregator and resolve.options."
+        if not measured["language_norm"].any():
+            which = "so are those of all languages: look at model.trainable and the data."
+        self.message(f"Note: the resolved gradient of step {step} is zero; {which}")
+
     def _check_finite(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
         """Stop the run when languages whose numbers are not finite may not be left out."""
         config = self._job.config
@@ -227,7 +239,14 @@ class Reporter:
             if latest is None
             else f"The checkpoint of step {latest} is untouched."
         )
-        raise NonFiniteLossError(
-            f"{what} is not finite in step {step}. {saved} Lower optimizer.learning_rate, lengthen "
-            "optimizer.warmup_steps, or use model.dtype=float32."
+        advice = (
+            "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or use "
+            "model.dtype=float32."
         )
+        if step == self._start + 1:  # nothing has been learnt that could be wrong
+            begun = f"the checkpoint of step {self._start}" if self._start else "the model"
+            advice = (
+                f"It is the first step from {begun}: no learning rate is at fault but the weights, "
+                f"the data or, if model.dtype is not float32, that."
+            )
+        raise NonFiniteLossError(f"{what} is not finite in step {step}. {saved} {advice}")

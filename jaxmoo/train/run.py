@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoo.evaluate import LanguageScore
 from jaxmoo.memory import named_when_full
 from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints, unchecked
 from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
+from jaxmoo.train.condition import check_finite, examine, largest
 from jaxmoo.train.config import Config, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import check_same, is_first
@@ -95,10 +98,27 @@ _LESS_MEMORY = (
 def _train(job: Job) -> dict[str, Any]:
     directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
+    _check_start(job, before)
     with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = _resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
     return finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+
+
+def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
+    """Raise where no language's loss is finite before the first step, which then is in vain."""
+    config, setup = job.config, job.setup
+    bad = [code for code in config.data.seen if not math.isfinite(before[code].nll)]
+    if bad and (config.resolve.nonfinite == "raise" or len(bad) == len(config.data.seen)):
+        found = examine(setup.state.params, setup.everywhere)
+        found |= examine(setup.frozen, setup.everywhere)
+        adapter = f", the adapter {config.lora.adapter}" if config.lora.adapter else ""
+        raise NonFiniteLossError(
+            f"The held-out loss of {', '.join(bad)} is not finite before the first step, so no "
+            f"setting of the optimiser is at fault but the model in {setup.source}{adapter}: "
+            f"{largest(found)}. Take its files from their source again; with model.dtype="
+            f"{config.model.dtype}, try float32."
+        )
 
 
 def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
@@ -117,6 +137,14 @@ def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     if note := unchecked(job.directory.checkpoints, done, described):
         job.say(note)
     state = checkpoints.restore(done, shapes)
+    check_finite(
+        examine(
+            {"weights": state.params, "optimizer": state.opt_state, "ema": state.ema},
+            setup.everywhere,
+        ),
+        f"The checkpoint of step {done} in {job.directory.checkpoints}",
+        "Delete it to go on from the one before.",
+    )
     job.say(f"Resuming from the checkpoint of step {done}.")
     changed = {
         f"{name} {described['versions'].get(name)} -> {version}"

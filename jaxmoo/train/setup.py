@@ -25,6 +25,7 @@ from jaxmoo.memory import check_host_memory
 from jaxmoo.models import Decoder, DecoderConfig, token_nll
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
+from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.config import Config
 from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
@@ -76,6 +77,11 @@ class Setup:
     ending: int | None
     date: str | None
     flops: float
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of what lies on all devices."""
+        return NamedSharding(self.device_mesh, P())
 
 
 def make_run_mesh(config: Config) -> Mesh:
@@ -156,6 +162,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     if adapters is not None:
         params = adapters
 
+    _check_weights(config, source, params, frozen, NamedSharding(device_mesh, P()))
+
     def merge(params: Any, frozen: Any) -> Decoder:
         return nnx.merge(graph, params, frozen)
 
@@ -192,6 +200,20 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
             data.sequence_length,
         ),
     )
+
+
+def _check_weights(
+    config: Config, source: Path, params: Any, frozen: Any, everywhere: NamedSharding
+) -> None:
+    """Raise where weights are no numbers: no loss of theirs would be finite."""
+    adapter = config.lora.adapter
+    for tree, where in ((frozen, source), (params, adapter or source)):
+        check_finite(
+            examine(tree, everywhere),
+            f"The weights in {where}",
+            "The files are damaged, or what made them had diverged; take them from their source "
+            "again.",
+        )
 
 
 def _adapters(
