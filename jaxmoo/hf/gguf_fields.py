@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 
 from jaxmoo.errors import CheckpointError, shown
 
@@ -123,13 +123,27 @@ def open_gguf(file: Path) -> tuple[Fields, list[Any]]:
 
 
 class _Reader(GGUFReader):
-    """The package's reader, which takes what lies beyond a file's end for empty."""
+    """The package's reader, but for two things that let a small file take all memory.
+
+    It takes what lies beyond a file's end for empty, and makes an array of every number of a list.
+    """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
         found = super()._get(offset, dtype, count, *rest, **more)
         if len(found) != int(count):
             raise ValueError(f"it ends before byte {int(offset) + int(count)}")
         return found
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY:
+            kind = self._get(orig_offs, np.uint32)
+            number = self.gguf_scalar_to_np.get(GGUFValueType(kind[0]))
+            if number is not None:
+                length = self._get(orig_offs + 4, np.uint64)
+                values = self._get(orig_offs + 12, number, length[0])
+                types = [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+                return 12 + int(values.nbytes), [kind, length, values], [2], types
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _check_places(reader: GGUFReader) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_config, load_model, load_tokenizer
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.gguf_fields import open_gguf
 from jaxmoo.models import rope_frequencies
 from jaxmoo.models.presets import preset
 from tiny_gguf import SIZES, write_gguf
@@ -340,6 +342,20 @@ def test_a_list_that_claims_to_be_longer_than_the_file_ends_at_once(tmp_path: Pa
     file.write_bytes(content[: start - 4] + claimed)
     with pytest.raises(CheckpointError, match="it is not a GGUF file, or is damaged: it ends befo"):
         convert_gguf(file, tmp_path / "out")
+
+
+def test_a_long_list_of_numbers_takes_little_more_memory_than_the_file(tmp_path: Path):
+    file = write_gguf(tmp_path / "a.gguf", fields={"a.list": ([1, 2, 3], LIST)})
+    content, length = file.read_bytes(), 1_000_012  # keeps the alignment
+    start = content.index(b"a.list") + len("a.list") + 4
+    numbers = bytes(4) + length.to_bytes(8, "little") + bytes(length)
+    file.write_bytes(content[:start] + numbers + content[start + 4 + 8 + 3 * 4 :])
+    tracemalloc.start()
+    try:
+        open_gguf(file)
+        assert tracemalloc.get_traced_memory()[1] < 20 * length
+    finally:
+        tracemalloc.stop()
 
 
 def test_nested_lists_and_another_byte_order_are_refused(tmp_path: Path):
