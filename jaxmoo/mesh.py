@@ -193,7 +193,7 @@ def _shardings(
         axis = sharded_axis(name, x.shape[skip:], pieces)
         if axis is not None:
             spec[axis + skip] = axes
-        size = mesh.shape[TENSOR]
+        size = mesh.shape.get(TENSOR, 1)
         free = [a for a in range(skip, len(spec)) if spec[a] is None and x.shape[a] % size == 0]
         if size > 1 and len(x.shape) - skip > 1 and free:
             spec[free[-1]] = TENSOR

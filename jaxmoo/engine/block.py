@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,9 +72,10 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
     else the marked function computes what the function computes.
 
     Args:
-      function: ``function(params, *args)``, where ``params`` is a pytree of parameters; or a Flax
-        NNX module, which then is called as ``block(module)(*args)``. It must not read other
-        parameters.
+      function: ``function(params, *args, **kwargs)``, where ``params`` is a pytree of parameters;
+        or a Flax NNX module, which then is called as ``block(module)(*args, **kwargs)`` and keeps
+        what the call changes: statistics of a norm, counters of a dropout. Arguments that are no
+        arrays, such as flags, stay as they are.
       remat: what the backward pass computes again: "full" keeps only the arguments, "dots" also
         products with parameters, "none" everything except the gathered parameters.
 
@@ -81,7 +83,8 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
       The marked function.
 
     Raises:
-      ConfigError: ``remat`` is unknown.
+      ConfigError: ``remat`` is unknown; or, when it is called, a module changes its parameters or
+        makes new variables.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,32 +94,87 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
     """
     check_remat(remat)
     if isinstance(function, nnx.Module):
-        graph, params = nnx.split(function)
+        return functools.partial(_call_module, function, remat)
 
-        def apply(params: Any, *args: Any) -> Any:
-            return nnx.merge(graph, params)(*args)
-
-        return lambda *args: block(apply, remat=remat)(params, *args)
-
-    def call(params: Any, *args: Any) -> Any:
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         engine = current()
         # In a scan the compiler cannot merge the recomputation with the forward pass, so the
         # barrier against that (prevent_cse) would only cost time.
         barrier = not _scanned(params)
-        leaves, tree = jax.tree.flatten(params)
         # The number of a layer that was taken from its stack by indexing stays a certain number.
-        certain = {i: x for i, x in enumerate(leaves) if isinstance(x, np.integer)}
-        params = [None if i in certain else x for i, x in enumerate(leaves)]
+        leaves, tree, certain = _split(params, lambda x: not isinstance(x, np.integer))
+        given, form, fixed = _split((args, kwargs), lambda x: isinstance(x, jax.Array | np.ndarray))
 
-        def run(leaves: list[Any], *args: Any) -> Any:
-            leaves = [certain.get(i, x) for i, x in enumerate(leaves)]
-            return function(_whole(engine, jax.tree.unflatten(tree, leaves)), *args)
+        def run(leaves: list[Any], given: list[Any]) -> Any:
+            args, kwargs = _join(given, form, fixed)
+            return function(_whole(engine, _join(leaves, tree, certain)), *args, **kwargs)
 
         if remat == "none" and engine is None:
-            return run(params, *args)
-        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=barrier)(params, *args)
+            return run(leaves, given)
+        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=barrier)(leaves, given)
 
     return call
+
+
+def _split(tree: Any, traced: Callable[[Any], bool]) -> tuple[list[Any], Any, dict[int, Any]]:
+    """Take a tree apart into leaves to be traced, its structure, and the other leaves by number."""
+    leaves, structure = jax.tree.flatten(tree)
+    others = {i: x for i, x in enumerate(leaves) if not traced(x)}
+    return [None if i in others else x for i, x in enumerate(leaves)], structure, others
+
+
+def _join(leaves: list[Any], structure: Any, others: dict[int, Any]) -> Any:
+    """Put together what :func:`_split` took apart."""
+    leaves = [others.get(i, x) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _call_module(module: nnx.Module, remat: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a module as a block, and give it the new values of the variables that changed."""
+    graph, state = nnx.split(module)
+    paths: list[Any] = []  # of those variables: known once the call is traced
+
+    def apply(state: nnx.State, *args: Any, **kwargs: Any) -> Any:
+        before = _values(state)
+        inner = nnx.merge(graph, state)
+        result = inner(*args, **kwargs)
+        after = _values(nnx.state(inner))
+        changed = {path: x for path, x in after.items() if x is not before.get(path)}
+        for path in changed:
+            _check_change(module, path, after=nnx.state(inner), before=before)
+        paths[:] = changed
+        return result, list(changed.values())
+
+    result, values = block(apply, remat=remat)(state, *args, **kwargs)
+    if paths:
+        variables = dict(nnx.to_flat_state(state))
+        nnx.update(
+            module,
+            nnx.from_flat_state(
+                [(p, variables[p].replace(v)) for p, v in zip(paths, values, strict=True)]
+            ),
+        )
+    return result
+
+
+def _values(state: nnx.State) -> dict[Any, Any]:
+    return {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _check_change(module: nnx.Module, path: Any, *, after: nnx.State, before: Any) -> None:
+    """Refuse changes that a block cannot keep."""
+    name = f"{type(module).__name__}.{'.'.join(map(str, path))}"
+    if path not in before:
+        raise ConfigError(
+            f"block({type(module).__name__}): the call makes the new variable {name!r}. Make it "
+            "beforehand, or call the module through jaxmoo.block(function)(params, ...) and return "
+            "what you need of it."
+        )
+    if isinstance(dict(nnx.to_flat_state(after))[path], nnx.Param):
+        raise ConfigError(
+            f"block({type(module).__name__}): the call changes its parameter {name!r}. Keep what a "
+            "call changes in a variable of another type than nnx.Param, such as nnx.BatchStat."
+        )
 
 
 def _scanned(params: Any) -> bool:

@@ -25,7 +25,7 @@ class DevicePass:
     """What ``shard_map`` runs on every device.
 
     Attributes:
-      loss: ``(pieces of all arrays, their taps, batch of one objective) -> sum of losses``.
+      loss: ``(pieces of all arrays, their taps, batch of one objective) -> (sum of losses, aux)``.
       weight_fn: see :func:`jaxmoo.resolved_value_and_grad`.
       layouts: where every array lies, the trainable ones first.
       topology: the mesh.
@@ -53,18 +53,18 @@ class DevicePass:
         batch: Any,
         key: jax.Array,
         state: tuple[Any, ...],
-    ) -> tuple[jax.Array, list[jax.Array], Tables]:
+    ) -> tuple[jax.Array, Any, list[jax.Array], Tables]:
         """Compute losses and resolved gradients.
 
         Args:
           values: this device's pieces of the trainable arrays.
           frozen: those of the others.
-          batch: this device's objectives and examples [K / L, B / (R F), ...].
+          batch: this device's objectives and examples [K / L, B / (R F), ...], or [K / L].
           key: raw data of the step's PRNG key.
           state: aggregators' states, a row per block and one to spare.
 
         Returns:
-          ``(losses [K / L], resolved gradients of the pieces, tables)``.
+          ``(losses [K / L], aux [K / L, ...], resolved gradients of the pieces, tables)``.
         """
         n, top = self.microbatches, self.topology
         apart: set[int] = set()  # known once a pass is traced
@@ -73,42 +73,45 @@ class DevicePass:
         weights, active = self._weights(batch)
         dynamic = Dynamic(key, active)
         if n == 1:
-            losses, updates, taps, tables = one_pass(batch, weights, dynamic, state)
-            return losses, *complete(updates, taps, dynamic, state, tables)
+            losses, aux, updates, taps, tables = one_pass(batch, weights, dynamic, state)
+            return losses, aux, *complete(updates, taps, dynamic, state, tables)
 
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0), batch
-        )
+        def cut(x: jax.Array) -> jax.Array:
+            if x.ndim == 1:  # of an objective, not of its examples
+                return jnp.broadcast_to(x, (n, *x.shape))
+            return jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0)
+
+        parts = jax.tree.map(cut, batch)
         if self.accumulate:
 
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                losses, _, taps, _ = one_pass(part, weights, dynamic, state)
-                return jax.tree.map(jnp.add, total, (losses, taps)), None
+            def add(total: Any, part: Any) -> tuple[Any, Any]:
+                losses, aux, _, taps, _ = one_pass(part, weights, dynamic, state)
+                return jax.tree.map(jnp.add, total, (losses, taps)), aux
 
             # Sums of many small numbers: in float32, whatever the gradients are sent in.
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
                 (weights, self._taps(values)),
             )
-            (losses, taps), _ = jax.lax.scan(add, zeros, parts)
+            (losses, taps), aux = jax.lax.scan(add, zeros, parts)
             none = jax.tree.map(jnp.zeros_like, state)
             tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), none)
-            return losses, *complete(values, taps, dynamic, state, tables)
+            return losses, _sum(aux), *complete(values, taps, dynamic, state, tables)
 
-        def each(carry: Any, numbered: Any) -> tuple[Any, None]:
+        def each(carry: Any, numbered: Any) -> tuple[Any, Any]:
             losses, updates, report, state = carry
             number, part = numbered
             fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
             dynamic = Dynamic(jax.random.key_data(fold), active)
             # As large as a whole batch's: the mean over parts is then over the step's own weights.
-            loss, update, taps, tables = one_pass(part, weights / n, dynamic, state)
+            loss, aux, update, taps, tables = one_pass(part, weights / n, dynamic, state)
             update, tables = complete(update, taps, dynamic, state, tables)
             return (
                 losses + loss / n,
                 jax.tree.map(lambda total, u: total + u / n, updates, update),
                 jax.tree.map(lambda total, x: total + x / n, report, tables.report),
                 tables.state,
-            ), None
+            ), aux
 
         start = (
             jnp.zeros(weights.shape, jnp.float32),
@@ -116,10 +119,10 @@ class DevicePass:
             empty_report(self.rules.num_blocks + 1, top.objectives),
             state,
         )
-        end, _ = jax.lax.scan(each, start, (jnp.arange(n), parts))
+        end, aux = jax.lax.scan(each, start, (jnp.arange(n), parts))
         losses, updates, report, state = end
         updates = [u.astype(v.dtype) for u, v in zip(updates, values, strict=True)]
-        return losses, updates, Tables(report, state)
+        return losses, _sum(aux), updates, Tables(report, state)
 
     def _complete(
         self,
@@ -187,15 +190,15 @@ class DevicePass:
         state: tuple[Any, ...],
         *,
         apart: set[int],
-    ) -> tuple[jax.Array, list[jax.Array], list[Any], Tables]:
-        """One forward and backward pass: losses, gradients of pieces, taps, tables."""
+    ) -> tuple[jax.Array, Any, list[jax.Array], list[Any], Tables]:
+        """One forward and backward pass: losses, aux, gradients of pieces, taps, tables."""
         top = self.topology
         # Replicas that resolve on their own see their share as if it were everything.
         alone = self.rules.replicas != "mean_then_resolve"
         scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
         scale = scale * top.data if alone else scale
 
-        def loss(differentiated: Any, batch: Any, scale: jax.Array) -> jax.Array:
+        def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:
             values, taps, tables = differentiated
             engine = Backward(
                 self.layouts,
@@ -209,16 +212,22 @@ class DevicePass:
             )
             taps = [*taps, *(None for _ in frozen)]
             with running(engine):
-                return watched(self.loss([*values, *frozen], taps, batch)) * scale
+                value, aux = self.loss([*values, *frozen], taps, batch)
+            return watched(value) * scale, aux
 
         tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), state)
         inputs = (values, self._taps(values), tables)
-        losses, (updates, taps, tables) = jax.vmap(
-            jax.value_and_grad(loss), in_axes=(None, 0, 0), out_axes=(0, None)
+        (losses, aux), (updates, taps, tables) = jax.vmap(
+            jax.value_and_grad(loss, has_aux=True), in_axes=(None, 0, 0), out_axes=(0, None)
         )(inputs, batch, scale)
         losses = jnp.where(scale > 0, losses, 0)
         if alone:
             losses = losses / top.data
         if top.data * top.fsdp > 1:
-            losses = jax.lax.psum(losses, (DATA, FSDP))
-        return losses, updates, taps, tables
+            losses, aux = jax.lax.psum((losses, aux), (DATA, FSDP))
+        return losses, aux, updates, taps, tables
+
+
+def _sum(parts: Any) -> Any:
+    """Add up what the parts of a batch gave, [n, ...]."""
+    return jax.tree.map(lambda x: x.sum(0), parts)

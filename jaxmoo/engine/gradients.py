@@ -31,6 +31,7 @@ from jaxmoo.errors import ConfigError, DataError, JaxmooError
 from jaxmoo.gradients import num_objectives as objectives_of
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
 from jaxmoo.resolve import conflict_share, group_blocks
+from jaxmoo.sharding import automatic, spec_of
 from jaxmoo.transform import (
     ResolveConflictsState,
     new_state,
@@ -64,6 +65,7 @@ def resolved_value_and_grad(
     accumulation: str = "resolve_each",
     dtype: Any = None,
     seed: int = 0,
+    has_aux: bool = False,
 ) -> ResolvedGradients:
     r"""Make a function that returns every objective's loss and the resolved gradient.
 
@@ -85,8 +87,9 @@ def resolved_value_and_grad(
       blocks: see :func:`jaxmoo.resolve_conflicts`. ``"shard"`` stands for as many pieces as the
         mesh has.
       weight_fn: ``weight_fn(batch) -> scalar``: by how much an objective's sum of losses is
-        divided, such as its number of target tokens. It must add up over examples; by default it
-        is their number. An objective of weight 0 is absent from the step.
+        divided, such as its number of target tokens. It must add up over examples, of which it
+        sees those of one device; by default it is their number. An objective of weight 0 is
+        absent from the step.
       frozen: parameters that are read but not trained, or their shapes.
       stacked: which arrays stack the layers of a scanned model; see
         :func:`jaxmoo.blocks.partition`.
@@ -108,6 +111,8 @@ def resolved_value_and_grad(
       dtype: dtype in which matrices are gathered and their gradients are sent, such as that of
         the computation; by default each parameter's own. Gram matrices and sums are float32.
       seed: seed of aggregators that draw random numbers.
+      has_aux: whether ``loss_fn`` returns ``(scalar, aux)``. Like the losses, aux is added up over
+        devices and microbatches that hold some of an objective's examples: give sums and counts.
 
     Returns:
       A :class:`ResolvedGradients`.
@@ -178,6 +183,7 @@ def resolved_value_and_grad(
         microbatches=microbatches,
         accumulate=accumulation == "accumulate_first" and microbatches > 1,
         seed=seed,
+        has_aux=has_aux,
     )
 
 
@@ -203,6 +209,7 @@ class ResolvedGradients:
     microbatches: int
     accumulate: bool
     seed: int
+    has_aux: bool
 
     def init(self) -> ResolveConflictsState:
         """Return the state before the first step, on the mesh."""
@@ -217,18 +224,18 @@ class ResolvedGradients:
 
     def __call__(
         self, params: Any, batch: Any, state: ResolveConflictsState, frozen: Any = None
-    ) -> tuple[jax.Array, Any, ResolveConflictsState]:
+    ) -> tuple[Any, Any, ResolveConflictsState]:
         """Compute the losses and the resolved gradient of one step; call it within ``jax.jit``.
 
         Args:
           params: trainable parameters.
-          batch: pytree of arrays [K, B, ...].
+          batch: pytree of arrays [K, B, ...]; arrays [K] hold a number per objective.
           state: from :meth:`init` or the last step.
           frozen: parameters that are not trained.
 
         Returns:
           ``(losses [K], gradient shaped like the parameters, state)``. The loss of an absent
-          objective is 0.
+          objective is 0. With ``has_aux``, ``(losses, aux)`` takes the losses' place.
 
         Raises:
           ConfigError: a parameter is read by no block.
@@ -239,9 +246,6 @@ class ResolvedGradients:
         self._warn(usage)
         leaves, tree = jax.tree.flatten(params)
         frozen_leaves, frozen_tree = jax.tree.flatten(frozen)
-        pad = self.topology.local_objectives * self.topology.language - self.topology.objectives
-        if pad:
-            batch = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), batch)
         per_device = DevicePass(
             loss=functools.partial(
                 self._loss, trees=(tree, frozen_tree), outside=frozenset(usage.outside)
@@ -255,32 +259,49 @@ class ResolvedGradients:
             tapped=self.tapped(usage),
             tied=usage.tied(),
         )
+        losses, aux, updates, state = automatic(
+            functools.partial(self._step, per_device),
+            (leaves, frozen_leaves, batch, state),
+            (P(), P(), [spec_of(x) for x in leaves], P()),
+        )
+        updates = jax.tree.unflatten(tree, updates)
+        return (losses, aux) if self.has_aux else losses, updates, state
+
+    def _step(
+        self, per_device: DevicePass, leaves: Any, frozen: Any, batch: Any, state: Any
+    ) -> tuple[jax.Array, Any, list[jax.Array], ResolveConflictsState]:
+        """Run every device's part of a step, and put the parts together."""
+        k = self.topology.objectives
+        pad = self.topology.local_objectives * self.topology.language - k
+        if pad:
+            batch = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), batch)
         specs = [layout.spec for layout in self.layouts]
         trained, fixed = specs[: self.num_trained], specs[self.num_trained :]
+        rows = jax.tree.map(lambda x: P(LANGUAGE, *[(DATA, FSDP)] * (x.ndim > 1)), batch)
         key = jax.random.key_data(step_key(state))
         run = jax.shard_map(
             per_device,
-            mesh=self.mesh,
-            in_specs=(trained, fixed, P(LANGUAGE, (DATA, FSDP)), P(), P()),
-            out_specs=(P(LANGUAGE), trained, P()),
+            mesh=Mesh(self.mesh.devices, self.mesh.axis_names),
+            in_specs=(trained, fixed, rows, P(), P()),
+            out_specs=(P(LANGUAGE), P(LANGUAGE), trained, P()),
             # A tensor axis is left to the compiler.
             axis_names=frozenset(
                 name for name, size in self.mesh.shape.items() if name != TENSOR or size == 1
             ),
             check_vma=False,
         )
-        losses, updates, tables = run(
-            leaves, frozen_leaves, batch, key, self._expand(state.aggregator)
+        losses, aux, updates, tables = run(
+            leaves, frozen, batch, key, self._expand(state.aggregator)
         )
-        updates = jax.tree.unflatten(tree, updates)
-        return losses[: self.topology.objectives], updates, self._next_state(state, tables)
+        losses, aux = jax.tree.map(lambda x: x[:k], (losses, aux))
+        return losses, aux, updates, self._next_state(state, tables)
 
     def usage(self, params: Any, batch: Any, frozen: Any = None) -> Usage:
         """Trace the loss function once, on shapes, to see how it uses the parameters.
 
         Args:
           params: trainable parameters or their shapes.
-          batch: batch [K, B, ...] or its shapes.
+          batch: batch [K, B, ...] or [K], or its shapes.
           frozen: other parameters or their shapes.
 
         Raises:
@@ -289,7 +310,10 @@ class ResolvedGradients:
         trees = (jax.tree.structure(params), jax.tree.structure(frozen))
         rows = self.topology.data * self.topology.fsdp * self.microbatches
         one = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[1] // rows, *x.shape[2:]), x.dtype), batch
+            lambda x: jax.ShapeDtypeStruct(
+                (*(n // rows for n in x.shape[1:2]), *x.shape[2:]), x.dtype
+            ),
+            batch,
         )
         everything = frozenset(range(len(self.layouts)))
         try:
@@ -383,7 +407,7 @@ class ResolvedGradients:
         *,
         trees: Any,
         outside: frozenset[int],
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Any]:
         """Call the loss function of one objective with this device's pieces of the parameters."""
         given = self._given(values, outside, taps)
         for number in outside:
@@ -400,25 +424,31 @@ class ResolvedGradients:
             for i, (layout, value) in enumerate(zip(self.layouts, values, strict=True))
         ]
 
-    def _call(self, given: Sequence[Any], batch: Any, trees: Any) -> jax.Array:
-        params = jax.tree.unflatten(trees[0], given[: self.num_trained])
-        if not self.has_frozen:
-            return self.loss_fn(params, batch)
-        return self.loss_fn(params, jax.tree.unflatten(trees[1], given[self.num_trained :]), batch)
+    def _call(self, given: Sequence[Any], batch: Any, trees: Any) -> tuple[jax.Array, Any]:
+        arguments = [jax.tree.unflatten(trees[0], given[: self.num_trained])]
+        if self.has_frozen:
+            arguments.append(jax.tree.unflatten(trees[1], given[self.num_trained :]))
+        result = self.loss_fn(*arguments, batch)
+        return result if self.has_aux else (result, None)
 
     def _check_batch(self, batch: Any) -> None:
         k, top = objectives_of(batch), self.topology
         if k != top.objectives:
             raise DataError(f"num_objectives={top.objectives}, but the batch holds {k} objectives.")
         rows = top.data * top.fsdp * self.microbatches
-        for path, x in jax.tree_util.tree_leaves_with_path(batch):
-            if x.ndim < 2 or not x.shape[1] or x.shape[1] % rows:
-                found = "no such axis" if x.ndim < 2 else f"{x.shape[1]}"
+        leaves = jax.tree_util.tree_leaves_with_path(batch)
+        for path, x in leaves:
+            if x.ndim > 1 and (not x.shape[1] or x.shape[1] % rows):
                 raise DataError(
                     f"Batch {path_string(path)!r}: expected [K, B, ...] with B a multiple of "
                     f"{rows} (data {top.data} x fsdp {top.fsdp} x microbatches "
-                    f"{self.microbatches}), found {found}."
+                    f"{self.microbatches}), or [K]; found {x.shape[1]}."
                 )
+        if all(x.ndim < 2 for _, x in leaves):
+            raise DataError(
+                "Batch: expected arrays [K, B, ...] of examples, found only arrays [K] of one "
+                "number per objective."
+            )
 
     def _expand(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give every group's state a row per block, and one to spare."""
@@ -494,7 +524,7 @@ def _layouts(
 
 
 def _number_of_examples(batch: Any) -> jax.Array:
-    return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
+    return jnp.float32(next(len(x) for x in jax.tree.leaves(batch) if x.ndim))
 
 
 def _check(value: str, choices: Sequence[str], name: str) -> None:
