@@ -65,7 +65,7 @@ def test_weights_at_fault_for_a_loss_are_named_before_compiling(
 
 
 def test_a_run_that_changes_no_weight_says_so(write_config, tmp_path, capsys):
-    config = write_config(resolve__aggregator="cagrad", resolve__options={"c": 1e308})
+    config = write_config(resolve__aggregator="cagrad", resolve__options={"c": 3e38})
     assert main(["--config", str(config), *QUICK]) == 0
     said = capsys.readouterr()
     assert "the resolved gradient of step 1 is zero; those of the languages are not" in said.err
