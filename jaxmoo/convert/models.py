@@ -332,14 +332,10 @@ def open_model(
         opened = _open_run(RunDirectory(path), step, base, say)
         merge_adapters(opened.model)
         return opened
-    if step is not None:
-        raise CheckpointError(f"a step was given, but {path} is not a training run")
-    if kind == "adapter":
+    if kind == "adapter" and step is None:
         return _open_adapter(path, base)
-    if base is not None:
-        raise CheckpointError(
-            f"a base was given, but {path} is a whole model, neither a training run nor adapters"
-        )
+    if step is not None or base is not None:
+        raise CheckpointError(f"a step or base was given, but {path} is not a training run")
     if kind == "checkpoint":
         return _open_checkpoint(path)
     weights = Weights(path)

@@ -206,7 +206,7 @@ def test_adapters_that_do_not_tell_their_model_need_a_base(somewhere: Case, tmp_
         open_model(path)
     with pytest.raises(CheckpointError, match=r"this directory in lora\.adapter"):
         resolve_source(str(path))
-    with pytest.raises(CheckpointError, match="a step was given"):
+    with pytest.raises(CheckpointError, match="a step or base was given"):
         open_model(path, step=1)
 
 
