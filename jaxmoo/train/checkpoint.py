@@ -205,7 +205,7 @@ class Checkpoints:
         items = {STATE: _StateSave(state), ABOUT: ocp.args.JsonSave(dict(about or {}))}
         with self._writing():
             self._manager.wait_until_finished()
-            self._saving = step
+            self._saving = int(step)
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._latest = step
 
@@ -251,7 +251,8 @@ class Checkpoints:
         """Write the digests of a checkpoint that is complete, but has no name yet."""
         name = str(self._saving)
         # While it is written it has a longer one, or on some file systems lacks a mark.
-        root = next(p for p in (*self._directory.glob(f"{name}.*"), self._directory / name))
+        unnamed = self._directory.glob(f"{name}.orbax-checkpoint-tmp*")
+        root = next(unnamed, self._directory / name)
         # The library still writes facts of its own beside these.
         write_digests(root, {"step": self._saving}, within=(STATE, ABOUT))
 
