@@ -12,6 +12,7 @@ from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
 from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.hf.directory import check_target
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.outputs import typed_path
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_hf(options: argparse.Namespace) -> int:
+    check_target(options.out)  # before anything is fetched
     from_hf(resolve_source(options.source), options.out)
     print(f"Wrote {options.out} (Orbax checkpoint).")
     return 0

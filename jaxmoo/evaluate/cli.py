@@ -13,7 +13,7 @@ from jaxmoo.convert.models import kind_of
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
-from jaxmoo.evaluate.results import read_results
+from jaxmoo.evaluate.results import ResultStore, read_results
 from jaxmoo.hf import resolve_source
 from jaxmoo.memory import named_when_full
 from jaxmoo.outputs import typed_path
@@ -162,6 +162,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Evaluation:
     if options.model is None or options.output is None:
         raise ConfigError("Give --model and --output, or --compare A B.")
+    ResultStore(options.output)  # raises before anything is fetched
     path = Path(options.model).expanduser()
     model = path if path.is_dir() else resolve_source(options.model)
     config = _run_config(options, model)

@@ -49,12 +49,10 @@ def test_of_200_damages_to_an_evaluation_none_is_a_traceback(tmp_path):
     assert read_results(store.output).languages["ja"].scores()["examples"] == 2
 
 
-def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_found_before_a_model_is_looked_for(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")  # of no known architecture
     data = ["--data", str(tmp_path / "{language}.jsonl"), "--languages", "ja"]
     output = tmp_path / "file" / "results.json"
-    assert main(["--model", str(tmp_path / "model"), *data, "--output", str(output)]) == 2
+    assert main(["--model", "no/where/at/all", *data, "--output", str(output)]) == 2
     message = capsys.readouterr().err
     assert "--output: " in message and str(tmp_path / "file") in message
