@@ -182,14 +182,14 @@ def test_the_real_model_agrees_with_transformers(smollm2_dir):
             before = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            ids = tokenizer(before + reply.strip() + "<|im_end|>", return_tensors="pt")["input_ids"]
+            ids = tokenizer(before + reply + "<|im_end|>", return_tensors="pt")["input_ids"]
             start = len(tokenizer(before)["input_ids"])
             labels = torch.where(torch.arange(ids.shape[1]) >= start, ids, -100)
             with torch.no_grad():
                 loss = oracle(ids, labels=labels).loss.item()
             nats += loss * (ids.shape[1] - start)
             tokens += ids.shape[1] - start
-            n_bytes += len(reply.strip().encode())
+            n_bytes += len(reply.encode())
         found = scores[language]
         assert found.tokens == tokens and found.bytes == n_bytes
         np.testing.assert_allclose(found.nll, nats / tokens, atol=1e-4)
