@@ -144,6 +144,8 @@ def table_gradient(
         h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))
         return total + jnp.matmul(dlogits_NV.T, h_ND, preferred_element_type=total.dtype)
 
+    if chunk == targets_BT.shape[1]:
+        return body(jnp.int32(0), jnp.float32(0))
     zeros = jnp.zeros(table_VD.shape, at_least_float32(h_BTD.dtype))
     return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, zeros)
 

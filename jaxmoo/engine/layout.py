@@ -28,16 +28,17 @@ __all__ = ["Layout", "Topology", "gather", "scatter", "sections_of_piece"]
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Sizes of the mesh axes and the number of objectives."""
+    """Sizes of the mesh axes, the number of objectives, and what the devices are."""
 
     data: int
     language: int
     fsdp: int
     objectives: int  # K
+    platform: str  # "cpu", "gpu" or "tpu"
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
-        """Read the sizes from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`.
+        """Read them from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`.
 
         Raises:
           ConfigError: the mesh has other axes.
@@ -48,7 +49,8 @@ class Topology:
                 f"mesh: expected axes data, language and fsdp, found {mesh.axis_names}. Make it "
                 "with jaxmoo.mesh.make_mesh."
             )
-        return cls(mesh.shape[DATA], mesh.shape[LANGUAGE], mesh.shape[FSDP], objectives)
+        sizes = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
+        return cls(*sizes, objectives, mesh.devices.flat[0].platform)
 
     @property
     def pieces(self) -> int:

@@ -24,10 +24,12 @@ from jaxmoo.engine.block import current
 from jaxmoo.engine.layout import Layout, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
 
-__all__ = ["Ticket", "lookup", "nll"]
+__all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
 
-# Logits of one slice, over all objectives and rows, that exist at one time.
-_MOST_LOGITS = 2**24
+# Logits of one slice and one objective that exist at one time. The fewer, the more positions
+# without a target are skipped, and the more often the sum is read and written. On a GPU the host
+# waits at every round of a loop whose length depends on the data: one large product is faster.
+_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**26}
 
 
 class Ticket(NamedTuple):
@@ -146,6 +148,18 @@ def nll(
     return scored(table.value, (tap, rows, ticket), integers, h, targets)
 
 
+def logits_at_once() -> int:
+    """How many logits of one objective's forward pass should exist at one time.
+
+    On a GPU all objectives of a device share 512 MiB: products are large enough to be fast there,
+    and the memory is the same for any number of objectives. Elsewhere each has 128 MiB.
+    """
+    engine = current()
+    if isinstance(engine, Backward) and engine.topology.platform == "gpu":
+        return 2**27 // engine.topology.local_objectives
+    return 2**25
+
+
 def _sliced(engine: Any, table: Parameter) -> bool:
     """Whether a table is trained, and cut so that every device has its share of each slice."""
     layout: Layout = engine.layouts[table.leaf]
@@ -208,20 +222,28 @@ class _Call:
           (update of the piece, cotangent of the tap, new rows).
         """
         engine, layout = self.engine, self.layout
-        tokens, vectors, scores = mapped
+        scores = mapped[2]
         blocks, dynamic = integers
         height = self.stack.shape[0]
 
         def one(_: None, xs: Any) -> tuple[None, Any]:
             number, state, ints = xs
             first = number * height
-            gradients = 0.0
-            if scores is not None:
-                piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
-                gradients = _from_scores(scores, engine.gather(piece, layout), first)
-            if tokens is not None:
-                gradients = gradients + _from_lookup(tokens, vectors, first, self.stack.shape)
-            gradients = engine.scatter(gradients.astype(layout.gathered_dtype), layout.axis)
+            piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
+            table = None if scores is None else engine.gather(piece, layout)
+
+            def of_objective(mapped: Any) -> jax.Array:
+                tokens, vectors, scores = mapped
+                total = jnp.zeros(self.stack.shape, jnp.float32)
+                if scores is not None:
+                    total = _from_scores(scores, table, first, engine.topology.platform)
+                if tokens is not None:
+                    total = _add_lookup(total, tokens, vectors, first)
+                return total.astype(layout.gathered_dtype)
+
+            # One objective after the other: a sum over all its positions is formed in one place,
+            # and is as small as one slice.
+            gradients = engine.scatter(jax.lax.map(of_objective, mapped), layout.axis)
             if not self.resolves:
                 return None, (gradients if self.tapped else gradients[0], None)
             _, labels, numbers, member = ints
@@ -249,32 +271,23 @@ def _default_slices(rows: int) -> int:
     return next((n for n in range(8, 65) if rows % n == 0), 1)
 
 
-def _from_lookup(
-    tokens: jax.Array, vectors: jax.Array, first: jax.Array, shape: tuple[int, ...]
+def _add_lookup(
+    total: jax.Array, tokens: jax.Array, vectors: jax.Array, first: jax.Array
 ) -> jax.Array:
-    """Add up the vectors' cotangents by token, for the tokens of one slice: [K / L, *shape]."""
-    height, size = shape
-
-    def one(tokens: jax.Array, vectors: jax.Array) -> jax.Array:
-        row = tokens.reshape(-1) - first
-        row = jnp.where((row >= 0) & (row < height), row, height)
-        total = jnp.zeros((height, size), jnp.float32)
-        return total.at[row].add(vectors.reshape(-1, size).astype(jnp.float32), mode="drop")
-
-    return jax.vmap(one)(tokens, vectors)
+    """Add vectors' cotangents [B, S, D] to the rows [height, D] of their tokens, in one slice."""
+    height, size = total.shape
+    row = tokens.reshape(-1) - first
+    row = jnp.where((row >= 0) & (row < height), row, height)
+    return total.at[row].add(vectors.reshape(-1, size).astype(total.dtype), mode="drop")
 
 
-def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array) -> jax.Array:
-    """Gradient of the scores with respect to one slice of the table: [K / L, *shape]."""
-    objectives, rows, length = ticket.targets.shape
-    most = max(1, _MOST_LOGITS // (objectives * rows * table.shape[0]))
-    chunk = min(length, most)
+def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array, platform: str) -> jax.Array:
+    """Gradient of one objective's scores with respect to one slice of the table."""
+    rows, length = ticket.targets.shape
+    most = _MOST_LOGITS[platform]
+    chunk = min(length, max(1, most // (rows * table.shape[0])))
     fill = -length % chunk
-
-    def one(h: jax.Array, targets: jax.Array, normaliser: jax.Array, ct: jax.Array) -> jax.Array:
-        h = jnp.pad(h, ((0, 0), (0, fill), (0, 0)))
-        targets = jnp.pad(targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
-        normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (normaliser, ct))
-        return table_gradient(h, table, targets, normaliser, ct, chunk, first)
-
-    return jax.vmap(one)(*ticket)
+    h = jnp.pad(ticket.h, ((0, 0), (0, fill), (0, 0)))
+    targets = jnp.pad(ticket.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
+    normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in ticket[2:])
+    return table_gradient(h, table, targets, normaliser, ct, chunk, first)

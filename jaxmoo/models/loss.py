@@ -44,7 +44,7 @@ def token_nll(
       batch: one language's ``tokens`` int32 [B, S], ``loss_mask`` bool [B, S] and, for packed
         rows, ``positions`` and ``segment_ids`` int32 [B, S].
       chunk: positions per row whose logits exist at one time; by default an eighth of the row,
-        less for a large vocabulary.
+        less for a large vocabulary (see :func:`jaxmoo.engine.vocabulary.logits_at_once`).
 
     Returns:
       float32 [B, S]: entry [b, t] is -log p(tokens[b, t] | tokens[b, :t]) where `target_mask` is
@@ -82,7 +82,8 @@ def front_nll(
     """
     rows, columns = targets.shape
     if chunk is None:
-        chunk = _default_chunk(rows, columns, model.config.vocab_size)
+        at_most = max(32, vocabulary.logits_at_once() // model.config.vocab_size)
+        chunk = -(-min(max(32, rows * columns // 8), at_most) // rows)
     chunk = max(1, min(chunk, columns))
     fill = -columns % chunk
     # Row by row, not over the whole batch: rows may lie on different devices.
@@ -112,9 +113,3 @@ def language_loss(
       float32 scalar in nats; 0 when the batch has no target.
     """
     return token_nll(model, batch, chunk=chunk).sum() / jnp.maximum(target_mask(batch).sum(), 1)
-
-
-def _default_chunk(rows: int, columns: int, vocab_size: int) -> int:
-    """Positions per row: an eighth, at least 32 and at most 128 MiB of logits over all rows."""
-    at_most = max(32, 2**25 // vocab_size)
-    return -(-min(max(32, rows * columns // 8), at_most) // rows)

@@ -1,6 +1,10 @@
-"""Products of activations and weights in half precision that every device computes fast.
+"""Products of activations and weights that every device computes fast.
 
-GPUs and TPUs multiply bfloat16 matrices as they come. XLA's CPU backend turns them into float32
+GPUs and TPUs multiply matrices as they come, provided that they are matrices: the gradient of a
+weight by activations with two leading axes, rows and positions, is a contraction of both, before
+which XLA's GPU compiler transposes all of them in memory. So the leading axes are made one.
+
+In half precision more must be done for CPUs. XLA's CPU backend turns them into float32
 first, unless the product is one of two plain matrices with a float32 result: those it gives to the
 processor's own bfloat16 instructions (AMX, AVX-512), which are several times as fast as float32.
 So on CPUs the products of a linear map, and of its derivatives, are written in that form.
@@ -33,7 +37,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return _on_cpu(x, kernel)
-    return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
