@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.cpu_grams import cross_grams, grams_by_slices
+from jaxmoo.gpu_grams import grams_in_one_kernel
 from jaxmoo.sharding import varying
 
 __all__ = [
@@ -34,7 +35,10 @@ _AT_A_TIME = 2**20  # entries that are scaled, and so copied
 
 
 def section_grams(
-    arrays: Sequence[jax.Array], *, partitioned: bool | None = None
+    arrays: Sequence[jax.Array],
+    *,
+    partitioned: bool | None = None,
+    platform: str | None = None,
 ) -> list[jax.Array]:
     """Gram matrix of every section, accumulated in float32, or float64 for float64 gradients.
 
@@ -43,6 +47,8 @@ def section_grams(
         a CPU.
       partitioned: whether the compiler partitions the arrays over several devices. By default,
         whether there are several.
+      platform: "gpu" where it is known that the arrays lie on NVIDIA GPUs, each piece by itself,
+        which takes a kernel that compilers cannot divide.
 
     Returns:
       Gram matrices [S, K, K] of each array, float32 or float64. A non-finite row makes its own row
@@ -59,8 +65,10 @@ def section_grams(
 
     if partitioned is None:
         partitioned = jax.device_count() > 1
-    if partitioned:
+    if partitioned or not arrays:
         return whole(list(arrays))
+    if platform == "gpu" and all(x.dtype.itemsize <= 4 for x in arrays):
+        return grams_in_one_kernel(arrays)
     return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
+from jaxmoo.aggregators.launch import solving_on
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.reductions import (
@@ -195,6 +196,7 @@ def resolve_sections(
     match_norm: bool,
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
+    platform: str | None = None,
     rescale: bool = False,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -212,6 +214,7 @@ def resolve_sections(
       match_norm: see :func:`resolve`.
       second: values of the sections of a second batch.
       partitioned: see :func:`jaxmoo.reductions.section_grams`.
+      platform: likewise; on a GPU a solve is one kernel as well.
       rescale: whether gradients whose squares leave float32's range are scaled, in a second and
         third pass over them. Else the largest count as not finite, the smallest as zero.
       total: sums a quantity over the devices that hold the blocks' other pieces.
@@ -227,7 +230,7 @@ def resolve_sections(
 
     def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
-        return total(jax.ops.segment_sum(jnp.concatenate(counted), every, num_blocks))
+        return total(_sum_by_block(jnp.concatenate(counted), every, num_blocks))
 
     def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
         return blocks_of(
@@ -237,7 +240,9 @@ def resolve_sections(
             ]
         )
 
-    grams = pooled(blocks_of(section_grams([s.values for s in sections], partitioned=partitioned)))
+    values = [s.values for s in sections]
+    grams = section_grams(values, partitioned=partitioned, platform=platform)
+    grams = pooled(blocks_of(grams))
     # In each block, gradients have been multiplied by it where they meet each other.
     unit = jnp.ones(num_blocks, grams.dtype)
     if rescale:
@@ -281,7 +286,7 @@ def resolve_sections(
     for group, group_state in zip(groups, state, strict=True):
         if group.aggregator.combine is None:
             mine = np.asarray(group.blocks)
-            solved, group_state = jax.vmap(
+            solve = jax.vmap(
                 lambda gram, state, number, active, method=group.aggregator: weigh_block(
                     method,
                     gram,
@@ -291,7 +296,14 @@ def resolve_sections(
                     active=active,
                     preference=preference,
                 )
-            )(products[group.aggregator.cross_gram][mine], group_state, numbers[mine], used[mine])
+            )
+            with solving_on(platform):
+                solved, group_state = solve(
+                    products[group.aggregator.cross_gram][mine],
+                    group_state,
+                    numbers[mine],
+                    used[mine],
+                )
             if not group.aggregator.unit_scale:
                 power = power.at[mine].set(unit[mine] ** (-2 * group.aggregator.gram_degree))
             if group.member is not None:
@@ -344,6 +356,20 @@ def resolve_sections(
         mean_norm=mean_norm / unit,
         nonfinite=~finite & present,
     )
+
+
+# Numbers up to which sums by block go over all sections, block by block.
+_FEW = 2**20
+
+
+def _sum_by_block(parts: jax.Array, labels: jax.Array, num_blocks: int) -> jax.Array:
+    """Sums [B, ...] of sections' quantities [S, ...] by the block each lies in, int [S]."""
+    if parts.size * num_blocks > _FEW:
+        return jax.ops.segment_sum(parts, labels, num_blocks)
+    # A scatter is slow on GPUs. What lies in other blocks is selected away: it may not be finite.
+    mine = labels == jnp.arange(num_blocks)[:, None]
+    mine = mine.reshape(*mine.shape, *(1,) * (parts.ndim - 1))
+    return jnp.where(mine, parts, 0).sum(1)
 
 
 def _members(group: Group, num_blocks: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.eigen import eigh_graded
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 from jaxmoo.aggregators.parameters import check_choice, reusable
 
 

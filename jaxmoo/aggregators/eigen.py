@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 from jaxmoo.sharding import varying
 
 _MAX_SWEEPS = 12

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.aggregators.interior_point import matvec, ridge
+from jaxmoo.aggregators.interior_point import ridge
+from jaxmoo.aggregators.launch import in_one_launch
+from jaxmoo.aggregators.linear import (
+    all_of,
+    diagonal_matrix,
+    dot,
+    factorise,
+    identity,
+    matvec,
+    solve,
+)
 from jaxmoo.aggregators.solvers import equilibrate
 from jaxmoo.sharding import varying
 
@@ -35,8 +48,7 @@ def fair_shares(
     """
     k, eps = cosine.shape[0], float(jnp.finfo(cosine.dtype).eps)
     tiny = float(jnp.finfo(cosine.dtype).tiny)
-    identity = jnp.eye(k, dtype=cosine.dtype)
-    curvature = cosine + ridge(cosine.dtype) * identity
+    curvature = cosine + ridge(cosine.dtype) * identity(k, cosine.dtype)
     damping = 17 * eps * max(1.0, k / 16)  # more slows Newton's method, less defeats rounding
     # Start at the solution for orthogonal gradients.
     z = jnp.exp(log_target / (1 + 1 / alpha))
@@ -52,17 +64,19 @@ def fair_shares(
         z, s, _, steps = carry
         imbalance, slack = errors(z, s)
         ratio = s / (alpha * z)
-        newton = curvature + jnp.diag(ratio + damping)
-        factor = jnp.linalg.cholesky(newton, symmetrize_input=False)
-        dz = jax.scipy.linalg.cho_solve((factor, True), slack + s * imbalance)
+        newton = curvature + diagonal_matrix(ratio + damping)
+        factor = factorise(newton)
+        dz = solve(factor, slack + s * imbalance)
         ds = s * imbalance - ratio * dz
         reach = jnp.maximum(jnp.max(-dz / z), jnp.max(-ds / s))
         reach = jnp.minimum(1.0, 0.9 / jnp.maximum(reach, 1e-30))
-        ahead = jnp.stack([z + reach * dz, s + reach * ds])
+        ahead = (z + reach * dz, s + reach * ds)
         # Should rounding defeat even the damped factorisation, or the equations have no solution
         # and the numbers leave their range, the last point stands.
-        solved = jnp.all((ahead > tiny) & (ahead < 1 / tiny))
-        z, s = jnp.where(solved, ahead, jnp.stack([z, s]))
+        solved = functools.reduce(
+            operator.and_, (all_of((x > tiny) & (x < 1 / tiny)) for x in ahead)
+        )
+        z, s = (jnp.where(solved, x, old) for x, old in zip(ahead, (z, s), strict=True))
         imbalance, slack = errors(z, s)
         size = jnp.max(s) + jnp.max(z)
         error = jnp.maximum(jnp.max(jnp.abs(imbalance)), jnp.max(jnp.abs(slack)) / size)
@@ -74,11 +88,13 @@ def fair_shares(
     return lax.while_loop(unfinished, step, varying(first, curvature))[0]
 
 
+@in_one_launch
 def fair_weights(
     gram: jax.Array,
     active: jax.Array,
     preference: jax.Array,
     alpha: float | jax.Array,
+    *,
     iterations: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Solve ``(G w)_i = (K p_i / w_i)^(1/alpha)`` for ``w > 0``.
@@ -101,15 +117,15 @@ def fair_weights(
     # In variables z = w * norm.
     log_target = jnp.log(share) / alpha + (1 / alpha - 1) * jnp.log(norm)
     pairs = heard[:, None] & heard[None, :]
-    cosine = jnp.where(pairs | jnp.eye(active.shape[0], dtype=bool), cosine, 0.0)
+    cosine = jnp.where(pairs | identity(active.shape[0], bool), cosine, 0.0)
     z = jnp.where(heard, fair_shares(cosine, log_target, alpha, iterations), 0.0)
     # With the ridge, which bounds the weights where the gradients' hull reaches the origin and the
     # equations have no solution. Near there d is the difference of large terms, down to rounding,
     # which must not be blown up to the size of a gradient.
-    square = jnp.maximum(jnp.dot(z, matvec(cosine, z)), 0.0)
+    square = jnp.maximum(dot(z, matvec(cosine, z)), 0.0)
     # |d|^2 relative to its terms, below which its direction is not to be trusted.
     noise = 20 * jnp.finfo(gram.dtype).eps * jnp.square(jnp.sum(z)) / jnp.maximum(square, 1e-30)
-    length = jnp.sqrt(square + ridge(gram.dtype) * jnp.dot(z, z)) * (1 + noise**2)
+    length = jnp.sqrt(square + ridge(gram.dtype) * dot(z, z)) * (1 + noise**2)
     return z / norm, jnp.where(length > 0, length, 1.0)
 
 
@@ -123,4 +139,4 @@ def mean_norm(gram: jax.Array, preference: jax.Array) -> jax.Array:
     Returns:
       The norm, a scalar.
     """
-    return jnp.sqrt(jnp.maximum(jnp.dot(preference, matvec(gram, preference)), 0.0))
+    return jnp.sqrt(jnp.maximum(dot(preference, matvec(gram, preference)), 0.0))

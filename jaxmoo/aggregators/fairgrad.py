@@ -66,7 +66,7 @@ def fairgrad(
 
     def weigh(gram, active, preference, state, key):
         power = jnp.asarray(alpha, gram.dtype)
-        weights, length = fair_weights(gram, active, preference, power, iterations)
+        weights, length = fair_weights(gram, active, preference, power, iterations=iterations)
         if scale == "mean":
             weights = weights * mean_norm(gram, preference) / length
         return weights, state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 from jaxmoo.aggregators.parameters import check_choice, check_number, reusable
 from jaxmoo.aggregators.pcgrad import random_orders
 from jaxmoo.aggregators.solvers import equilibrate

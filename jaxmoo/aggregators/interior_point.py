@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import cho_solve
+
+from jaxmoo.aggregators.linear import (
+    all_finite,
+    diagonal_matrix,
+    dot,
+    factorise,
+    identity,
+    matvec,
+    solve,
+)
 
 from jaxmoo.sharding import varying
 
@@ -33,11 +42,6 @@ def ridge(dtype: Any) -> float:
 def tolerance(dtype: Any) -> float:
     """On the residual of the optimality conditions."""
     return 2.5 * float(jnp.finfo(dtype).eps)
-
-
-def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Matrix times vector without the reduced precision accelerators default to."""
-    return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
 
 
 class Ball(NamedTuple):
@@ -103,7 +107,7 @@ def interior_point(
     # A solution at the end of a long valley, as long as rounding lets it be, takes most in float64.
     most_steps = 30 if eps > 1e-10 else 120
     floor = eps**2  # keeps iterates off the boundary, where s/z would be 0/0
-    curvature = cosine + ridge(dtype) * jnp.eye(k, dtype=dtype)
+    curvature = cosine + ridge(dtype) * identity(k, dtype)
     shift = jnp.zeros(k, dtype) if shift is None else shift
     # Found by counting steps over random degenerate problems in float32 (1e-5 and 1e-6): a
     # factorisation of a singular matrix needs some damping, the multiplier converges the faster the
@@ -122,7 +126,7 @@ def interior_point(
         residual = jnp.maximum(jnp.max(jnp.abs(jnp.minimum(z, slack))), 30 * undecided) / size
         if ball is not None:
             # The ridge is of the size of rounding; it matters where C z is nothing else.
-            square = jnp.dot(z, product) + ridge(dtype) * jnp.dot(z, z)
+            square = dot(z, product) + ridge(dtype) * dot(z, z)
             off = jnp.abs(square - ball.radius**2)
             terms = jnp.minimum(size * total, 0.12 / eps * ball.radius**2)
             residual = jnp.maximum(residual, off / jnp.maximum(terms, 1e-30))
@@ -131,29 +135,29 @@ def interior_point(
     def step(it: _Iterate) -> _Iterate:
         z, s = it.z, it.s
         rest = matvec(curvature, z) + shift - it.multiplier * lower - s
-        gap = jnp.dot(z, s) / k
+        gap = dot(z, s) / k
         ratio = s / z
-        newton = cosine + jnp.diag(ratio + damping)
-        factor = jnp.linalg.cholesky(newton, symmetrize_input=False)
+        newton = cosine + diagonal_matrix(ratio + damping)
+        factor = factorise(newton)
         highest = it.highest
         if ball is not None:
-            by_multiplier = cho_solve((factor, True), lower)
+            by_multiplier = solve(factor, lower)
             bent = matvec(curvature, by_multiplier)
-            length = jnp.sqrt(jnp.maximum(jnp.dot(z, matvec(curvature, z)), 0.0))
-            bound = jnp.dot(shift, z) + ball.radius * length
-            highest = jnp.minimum(highest, bound / jnp.maximum(jnp.dot(lower, z), 1e-30))
+            length = jnp.sqrt(jnp.maximum(dot(z, matvec(curvature, z)), 0.0))
+            bound = dot(shift, z) + ball.radius * length
+            highest = jnp.minimum(highest, bound / jnp.maximum(dot(lower, z), 1e-30))
 
         def direction(target):
             """Newton step towards ``z * s = target + z * s``."""
-            dz = cho_solve((factor, True), target / z - rest)
+            dz = solve(factor, target / z - rest)
             change = jnp.zeros((), dtype)
             if ball is not None:
                 # Move the multiplier so that the full step lands on the sphere: a quadratic
                 # equation. No step needs to be longer than the sphere's radius.
                 end = z + dz
-                a = jnp.maximum(jnp.dot(by_multiplier, bent), 1e-20)
-                b = jnp.dot(end, bent)
-                c = jnp.dot(end, matvec(curvature, end)) - ball.radius**2
+                a = jnp.maximum(dot(by_multiplier, bent), 1e-20)
+                b = dot(end, bent)
+                c = dot(end, matvec(curvature, end)) - ball.radius**2
                 change = (jnp.sqrt(jnp.maximum(b * b - a * c, 0.0)) - b) / a
                 limit = ball.radius / jnp.sqrt(a)
                 change = jnp.clip(change, -limit, limit)
@@ -163,14 +167,14 @@ def interior_point(
 
         dz, ds, _ = direction(-z * s)
         reach = jnp.minimum(1.0, jnp.minimum(_longest_step(z, dz), _longest_step(s, ds)))
-        ahead = jnp.dot(z + reach * dz, s + reach * ds) / k
+        ahead = dot(z + reach * dz, s + reach * ds) / k
         # Every second of the late steps only half closes the gap, which breaks cycles.
         careful = (it.steps >= 9) & (it.steps % 2 == 0)
         centring = jnp.where(careful, 0.5, (ahead / gap) ** 3)
         # The second-order term is that of the step which was possible.
         dz, ds, change = direction(centring * gap - z * s - reach * dz * ds)
         # Should rounding defeat even the damped factorisation, the best point stands.
-        solved = jnp.all(jnp.isfinite(dz)) & jnp.all(jnp.isfinite(ds))
+        solved = all_finite(dz) & all_finite(ds)
         dz, ds = jnp.where(solved, dz, 0.0), jnp.where(solved, ds, 0.0)
         change = jnp.where(solved, change, 0.0)
         reach = jnp.minimum(1.0, 0.99 * jnp.minimum(_longest_step(z, dz), _longest_step(s, ds)))
@@ -199,7 +203,7 @@ def interior_point(
         multiplier = ball.multiplier
         slack = jnp.maximum(ball.radius, 1e-6)
         # The sum of unit gradients, which may cancel.
-        z = z * slack / jnp.sqrt(jnp.maximum(jnp.dot(z, matvec(curvature, z)), 1.0))
+        z = z * slack / jnp.sqrt(jnp.maximum(dot(z, matvec(curvature, z)), 1.0))
     first = _Iterate(
         z=z,
         s=jnp.maximum(matvec(cosine, z) + shift - multiplier * lower, slack),

@@ -63,7 +63,7 @@ def nash_mtl(
     check_choice("nash_mtl", "scale", scale, ("mean", "published"))
 
     def weigh(gram, active, preference, state, key):
-        weights, length = fair_weights(gram, active, preference, 1.0, iterations)
+        weights, length = fair_weights(gram, active, preference, 1.0, iterations=iterations)
         if scale == "mean":
             weights = weights * mean_norm(gram, preference) / length
         else:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 from jaxmoo.aggregators.parameters import check_choice, reusable
 from jaxmoo.aggregators.solvers import equilibrate
 from jaxmoo.sharding import varying

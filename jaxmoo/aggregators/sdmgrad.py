@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 from jaxmoo.aggregators.parameters import check_number, reusable
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from optax import projections
 
-from jaxmoo.aggregators.interior_point import matvec
+from jaxmoo.aggregators.linear import matvec
 
 
 def start(num_objectives: int) -> jax.Array:

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoo.aggregators.interior_point import Ball, interior_point, matvec
+from jaxmoo.aggregators.interior_point import Ball, interior_point
+from jaxmoo.aggregators.launch import in_one_launch
+from jaxmoo.aggregators.linear import any_of, diagonal, dot, identity, in_kernel, matvec
 from jaxmoo.aggregators.pivoting import pivot
 
 
@@ -49,13 +51,14 @@ def equilibrate(gram: jax.Array, active: jax.Array) -> Equilibrated:
       >>> cosine.tolist(), norm.tolist()
       ([[1.0, 0.0], [0.0, 1.0]], [2.0, 1.0])
     """
-    norm = jnp.sqrt(jnp.where(active, jnp.diagonal(gram), 1.0))
+    norm = jnp.sqrt(jnp.where(active, diagonal(gram), 1.0))
     cosine = gram / norm[:, None] / norm[None, :]
-    diagonal = jnp.eye(gram.shape[-1], dtype=bool)
+    units = identity(gram.shape[-1], bool)
     # Rounding leaves cosines a little above 1, which would make C indefinite.
-    return Equilibrated(jnp.where(diagonal, 1.0, jnp.clip(cosine, -1.0, 1.0)), norm)
+    return Equilibrated(jnp.where(units, 1.0, jnp.clip(cosine, -1.0, 1.0)), norm)
 
 
+@in_one_launch
 def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     """Weights of the shortest vector in the convex hull of the gradients.
 
@@ -79,13 +82,14 @@ def min_norm(gram: jax.Array, active: jax.Array) -> jax.Array:
     inverse = inverse / jnp.maximum(jnp.max(inverse), 1e-30)
     # On the simplex, adding t 1 1^T to G adds a constant. It bounds the solution when the hull
     # contains the origin, where the constraints <g_i, d> >= 1 have none.
-    unit = inverse / jnp.maximum(jnp.linalg.norm(inverse), 1e-30)
+    unit = inverse / jnp.maximum(jnp.sqrt(dot(inverse, inverse)), 1e-30)
     cosine = cosine + unit[:, None] * unit[None, :]
     lower = jnp.where(active, inverse, -1.0)
     weights = _solve(cosine, lower, magnitude=0.0) * inverse
     return weights / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
+@in_one_launch
 def project_on_dual_cone(cosine: jax.Array, active: jax.Array, target: jax.Array) -> jax.Array:
     """Smallest change of a combination that stops it opposing any gradient.
 
@@ -113,10 +117,12 @@ def project_on_dual_cone(cosine: jax.Array, active: jax.Array, target: jax.Array
 
 def _solve(cosine: jax.Array, lower: jax.Array, magnitude: float = 1.0) -> jax.Array:
     """Pivoting for the many problems that are regular, the interior point for the others."""
-    found = pivot(cosine, lower, magnitude)
+    # In a kernel every problem is a program of its own, which waits for no other's last step.
+    found = None if in_kernel() else pivot(cosine, lower, magnitude)
     return interior_point(cosine, lower, magnitude=magnitude, known=found)
 
 
+@in_one_launch
 def best_worst_case(
     gram: jax.Array, active: jax.Array, centre: jax.Array, radius: jax.Array
 ) -> jax.Array:
@@ -148,7 +154,7 @@ def best_worst_case(
     centre = centre * norm
     towards = matvec(cosine, centre)
     # The centre's norm cannot be told from zero below the rounding of its own terms.
-    square = jnp.maximum(jnp.dot(centre, towards), 0.0)
+    square = jnp.maximum(dot(centre, towards), 0.0)
     floor = jnp.finfo(gram.dtype).eps * jnp.square(jnp.sum(jnp.abs(centre)))
     length = jnp.sqrt(jnp.maximum(square, jnp.where(floor > 0, floor, 1.0)))
     inverse = jnp.where(active, 1.0 / norm, 0.0)
@@ -156,8 +162,8 @@ def best_worst_case(
     shift = jnp.where(active, towards / length, 1.0)
     # The largest multiplier for which z = 0 is admissible.
     multiplier = jnp.min(jnp.where(active, shift / jnp.where(active, lower, 1.0), jnp.inf))
-    multiplier = jnp.where(jnp.any(active), multiplier, 0.0)
-    ball = Ball(jnp.where(jnp.any(active), radius, 0.0).astype(gram.dtype), multiplier)
+    multiplier = jnp.where(any_of(active), multiplier, 0.0)
+    ball = Ball(jnp.where(any_of(active), radius, 0.0).astype(gram.dtype), multiplier)
     magnitude = jnp.maximum(jnp.sum(jnp.abs(centre)) / length, 1.0)
     z = interior_point(cosine, lower, shift=shift, ball=ball, magnitude=magnitude)
     return jnp.where(active, z * jnp.sqrt(square) / norm, 0.0)

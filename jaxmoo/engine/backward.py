@@ -268,6 +268,7 @@ class Backward:
             preference=None if preference is None else jnp.asarray(preference),
             match_norm=self.rules.match_norm,
             partitioned=False,
+            platform=self.topology.platform,
             total=(lambda x: x) if call.apart else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
         )

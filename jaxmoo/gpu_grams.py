@@ -1,0 +1,140 @@
+"""Gram matrices on NVIDIA GPUs: all arrays of a block in one kernel that reads each of them once.
+
+XLA makes a product of 8 rows by 8 a general one for matrices, at a quarter of the memory's speed,
+and one more kernel per array to add up its parts. Here a program takes every n-th tile of one
+array's columns and adds up their products on the tensor cores, whose smallest matrix has 16 rows:
+of fewer objectives, several tiles are laid on top of each other, and only the products of each with
+itself are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+__all__ = ["grams_in_one_kernel"]
+
+_ROWS = 16  # of the smallest product
+_BYTES = 16_384  # of a tile
+_PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors
+_FEWEST_TILES = 4  # of a program
+
+
+class _Share(NamedTuple):
+    """The programs that one section of an array has."""
+
+    array: int
+    start: int  # the section's first column
+    columns: int
+    first: int  # number of its first program
+    programs: int
+
+
+def grams_in_one_kernel(arrays: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:
+    """Gram matrix of every section of every array, accumulated in float32.
+
+    Args:
+      arrays: per-objective gradients, each [K, S, ...], of at most 32 bits per number.
+      interpret: compute what the kernel does without a GPU.
+
+    Returns:
+      Gram matrices float32 [S, K, K] of each array. A non-finite row makes its own row and column
+      non-finite.
+
+    Example:
+      >>> x = jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]])
+      >>> grams_in_one_kernel([x], interpret=True)[0].tolist()
+      [[[5.0, 6.0], [6.0, 9.0]]]
+    """
+    k = arrays[0].shape[0]
+    sections = [x.shape[1] for x in arrays]
+    flat = [x.reshape(k, -1) for x in arrays]
+    height = pl.next_power_of_2(k)
+    stacked = max(1, _ROWS // height)  # tiles on top of each other
+    widest = max(x.dtype.itemsize for x in arrays)
+    width = max(_ROWS, _BYTES // widest // (height * stacked))
+    shares = _shares([x.shape[1] // s for x, s in zip(flat, sections, strict=True)], sections, width * stacked)
+    programs = shares[-1].first + shares[-1].programs
+    tile = _Tile(k, height, stacked, width)
+    parts = pl.pallas_call(
+        functools.partial(_kernel, shares, tile),
+        grid=(programs,),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(flat),
+        out_specs=pl.BlockSpec((1, height * stacked, height * stacked), lambda i: (i, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((programs, height * stacked, height * stacked), jnp.float32),
+        interpret=interpret,
+        **({} if interpret else {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=4)}),
+    )(*flat)
+    # The products of every tile with itself.
+    parts = sum(
+        parts[:, i : i + k, i : i + k] for i in range(0, height * stacked, height)
+    )
+    grams: list[list[jax.Array]] = [[] for _ in arrays]
+    for share in shares:
+        grams[share.array].append(parts[share.first : share.first + share.programs].sum(0))
+    return [jnp.stack(each) for each in grams]
+
+
+class _Tile(NamedTuple):
+    objectives: int
+    height: int  # objectives, rounded up to a power of two
+    stacked: int
+    width: int
+
+
+def _shares(columns: Sequence[int], sections: Sequence[int], step: int) -> list[_Share]:
+    """Divide programs by size."""
+    total = sum(n * s for n, s in zip(columns, sections, strict=True))
+    shares, first = [], 0
+    for array, (n, count) in enumerate(zip(columns, sections, strict=True)):
+        tiles = math.ceil(n / step)
+        programs = math.ceil(_PROGRAMS * n / total)
+        programs = max(1, min(programs, math.ceil(tiles / _FEWEST_TILES)))
+        for section in range(count):
+            shares.append(_Share(array, section * n, n, first, programs))
+            first += programs
+    return shares
+
+
+def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
+    *arrays, out = refs
+    program = pl.program_id(0)
+    shape = (tile.height * tile.stacked, tile.width)
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    objective = row % tile.height
+    place = (row // tile.height) * tile.width + lax.broadcasted_iota(jnp.int32, shape, 1)
+    step = tile.width * tile.stacked
+    for share in shares:
+        tiles = math.ceil(share.columns / step)
+
+        @pl.when((program >= share.first) & (program < share.first + share.programs))
+        def _(share: _Share = share, tiles: int = tiles) -> None:
+            mine = program - share.first
+
+            def add(turn: jax.Array, total: jax.Array) -> jax.Array:
+                column = (turn * share.programs + mine) * step + place
+                there = (column < share.columns) & (objective < tile.objectives)
+                x = _load(arrays[share.array], objective, share.start + column, there)
+                return total + lax.dot_general(
+                    x,
+                    x,
+                    (((1,), (1,)), ((), ())),
+                    precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+                    preferred_element_type=jnp.float32,
+                )
+
+            rounds = math.ceil(tiles / share.programs)
+            zeros = jnp.zeros((shape[0], shape[0]), jnp.float32)
+            out[0] = lax.fori_loop(0, rounds, add, zeros)
+
+
+def _load(ref: Any, row: jax.Array, column: jax.Array, there: jax.Array) -> jax.Array:
+    return triton.load(ref.at[row, column], mask=there, other=0.0)
