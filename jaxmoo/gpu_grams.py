@@ -20,12 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxmoo.cpu_grams import cross_grams
+
 __all__ = ["grams_in_one_kernel"]
 
 _ROWS = 16  # of the smallest product
-_BYTES = 16_384  # of a tile
+_ENTRIES = 8192  # of a tile
 _PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors
 _FEWEST_TILES = 4  # of a program
+_FEW = 2**16  # entries of a row that are too few for a kernel
 
 
 class _Share(NamedTuple):
@@ -42,7 +45,8 @@ def grams_in_one_kernel(arrays: Sequence[jax.Array], *, interpret: bool = False)
     """Gram matrix of every section of every array, accumulated in float32.
 
     Args:
-      arrays: per-objective gradients, each [K, S, ...], of at most 32 bits per number.
+      arrays: per-objective gradients, each [K, S, ...]. The kernel is for those of 16 bits per
+        number and many columns; the others are left to the compiler.
       interpret: compute what the kernel does without a GPU.
 
     Returns:
@@ -50,33 +54,54 @@ def grams_in_one_kernel(arrays: Sequence[jax.Array], *, interpret: bool = False)
       non-finite.
 
     Example:
-      >>> x = jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]])
+      >>> x = jnp.array([[[1.0, 2.0]], [[0.0, 3.0]]], jnp.bfloat16)
       >>> grams_in_one_kernel([x], interpret=True)[0].tolist()
       [[[5.0, 6.0], [6.0, 9.0]]]
     """
+    large = [i for i, x in enumerate(arrays) if x.dtype.itemsize == 2 and _columns(x) > _FEW]
+    found = dict(zip(large, _in_kernel([arrays[i] for i in large], interpret), strict=True))
+    return [found[i] if i in found else _by_compiler(x) for i, x in enumerate(arrays)]
+
+
+def _columns(x: jax.Array) -> int:
+    return math.prod(x.shape[2:])
+
+
+def _by_compiler(x: jax.Array) -> jax.Array:
+    # A kernel would prescribe how the gradients of vectors lie in memory, and the compiler would
+    # transpose the activations that they are sums of. In float32 its products are faster.
+    if _columns(x) > _FEW:
+        return cross_grams(x, x)
+    x = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
+    return jnp.sum(x[:, None] * x[None, :], axis=-1).transpose(2, 0, 1)
+
+
+def _in_kernel(arrays: Sequence[jax.Array], interpret: bool) -> list[jax.Array]:
+    if not arrays:
+        return []
     k = arrays[0].shape[0]
     sections = [x.shape[1] for x in arrays]
     flat = [x.reshape(k, -1) for x in arrays]
     height = pl.next_power_of_2(k)
     stacked = max(1, _ROWS // height)  # tiles on top of each other
-    widest = max(x.dtype.itemsize for x in arrays)
-    width = max(_ROWS, _BYTES // widest // (height * stacked))
-    shares = _shares([x.shape[1] // s for x, s in zip(flat, sections, strict=True)], sections, width * stacked)
+    width = max(_ROWS, _ENTRIES // (height * stacked))
+    columns = [x.shape[1] // s for x, s in zip(flat, sections, strict=True)]
+    shares = _shares(columns, sections, width * stacked)
     programs = shares[-1].first + shares[-1].programs
-    tile = _Tile(k, height, stacked, width)
+    rows = height * stacked
+    options: dict[str, Any] = {"interpret": True}
+    if not interpret:
+        options = {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=4)}
     parts = pl.pallas_call(
-        functools.partial(_kernel, shares, tile),
+        functools.partial(_kernel, shares, _Tile(k, height, stacked, width)),
         grid=(programs,),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(flat),
-        out_specs=pl.BlockSpec((1, height * stacked, height * stacked), lambda i: (i, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((programs, height * stacked, height * stacked), jnp.float32),
-        interpret=interpret,
-        **({} if interpret else {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=4)}),
+        out_specs=pl.BlockSpec((1, rows, rows), lambda i: (i, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((programs, rows, rows), jnp.float32),
+        **options,
     )(*flat)
-    # The products of every tile with itself.
-    parts = sum(
-        parts[:, i : i + k, i : i + k] for i in range(0, height * stacked, height)
-    )
+    # Only the products of tiles with themselves.
+    parts = sum(parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
     grams: list[list[jax.Array]] = [[] for _ in arrays]
     for share in shares:
         grams[share.array].append(parts[share.first : share.first + share.programs].sum(0))
@@ -124,11 +149,7 @@ def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
                 there = (column < share.columns) & (objective < tile.objectives)
                 x = _load(arrays[share.array], objective, share.start + column, there)
                 return total + lax.dot_general(
-                    x,
-                    x,
-                    (((1,), (1,)), ((), ())),
-                    precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-                    preferred_element_type=jnp.float32,
+                    x, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
 
             rounds = math.ceil(tiles / share.programs)

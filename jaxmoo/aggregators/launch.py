@@ -69,7 +69,9 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
         k = arrays[0].shape[-1]
         fill = pl.next_power_of_2(k) - k
         zero = jnp.float32(0)
-        padded = [lax.pad(x.astype(zero.dtype), zero, [(0, fill, 0)] * x.ndim)[None] for x in arrays]
+        padded = [
+            lax.pad(x.astype(zero.dtype), zero, [(0, fill, 0)] * x.ndim)[None] for x in arrays
+        ]
         bools = tuple(x.dtype == bool for x in arrays)
         settings = tuple(sorted(static.items()))
         found = _many(solver, settings, bools, platform == "interpret")(*padded)
@@ -105,9 +107,11 @@ def _many(
         def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
             return pl.BlockSpec((1, *shape), lambda b: (b, *(0,) * len(shape)))
 
-        options = {"interpret": True}
+        options: dict[str, Any] = {"interpret": True}
         if not interpret:
-            options = {"compiler_params": triton.CompilerParams(num_warps=1, num_stages=1)}
+            k = arrays[0].shape[-1]
+            warps = max(1, min(16, k * k // 256))  # eight numbers a thread
+            options = {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=1)}
         return pl.pallas_call(
             kernel,
             grid=(blocks,),

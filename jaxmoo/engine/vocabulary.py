@@ -29,7 +29,7 @@ __all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
 # waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**26}
+_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27}
 
 
 class Ticket(NamedTuple):
@@ -224,28 +224,30 @@ class _Call:
         engine, layout = self.engine, self.layout
         scores = mapped[2]
         blocks, dynamic = integers
+        count = engine.topology.local_objectives
         height = self.stack.shape[0]
 
-        def one(_: None, xs: Any) -> tuple[None, Any]:
+        def one(gradients: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, state, ints = xs
             first = number * height
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
             table = None if scores is None else engine.gather(piece, layout)
 
-            def of_objective(mapped: Any) -> jax.Array:
-                tokens, vectors, scores = mapped
+            def of_objective(i: jax.Array, gradients: jax.Array) -> jax.Array:
+                tokens, vectors, scores = jax.tree.map(lambda x: x[i], mapped)
                 total = jnp.zeros(self.stack.shape, jnp.float32)
                 if scores is not None:
                     total = _from_scores(scores, table, first, engine.topology.platform)
                 if tokens is not None:
                     total = _add_lookup(total, tokens, vectors, first)
-                return total.astype(layout.gathered_dtype)
+                return gradients.at[i].set(total.astype(gradients.dtype))
 
-            # One objective after the other: a sum over all its positions is formed in one place,
-            # and is as small as one slice.
-            gradients = engine.scatter(jax.lax.map(of_objective, mapped), layout.axis)
+            # One objective after the other, so that a sum over all its positions is formed in one
+            # place that is as small as one slice.
+            local = jax.lax.fori_loop(0, count, of_objective, gradients)
+            gradients = engine.scatter(local, layout.axis)
             if not self.resolves:
-                return None, (gradients if self.tapped else gradients[0], None)
+                return local, (gradients if self.tapped else gradients[0], None)
             _, labels, numbers, member = ints
             section = sections_of_piece(
                 gradients[:, None],
@@ -258,9 +260,11 @@ class _Call:
             call = self._blocks(number)
             resolved = engine.resolve([section], call, numbers, member, state, dynamic)
             update = resolved.updates[0].reshape(gradients.shape[1:])
-            return None, (update, call.new_rows(resolved, member))
+            return local, (update, call.new_rows(resolved, member))
 
-        _, (pieces, rows) = jax.lax.scan(one, None, (jnp.arange(self.slices), state, blocks))
+        # The place of the local gradients is handed on, so that it is not cleared for every slice.
+        empty = jnp.zeros((count, *self.stack.shape), layout.gathered_dtype)
+        _, (pieces, rows) = jax.lax.scan(one, empty, (jnp.arange(self.slices), state, blocks))
         if self.tapped:  # [slices, K, rows, size] -> [K, V, size]
             tap = jnp.moveaxis(pieces, 0, 1).reshape(pieces.shape[1], *value.shape)
             return None, tap, rows
@@ -284,8 +288,8 @@ def _add_lookup(
 def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array, platform: str) -> jax.Array:
     """Gradient of one objective's scores with respect to one slice of the table."""
     rows, length = ticket.targets.shape
-    most = _MOST_LOGITS[platform]
-    chunk = min(length, max(1, most // (rows * table.shape[0])))
+    chunks = -(-length * rows * table.shape[0] // _MOST_LOGITS[platform])
+    chunk = -(-length // chunks)  # all of about the same size
     fill = -length % chunk
     h = jnp.pad(ticket.h, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(ticket.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)

@@ -1,13 +1,11 @@
-"""Products of activations and weights that every device computes fast.
+"""Products of activations and weights, written as every kind of device computes them fast.
 
-GPUs and TPUs multiply matrices as they come, provided that they are matrices: the gradient of a
-weight by activations with two leading axes, rows and positions, is a contraction of both, before
-which XLA's GPU compiler transposes all of them in memory. So the leading axes are made one.
-
-In half precision more must be done for CPUs. XLA's CPU backend turns them into float32
-first, unless the product is one of two plain matrices with a float32 result: those it gives to the
-processor's own bfloat16 instructions (AMX, AVX-512), which are several times as fast as float32.
-So on CPUs the products of a linear map, and of its derivatives, are written in that form.
+- GPUs: the leading axes of the activations, rows and positions, are made one. XLA's GPU compiler
+  transposes all activations in memory before it contracts two axes at once, which the gradient of
+  the weight would.
+- CPUs, in half precision: the CPU backend turns bfloat16 into float32 first, unless the product is
+  one of two plain matrices with a float32 result: those it gives to the processor's own bfloat16
+  instructions (AMX, AVX-512), which are several times as fast as float32.
 """
 
 from __future__ import annotations
@@ -37,7 +35,9 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return _on_cpu(x, kernel)
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    if jax.default_backend() == "gpu":
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    return x @ kernel
 
 
 @jax.custom_vjp
