@@ -91,8 +91,8 @@ def seconds(x: float | None) -> str:
     return "" if x is None else f"{x:.3f}" if x < 10 else f"{x:.1f}"
 
 
-def ratio(x: float | None) -> str:
-    return "" if x is None else f"{x:.2f}"
+def ratio(x: float | None, digits: int = 2) -> str:
+    return "" if x is None else f"{x:.{digits}f}"
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

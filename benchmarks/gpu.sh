@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under nine minutes, and one table at its end:
-# plain fine-tuning, conflicts resolved in the backward pass, stacked gradients, TorchJD, and the
-# largest model that fits, all with random weights of true shape.
+# Everything that needs a GPU, in one call of under seven minutes, and one table at its end:
+# plain fine-tuning, conflicts resolved in the backward pass, stacked gradients, TorchJD, the
+# largest model that fits, and the solvers' kernels; all with random weights of true shape.
 #
 #   benchmarks/gpu.sh [DIRECTORY FOR THE NUMBERS]
 #   benchmarks/gpu.sh --smoke [DIRECTORY]     tiny shapes on the CPU, to see that everything runs
@@ -20,7 +20,7 @@ out=${1:-gpu-results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 rm -f "$out"/*.json
 python=${PYTHON:-python3}
-deadline=520 # seconds from the start
+deadline=400 # seconds from the start
 [[ $smoke ]] && deadline=3600
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
@@ -53,56 +53,54 @@ if [[ $smoke ]]; then
  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
  "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}
 END
-  models=("$tiny") lengths=(16) largest=() planned=$tiny torch_model=$tiny
-  aggregator=mean beside=() tokens=32 large_tokens=16 torch_tokens=16 languages=2 rounds=1
+  planned=$tiny
   platform=(--platform cpu) precision=(--dtype float32)
+  languages=2 rounds=1 large_tokens=16
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 else
-  models=(Qwen3-0.6B Qwen3-1.7B) lengths=(1024 4096) largest=(Llama-3.1-8B Qwen3-4B)
-  planned=Llama-3.1-8B torch_model=Qwen3-0.6B
-  aggregator=cagrad beside=("TorchJD" "TorchJD by rows" "PyTorch plain")
-  tokens=4096 large_tokens=1024 torch_tokens=1024 languages=8 rounds=5
+  planned=Llama-3.1-8B
   platform=(--platform gpu) precision=(--dtype bfloat16)
+  languages=8 rounds=5 large_tokens=1024
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 fi
-# A smoke test is to be cheap: nothing is stacked, PyTorch is left out (peers.py has tiny shapes of its
-# own), and no model is the largest that fits.
-stacked=() planning=()
-[[ $smoke ]] && stacked=(--no-stacked) planning=(--no-stacked --blocks)
-common=("${precision[@]}" --languages "$languages" --aggregators "$aggregator" --blocks layer)
+common=("${precision[@]}" --languages "$languages")
+one=(--aggregators cagrad --blocks layer)
 # All of the largest model's state in bfloat16 but the average of squared gradients.
 large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
   --batch-size 1 --sequence-length "$large_tokens")
 
 # What the largest model would need, compiled on the host meanwhile.
+planning=("${one[@]}")
+[[ $smoke ]] && planning=(--aggregators mean --blocks --no-stacked)
 env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
   "${large[@]}" "${planning[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
 planner=$!
 
-step() { # MODEL LENGTH
-  local name
+step() { # MODEL, TOKENS PER EXAMPLE, EXAMPLES, FLAGS...
+  local name limit=100
   name=$(basename "$1")-$2
-  section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" --remat dots \
-    --sequence-length "$2" --batch-size $((tokens / $2)) --rounds "$rounds" \
-    "${stacked[@]}" --json "$out/step-$name.json"
+  section "$name" "$limit" benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" \
+    --remat dots --sequence-length "$2" --batch-size "$3" --rounds "$rounds" "${@:4}" \
+    --json "$out/step-$name.json"
 }
 
-for model in "${models[@]}"; do
-  step "$model" "${lengths[0]}"
-done
-((${#beside[@]})) && section "beside PyTorch" 120 benchmarks/peers.py "${platform[@]}" "${precision[@]}" \
-  --languages "$languages" --model "$torch_model" --remat full --batch-size 1 \
-  --sequence-length "$torch_tokens" --rounds "$rounds" --json "$out/peers.json" \
-  --only "${beside[@]}"
-for model in "${largest[@]}"; do
-  section "largest: $model" 120 benchmarks/step.py "${platform[@]}" "${common[@]}" "${large[@]}" \
-    --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
-done
-for length in "${lengths[@]:1}"; do
-  for model in "${models[@]}"; do
-    step "$model" "$length"
+if [[ $smoke ]]; then
+  step "$tiny" 16 2 --aggregators mean --blocks layer --no-stacked
+  section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 2 --num-blocks 1 \
+    --methods mgda --rounds 1 --json "$out/kernels.json"
+else
+  step Qwen3-1.7B 1024 4 --aggregators mean mgda cagrad pcgrad upgrad --blocks layer --no-stacked
+  step Qwen3-0.6B 1024 4 --aggregators cagrad --blocks layer module leaf
+  for model in Llama-3.1-8B Qwen3-4B; do
+    section "largest: $model" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" "${one[@]}" \
+      "${large[@]}" --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
   done
-done
+  step Qwen3-1.7B 4096 1 "${one[@]}" --no-stacked
+  section "beside PyTorch" 90 benchmarks/peers.py "${platform[@]}" "${common[@]}" --rounds "$rounds" \
+    --model Qwen3-0.6B --remat full --batch-size 1 --sequence-length 1024 \
+    --only TorchJD "TorchJD by rows" "PyTorch plain" --json "$out/peers.json"
+  section kernels 60 benchmarks/kernels.py "${platform[@]}" --json "$out/kernels.json"
+fi
 while kill -0 $planner 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
 kill $planner 2> /dev/null
 "$python" benchmarks/gpu_table.py "$out"

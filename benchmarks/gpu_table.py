@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import kernels
 from common import bullets, gigabytes, markdown, ratio, seconds, step_name
 
 
@@ -18,12 +19,16 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     flags = parser.parse_args()
     found = {file.stem: json.loads(file.read_text()) for file in flags.directory.glob("*.json")}
-    steps = {name: page for name, page in sorted(found.items()) if name not in ("peers", "plan")}
+    others = ("kernels", "peers", "plan")
+    steps = {name: page for name, page in sorted(found.items()) if name not in others}
     about = next((page["about"] for page in steps.values()), {})
     parts = [bullets({name: about[name] for name in about if name not in ("command", "step")})]
     parts.append(markdown([HEADER, *(row for page in steps.values() for row in rows_of(page))]))
     if "peers" in found:
         parts += [f"Beside PyTorch: {found['peers']['about']['step']}", peers(found["peers"])]
+    if "kernels" in found:
+        page = found["kernels"]
+        parts += [f"Solves, {page['about']['solves']}:", kernels.report(page["rows"])]
     if "plan" in found:
         parts.append(planned(found["plan"]))
     print("\n\n".join(parts))
@@ -45,9 +50,9 @@ def rows_of(page: dict[str, Any]) -> list[list[str]]:
         table.append(
             [
                 title if row is plain else "",
-                step_name(row),
+                "plain" if row is plain else f"{step_name(row)}, `{row['blocks']}`",
                 row.get("failed") or seconds(row.get("seconds")),
-                ratio(row.get("ratio")),
+                ratio(row.get("ratio"), 3),
                 "" if mfu is None else f"{mfu:.1%}",
                 gigabytes(row["peak"]),
                 ratio(row["peak ratio"]),

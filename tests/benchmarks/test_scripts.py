@@ -47,7 +47,7 @@ def gpu_script(tmp_path_factory):
 
 def test_the_gpu_script_measures_every_section(gpu_script):
     done, found = gpu_script
-    assert {"step-tiny-16", "plan"} == set(found), done.stdout + done.stderr
+    assert {"step-tiny-16", "kernels", "plan"} == set(found), done.stdout + done.stderr
     step = {row["engine"]: row for row in found["step-tiny-16"]["rows"]}
     assert set(step) == {"plain", "backward"}
     assert all(row["seconds"] > 0 for row in step.values())
