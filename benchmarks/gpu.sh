@@ -20,7 +20,7 @@ out=${1:-gpu-results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 rm -f "$out"/*.json
 python=${PYTHON:-python3}
-deadline=400 # seconds from the start
+deadline=380 # seconds from the start
 [[ $smoke ]] && deadline=3600
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
