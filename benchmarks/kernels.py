@@ -26,7 +26,9 @@ from jaxmoo import aggregators
 from jaxmoo.aggregators.launch import solving_on
 
 METHODS = ("cagrad", "mgda", "dualproj", "upgrad", "nash_mtl", "fairgrad")
-WRONG = 1e-3  # of the largest gradient
+# Of the largest gradient. Fair bargaining has no solution for rank-deficient and opposed gradients,
+# and what is returned instead is rounding's to a good part, in both forms.
+WRONG = dict.fromkeys(METHODS, 1e-3) | {"nash_mtl": 0.1, "fairgrad": 0.1}
 
 
 def main() -> int:
@@ -61,7 +63,7 @@ def main() -> int:
             )
     nothing = took(jax.jit(lambda x: x + 1), jnp.ones(8), flags.rounds)
     print(pages.markdown(lambda rows: f"{report(rows)}\n\nAn empty call: {nothing * 1e6:.0f} us."))
-    return int(not all(row["difference"] < WRONG for row in pages.rows))
+    return int(not all(row["difference"] < WRONG[row["method"]] for row in pages.rows))
 
 
 def about(flags: argparse.Namespace) -> dict[str, str]:
