@@ -72,7 +72,7 @@ def _by_compiler(x: jax.Array) -> jax.Array:
     # transpose the activations that they are sums of. In float32 its products are faster.
     if _columns(x) > _FEW:
         return cross_grams(x, x)
-    x = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
+    x = x.reshape(*x.shape[:2], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.sum(x[:, None] * x[None, :], axis=-1).transpose(2, 0, 1)
 
 

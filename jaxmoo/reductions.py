@@ -48,7 +48,8 @@ def section_grams(
       partitioned: whether the compiler partitions the arrays over several devices. By default,
         whether there are several.
       platform: "gpu" where it is known that the arrays lie on NVIDIA GPUs, each piece by itself,
-        which takes a kernel that compilers cannot divide.
+        which takes a kernel that compilers cannot divide; "interpret" does what that kernel does on
+        any device.
 
     Returns:
       Gram matrices [S, K, K] of each array, float32 or float64. A non-finite row makes its own row
@@ -67,8 +68,8 @@ def section_grams(
         partitioned = jax.device_count() > 1
     if partitioned or not arrays:
         return whole(list(arrays))
-    if platform == "gpu" and all(x.dtype.itemsize <= 4 for x in arrays):
-        return grams_in_one_kernel(arrays)
+    if platform in ("gpu", "interpret"):
+        return grams_in_one_kernel(arrays, interpret=platform == "interpret")
     return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
 
 

@@ -30,7 +30,6 @@ from jaxmoo.aggregators.linear import (
     matvec,
     solve,
 )
-
 from jaxmoo.sharding import varying
 
 
