@@ -14,11 +14,13 @@ import argparse
 
 import jax
 
-from jaxmoo.errors import JaxmooError, failed
+from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.sizes import parse_size
 from jaxmoo.terminal import forgiving_output
 from jaxmoo.train.config import load_config
 from jaxmoo.train.plan import plan, shape_of
+
+MOST_DEVICES = 10_000
 
 
 @forgiving_output
@@ -32,8 +34,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", options.devices)
     try:
+        if not 1 <= options.devices <= MOST_DEVICES:
+            raise ConfigError(f"--devices takes 1 to {MOST_DEVICES}, found {options.devices}.")
+        jax.config.update("jax_num_cpu_devices", options.devices)
         device_memory = parse_size(options.device_memory, what="--device-memory", needs_unit=True)
         config = load_config(options.config, options.overrides)
         found = plan(config, shape_of(options.model or config.model.source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, shown
 from jaxmoo.hf.load import load_config
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
       The tokenizer.
 
     Raises:
-      CheckpointError: when ``tokenizer.json`` is missing or unusable, or the directory's model
-        does not know all of its tokens.
+      CheckpointError: when ``tokenizer.json`` is missing or unusable, the longest text is no
+        number, or the directory's model does not know all of the tokens.
       ConfigError: when the architecture of the directory's model is not supported.
     """
     file = Path(path) / "tokenizer.json"
@@ -46,6 +46,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be used: model_max_length, in tokenizer_config.json, "
+            f"must be a number of tokens, found {shown(longest)}"
+        )
     if (Path(path) / "config.json").is_file():
         check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     if isinstance(tokenizer.chat_template, str):

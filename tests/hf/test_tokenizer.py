@@ -137,6 +137,16 @@ def test_a_missing_or_damaged_tokenizer_is_refused(smollm2_dir: Path, tmp_path: 
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("longest", [0, -1, "512", [512], True, float("nan")])
+def test_the_longest_text_is_a_number_of_tokens(tmp_path: Path, longest):
+    bytes_tokenizer(["<s>"]).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    load_tokenizer(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(CheckpointError, match=r"model_max_length, .* must be a number of tokens"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_comes_with_a_model_that_knows_all_of_its_tokens(tmp_path: Path):
     bytes_tokenizer(["<s>"], eos_token="<s>").save_pretrained(tmp_path)
     assert len(load_tokenizer(tmp_path)) == 257  # there is no model yet

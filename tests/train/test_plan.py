@@ -167,6 +167,7 @@ def test_the_command_says_what_to_change_when_it_does_not_fit(command):
     ("arguments", "message"),
     [
         (["--devices", "3", "mesh.language=2"], "but there are 3 devices"),
+        (["--devices", "10000000000"], "--devices takes 1 to 10000, found 10000000000"),
         (["--devices", "8", "data.batch_size=3"], "data.batch_size"),
         (["--device-memory", "lots"], "such as 80GB"),
     ],
