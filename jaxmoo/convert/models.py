@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.data.ending import ending_token
+from jaxmoo.data.ending import NO_ENDING, ending_token
 from jaxmoo.digests import Digests, note_own_digests, read_checked, read_digests
 from jaxmoo.errors import CheckpointError, JaxmooError
 from jaxmoo.evaluate.fingerprint import fingerprint
@@ -182,6 +182,8 @@ def to_hf(
         chat_template=opened.chat_template,
         stop=opened.stop,
     )
+    if kind_of(Path(source)) == "run" and not opened.stop:
+        say(NO_ENDING)
 
 
 def _check_tokenizer(source: Path) -> None:

@@ -11,6 +11,12 @@ from jaxmoo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# What to say where there is none.
+NO_ENDING = (
+    "Note: no special token is known to end a reply, so what is generated ends only where the "
+    "model's own generation_config.json says, or at the limit."
+)
+
 _ASKED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 # Some templates want a system message.
 _PROBES = (_ASKED, [{"role": "system", "content": "."}, *_ASKED])

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from jaxmoo.convert.models import open_model, source_of, tokenizer_of
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.clock import is_date
+from jaxmoo.data.ending import NO_ENDING, ending_token
 from jaxmoo.data.notes import notes
 from jaxmoo.data.split import split_languages
 from jaxmoo.errors import ConfigError, DataError
@@ -129,6 +130,8 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")
+    if settings.new_tokens and ending_token(tokenizer) is None:
+        say(NO_ENDING)
 
     opened = open_model(settings.model, step=settings.step, base=settings.base, say=say)
     weights = fingerprint(opened.model)

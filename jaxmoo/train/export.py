@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxmoo.data.ending import NO_ENDING
 from jaxmoo.digests import DIGESTS, damaged_files, files_below, read_digests
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.hf import save_adapter, save_model
@@ -81,6 +82,8 @@ def export(job: Job, params: Any, step: int) -> None:
                 stop=stop,
             )
             job.say(f"Exported to {path} (Hugging Face format).")
+            if ending is None:
+                job.say(NO_ENDING)
 
 
 def _wanted(config: Config, directory: RunDirectory) -> tuple[Path, ...]:

@@ -186,6 +186,12 @@ def test_an_exported_run_stops_where_its_replies_ended(run, tmp_path: Path):
     )
     assert before == same == 1 and after == [1, 2], "the model's own and <|im_end|>"
 
+    tokenizer.chat_template = template.replace("<|im_end|>", "\n")
+    tokenizer.save_pretrained(base)
+    said: list[str] = []
+    to_hf(path, tmp_path / "unended", base=str(base), say=said.append)
+    assert sum("no special token is known to end a reply" in line for line in said) == 1
+
 
 def test_the_card_of_an_exported_run_states_what_is_known(run, tmp_path: Path):
     path, source = run
