@@ -31,7 +31,7 @@ __all__ = [
     "weighted_sum",
 ]
 
-_AT_A_TIME = 2**20  # entries that are scaled, and so copied
+_AT_A_TIME = 2**16  # entries that are scaled, and so copied
 
 
 def section_grams(
@@ -179,7 +179,7 @@ def scaled_grams(
         return product(x, y)
     k, sections = x.shape[:2]
     x, y = x.reshape(k, sections, -1), y.reshape(k, sections, -1)
-    columns = max(1, _AT_A_TIME // max(1, k * sections))
+    columns = max(128, _AT_A_TIME // max(1, k * sections))
     pieces = x.shape[2] // columns
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
