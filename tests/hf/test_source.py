@@ -14,6 +14,13 @@ from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.hf import load_config, resolve_source
 
 
+@pytest.mark.parametrize("name", ["x" * 10_000, "x/" * 5_000, "~nobody-of-that-name/model", "a\0b"])
+def test_what_can_be_no_path_is_no_model_either(name):
+    with pytest.raises(ConfigError, match="no model '") as caught:
+        resolve_source(name)
+    assert len(str(caught.value)) < 400
+
+
 def test_the_embedded_model_is_a_complete_directory(smollm2_dir: Path):
     # An earlier version, which may have made it, wrote no digests.
     assert {file.name for file in smollm2_dir.iterdir()} | {DIGESTS} == {
