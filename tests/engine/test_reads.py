@@ -12,6 +12,8 @@ from jaxmoo.blocks import path_string
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Read outside of a block")
+
 K, ROWS, D, LAYERS = 3, 4, 4, 3
 _draw = np.random.default_rng(0)
 
