@@ -179,7 +179,7 @@ def resolve_conflicts(
         if nonfinite == "raise":
             jax.debug.callback(raise_nonfinite, resolved.nonfinite.any(0))
         keep = num_objectives is not None
-        return jax.tree.unflatten(treedef, resolved.updates), ResolveConflictsState(
+        after = ResolveConflictsState(
             step=optax.safe_increment(state.step),
             key=state.key,
             aggregator=resolved.state,
@@ -190,6 +190,7 @@ def resolve_conflicts(
             mean_norm=resolved.mean_norm,
             skipped=state.skipped + resolved.nonfinite.any(0) if keep else None,
         )
+        return jax.tree.unflatten(treedef, resolved.updates), in_types_of(state, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -250,6 +251,14 @@ def new_state(
     )
 
 
+def in_types_of(before: Any, after: Any) -> Any:
+    """Return a state in the types of the one before it, as loops over steps require.
+
+    Whatever type the gradients have.
+    """
+    return jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), after, before)
+
+
 def step_key(state: ResolveConflictsState) -> jax.Array:
     """The PRNG key of the step that a state is before."""
     # Counters and keys of a state that was cast as a whole are integers again.
@@ -284,7 +293,7 @@ def normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Ar
     if not (np.isfinite(share).all() and (share >= 0).all() and share.any()):
         raise wrong
     share = share / share.max()
-    return jnp.asarray(share / share.sum(), jnp.float32)
+    return jnp.asarray(share / share.sum(), float)
 
 
 def raise_nonfinite(nonfinite: np.ndarray) -> None:

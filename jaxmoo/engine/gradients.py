@@ -34,6 +34,7 @@ from jaxmoo.resolve import conflict_share, group_blocks
 from jaxmoo.sharding import automatic, spec_of
 from jaxmoo.transform import (
     ResolveConflictsState,
+    in_types_of,
     new_state,
     normalised,
     raise_nonfinite,
@@ -467,7 +468,7 @@ class ResolvedGradients:
         nonfinite = report["nonfinite"].any(0)
         if self.nonfinite == "raise":
             jax.debug.callback(raise_nonfinite, nonfinite)
-        return ResolveConflictsState(
+        after = ResolveConflictsState(
             step=optax.safe_increment(state.step),
             key=state.key,
             aggregator=tuple(
@@ -481,6 +482,7 @@ class ResolvedGradients:
             mean_norm=report["mean_norm"],
             skipped=state.skipped + nonfinite,
         )
+        return in_types_of(state, after)
 
 
 def _parameter(layout: Layout, number: int, value: Any, tap: Any) -> Parameter:

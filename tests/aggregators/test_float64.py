@@ -10,8 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import jaxmoo
 from aggregators import families, oracles
 from aggregators.families import KEY, LABELS, STACK, VARIANTS, K, N, size
 from aggregators.test_exact_methods import DEPENDENT, NEED_RANK, ORACLES
@@ -196,3 +198,34 @@ def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
         singles.append(np.asarray(weigh_block(aggregators.mgda(), jnp.asarray(gram))[0]))
         past = 0.5 ** np.arange(t)[::-1]
         np.testing.assert_allclose(weights, past / past.sum() @ np.stack(singles), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["mgda", "cr_mogm"])
+def test_the_transformation_keeps_float64_and_its_states_types(method):
+    """In a scan over steps, with preferences; the state's diagnostics stay float32."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 8, 3), "b": (4, 3)}
+    gradients = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    preference = [1.0, 2.0, 3.0, 1.0]
+    tx = jaxmoo.resolve_conflicts(
+        method, blocks="whole", num_objectives=4, preference=preference, match_norm=method != "mgda"
+    )
+
+    @families.quick_jit
+    def train(gradients):
+        def step(state, _):
+            return tx.update(gradients, state)[::-1]
+
+        state = tx.init(jax.tree.map(lambda x: x[0], gradients))
+        return jax.lax.scan(step, state, length=2)
+
+    state, updates = train(jax.tree.map(jnp.asarray, gradients))
+    assert optax.tree.get(state, "gram").dtype == jnp.float32
+    j = np.hstack([x.reshape(4, -1) for x in gradients.values()])
+    share = np.array(preference) / sum(preference)
+    heard = oracles.min_norm(share[:, None] * j) * share
+    expected = heard / heard.sum() @ j
+    if method != "mgda":
+        expected *= np.linalg.norm(share @ j) / np.linalg.norm(expected)
+    found = np.hstack([np.asarray(updates[name][1]).reshape(-1) for name in gradients])
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)

@@ -108,19 +108,25 @@ def compiled(name: str, dtype: str):
 
     def resolve(j, active):
         if method.combine is not None:
-            return combine_block(method, j, key=KEY, active=active)
-        return combine_rows(j, weigh_block(method, gram(j), key=KEY, active=active)[0])
+            return combine_block(method, j, key=KEY, active=active), active
+        weights = weigh_block(method, gram(j), key=KEY, active=active)[0]
+        return combine_rows(j, weights), weights
 
     return quick_jit(jax.vmap(resolve))
 
 
 def resolve(name: str, dtype: str, stack: np.ndarray) -> np.ndarray:
     """Updates ``[M, N]``; rows of zeros are absent."""
+    return both(name, dtype, stack)[0]
+
+
+def both(name: str, dtype: str, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Updates ``[M, N]`` and weights ``[M, K]``."""
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         active = jnp.asarray(np.any(stack != 0, axis=2))
-        updates = compiled(name, dtype)(jnp.asarray(stack, dtype), active)
+        updates, weights = compiled(name, dtype)(jnp.asarray(stack, dtype), active)
         assert updates.dtype == dtype
-        return np.asarray(updates, np.float64)
+        return np.asarray(updates, np.float64), np.asarray(weights, np.float64)
 
 
 def worst_loss(updates: np.ndarray, stack: np.ndarray) -> np.ndarray:
@@ -207,3 +213,18 @@ def test_two_projections_of_pcgrad_are_upgrad(dtype):
     error = resolve("pcgrad", dtype, pairs) - resolve("upgrad", dtype, pairs)
     bound = {"float32": 1e-5, "float64": 1e-13}[dtype]
     assert (np.abs(error).max(1) / np.linalg.norm(pairs, axis=2).max(1)).max() <= bound
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", ["upgrad", "dualproj"])
+def test_what_is_left_at_stationary_points_of_low_rank_is_as_little_as_the_page_says(name, dtype):
+    """Relative to the terms that cancel, whose sum may be hundreds of times the mean gradient."""
+    count, rng = len(typical(dtype)[0]), np.random.default_rng(0)
+    for _ in range(5):
+        made = [strongly_stationary(5, 3, 3, rng) for _ in range(count)]
+        stack = np.pad(np.stack(made).astype(dtype), ((0, 0), (0, K - 5), (0, N - 3)))
+        stack = stack.astype(np.float64)
+        _, weights = both(name, dtype, stack)
+        left = np.linalg.norm(np.einsum("mk,mkn->mn", weights, stack), axis=1)
+        terms = np.einsum("mk,mk->m", weights, np.linalg.norm(stack, axis=2))
+        assert (left / terms).max() <= {"float32": 7e-4, "float64": 1e-11}[dtype]
