@@ -1,4 +1,4 @@
-"""Where a command writes: paths as people type them, and whether anything can be written there."""
+"""Paths as people type them, and whether anything can be written there."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from jaxmoo.errors import ConfigError
 __all__ = ["check_writable", "typed_path"]
 
 
-def typed_path(text: str) -> Path:
+def typed_path(text: str | Path) -> Path:
     """Return the path that a person means; a shell leaves the ``~`` of ``--output=~/a`` as it is.
+
+    Raises:
+      ConfigError: it begins with the home of somebody who is not known here.
 
     Example:
       >>> typed_path("~/runs") == Path.home() / "runs"
       True
     """
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{text}: there is no such user here. Give the whole path, or ./{text} for a file of "
+            "that name."
+        ) from error
 
 
 def check_writable(directory: Path, setting: str) -> None:

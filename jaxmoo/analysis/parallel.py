@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.outputs import typed_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,11 +95,11 @@ def read_parallel(
 
 
 def _lines(pattern: str, name: str) -> list[str]:
-    path = Path(pattern.replace("{language}", name)).expanduser()
+    path = typed_path(pattern.replace("{language}", name))
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        template = Path(pattern).expanduser().name
+        template = typed_path(pattern).name
         head, _, tail = template.partition("{language}")
         # Where the language names a folder, its neighbours are not listed.
         there = sorted(

@@ -169,7 +169,7 @@ _COMMANDS = {
 
 def _directory(name: str) -> Path:
     """A directory of any kind, or the one that a model's name stands for."""
-    path = Path(name).expanduser()
+    path = typed_path(name)
     return path if path.is_dir() else resolve_source(name)
 
 

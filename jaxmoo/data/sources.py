@@ -17,6 +17,7 @@ from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.records import check_columns, language_of, to_example
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
+from jaxmoo.outputs import typed_path
 
 BUILT_IN = "chatterbot"
 
@@ -134,7 +135,7 @@ def read_examples(
     languages = _check_languages(languages)
     columns = check_columns(columns)
     names = {language: (codes or {}).get(language, language) for language in languages}
-    path = Path(source).expanduser()
+    path = typed_path(source)
     complaints: list[str] = []
 
     if source == BUILT_IN:
@@ -229,7 +230,7 @@ def language_files(
     Raises:
       DataError: a language has none, or several.
     """
-    path = Path(source).expanduser()
+    path = typed_path(source)
     found: dict[str, list[Path]] = {}
     if path.is_dir() and "{language}" not in source:
         for file in sorted(path.iterdir()):

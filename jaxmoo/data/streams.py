@@ -16,6 +16,7 @@ from jaxmoo.data.sources import (
     load_hub,
 )
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.outputs import typed_path
 
 # Where the next record is, as JSON holds it; None is the beginning.
 Position = Any
@@ -133,7 +134,7 @@ def open_streams(
       ConfigError: the source need not or cannot be streamed.
       DataError: the source or a language of it cannot be found.
     """
-    path = Path(source).expanduser()
+    path = typed_path(source)
     if source == BUILT_IN:
         raise ConfigError(
             f"data.streaming is for data that memory does not hold; {BUILT_IN!r} is small. Set "

@@ -163,7 +163,7 @@ def _settings(options: argparse.Namespace) -> Evaluation:
     if options.model is None or options.output is None:
         raise ConfigError("Give --model and --output, or --compare A B.")
     ResultStore(options.output)  # raises before anything is fetched
-    path = Path(options.model).expanduser()
+    path = typed_path(options.model)
     model = path if path.is_dir() else resolve_source(options.model)
     config = _run_config(options, model)
     held_out = options.data is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from jaxmoo.errors import DownloadError
+from jaxmoo.outputs import typed_path
 
 __all__ = ["cache_directory", "check_sha256"]
 
@@ -27,7 +28,7 @@ def cache_directory(cache_dir: Path | None, kind: str) -> Path:
       DownloadError: when it cannot be made.
     """
     chosen = cache_dir or os.environ.get("JAXMOO_CACHE") or platformdirs.user_cache_dir("jaxmoo")
-    directory = Path(chosen).expanduser() / kind
+    directory = typed_path(chosen) / kind
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

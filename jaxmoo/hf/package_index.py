@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from jaxmoo.errors import DownloadError
 from jaxmoo.hf.cache import check_sha256
 from jaxmoo.hf.wheels import wheel_prefix
+from jaxmoo.outputs import typed_path
 
 __all__ = ["download_wheel"]
 
@@ -155,7 +156,7 @@ def _local_path(place: str) -> Path | None:
     scheme = urlsplit(place).scheme
     if scheme == "file":
         return Path(url2pathname(urlsplit(place).path))
-    return None if scheme in ("http", "https") else Path(place).expanduser()
+    return None if scheme in ("http", "https") else typed_path(place)
 
 
 def _download(session: requests.Session, url: str, partial: Path, name: str) -> None:

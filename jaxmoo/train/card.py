@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from jaxmoo.hf import ModelCard
+from jaxmoo.outputs import typed_path
 from jaxmoo.train.config import Config
 from jaxmoo.train.directory import RunDirectory
 
@@ -50,5 +50,5 @@ def adapter_card(card: ModelCard) -> ModelCard:
 
 def public_name(name: str) -> str:
     """A name without the place on this machine, where it is a path."""
-    path = Path(name).expanduser()
+    path = typed_path(name)
     return path.name if path.is_absolute() or path.exists() or name.startswith(".") else name

@@ -14,6 +14,7 @@ from jaxmoo.data.notes import notes
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_tokenizer
+from jaxmoo.outputs import typed_path
 from jaxmoo.train.config import Config, DataConfig
 from jaxmoo.train.parameters import check_model
 
@@ -166,7 +167,7 @@ def read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = typed_path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template: cannot read {path} ({error}). Expected a text file with a Jinja "

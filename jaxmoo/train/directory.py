@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
-from jaxmoo.outputs import check_writable
+from jaxmoo.outputs import check_writable, typed_path
 from jaxmoo.train.config import Config, differences, load_config, to_yaml
 from jaxmoo.train.distributed import barrier, is_first
 
@@ -53,7 +53,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = typed_path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.grams = self.path / "grams"

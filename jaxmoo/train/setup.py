@@ -25,6 +25,7 @@ from jaxmoo.memory import check_host_memory
 from jaxmoo.models import Decoder, DecoderConfig, token_nll
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
+from jaxmoo.outputs import typed_path
 from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.config import Config
 from jaxmoo.train.data import load_data
@@ -226,4 +227,4 @@ def _adapters(
     shapes = split_model(config, abstract)[1]
     if config.lora.adapter is None:
         return initial_adapters(shapes, config.seed, shardings(shapes))
-    return load_adapter(Path(config.lora.adapter).expanduser(), shapes, lora, shardings(shapes))
+    return load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))
