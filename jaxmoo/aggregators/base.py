@@ -285,8 +285,13 @@ def init_blocks(aggregator: Aggregator, num_blocks: int, num_objectives: int) ->
     Returns:
       The method's state with a leading axis ``[B]`` on every leaf.
     """
-    one = aggregator.init(num_objectives)
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_blocks, *jnp.shape(leaf))), one)
+
+    def repeat(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        # Of no weak type: a step returns it without, and would be compiled again.
+        return jnp.broadcast_to(leaf.astype(leaf.dtype), (num_blocks, *leaf.shape))
+
+    return jax.tree.map(repeat, aggregator.init(num_objectives))
 
 
 def combine_block(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ from jaxmoo.errors import ConfigError, did_you_mean
 __all__ = ["REMAT", "block", "current", "running"]
 
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("jaxmoo_engine", default=None)
+# JAX keeps what it has traced, under jit, checkpoint or scan, by the function and the shapes of its
+# arguments; what an engine makes of a call is part of it too. Every trace has a number of its own.
+_traced_for = jax.make_user_context(None)
+_traces = itertools.count(1)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -45,7 +50,8 @@ def running(engine: Any) -> Iterator[None]:
     """Make an engine the current one while it traces a loss function."""
     token = _current.set(engine)
     try:
-        yield
+        with _traced_for(next(_traces)):
+            yield
     finally:
         _current.reset(token)
 

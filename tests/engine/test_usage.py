@@ -149,3 +149,37 @@ def test_frozen_parameters_are_read_and_not_trained():
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+def scanned(body):
+    """A loss that scans a function over stacked layers."""
+    return lambda params, batch: jax.lax.scan(body, batch, params["layers"]["w"])[0].sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        jax.jit(scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None))),
+        jax.checkpoint(scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None))),
+        scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None)),
+    ],
+    ids=["jitted", "recomputed", "scanned"],
+)
+def test_a_loss_that_jax_has_traced_is_the_same_before_within_and_after_any_engine(loss):
+    """JAX keeps traces by function and shapes; what an engine traced is for that engine alone."""
+    params = {"layers": {"w": jnp.stack([jnp.eye(2) * 0.5, jnp.eye(2) * 2])}}
+    batch = jnp.array([[[0.1, 0.2]], [[0.3, -0.4]]])
+    expected = np.sum(np.tanh(np.tanh(np.asarray(batch) * 0.5) * 2), (1, 2))
+
+    def outside():
+        return np.asarray([loss(params, one) for one in batch])
+
+    np.testing.assert_allclose(outside(), expected, rtol=1e-6)
+    for aggregator in ("mean", "mgda"):
+        engine = resolved_value_and_grad(
+            loss, params, num_objectives=2, aggregator=aggregator, blocks="layer",
+            stacked=r"^layers\.",
+        )  # fmt: skip
+        losses, _, _ = engine(params, batch, engine.init())
+        np.testing.assert_allclose(losses, expected, rtol=1e-6)
+        np.testing.assert_allclose(outside(), expected, rtol=1e-6)
