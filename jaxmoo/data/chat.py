@@ -8,12 +8,14 @@ conversation with a placeholder in the reply's place.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from jaxmoo.data.example import Example
+from jaxmoo.data.example import Example, says
 from jaxmoo.data.template import ChatTemplate
 from jaxmoo.errors import DataError
 
@@ -21,6 +23,9 @@ Messages = Sequence[Mapping[str, Any]]
 
 # The most characters of a reply that a generation prompt may hold, such as "<think>\n".
 _OPENING = 64
+# What a prompt may say of thoughts: their beginning, or that there are none.
+_OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Turn(NamedTuple):
@@ -51,19 +56,22 @@ class Conversation(NamedTuple):
       turns: the replies that are learnt, in order.
       marked: where what the template marks as generated (``{% generation %}``) begins and ends, in
         characters.
+      ignored: keys of messages that the template shows nothing of, and that say nothing to learn.
     """
 
     example: Example
     text: str
     turns: list[Turn]
     marked: list[tuple[int, int]]
+    ignored: tuple[str, ...] = ()
 
 
 def locate(example: Example, template: ChatTemplate) -> Conversation:
     """Render a conversation and say where the replies lie that are learnt.
 
     These are the assistant turns that follow another message and say something: nothing leads to a
-    first message, and an empty turn teaches nothing but to stop.
+    first message, and an empty turn teaches nothing but to stop. Keys of messages that only
+    identify them, or are about them, need not be shown; the conversation is then as without them.
 
     Args:
       example: a conversation; no plain text.
@@ -78,23 +86,35 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
     def render(messages: Messages, **options: Any) -> str:
         return template.render(messages, example.tools, place=example.place, **options).text
 
-    messages = example.messages
-    text, marked = template.render(messages, example.tools, place=example.place)
-    _check_shown(example, template, text)
-    conversation = Conversation(example, text, [], marked)
+    text, marked = template.render(example.messages, example.tools, place=example.place)
+    ignored = _ignored(example, template, text)
+    messages = [_without(message, *ignored) for message in example.messages]
+    conversation = Conversation(
+        dataclasses.replace(example, messages=tuple(messages)), text, [], marked, ignored
+    )
+    holder = _placeholder(messages)
     for at, message in enumerate(messages):
         if at and message["role"] == "assistant" and _says_something(message):
-            holder = _placeholder(messages)
-            prompt = render(messages[:at], add_generation_prompt=True)
-            around = render([*messages[:at], _bare(holder), *messages[at + 1 :]]).split(holder)
+            before, after, held = messages[:at], messages[at + 1 :], _bare(holder)
+            prompt = render(before, add_generation_prompt=True)
+            around = render([*before, held, *after]).split(holder)
             # What follows an inner turn is told apart from it by rendering up to it.
-            ended = render(messages[: at + 1]) if at + 1 < len(messages) else text
-            conversation.turns.append(_turn(conversation, message, prompt, around, ended))
+            ended = render([*before, message]) if after else text
+            kept = None
+            if after and _is_text_alone(message) and (thought := _thought(message["content"])):
+                # Thoughts may be left out if the template shows them as long as the reply is last.
+                last = conversation._replace(text=ended)
+                try:
+                    _turn(last, message, prompt, render([*before, held]).split(holder), ended)
+                    kept = thought[1]
+                except DataError:
+                    pass
+            conversation.turns.append(_turn(conversation, message, prompt, around, ended, kept))
     return conversation
 
 
-def _check_shown(example: Example, template: ChatTemplate, text: str) -> None:
-    """Raise where the template would render a conversation just so without something it has."""
+def _ignored(example: Example, template: ChatTemplate, text: str) -> tuple[str, ...]:
+    """Keys that a template shows nothing of; raises where something is said by what it hides."""
     messages, tools = example.messages, example.tools
 
     def seen(with_it: str | Messages, without: Messages, tools: Messages = tools) -> bool:
@@ -113,26 +133,52 @@ def _check_shown(example: Example, template: ChatTemplate, text: str) -> None:
 
     if tools and not seen(text, messages, ()):
         refuse("the record's tools")
-    for key, at in _beside(messages).items():
-        without = [{k: v for k, v in message.items() if k != key} for message in messages]
+    beside = _beside(messages)
+
+    def hidden(*keys: str) -> bool:
+        without = [_without(message, *keys) for message in messages]
         # Some templates show the thoughts of a reply only as long as it is the last one.
-        if not seen(text, without) and not seen(messages[: at + 1], without[: at + 1]):
-            refuse(f"{key!r} in message {at} ({messages[at]['role']})")
+        ends = {beside[key] + 1 for key in keys}
+        return not seen(text, without) and not any(
+            seen(messages[:end], without[:end]) for end in ends
+        )
+
+    # All at once, which is faster, or if some are shown, one by one.
+    ignored = [key for key, at in beside.items() if not says(messages[at], key)]
+    if not (ignored and hidden(*ignored)):
+        ignored = []
+    messages = [_without(message, *ignored) for message in messages]
+    for key, at in beside.items():
+        if key not in ignored and hidden(key):
+            if says(messages[at], key):
+                refuse(f"{key!r} in message {at} ({messages[at]['role']})")
+            ignored.append(key)
+            messages = [_without(message, key) for message in messages]
     for at, message in enumerate(messages):
         if message["content"].strip() not in text:
             without = [*messages[:at], {**message, "content": ""}, *messages[at + 1 :]]
             if not seen(text, without):
                 refuse(f"the content of message {at} ({message['role']})")
+    return tuple(ignored)
+
+
+def _without(message: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in keys}
 
 
 def _beside(messages: Messages) -> dict[str, int]:
-    """What messages have beside role and content, and the first that has it."""
+    """What messages have beside role and content, and the first that says something by it.
+
+    Of keys by which none does it is the first that has them.
+    """
     found: dict[str, int] = {}
     for at, message in enumerate(messages):
         for key, value in message.items():
             # A weight of 0 says something, an empty list of calls nothing.
             if key not in ("role", "content") and value not in ("", [], (), {}):
-                found.setdefault(key, at)
+                first = found.setdefault(key, at)
+                if says(message, key) and not says(messages[first], key):
+                    found[key] = at
     return found
 
 
@@ -157,6 +203,7 @@ def _turn(
     prompt: str,
     around: Sequence[str],
     ended: str,
+    kept: str | None = None,
 ) -> Turn:
     """One turn.
 
@@ -166,6 +213,7 @@ def _turn(
       prompt: the conversation before it, with the generation prompt.
       around: the whole with a placeholder for the reply, split there.
       ended: the conversation up to it.
+      kept: what may stand for the reply, where thoughts are left out once others follow.
     """
     text, reply = conversation.text, str(message["content"])
     described = _described(conversation.example, reply)
@@ -179,15 +227,21 @@ def _turn(
         )
     before, after = around
     start, end = len(before), len(text) - len(after)
-    expected = _trimmed(reply)
-    if start < len(prompt) or not text.startswith(before):
-        # The template looks into a reply, as those do that find thoughts in it, or the prompt says
-        # how a reply begins, as with an opened thought: the rest comes behind the prompt.
-        start = len(prompt)
-        expected |= {one[at:] for one in expected for at in _overlaps(prompt, one)}
-    said = text[start:end]
-    alone = set(message) == {"role", "content"}
-    if not (said and text.endswith(after)) or (alone and said not in expected):
+    # Where the reply may begin, and what has said already how it does. If not where the placeholder
+    # did, the template looks into a reply, as those do that find thoughts in it, or the prompt says
+    # how a reply begins, as with an opened thought: the rest comes behind the prompt.
+    starts = {start: ""} if start >= len(prompt) and text.startswith(before) else {}
+    if start not in starts or start != len(prompt) or _thought(reply):
+        starts[len(prompt)] = prompt
+    alone = _is_text_alone(message)
+    start = next(
+        (at for at, given in starts.items() if not alone or _is_reply(text[at:end], reply, given)),
+        None,
+    )
+    dropped = start is None and kept is not None
+    if dropped:
+        start = next((at for at in starts if text[at:end] in _trimmed(kept)), None)
+    if start is None or start >= end or not text.endswith(after):
         raise DataError(
             f"{described}: expected the chat template to render the reply as it is, found "
             f"{text[len(prompt) :][:60]!r}."
@@ -195,8 +249,31 @@ def _turn(
     # Some templates render a turn otherwise once another follows; then only a special token ends
     # it.
     shared = len(ended) if text.startswith(ended) else _shared(text, ended)
-    uneven = shared < end
+    uneven = dropped or shared < end
     return Turn(prompt, start, end, len(text) if uneven else shared, uneven)
+
+
+def _is_reply(said: str, reply: str, prompt: str) -> bool:
+    """Whether a template has rendered a reply, but for white space at its ends and its thoughts'.
+
+    Args:
+      said: what it has rendered.
+      reply: the reply.
+      prompt: what comes before, if it may say how the reply begins.
+    """
+    expected = _trimmed(reply)
+    expected |= {one[at:] for one in expected for at in _overlaps(prompt, one)}
+    if said in expected:
+        return True
+    opened, thought = _OPENED.search(prompt), _thought(reply)
+    begun = opened[0] if opened else ""
+    return thought is not None and thought in (_thought(said), _thought(begun + said))
+
+
+def _thought(text: str) -> tuple[str, str] | None:
+    """The thought that a text begins with and what follows, without white space around them."""
+    found = _THOUGHT.fullmatch(text)
+    return (found[1].strip(), found[2].strip()) if found else None
 
 
 def _overlaps(prompt: str, reply: str) -> list[int]:
@@ -212,6 +289,10 @@ def _shared(one: str, other: str) -> int:
 
 def _says_something(message: Mapping[str, Any]) -> bool:
     return any(value for key, value in message.items() if key != "role")
+
+
+def _is_text_alone(message: Mapping[str, Any]) -> bool:
+    return set(message) == {"role", "content"}
 
 
 def _bare(content: str) -> dict[str, str]:

@@ -18,6 +18,20 @@ ROLES = ("system", "user", "assistant", "tool")
 MOST_CHARACTERS = 10_000_000
 # Is set into texts while they are tokenised; Unicode has no such character, so neither has a text.
 MARK = "\ufdd0"
+# What a message may say beside its text: to leave it out is to learn, or be given, something else.
+_CONTENT = {
+    *("tool_calls", "function_call", "functions", "tools", "documents", "tool_plan"),
+    *("tool_responses", "tool_results", "reasoning_content", "reasoning", "reasoning_details"),
+    *("thinking", "thinking_blocks", "thoughts", "thought", "refusal"),
+    *("audio", "image", "images", "video", "videos"),
+}
+# What says of a reply whether and how it is learnt, and the value that says: as any other.
+_HOW_LEARNT = {
+    **{"weight": 1, "loss_weight": 1, "loss": True, "train": True, "training": True},
+    **{"trainable": True, "prefix": False, "partial": False},
+}
+# What tells apart messages that say the same.
+_IDENTIFIERS = {"id", "tool_call_id", "message_id", "parent_id", "turn_identifier", "timestamp"}
 _DEEPEST = 100
 _PIECE = 2**16
 _BLANKS = re.compile(r"\s+")
@@ -118,6 +132,10 @@ def identifier(value: Any) -> str | None:
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
     # Parquet has every key in every message, and templates print a null as "None".
     return {key: value for key, value in message.items() if value is not None}
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, list | tuple | Mapping) and not value
 
 
 def _checked_json(value: Any, depth: int = 0) -> None:
@@ -262,8 +280,8 @@ class Example:
         Args:
           language: the language's code.
           messages: mappings with ``role``, ``content`` (a text, or parts of type ``text``, which
-            are joined) and whatever else the chat template reads; a key of value null is as absent.
-            A turn with ``tool_calls`` needs no content.
+            are joined) and whatever else the chat template reads; a key whose value is null or an
+            empty list or mapping is as absent. A turn with ``tool_calls`` needs no content.
           group: see the class, and so are `tools` and `place`.
 
         Returns:
@@ -303,8 +321,7 @@ class Example:
     @property
     def says_more(self) -> bool:
         """Whether the last assistant turn has more than its text, such as calls of tools."""
-        last = self.messages[-1] if self.messages else {}
-        return any(value for key, value in last.items() if key not in ("role", "content"))
+        return bool(self.messages) and any(says(self.messages[-1], key) for key in _CONTENT)
 
     @property
     def prompt_key(self) -> str:
@@ -326,9 +343,27 @@ class Example:
         return self.prompt_key, normalise(self.reply) + rest
 
 
+def says(message: Mapping[str, Any], key: str) -> bool:
+    """Return whether a message would be learnt otherwise, or another be given, without a key.
+
+    Keys that only identify a message, or are about it, say nothing, as a weight of 1 does.
+
+    Example:
+      >>> message = {"role": "assistant", "content": "Hi!", "id": 7, "weight": 0, "tool_calls": []}
+      >>> [key for key in message if says(message, key)]
+      ['weight']
+    """
+    if key in _HOW_LEARNT:
+        asked = message.get("role") == "assistant" and key in message
+        return asked and message[key] != _HOW_LEARNT[key]
+    return key in _CONTENT and bool(message.get(key))
+
+
 def _rest(message: Mapping[str, Any]) -> str:
-    """What a message has beside role and content, in one form."""
-    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    """What a message has beside role and content that tells it from others, in one form."""
+    left_out = {"role", "content"} | _IDENTIFIERS
+    left_out |= {key for key in _HOW_LEARNT if not says(message, key)}
+    rest = {key: value for key, value in message.items() if key not in left_out}
     return f"\x1e{json.dumps(rest, sort_keys=True)}" if rest else ""
 
 
@@ -337,7 +372,8 @@ def _checked_message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         found = type(message).__name__
         raise DataError(f"message {number}: expected role and content, found {found}")
-    present = _without_nulls(message)
+    # Some templates ask whether there are calls at all, not how many.
+    present = {k: v for k, v in _without_nulls(message).items() if k == "content" or not _empty(v)}
     calls = present.get("role") == "assistant" and present.get("tool_calls")
     if "role" not in message or not ("content" in message or calls):
         found = listed(sorted(map(str, message)))

@@ -46,6 +46,12 @@ scored. Raise --max-length.']
             "conversations so that each reply comes last, or give another template "
             "(data.chat_template)."
         )
+    for key in sorted({key for part in tokenized.values() for one in part for key in one.ignored}):
+        having = some(lambda one, key=key: key in one.ignored)
+        lines.append(
+            f"The chat template shows nothing of {key!r}, which messages have beside their text "
+            f"({counted(having)} examples): it is ignored."
+        )
     cut = some(lambda one: one.truncated)
     for code in [code for code, number in cut.items() if number == len(tokenized[code])]:
         longest = max(one.length for one in tokenized[code])

@@ -37,6 +37,7 @@ class Tokenized:
       ended: whether its last reply ends with a special token, cut off or not.
       uneven: whether a reply in the middle of it is rendered otherwise than it would be at the end.
       spelled: special tokens that its texts spell, every time; learnt as text unless asked for.
+      ignored: keys of its messages that the template shows nothing of.
     """
 
     tokens: np.ndarray
@@ -47,6 +48,7 @@ class Tokenized:
     ended: bool = True
     uneven: bool = False
     spelled: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def scored(self) -> np.ndarray:
@@ -204,6 +206,7 @@ class _Read(NamedTuple):
     example: Example
     encoded: Encoded
     turns: list[_Turn]
+    ignored: tuple[str, ...] = ()
 
 
 def _plain(
@@ -354,7 +357,7 @@ def _chats(
         some = [next(prompts) for _ in one.turns]
         try:
             turns = _turns(one, _raised(encoded), some, encoder.special)
-            found[number] = _Read(examples[number], encoded, turns)
+            found[number] = _Read(examples[number], encoded, turns, one.ignored)
         except DataError as error:
             malformed.add(_placed(examples[number], error))
     return found
@@ -471,4 +474,5 @@ def _masked(read: _Read, max_length: int) -> Tokenized:
         None if np.array_equal(mask, own) else own[:kept],
         ended=not turns or turns[-1].ended,
         uneven=any(turn.uneven for turn in turns),
+        ignored=read.ignored,
     )

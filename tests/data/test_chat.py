@@ -148,6 +148,90 @@ def test_a_space_before_the_reply_stays_with_its_first_word(make_tokenizer):
     assert (scored(tokenizer, first), scored(tokenizer, second)) == (" how", " 你")
 
 
+# Thoughts in a reply's text
+
+# As Qwen3's: those of replies that others follow are left out.
+FORGETS = FOUND.replace(
+    "{{ '<think>", "{% if not loop.last %}{{ parts[-1].lstrip('\n') }}{% else %}{{ '<think>"
+).replace("lstrip('\n') }}{% else %}{{ m", "lstrip('\n') }}{% endif %}{% else %}{{ m")
+
+
+def test_an_empty_thought_that_a_reply_has_is_its_own(make_tokenizer):
+    for template in (FOUND + PROMPT, FORGETS + PROMPT):
+        tokenizer = make_tokenizer(template)
+        result = tokenize(Example.from_pair("en", "1 < 2?", f"{THOUGHT}yes"), tokenizer, 512)
+        assert scored(tokenizer, result) == learnt(tokenizer, result) == f"{THOUGHT}yes<|im_end|>"
+        without = tokenize(Example.from_pair("en", "1 < 2?", "yes"), tokenizer, 512)
+        assert result.tokens.tolist() == without.tokens.tolist()
+
+
+@pytest.mark.parametrize("reply", [f"{THOUGHT}yes", "<think></think>yes", "yes"])
+def test_an_empty_thought_that_the_prompt_says_is_given(reply, make_tokenizer):
+    tokenizer = make_tokenizer(FOUND + PROMPT.replace("assistant\n", f"assistant\n{THOUGHT}"))
+    result = tokenize(Example.from_pair("en", "1 < 2?", reply), tokenizer, 512)
+    assert scored(tokenizer, result) == learnt(tokenizer, result) == "yes<|im_end|>"
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+@pytest.mark.parametrize(
+    ("reply", "rendered"),
+    [
+        ("<think>Less.</think>yes", "<think>\nLess.\n</think>\n\nyes"),
+        ("<think>\nLess.\n</think>\nyes", "<think>\nLess.\n</think>\n\nyes"),
+        ("<think> Less. </think> yes", "<think>\n Less. \n</think>\n\n yes"),
+        ("<think></think>yes", "<think>\n\n</think>\n\nyes"),
+    ],
+)
+def test_a_thought_is_learnt_with_the_white_space_of_the_template(
+    reply, rendered, opened, make_tokenizer
+):
+    tokenizer = make_tokenizer(FOUND + PROMPT.replace("assistant\n", f"assistant\n{opened}"))
+    result = tokenize(Example.from_pair("en", "1 < 2?", reply), tokenizer, 512)
+    rest = f"{rendered.removeprefix(opened)}<|im_end|>"
+    assert scored(tokenizer, result) == learnt(tokenizer, result) == rest
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "The tag </think> ends thoughts.",
+        "Hm. <think>Less.</think>yes",
+        "<think>Less.</think>So </think>yes",
+        "Less.</think>yes",
+    ],
+)
+def test_a_reply_in_which_a_template_finds_other_thoughts_is_refused(reply, make_tokenizer):
+    with pytest.raises(DataError, match="render the reply as it is"):
+        tokenize(Example.from_pair("en", "1 < 2?", reply), make_tokenizer(FOUND + PROMPT), 512)
+    messages = chat("1 < 2?", reply, "2 < 1?", "no")
+    with pytest.raises(DataError, match="render the reply as it is"):
+        tokenize(Example.from_messages("en", messages), make_tokenizer(FORGETS + PROMPT), 512)
+
+
+@pytest.mark.parametrize(
+    "thought", ["<think>\nLess.\n</think>\n\n", "<think>Less.</think>", THOUGHT]
+)
+def test_thoughts_that_are_shown_only_at_the_end_are_not_learnt_within(thought, make_tokenizer):
+    tokenizer = make_tokenizer(FORGETS + PROMPT)
+    more = "<think>\nMore.\n</think>\n\nno"
+    messages = chat("1 < 2?", f"{thought}yes", "2 < 1?", more)
+    result = tokenize(Example.from_messages("en", messages), tokenizer, 512)
+    assert (
+        scored(tokenizer, result) == learnt(tokenizer, result) == f"yes<|im_end|>{more}<|im_end|>"
+    )
+    assert (
+        result.uneven
+        and not tokenize(Example.from_messages("en", messages[:2]), tokenizer, 512).uneven
+    )
+
+
+def test_thoughts_that_a_template_never_shows_are_refused(make_tokenizer):
+    never = THINK.replace("m['content']", "m['content'].split('</think>')[-1]")
+    for messages in (chat("a", "<think>Hm.</think>b"), chat("a", "<think>Hm.</think>b", "c", "d")):
+        with pytest.raises(DataError, match="render the reply as it is"):
+            tokenize(Example.from_messages("en", messages), make_tokenizer(never), 512)
+
+
 # Marks
 
 MARKED = (
@@ -252,6 +336,8 @@ def test_tool_calls_and_thoughts_are_learnt_as_the_template_writes_them(make_tok
         ({"tool_calls": [CALL]}, (), r"'tool_calls' in message 1 \(assistant\)"),
         ({"reasoning_content": "Hm."}, (), r"'reasoning_content' in message 1 \(assistant\)"),
         ({"weight": 0}, (), r"'weight' in message 1 \(assistant\)"),
+        ({"train": False}, (), r"'train' in message 1 \(assistant\)"),
+        ({"prefix": True}, (), r"'prefix' in message 1 \(assistant\)"),
         ({}, [{"name": "weather"}], "the record's tools"),
     ],
 )
@@ -261,6 +347,58 @@ def test_what_the_template_leaves_out_is_refused_by_name(beside, tools, what, to
     example = Example.from_messages("en", messages, tools=tools, place="en.jsonl:5")
     with pytest.raises(DataError, match=rf"en\.jsonl:5: the chat template shows nothing of {what}"):
         tokenize(example, tokenizer, 512)
+
+
+def test_a_later_weight_is_not_missed_behind_one_that_says_nothing(tokenizer):
+    messages = chat("Rome?", "Yes.", "Oslo?", "No.")
+    messages[1]["weight"], messages[3]["weight"] = 1, 0
+    with pytest.raises(DataError, match=r"nothing of 'weight' in message 3 \(assistant\)"):
+        tokenize(Example.from_messages("en", messages), tokenizer, 512)
+
+
+def test_keys_that_only_identify_are_ignored_where_the_template_does_not_show_them(make_tokenizer):
+    """Ids of tool results, as OpenAI and Hugging Face write them, and whatever data sets keep."""
+    tokenizer = make_tokenizer(TOOLS)
+    messages = [
+        {"role": "user", "content": "Rome?", "toxic": False, "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 1, "id": "m1"},
+        {"role": "tool", "content": "12", "name": "weather", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Twelve.", "prefix": False, "id": "m2"},
+    ]
+    bare = [
+        {key: value for key, value in message.items() if key in ("role", "content", "tool_calls")}
+        for message in messages
+    ]
+    bare[2]["name"] = "weather"  # which this template shows
+    result, other = (
+        tokenize(Example.from_messages("en", turns), tokenizer, 512) for turns in (messages, bare)
+    )
+    assert result.tokens.tolist() == other.tokens.tolist()
+    assert result.loss_mask.tolist() == other.loss_mask.tolist()
+    assert set(result.ignored) == {"toxic", "weight", "id", "tool_call_id", "prefix"}
+    assert other.ignored == ()
+
+
+def test_an_id_does_not_excuse_a_reply_that_a_template_changes(make_tokenizer):
+    messages = chat("a", "It is. Yes")
+    messages[1]["id"] = 7
+    tokenizer = make_tokenizer(THINK.replace("m['content']", "m['content'].split('.')[-1]"))
+    with pytest.raises(DataError, match="render the reply as it is"):
+        tokenize(Example.from_messages("en", messages), tokenizer, 512)
+
+
+def test_an_id_makes_no_reply_of_an_empty_turn(tokenizer):
+    messages = chat("a", "", "b", "c")
+    messages[1]["id"] = 7
+    result = tokenize(Example.from_messages("en", messages), tokenizer, 512)
+    assert learnt(tokenizer, result) == "c<|im_end|>"
+
+
+def test_keys_of_which_a_template_shows_one_or_the_other_are_not_both_ignored(make_tokenizer):
+    template = THINK.replace("{{ m['content'] }}", "{{ m.who or m.name }}: {{ m['content'] }}", 1)
+    messages = [{"role": "user", "content": "a", "name": "Ada", "who": "Ada"}, *chat("", "b")[1:]]
+    result = tokenize(Example.from_messages("en", messages), make_tokenizer(template), 512)
+    assert result.ignored == ("name",)
 
 
 def test_a_message_that_the_template_leaves_out_is_refused(make_tokenizer):

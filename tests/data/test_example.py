@@ -76,6 +76,27 @@ def test_every_key_of_a_message_is_kept_but_for_nulls():
     assert example.tools == ({"name": "weather"},)
 
 
+def test_empty_lists_and_mappings_of_a_message_are_as_absent():
+    empty = {"tool_calls": [], "function_call": {}}
+    example = Example.from_messages("en", [user("a") | empty, assistant("b") | empty])
+    assert example.messages == (user("a"), assistant("b"))
+    with pytest.raises(DataError, match="message 1: expected role and content"):
+        Example.from_messages("en", [user("a"), {"role": "assistant", "tool_calls": []}])
+
+
+def test_ids_tell_no_examples_apart_that_say_the_same():
+    """Else one with the same prompt could be trained on and another held out."""
+
+    def example(number):
+        return Example.from_messages(
+            "en",
+            [user("Rome?") | {"id": number}, assistant("Yes.") | {"id": -number, "weight": 1}],
+        )
+
+    assert example(1).key == example(2).key == Example.from_pair("en", "Rome?", "Yes.").key
+    assert not example(1).says_more
+
+
 def test_what_is_beside_the_text_tells_examples_apart():
     def key(tools=(), **beside):
         called = assistant("") | {"tool_calls": [CALL], **beside}

@@ -68,3 +68,10 @@ def test_a_language_whose_examples_all_lose_their_end_is_noted(tokenizer):
     (note,) = noted(tokenizer, *long, length=50)
     assert "All examples of en lose their end" in note and "Raise data.sequence_length" in note
     assert noted(tokenizer, *long, short, length=50) == []
+
+
+def test_keys_that_a_template_does_not_show_are_noted_each_once(tokenizer):
+    known = Example.from_messages("en", [user("a") | {"id": 1}, assistant("b", id=2, toxic=False)])
+    first, second = noted(tokenizer, known, known, SHORT)
+    assert "shows nothing of 'id'" in first and "(en: 2 of 3 examples)" in first
+    assert "shows nothing of 'toxic'" in second and "it is ignored" in second
