@@ -117,6 +117,8 @@ def table_gradient(
     cotangent_BT: jax.Array,
     chunk: int,
     first_token: jax.Array | int = 0,
+    *,
+    skip: bool = True,
 ) -> jax.Array:
     """Gradient of :func:`chunked_nll` with respect to the table, or to a slice of its rows.
 
@@ -128,6 +130,8 @@ def table_gradient(
       cotangent_BT: of the NLL.
       chunk: see :func:`chunked_nll`.
       first_token: number of the slice's first token.
+      skip: whether to skip chunks without targets. A single chunk then is a loop as well, of no
+        round or one.
 
     Returns:
       float32 of the slice's shape.
@@ -144,7 +148,7 @@ def table_gradient(
         h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))
         return total + jnp.matmul(dlogits_NV.T, h_ND, preferred_element_type=total.dtype)
 
-    if chunk == targets_BT.shape[1]:
+    if not skip and chunk == targets_BT.shape[1]:
         return body(jnp.int32(0), jnp.float32(0))
     zeros = jnp.zeros(table_VD.shape, at_least_float32(h_BTD.dtype))
     return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, zeros)

@@ -294,4 +294,5 @@ def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array, platform: s
     h = jnp.pad(ticket.h, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(ticket.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
     normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in ticket[2:])
-    return table_gradient(h, table, targets, normaliser, ct, chunk, first)
+    skip = platform != "gpu"
+    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip)

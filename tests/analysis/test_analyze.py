@@ -182,7 +182,7 @@ def test_a_tokenizer_of_another_model(refused, sentences, finished_run, tmp_path
     model = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(model | {"vocab_size": 90}))
     message = refused("--what", "neurons", "--parallel", sentences, "--base", str(base))
-    assert "model and tokenizer disagree" in message and "ends at 89" in message
+    assert "do not belong together" in message and "vocab_size=90" in message
 
 
 def test_something_that_is_no_run(tmp_path, capsys):
