@@ -288,7 +288,8 @@ def _add_lookup(
 def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array, platform: str) -> jax.Array:
     """Gradient of one objective's scores with respect to one slice of the table."""
     rows, length = ticket.targets.shape
-    chunks = -(-length * rows * table.shape[0] // _MOST_LOGITS[platform])
+    most = _MOST_LOGITS.get(platform, _MOST_LOGITS["cpu"])
+    chunks = -(-length * rows * table.shape[0] // most)
     chunk = -(-length // chunks)  # all of about the same size
     fill = -length % chunk
     h = jnp.pad(ticket.h, ((0, 0), (0, fill), (0, 0)))
