@@ -29,16 +29,16 @@ _ENTRIES = 8192  # of a tile
 _PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors
 _FEWEST_TILES = 4  # of a program
 _FEW = 2**16  # entries of a row that are too few for a kernel
+_MOST_ARRAYS = 16  # in one kernel, whose text has a branch for each
 
 
 class _Share(NamedTuple):
-    """The programs that one section of an array has."""
+    """The programs that one array has; each of its sections has equally many."""
 
-    array: int
-    start: int  # the section's first column
-    columns: int
-    first: int  # number of its first program
-    programs: int
+    columns: int  # of a section
+    first: int  # number of the first program
+    sections: int
+    programs: int  # of a section
 
 
 def grams_in_one_kernel(arrays: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:
@@ -59,7 +59,10 @@ def grams_in_one_kernel(arrays: Sequence[jax.Array], *, interpret: bool = False)
       [[[5.0, 6.0], [6.0, 9.0]]]
     """
     large = [i for i, x in enumerate(arrays) if x.dtype.itemsize == 2 and _columns(x) > _FEW]
-    found = dict(zip(large, _in_kernel([arrays[i] for i in large], interpret), strict=True))
+    found: dict[int, jax.Array] = {}
+    for at in range(0, len(large), _MOST_ARRAYS):
+        mine = large[at : at + _MOST_ARRAYS]
+        found |= zip(mine, _in_kernel([arrays[i] for i in mine], interpret), strict=True)
     return [found[i] if i in found else _by_compiler(x) for i, x in enumerate(arrays)]
 
 
@@ -77,55 +80,52 @@ def _by_compiler(x: jax.Array) -> jax.Array:
 
 
 def _in_kernel(arrays: Sequence[jax.Array], interpret: bool) -> list[jax.Array]:
-    if not arrays:
-        return []
     k = arrays[0].shape[0]
-    sections = [x.shape[1] for x in arrays]
-    flat = [x.reshape(k, -1) for x in arrays]
     height = pl.next_power_of_2(k)
-    stacked = max(1, _ROWS // height)  # tiles on top of each other
-    width = max(_ROWS, _ENTRIES // (height * stacked))
-    columns = [x.shape[1] // s for x, s in zip(flat, sections, strict=True)]
-    shares = _shares(columns, sections, width * stacked)
-    programs = shares[-1].first + shares[-1].programs
+    stacked = max(1, _ROWS // height)
+    tile = _Tile(k, height, stacked, max(_ROWS, _ENTRIES // (height * stacked)))
+    shares = _shares(arrays, tile.width * stacked)
+    programs = shares[-1].first + shares[-1].sections * shares[-1].programs
     rows = height * stacked
     options: dict[str, Any] = {"interpret": True}
     if not interpret:
         options = {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=4)}
     parts = pl.pallas_call(
-        functools.partial(_kernel, shares, _Tile(k, height, stacked, width)),
+        functools.partial(_kernel, shares, tile),
         grid=(programs,),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(flat),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
         out_specs=pl.BlockSpec((1, rows, rows), lambda i: (i, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((programs, rows, rows), jnp.float32),
         **options,
-    )(*flat)
+    )(*(x.reshape(k, -1) for x in arrays))
     # Only the products of tiles with themselves.
     parts = sum(parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
-    grams: list[list[jax.Array]] = [[] for _ in arrays]
-    for share in shares:
-        grams[share.array].append(parts[share.first : share.first + share.programs].sum(0))
-    return [jnp.stack(each) for each in grams]
+    return [
+        parts[s.first : s.first + s.sections * s.programs]
+        .reshape(s.sections, s.programs, k, k)
+        .sum(1)
+        for s in shares
+    ]
 
 
 class _Tile(NamedTuple):
     objectives: int
     height: int  # objectives, rounded up to a power of two
-    stacked: int
+    stacked: int  # tiles on top of each other
     width: int
 
 
-def _shares(columns: Sequence[int], sections: Sequence[int], step: int) -> list[_Share]:
+def _shares(arrays: Sequence[jax.Array], step: int) -> list[_Share]:
     """Divide programs by size."""
-    total = sum(n * s for n, s in zip(columns, sections, strict=True))
-    shares, first = [], 0
-    for array, (n, count) in enumerate(zip(columns, sections, strict=True)):
-        tiles = math.ceil(n / step)
-        programs = math.ceil(_PROGRAMS * n / total)
-        programs = max(1, min(programs, math.ceil(tiles / _FEWEST_TILES)))
-        for section in range(count):
-            shares.append(_Share(array, section * n, n, first, programs))
-            first += programs
+    total = sum(x.size for x in arrays)
+    shares: list[_Share] = []
+    first = 0
+    for x in arrays:
+        sections, columns = x.shape[1], _columns(x)
+        most = math.ceil(columns / step / _FEWEST_TILES)
+        programs = min(math.ceil(_PROGRAMS * x.size / total / sections), most)
+        shares.append(_Share(columns, first, sections, programs))
+        first += sections * programs
     return shares
 
 
@@ -137,25 +137,21 @@ def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
     objective = row % tile.height
     place = (row // tile.height) * tile.width + lax.broadcasted_iota(jnp.int32, shape, 1)
     step = tile.width * tile.stacked
-    for share in shares:
-        tiles = math.ceil(share.columns / step)
+    for x, share in zip(arrays, shares, strict=True):
+        mine = program - share.first
 
-        @pl.when((program >= share.first) & (program < share.first + share.programs))
-        def _(share: _Share = share, tiles: int = tiles) -> None:
-            mine = program - share.first
+        @pl.when((mine >= 0) & (mine < share.sections * share.programs))
+        def _(x: Any = x, share: _Share = share, mine: jax.Array = mine) -> None:
+            start = (mine // share.programs) * share.columns
 
             def add(turn: jax.Array, total: jax.Array) -> jax.Array:
-                column = (turn * share.programs + mine) * step + place
+                column = (turn * share.programs + mine % share.programs) * step + place
                 there = (column < share.columns) & (objective < tile.objectives)
-                x = _load(arrays[share.array], objective, share.start + column, there)
+                rows = triton.load(x.at[objective, start + column], mask=there, other=0.0)
                 return total + lax.dot_general(
-                    x, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+                    rows, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
 
-            rounds = math.ceil(tiles / share.programs)
+            rounds = math.ceil(share.columns / step / share.programs)
             zeros = jnp.zeros((shape[0], shape[0]), jnp.float32)
             out[0] = lax.fori_loop(0, rounds, add, zeros)
-
-
-def _load(ref: Any, row: jax.Array, column: jax.Array, there: jax.Array) -> jax.Array:
-    return triton.load(ref.at[row, column], mask=there, other=0.0)

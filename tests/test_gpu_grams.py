@@ -1,5 +1,6 @@
 """The kernel of Gram matrices, interpreted on the CPU, beside products in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def test_gradients_of_other_precisions_are_left_to_the_compiler():
     (gram,) = grams_in_one_kernel([x], interpret=True)
     rows = np.asarray(x[:, 0], np.float64)
     np.testing.assert_allclose(gram[0], rows @ rows.T, atol=1e-5 * (rows**2).sum(1).max())
+
+
+def test_any_number_of_arrays_takes_few_kernels():
+    """A kernel's text grows with its arrays, not with their sections."""
+    arrays = [jax.ShapeDtypeStruct((2, 30, COLUMNS), jnp.bfloat16)] * 20
+    program = str(jax.make_jaxpr(lambda *x: grams_in_one_kernel(x, interpret=True))(*arrays))
+    assert program.count("pallas_call[") == 2
+    assert program.count("dot_general[") == 20
 
 
 def test_nothing_is_multiplied_to_nothing():
