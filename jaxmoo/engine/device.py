@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoo.engine.backward import Backward, Dynamic, Rules, Tables, empty_report
+from jaxmoo.engine.backward import Backward, Dynamic
 from jaxmoo.engine.block import running
 from jaxmoo.engine.layout import Layout, Topology
+from jaxmoo.engine.tables import Rules, Tables, empty_report
 from jaxmoo.gradients import watched
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
 

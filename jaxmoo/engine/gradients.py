@@ -9,7 +9,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
-from jaxmoo.engine.backward import Rules, Tables
-from jaxmoo.engine.block import current, running
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
-from jaxmoo.engine.parameter import Parameter
-from jaxmoo.engine.reads import Reads, reads_of
-from jaxmoo.engine.usage import Recorder, Usage
-from jaxmoo.errors import ConfigError, DataError, JaxmooError
+from jaxmoo.engine.loss import Loss
+from jaxmoo.engine.tables import Rules, Tables
+from jaxmoo.engine.usage import Usage
+from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.gradients import num_objectives as objectives_of
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
 from jaxmoo.resolve import conflict_share, group_blocks
@@ -170,21 +168,24 @@ def resolved_value_and_grad(
             "array. Make it outside of jit, or use resolve_conflicts."
         )
     share = None if preference is None else np.asarray(normalised(preference, num_objectives))
+    loss = Loss(
+        loss_fn,
+        _layouts(params, frozen, part, stacked, topology, dtype),
+        num_trained=len(jax.tree.leaves(params)),
+        has_frozen=frozen is not None,
+        has_aux=has_aux,
+    )
     return ResolvedGradients(
-        loss_fn=loss_fn,
+        loss=loss,
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
         rules=Rules(groups, len(part), share, match_norm, replicas),
-        layouts=_layouts(params, frozen, part, stacked, topology, dtype),
-        num_trained=len(jax.tree.leaves(params)),
-        has_frozen=frozen is not None,
         mesh=mesh,
         topology=topology,
         nonfinite=nonfinite,
         microbatches=microbatches,
         accumulate=accumulation == "accumulate_first" and microbatches > 1,
         seed=seed,
-        has_aux=has_aux,
     )
 
 
@@ -197,20 +198,26 @@ class ResolvedGradients:
       mesh: the devices.
     """
 
-    loss_fn: Callable[..., jax.Array]
+    loss: Loss
     weight_fn: Callable[[Any], jax.Array]
     partition: Partition
     rules: Rules
-    layouts: tuple[Layout, ...]
-    num_trained: int
-    has_frozen: bool
     mesh: Mesh
     topology: Topology
     nonfinite: str
     microbatches: int
     accumulate: bool
     seed: int
-    has_aux: bool
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where every array lies, the trainable ones first."""
+        return self.loss.layouts
+
+    @property
+    def num_trained(self) -> int:
+        """Number of trainable arrays."""
+        return self.loss.num_trained
 
     def init(self) -> ResolveConflictsState:
         """Return the state before the first step, on the mesh."""
@@ -249,7 +256,7 @@ class ResolvedGradients:
         frozen_leaves, frozen_tree = jax.tree.flatten(frozen)
         per_device = DevicePass(
             loss=functools.partial(
-                self._loss, trees=(tree, frozen_tree), outside=frozenset(usage.outside)
+                self.loss, trees=(tree, frozen_tree), outside=frozenset(usage.outside)
             ),
             weight_fn=self.weight_fn,
             layouts=self.layouts,
@@ -266,7 +273,7 @@ class ResolvedGradients:
             (P(), P(), [spec_of(x) for x in leaves], P()),
         )
         updates = jax.tree.unflatten(tree, updates)
-        return (losses, aux) if self.has_aux else losses, updates, state
+        return (losses, aux) if self.loss.has_aux else losses, updates, state
 
     def _step(
         self, per_device: DevicePass, leaves: Any, frozen: Any, batch: Any, state: Any
@@ -298,7 +305,7 @@ class ResolvedGradients:
         return losses, aux, updates, self._next_state(state, tables)
 
     def usage(self, params: Any, batch: Any, frozen: Any = None) -> Usage:
-        """Trace the loss function once, on shapes, to see how it uses the parameters.
+        """Trace the loss function on shapes, to see how it uses the parameters.
 
         Args:
           params: trainable parameters or their shapes.
@@ -308,7 +315,6 @@ class ResolvedGradients:
         Raises:
           ConfigError: a trainable parameter is not read by any block.
         """
-        trees = (jax.tree.structure(params), jax.tree.structure(frozen))
         rows = self.topology.data * self.topology.fsdp * self.microbatches
         one = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -316,57 +322,8 @@ class ResolvedGradients:
             ),
             batch,
         )
-        everything = frozenset(range(len(self.layouts)))
-        try:
-            seen = self._trace(trees, one, everything)
-        except JaxmooError:
-            raise
-        except Exception:
-            # A parameter where a block is missing may not fit there either: that is said first.
-            self._trace(trees, one, frozenset())
-            raise
-        outside = seen.reads.outside
-        try:
-            found = self._trace(trees, one, frozenset(outside))
-        except Exception:
-            # With ordinary arrays it can be traced: it is no error of the loss function's.
-            found = None
-        if found is None or found.reads != seen.reads:
-            # It asks for more than parameters in the engine's own form can answer.
-            outside, found = dict.fromkeys(everything, "") | outside, seen
-        trained = self.layouts[: self.num_trained]
-        unused = [x.path for i, x in enumerate(trained) if i not in seen.reads.reached]
-        if unused:
-            raise ConfigError(
-                f"No block reads the trainable parameters {', '.join(unused[:5])}"
-                f"{', ...' if len(unused) > 5 else ''}: they cannot learn. Freeze them."
-            )
-        return found.recorder.finish(found.jaxpr, outside)
-
-    def _trace(self, trees: Any, batch: Any, outside: frozenset[int]) -> _Traced:
-        """Trace the loss function on shapes.
-
-        Args:
-          trees: the structures of both trees of parameters.
-          batch: shapes of one objective's batch.
-          outside: numbers of the parameters that are given as ordinary arrays.
-        """
-        recorder = Recorder(self.layouts, self.topology.pieces)
-
-        def loss(values: list[Any], batch: Any) -> jax.Array:
-            with running(recorder):
-                return self._call(self._given(values, outside), batch, trees)
-
-        pieces = [1 if i in outside else self.topology.pieces for i in range(len(self.layouts))]
-        values = [
-            jax.ShapeDtypeStruct(layout.stack_shape(n), layout.gathered_dtype)
-            for layout, n in zip(self.layouts, pieces, strict=True)
-        ]
-        jaxpr = jax.make_jaxpr(loss)(values, batch).jaxpr
-        shapes = [layout.piece_shape(n) for layout, n in zip(self.layouts, pieces, strict=True)]
-        leaves = [*range(len(values)), *[None] * (len(jaxpr.invars) - len(values))]
-        reads = reads_of(jaxpr, self.layouts, recorder.shapes, leaves, shapes)
-        return _Traced(recorder, jaxpr, reads)
+        trees = (jax.tree.structure(params), jax.tree.structure(frozen))
+        return self.loss.usage(trees, one, self.topology.pieces)
 
     def _warn(self, usage: Usage) -> None:
         if not usage.outside:
@@ -399,38 +356,6 @@ class ResolvedGradients:
             itemsize = max(itemsize, 4) if self.accumulate else itemsize
             kept[layout.path] = self.topology.objectives * piece * itemsize
         return kept
-
-    def _loss(
-        self,
-        values: Sequence[Any],
-        taps: Sequence[Any],
-        batch: Any,
-        *,
-        trees: Any,
-        outside: frozenset[int],
-    ) -> tuple[jax.Array, Any]:
-        """Call the loss function of one objective with this device's pieces of the parameters."""
-        given = self._given(values, outside, taps)
-        for number in outside:
-            parameter = _parameter(self.layouts[number], number, values[number], taps[number])
-            given[number] = current().whole(parameter)
-        return self._call(given, batch, trees)
-
-    def _given(
-        self, values: Sequence[Any], outside: frozenset[int], taps: Sequence[Any] | None = None
-    ) -> list[Any]:
-        """What the loss function gets for each array: it itself, or what only blocks can read."""
-        return [
-            value if i in outside else _parameter(layout, i, value, taps and taps[i])
-            for i, (layout, value) in enumerate(zip(self.layouts, values, strict=True))
-        ]
-
-    def _call(self, given: Sequence[Any], batch: Any, trees: Any) -> tuple[jax.Array, Any]:
-        arguments = [jax.tree.unflatten(trees[0], given[: self.num_trained])]
-        if self.has_frozen:
-            arguments.append(jax.tree.unflatten(trees[1], given[self.num_trained :]))
-        result = self.loss_fn(*arguments, batch)
-        return result if self.has_aux else (result, None)
 
     def _check_batch(self, batch: Any) -> None:
         k, top = objectives_of(batch), self.topology
@@ -483,19 +408,6 @@ class ResolvedGradients:
             skipped=state.skipped + nonfinite,
         )
         return in_types_of(state, after)
-
-
-def _parameter(layout: Layout, number: int, value: Any, tap: Any) -> Parameter:
-    layer = None if layout.layers is None else np.arange(layout.layers, dtype=np.int32)
-    return Parameter(value, tap, layer, number, layout.path, layout.shape)
-
-
-class _Traced(NamedTuple):
-    """A traced loss function: who recorded its calls, the program, and its reads."""
-
-    recorder: Recorder
-    jaxpr: Any
-    reads: Reads
 
 
 def _layouts(

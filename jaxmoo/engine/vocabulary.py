@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.cross_entropy import Scores, chunked_nll, hidden_gradient, scores, table_gradient
-from jaxmoo.engine.backward import Backward, CallBlocks, Tables, over_objectives
+from jaxmoo.engine.backward import Backward, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.layout import Layout, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
+from jaxmoo.engine.tables import CallBlocks, Tables
 
 __all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
 
@@ -215,7 +216,7 @@ class _Call:
             for what does not occur.
           value: this device's piece of the table.
           state: aggregators' states of all slices.
-          integers: see :class:`~jaxmoo.engine.backward.CallBlocks`, for all slices; and the
+          integers: see :class:`~jaxmoo.engine.tables.CallBlocks`, for all slices; and the
             engine's ``dynamic``.
 
         Returns:
@@ -227,27 +228,27 @@ class _Call:
         count = engine.topology.local_objectives
         height = self.stack.shape[0]
 
-        def one(gradients: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, state, ints = xs
             first = number * height
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
             table = None if scores is None else engine.gather(piece, layout)
 
-            def of_objective(i: jax.Array, gradients: jax.Array) -> jax.Array:
+            def of_objective(i: jax.Array, place: jax.Array) -> jax.Array:
                 tokens, vectors, scores = jax.tree.map(lambda x: x[i], mapped)
                 total = jnp.zeros(self.stack.shape, jnp.float32)
                 if scores is not None:
                     total = _from_scores(scores, table, first, engine.topology.platform)
                 if tokens is not None:
                     total = _add_lookup(total, tokens, vectors, first)
-                return gradients.at[i].set(total.astype(gradients.dtype))
+                return place.at[i].set(total.astype(place.dtype))
 
             # One objective after the other, so that a sum over all its positions is formed in one
             # place that is as small as one slice.
-            local = jax.lax.fori_loop(0, count, of_objective, gradients)
-            gradients = engine.scatter(local, layout.axis)
+            place = jax.lax.fori_loop(0, count, of_objective, place)
+            gradients = engine.scatter(place, layout.axis)
             if not self.resolves:
-                return local, (gradients if self.tapped else gradients[0], None)
+                return place, (gradients if self.tapped else gradients[0], None)
             _, labels, numbers, member = ints
             section = sections_of_piece(
                 gradients[:, None],
@@ -260,7 +261,7 @@ class _Call:
             call = self._blocks(number)
             resolved = engine.resolve([section], call, numbers, member, state, dynamic)
             update = resolved.updates[0].reshape(gradients.shape[1:])
-            return local, (update, call.new_rows(resolved, member))
+            return place, (update, call.new_rows(resolved, member))
 
         # The place of the local gradients is handed on, so that it is not cleared for every slice.
         empty = jnp.zeros((count, *self.stack.shape), layout.gathered_dtype)
