@@ -77,9 +77,9 @@ env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "$
 planner=$!
 
 step() { # MODEL, TOKENS PER EXAMPLE, EXAMPLES, FLAGS...
-  local name limit=100
+  local name
   name=$(basename "$1")-$2
-  section "$name" "$limit" benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" \
+  section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" \
     --remat dots --sequence-length "$2" --batch-size "$3" --rounds "$rounds" "${@:4}" \
     --json "$out/step-$name.json"
 }

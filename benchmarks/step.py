@@ -16,6 +16,9 @@ import argparse
 import gc
 import os
 import statistics
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +39,7 @@ def main() -> int:
     parser.add_argument("--languages", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--platform", default="cpu", help="cpu (default), gpu or tpu")
+    parser.add_argument("--trace", type=int, default=0, help="list the costliest kernels of a GPU")
     flags = parser.parse_args()
     running.choose_platform(flags.platform, flags.devices)
     pages = Pages(flags.json, about(flags))
@@ -67,6 +71,11 @@ def main() -> int:
             weights = warmed_up(plain, running.random_weights(plain.step))
         pages.add(row | {"peak ratio": row["peak"] / plain.peak})
     print(pages.markdown(report))
+    if flags.trace:
+        for kind in kinds:
+            row = {"engine": kind.engine, "aggregator": kind.aggregator}
+            weights, table = traced(found[kind], weights, flags.trace)
+            print(f"\n{step_name(row)}, `{kind.blocks}`:\n\n{table}")
     return int(any("failed" in row for row in pages.rows if row["engine"] == "backward"))
 
 
@@ -131,6 +140,25 @@ def beside(
         "cpu ratio": statistics.median(mine.cpu / its.cpu for mine, its in pairs),
     }
     return weights, [took.wall for took in times[False]], measured
+
+
+def traced(program: Program, weights: Weights, most: int) -> tuple[Weights, str]:
+    """Run a step under the profiler and list the kernels of GPUs that took most of its time."""
+    took: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            weights, _, _ = program.run(weights, running.random_batch(program.step, 0))
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines if "GPU" in plane.name else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    took[event.name] += event.duration_ns
+                    times[event.name] += 1
+    rows = [[f"`{name[:80]}`", str(times[name]), f"{ns / 1e6:.2f}"] for name, ns in took.items()]
+    rows.sort(key=lambda row: -float(row[2]))
+    total = ["all", str(times.total()), f"{took.total() / 1e6:.2f}"]
+    return weights, markdown([["kernel", "launches", "ms"], total, *rows[:most]])
 
 
 def report(rows: list[dict[str, Any]]) -> str:
