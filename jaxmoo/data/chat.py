@@ -78,15 +78,14 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
       template: renders it.
 
     Raises:
-      DataError: naming the place, when the template cannot render the conversation or leaves out
-        something of it, its generation prompt is not how a reply begins, or it changes what a reply
-        says.
+      DataError: the template cannot render the conversation or leaves out something of it, its
+        generation prompt is not how a reply begins, or it changes what a reply says.
     """
 
     def render(messages: Messages, **options: Any) -> str:
-        return template.render(messages, example.tools, place=example.place, **options).text
+        return template.render(messages, example.tools, **options).text
 
-    text, marked = template.render(example.messages, example.tools, place=example.place)
+    text, marked = template.render(example.messages, example.tools)
     ignored = _ignored(example, template, text)
     messages = [_without(message, *ignored) for message in example.messages]
     conversation = Conversation(
@@ -127,7 +126,7 @@ def _ignored(example: Example, template: ChatTemplate, text: str) -> tuple[str, 
 
     def refuse(what: str) -> NoReturn:
         raise DataError(
-            f"{_placed(example)}the chat template shows nothing of {what}. Give one that does "
+            f"the chat template shows nothing of {what}. Give one that does "
             "(data.chat_template), or take it out of the data."
         )
 
@@ -184,14 +183,14 @@ def _beside(messages: Messages) -> dict[str, int]:
 
 def not_a_prefix(conversation: Conversation, turn: Turn) -> DataError:
     """The error that a generation prompt is not how the rendered conversation goes."""
-    return _no_prefix(conversation, turn.prompt, conversation.text[turn.start : turn.end])
+    return _no_prefix(conversation.text, turn.prompt, conversation.text[turn.start : turn.end])
 
 
 def no_end(conversation: Conversation, turn: Turn) -> DataError:
     """The error that nothing tells where a turn ends."""
     reply = conversation.text[turn.start : turn.end]
     return DataError(
-        f"{_described(conversation.example, reply)}: cannot tell where this turn ends, for the "
+        f"reply {reply[:40]!r}: cannot tell where this turn ends, for the "
         "chat template renders it otherwise when others follow. Give a template "
         "(data.chat_template) that does not, or that marks replies with {% generation %}."
     )
@@ -216,14 +215,13 @@ def _turn(
       kept: what may stand for the reply, where thoughts are left out once others follow.
     """
     text, reply = conversation.text, str(message["content"])
-    described = _described(conversation.example, reply)
     if not text.startswith(prompt):
-        raise _no_prefix(conversation, prompt, reply)
+        raise _no_prefix(text, prompt, reply)
     if len(around) != 2:
         how = "its text is left out, or found only in a later turn"
         raise DataError(
-            f"{described}: expected the chat template to render the reply as it is and once, but "
-            f"{how if len(around) < 2 else f'its text is found {len(around) - 1} times'}."
+            f"reply {reply[:40]!r}: expected the chat template to render the reply as it is and "
+            f"once, but {how if len(around) < 2 else f'its text is found {len(around) - 1} times'}."
         )
     before, after = around
     start, end = len(before), len(text) - len(after)
@@ -243,7 +241,7 @@ def _turn(
         start = next((at for at in starts if text[at:end] in _trimmed(kept)), None)
     if start is None or start >= end or not text.endswith(after):
         raise DataError(
-            f"{described}: expected the chat template to render the reply as it is, found "
+            f"reply {reply[:40]!r}: expected the chat template to render the reply as it is, found "
             f"{text[len(prompt) :][:60]!r}."
         )
     # Some templates render a turn otherwise once another follows; then only a special token ends
@@ -312,20 +310,11 @@ def _trimmed(text: str) -> set[str]:
     return {text, text.strip(), text.lstrip(), text.rstrip()}
 
 
-def _no_prefix(conversation: Conversation, prompt: str, reply: str) -> DataError:
-    text = conversation.text
+def _no_prefix(text: str, prompt: str, reply: str) -> DataError:
     return DataError(
-        f"{_described(conversation.example, reply)}: expected the rendered prompt to be a prefix "
+        f"reply {reply[:40]!r}: expected the rendered prompt to be a prefix "
         f"of the rendered conversation, token by token; found a prompt that ends in "
         f"{prompt[-40:]!r} and a conversation that goes on as "
         f"{text[max(len(prompt) - 20, 0) :][:60]!r}. The chat template does not suit training "
         "on replies: give one (data.chat_template) whose generation prompt is how a reply begins."
     )
-
-
-def _described(example: Example, reply: str) -> str:
-    return f"{_placed(example)}reply {reply[:40]!r}"
-
-
-def _placed(example: Example) -> str:
-    return f"{example.place}: " if example.place else f"Language {example.language!r}, "

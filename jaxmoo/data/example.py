@@ -342,6 +342,10 @@ class Example:
         rest = _rest(self.messages[-1]) if self.messages else ""
         return self.prompt_key, normalise(self.reply) + rest
 
+    def error(self, what: object) -> DataError:
+        """Return an error that names the example by its place, or else by its language."""
+        return DataError(f"{self.place or f'Language {self.language!r}'}: {what}")
+
 
 def says(message: Mapping[str, Any], key: str) -> bool:
     """Return whether a message would be learnt otherwise, or another be given, without a key.

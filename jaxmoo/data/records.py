@@ -60,7 +60,7 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         name = columns.get(key, key)
         if name not in values:
             raise DataError(
-                f"{place}: no column {name!r} for the {key}. Columns: {listed(values) or 'none'}."
+                f"no column {name!r} for the {key}. Columns: {listed(values) or 'none'}."
                 f"{did_you_mean(name, values)} "
                 "Name the right ones in `columns`."
             )
@@ -74,8 +74,7 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
             return example
         return dataclasses.replace(example, choices=_choices(column("choices")))
     except DataError as error:
-        message = str(error)
-        raise DataError(message if message.startswith(place) else f"{place}: {message}") from None
+        raise DataError(f"{place}: {error}") from None
 
 
 def _example(

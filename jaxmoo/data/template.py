@@ -34,7 +34,6 @@ MOST_CHARACTERS = 20_000_000  # of a rendering and of any text on the way
 _MOST_MADE = 50 * MOST_CHARACTERS  # of all texts on the way together
 _MOST_NUMBER = 1_000_000  # given to a filter or method, as a width or count
 _MOST_BITS = 100_000  # of a whole number
-
 _MOST_PARTS = 1_000_000  # of a list or mapping that becomes text
 
 _WIDTHS = re.compile(r"[0-9]{5}|\*")
@@ -80,7 +79,6 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         *,
-        place: str = "",
         add_generation_prompt: bool = False,
     ) -> Rendered:
         """Render a conversation.
@@ -88,7 +86,6 @@ class ChatTemplate:
         Args:
           messages: the messages.
           tools: descriptions of tools.
-          place: where the conversation was found, for the error.
           add_generation_prompt: whether to end with what the assistant's reply follows.
 
         Raises:
@@ -109,7 +106,7 @@ class ChatTemplate:
                 run.write(part)
         # Whatever a program may raise, recursion and want of memory included.
         except Exception as error:
-            raise DataError(_failed(error, messages, place)) from None
+            raise DataError(_failed(error, messages)) from None
         finally:
             _RUN.reset(token)
         return Rendered("".join(run.parts), run.marked)
@@ -133,7 +130,7 @@ def _sources(template: Any) -> tuple[str, str]:
     return template, template
 
 
-def _failed(error: Exception, messages: Sequence[Mapping[str, Any]], place: str) -> str:
+def _failed(error: Exception, messages: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         line
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -142,7 +139,7 @@ def _failed(error: Exception, messages: Sequence[Mapping[str, Any]], place: str)
     what = str(error) if isinstance(error, jinja2.TemplateError) else _named(error)
     shown = [(message["role"], str(message["content"])[:40]) for message in messages[:4]]
     return (
-        f"{place + ': ' if place else ''}the chat template cannot render {str(shown)[:-1]}"
+        f"the chat template cannot render {str(shown)[:-1]}"
         f"{', ...]' if len(messages) > 4 else ']'}: {what[:200]}"
         f"{f' (line {lines[-1]} of the template)' if lines else ''}. Change the data, or give "
         "another template (data.chat_template)."

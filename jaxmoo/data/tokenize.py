@@ -188,12 +188,6 @@ def tokenize_good(
     return [one.example for one in good], tokenized
 
 
-def _placed(example: Example, error: DataError) -> DataError:
-    """An error that names the place of an example."""
-    named = str(error).startswith(example.place)
-    return error if named else DataError(f"{example.place}: {error}")
-
-
 def _raised(found: Any) -> Any:
     if isinstance(found, DataError):
         raise found
@@ -217,7 +211,7 @@ def _plain(
     texts = [example.reply for example in examples]
     for example, encoded in zip(examples, encoder.try_encode(texts, plain=True), strict=True):
         if isinstance(encoded, DataError):
-            malformed.add(_placed(example, encoded))
+            malformed.add(example.error(encoded))
             results.append(None)
             continue
         ids, offsets = list(encoded.ids), list(encoded.offsets)
@@ -297,10 +291,7 @@ def tokenize_choices(
     """
     for example in examples:
         if not all(example.choices):
-            raise DataError(
-                f"Language {example.language!r}: expected choices with text, found "
-                f"{list(example.choices)}."
-            )
+            raise example.error(f"expected choices with text, found {list(example.choices)}.")
     asked = [
         dataclasses.replace(
             example,
@@ -319,10 +310,10 @@ def tokenize_choices(
     ):
         turn, size = one.turns[-1], len(context)
         if ids[:size] != context or len(ids) == size:
-            raise DataError(
-                f"Language {one.example.language!r}, choice {one.example.reply[:40]!r}: its tokens "
-                "cannot be told from those of the prompt, because the tokenizer joins them. End "
-                "the chat template's generation prompt with a special token or a new line."
+            raise one.example.error(
+                f"choice {one.example.reply[:40]!r}: its tokens cannot be told from those of the "
+                "prompt, because the tokenizer joins them. End the chat template's generation "
+                "prompt with a special token or a new line."
             )
         scored = len(one.text[turn.start : turn.end].replace(MARK, "").encode())
         mask = np.arange(len(ids)) >= size
@@ -335,7 +326,10 @@ def _located(example: Example, template: ChatTemplate, encoder: Encoder) -> Conv
     """Where replies lie in a conversation, with marks in what spells a special token."""
     if encoder.as_text and encoder.spelled(example):
         example = encoder.marked(example)
-    return locate(example, template)
+    try:
+        return locate(example, template)
+    except DataError as error:
+        raise example.error(error) from None
 
 
 def _chats(
@@ -359,7 +353,7 @@ def _chats(
             turns = _turns(one, _raised(encoded), some, encoder.special)
             found[number] = _Read(examples[number], encoded, turns, one.ignored)
         except DataError as error:
-            malformed.add(_placed(examples[number], error))
+            malformed.add(examples[number].error(error))
     return found
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxmoo.data.example import Example
 from jaxmoo.data.template import MOST_CHARACTERS, ChatTemplate
+from jaxmoo.data.tokenize import tokenize
 from jaxmoo.errors import DataError
 from tiny_tokenizer import chat_tokenizer
 
@@ -117,9 +119,10 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("source", "complaint"), FOREIGN.values(), ids=FOREIGN.keys())
 def test_whatever_a_template_does_ends_as_an_error_with_its_place(source, complaint):
-    template = ChatTemplate(chat_tokenizer("{# messages #}\n" + source))
+    tokenizer = chat_tokenizer("{# messages #}\n" + source)
+    example = Example.from_messages("en", MESSAGES, place="en.jsonl:7")
     with pytest.raises(DataError, match=complaint) as raised:
-        template.render(MESSAGES, place="en.jsonl:7")
+        tokenize(example, tokenizer, 512)
     message = str(raised.value)
     assert message.startswith("en.jsonl:7: the chat template cannot render [('system', 'Sii breve")
     assert "(line 2 of the template)" in message or "{{ 'a' * 999 }}" in source
