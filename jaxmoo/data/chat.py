@@ -126,8 +126,8 @@ def _ignored(example: Example, template: ChatTemplate, text: str) -> tuple[str, 
 
     def refuse(what: str) -> NoReturn:
         raise DataError(
-            f"the chat template shows nothing of {what}. Give one that does "
-            "(data.chat_template), or take it out of the data."
+            f"the chat template shows nothing of {what}. Give one that does (data.chat_template), "
+            "or take it out of the data."
         )
 
     if tools and not seen(text, messages, ()):

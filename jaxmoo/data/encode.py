@@ -86,15 +86,7 @@ class Encoder:
         tools = tuple(_changed(tool, change) for tool in example.tools)
         return dataclasses.replace(example, messages=messages, tools=tools)
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenise texts that a template has written, or raise an error of `try_encode`."""
-        found = self.try_encode(texts)
-        for one in found:
-            if isinstance(one, DataError):
-                raise one
-        return found
-
-    def try_encode(self, texts: Sequence[str], *, plain: bool = False) -> list[Encoded | DataError]:
+    def encode(self, texts: Sequence[str], *, plain: bool = False) -> list[Encoded | DataError]:
         """Tokenise texts.
 
         Args:
@@ -105,11 +97,12 @@ class Encoder:
         Returns:
           For each text what it is as tokens, or why the tokenizer cannot say.
         """
-        long = [number for number, text in enumerate(texts) if len(text) > _BEGINNING]
+        long = {number for number, text in enumerate(texts) if len(text) > _BEGINNING}
         odd = {n for n, t in enumerate(texts) if MARK in t or (plain and self._reads_special(t))}
-        usual = [n for n in range(len(texts)) if n not in odd and n not in long]
+        alone = odd | long
+        usual = [n for n in range(len(texts)) if n not in alone]
         found = dict(zip(usual, self._usual([texts[n] for n in usual], plain), strict=True))
-        for number in odd.union(long):
+        for number in alone:
             one = functools.partial(self._odd if number in odd else self._one, plain=plain)
             try:
                 found[number] = self._as_needed(one, texts[number])
@@ -150,9 +143,7 @@ class Encoder:
 
     def _one(self, text: str, plain: bool) -> Encoded:
         (found,) = self._usual([text], plain)
-        if isinstance(found, DataError):
-            raise found
-        return found
+        return given(found)
 
     def _odd(self, text: str, plain: bool) -> Encoded:
         if plain:
@@ -212,6 +203,13 @@ class Encoder:
         token = next(iter(self._control))
         behind = self._one(self.tokenizer.added_tokens_decoder[token].content + "a", plain=False)
         return behind.ids[1:] != self._one("a", plain=False).ids
+
+
+def given(found: Encoded | DataError) -> Encoded:
+    """Return what a text is as tokens, or raise why the tokenizer cannot say."""
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def _failure(error: BaseException, text: str) -> DataError:

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxmoo.data.chat import Conversation, Turn, locate, no_end, not_a_prefix
-from jaxmoo.data.encode import Encoded, Encoder, lost
+from jaxmoo.data.encode import Encoded, Encoder, given, lost
 from jaxmoo.data.example import MARK, Example
 from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.template import ChatTemplate
@@ -188,12 +188,6 @@ def tokenize_good(
     return [one.example for one in good], tokenized
 
 
-def _raised(found: Any) -> Any:
-    if isinstance(found, DataError):
-        raise found
-    return found
-
-
 class _Read(NamedTuple):
     """An example as tokens, with the replies in it."""
 
@@ -209,7 +203,7 @@ def _plain(
     eos = encoder.tokenizer.eos_token_id
     results: list[_Read | None] = []
     texts = [example.reply for example in examples]
-    for example, encoded in zip(examples, encoder.try_encode(texts, plain=True), strict=True):
+    for example, encoded in zip(examples, encoder.encode(texts, plain=True), strict=True):
         if isinstance(encoded, DataError):
             malformed.add(example.error(encoded))
             results.append(None)
@@ -231,10 +225,12 @@ def _check_known(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) 
     unknown = tokenizer.unk_token_id
     characters = missing = 0
     for one in examples:
-        whole = [_Turn(0, 0, 0, 0, len(one.encoded.text))] if one.example.text else one.turns
-        for turn in whole:
-            characters += turn.text_end - turn.text_start
-            missing += lost(one.encoded, turn.text_start, turn.text_end, unknown)
+        spans = [(turn.text_start, turn.text_end) for turn in one.turns]
+        if one.example.text is not None:
+            spans = [(0, len(one.encoded.text))]
+        for start, end in spans:
+            characters += end - start
+            missing += lost(one.encoded, start, end, unknown)
     if missing > characters / 2:
         language = examples[0].example.language
         raise DataError(
@@ -302,12 +298,14 @@ def tokenize_choices(
     ]
     encoder, template = Encoder(tokenizer, special_tokens), ChatTemplate(tokenizer)
     located = [_located(one, template, encoder) for one in asked]
-    texts = [one.text[: one.turns[-1].end] for one in located]
-    contexts = [one.text[: one.turns[-1].start].rstrip() for one in located]
+    texts = encoder.encode([one.text[: one.turns[-1].end] for one in located])
+    contexts = encoder.encode([one.text[: one.turns[-1].start].rstrip() for one in located])
     found = []
-    for one, ids, context in zip(
-        located, _ids(encoder, texts), _ids(encoder, contexts), strict=True
-    ):
+    for one, text, before in zip(located, texts, contexts, strict=True):
+        try:
+            ids, context = given(text).ids, given(before).ids
+        except DataError as error:
+            raise one.example.error(error) from None
         turn, size = one.turns[-1], len(context)
         if ids[:size] != context or len(ids) == size:
             raise one.example.error(
@@ -343,14 +341,14 @@ def _chats(
             located.append((number, _located(example, template, encoder)))
         except DataError as error:
             malformed.add(error)
-    texts = encoder.try_encode([one.text for _, one in located])
+    texts = encoder.encode([one.text for _, one in located])
     prompts = [turn.prompt for _, one in located for turn in one.turns]
-    prompts = iter(encoder.try_encode(prompts))
+    prompts = iter(encoder.encode(prompts))
     found: list[_Read | None] = [None] * len(examples)
     for (number, one), encoded in zip(located, texts, strict=True):
         some = [next(prompts) for _ in one.turns]
         try:
-            turns = _turns(one, _raised(encoded), some, encoder.special)
+            turns = _turns(one, given(encoded), some, encoder.special)
             found[number] = _Read(examples[number], encoded, turns, one.ignored)
         except DataError as error:
             malformed.add(examples[number].error(error))
@@ -368,7 +366,7 @@ def _turns(
     for turn, prompt in zip(conversation.turns, prompts, strict=True):
         if max(turn.start, len(turn.prompt)) >= size:
             break
-        ids = _raised(prompt).ids
+        ids = given(prompt).ids
         if encoded.ids[: len(ids)] != ids:
             raise not_a_prefix(conversation, turn)
         if turn.end <= size:
@@ -434,10 +432,6 @@ def _as_marked(rendered: Encoded, turns: list[_Turn], marks: Sequence[int]) -> l
             start -= 1
         marked.append(turn._replace(start=start, begin=max(start, turn.begin)))
     return marked
-
-
-def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
-    return [one.ids for one in encoder.encode(texts)]
 
 
 def _masked(read: _Read, max_length: int) -> Tokenized:
