@@ -78,7 +78,7 @@ class Lines(Iterator[bytes]):
         try:
             found = read(size)
         except (OSError, EOFError, zlib.error) as error:
-            raise _damaged(f"{self._path}: damaged behind line {self.number}", error) from None
+            raise damaged(f"{self._path}: damaged behind line {self.number}", error) from None
         if not found:
             raise StopIteration
         return found
@@ -91,7 +91,8 @@ def is_damage(error: Exception) -> bool:
     return not system or (error.errno is None and type(error) in (OSError, gzip.BadGzipFile))
 
 
-def _damaged(what: str, error: Exception) -> Exception:
+def damaged(what: str, error: Exception) -> Exception:
+    """Return the error to raise where reading failed: one of the data, or the failure itself."""
     return DataError(f"{what} ({error}). Write it again.") if is_damage(error) else error
 
 
@@ -161,8 +162,8 @@ def _decoded(number: int, line: bytes, errors: str = "strict") -> str:
     return line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
 
 
-def _not_utf8(place: str, error: UnicodeError) -> str:
-    return f"{place}: not UTF-8 text ({error.reason}). Convert the file to UTF-8."
+def _not_utf8(place: str, error: UnicodeError) -> DataError:
+    return DataError(f"{place}: not UTF-8 text ({error.reason}). Convert the file to UTF-8.")
 
 
 def _too_long(place: str, line: bytes) -> DataError:
@@ -197,7 +198,7 @@ def _parsed_line(path: Path, lines: Lines, line: bytes) -> Mapping[str, Any]:
     try:
         text = _decoded(lines.number, line)
     except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(place, error)) from None
+        raise _not_utf8(place, error) from None
     try:
         record = parse_json(text)
     except DataError as error:
@@ -214,12 +215,12 @@ def _read_json(path: Path) -> Iterator[Record]:
         try:
             content = file.read()
         except (OSError, EOFError, zlib.error) as error:
-            raise _damaged(f"{path}: damaged", error) from None
+            raise damaged(f"{path}: damaged", error) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(_not_utf8(f"{path}:{line}", error)) from None
+        raise _not_utf8(f"{path}:{line}", error) from None
     try:
         records = parse_json(text)
     except DataError as error:
@@ -283,7 +284,7 @@ def _csv_record(place: str, header: list[str], row: list[str]) -> Mapping[str, s
         try:
             bad.decode()
         except UnicodeDecodeError as error:
-            return DataError(_not_utf8(place, error))
+            return _not_utf8(place, error)
     return dict(zip(header, row, strict=True))
 
 
@@ -304,7 +305,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         table = datasets.Dataset.from_parquet(str(path))
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError) as error:
         cause = error.__cause__ or error
-        raise _damaged(f"{path}: not a readable Parquet file", cause) from None
+        raise damaged(f"{path}: not a readable Parquet file", cause) from None
     read = 0
     try:
         for record in table:
@@ -317,7 +318,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
             try:
                 record = table[row]
             except UnicodeDecodeError as error:
-                record = DataError(_not_utf8(place, error))
+                record = _not_utf8(place, error)
             yield place, record
 
 

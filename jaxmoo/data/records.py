@@ -57,14 +57,8 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         raise values
 
     def column(key: str) -> Any:
-        name = columns.get(key, key)
-        if name not in values:
-            raise DataError(
-                f"no column {name!r} for the {key}. Columns: {listed(values) or 'none'}."
-                f"{did_you_mean(name, values)} "
-                "Name the right ones in `columns`."
-            )
-        return values[name]
+        advice = " Name the right ones in `columns`."
+        return _column(values, columns.get(key, key), key, advice)
 
     mapped = {"messages", "prompt", "completion", "text"} & set(columns)
     try:
@@ -91,6 +85,15 @@ def _example(
     if "text" in mapped or (not mapped and not paired and "text" in values):
         return Example.from_text(language, column("text"), **about)
     return Example.from_pair(language, column("prompt"), column("completion"), **about)
+
+
+def _column(values: Mapping[str, Any], name: str, what: str, advice: str = "") -> Any:
+    if name not in values:
+        raise DataError(
+            f"no column {name!r} for the {what}. Columns: {listed(values) or 'none'}."
+            f"{did_you_mean(name, values)}{advice}"
+        )
+    return values[name]
 
 
 def _tools(value: Any) -> Sequence[Mapping[str, Any]]:
@@ -126,13 +129,8 @@ def language_of(record: Record, column: str) -> str:
     place, values = record
     if isinstance(values, DataError):
         raise values
-    if column not in values:
-        raise DataError(
-            f"{place}: no column {column!r} for the language. Columns: {listed(values) or 'none'}."
-            f"{did_you_mean(column, values)}"
-        )
     try:
-        language = _named("language", values[column])
+        language = _named("language", _column(values, column, "language"))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     if language is None:

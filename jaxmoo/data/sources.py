@@ -234,7 +234,7 @@ def language_files(
     found: dict[str, list[Path]] = {}
     if path.is_dir() and "{language}" not in source:
         for file in sorted(path.iterdir()):
-            if (kind := kind_of(file).lower()) in READERS:
+            if (kind := kind_of(file)) in READERS:
                 found.setdefault(file.name[: -len(kind)], []).append(file)
     else:
         if kind_of(path) not in READERS:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxmoo.data.files import KINDS, READERS, Lines, Record, is_damage, kind_of
+from jaxmoo.data.files import KINDS, READERS, Lines, Record, damaged, is_damage, kind_of
 from jaxmoo.data.sources import (
     BUILT_IN,
     check_hub_id,
@@ -195,9 +195,7 @@ def _file_stream(path: Path) -> RecordStream:
                 "parquet", data_files=str(path), split="train", streaming=True
             )
         except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
-            if not is_damage(error):
-                raise
-            raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+            raise damaged(f"{path}: not a readable Parquet file", error) from None
         return _TableStream(str(path), table)
     if kind.startswith(".json") and not kind.startswith(".jsonl"):
         raise ConfigError(
