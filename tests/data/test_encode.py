@@ -187,6 +187,22 @@ def test_a_tokenizer_that_fails_is_named_with_the_record(fault, text):
 
 
 @pytest.mark.parametrize(
+    ("choice", "end", "complaint"),
+    [
+        ("", "</s>", "expected choices with text"),
+        ("bella", "", "choice 'bella': its tokens cannot be told from those of the prompt"),
+        ("unknown", "</s>", "the tokenizer fails .* on 'Ciao</s>unknown'"),
+    ],
+)
+def test_choices_that_cannot_be_scored_are_refused_with_their_place(choice, end, complaint):
+    tokenizer = words({"Ciao": 2, "Ciaobella": 3})
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", end)
+    example = Example.from_pair("it", "Ciao", "Ciao", place="it.csv:9")
+    with pytest.raises(DataError, match=rf"it\.csv:9: {complaint}"):
+        tokenize_choices([dataclasses.replace(example, choices=(choice,))], tokenizer)
+
+
+@pytest.mark.parametrize(
     "normalizer",
     [
         normalizers.Replace("a", "b" * 10**6),
