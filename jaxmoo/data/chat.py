@@ -8,6 +8,7 @@ conversation with a placeholder in the reply's place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -103,11 +104,9 @@ def locate(example: Example, template: ChatTemplate) -> Conversation:
             if after and _is_text_alone(message) and (thought := _thought(message["content"])):
                 # Thoughts may be left out if the template shows them as long as the reply is last.
                 last = conversation._replace(text=ended)
-                try:
+                with contextlib.suppress(DataError):
                     _turn(last, message, prompt, render([*before, held]).split(holder), ended)
                     kept = thought[1]
-                except DataError:
-                    pass
             conversation.turns.append(_turn(conversation, message, prompt, around, ended, kept))
     return conversation
 

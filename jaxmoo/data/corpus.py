@@ -255,12 +255,9 @@ def check_languages_and_length(
         raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
     limit = getattr(tokenizer, "model_max_length", None)
     if sequence_length < 2 or (limit is not None and sequence_length > limit):
-        # Of a tokenizer without a limit it is 10^30.
-        most = (
-            ""
-            if limit is None or limit > 2**31
-            else (f" and at most {limit}, the longest sequence of the tokenizer's model")
-        )
+        most = ""
+        if limit is not None and limit <= 2**31:  # of a tokenizer without a limit it is 10^30
+            most = f" and at most {limit}, the longest sequence of the tokenizer's model"
         raise ConfigError(f"sequence_length is {sequence_length}; expected at least 2{most}.")
 
 

@@ -107,14 +107,12 @@ def chat_tokenizer(source: Path, data: DataConfig) -> tuple[PreTrainedTokenizerF
     if template is not None:
         tokenizer.chat_template = template
     date = datetime.date.fromisoformat(data.date) if data.date else datetime.date.today()
-    named = tokenizer.chat_template
-    texts = list(named.values()) if isinstance(named, dict) else [named or ""]
-    if not any(map(reads_clock, texts)):
+    found = tokenizer.chat_template
+    named = found if isinstance(found, dict) else {"default": found or ""}
+    if not any(map(reads_clock, named.values())):
         return tokenizer, None
-    fixed = [at_date(text, date) for text in texts]
-    tokenizer.chat_template = (
-        dict(zip(named, fixed, strict=True)) if isinstance(named, dict) else fixed[0]
-    )
+    fixed = {name: at_date(text, date) for name, text in named.items()}
+    tokenizer.chat_template = fixed if isinstance(found, dict) else fixed["default"]
     return tokenizer, date.isoformat()
 
 
