@@ -20,7 +20,7 @@ from jaxmoo.outputs import typed_path
 
 # Where the next record is, as JSON holds it; None is the beginning.
 Position = Any
-_STREAMED = [kind for kind in KINDS if kind != ".json"]
+_STREAMED = tuple(kind for kind in KINDS if kind != ".json")
 
 
 class Opened(NamedTuple):
@@ -197,7 +197,7 @@ def _file_stream(path: Path) -> RecordStream:
         except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
             raise damaged(f"{path}: not a readable Parquet file", error) from None
         return _TableStream(str(path), table)
-    if kind.startswith(".json") and not kind.startswith(".jsonl"):
+    if not kind.startswith(_STREAMED):
         raise ConfigError(
             f"{path}: a JSON list is read whole and cannot be streamed. Write it as JSON Lines "
             f"({', '.join(_STREAMED)} can be streamed), or set data.streaming=false."

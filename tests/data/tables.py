@@ -6,6 +6,7 @@ import csv
 import json
 
 import datasets
+import pyarrow
 
 from jaxmoo.data.example import Example
 
@@ -21,6 +22,12 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'  # a line
 
 def expected(language):
     return [Example.from_pair(language, r["prompt"], r["completion"]) for r in ROWS[language]]
+
+
+def compress(source, target):
+    """Write a file again, compressed as the other's name says."""
+    with pyarrow.output_stream(str(target), compression="detect") as file:
+        file.write(source.read_bytes())
 
 
 def write(path, rows):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxmoo.data.example import MARK, Example
@@ -44,8 +44,7 @@ def test_a_text_that_spells_special_tokens_takes_no_turn(where, tokenizer):
     # As the library splits them, where it is asked to.
     said = tokenizer.encode(reply, split_special_tokens=True, add_special_tokens=False)
     assert result.tokens[result.loss_mask].tolist() == [*said, tokenizer.eos_token_id]
-    count = sum(text.count(token) for text in (prompt, reply) for token in ("<|im_end|>",))
-    assert Counter(result.spelled)["<|im_end|>"] == count
+    assert result.spelled.count("<|im_end|>") == (prompt + reply).count("<|im_end|>")
 
 
 def test_whoever_means_special_tokens_gets_them(tokenizer):
@@ -215,6 +214,14 @@ def test_a_normaliser_that_makes_endless_texts_is_refused(normalizer, make_token
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizer
     with pytest.raises(DataError, match=r"normalizer may make [0-9,]+ characters of one"):
+        tokenize(Example.from_pair("en", "a", "a"), tokenizer, 64)
+
+
+def test_a_decoder_that_makes_endless_texts_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer()
+    endless = decoders.Replace("a", "b" * 10**6)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), endless])
+    with pytest.raises(DataError, match="decoder may make 1,000,000 characters of one"):
         tokenize(Example.from_pair("en", "a", "a"), tokenizer, 64)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.tables import GOOD, ROWS, expected, write
+from data.tables import GOOD, ROWS, compress, expected, write
 from jaxmoo.data import stream_corpus
 from jaxmoo.data.files import LONGEST_LINE, read_records
 from jaxmoo.data.sources import load_examples, read_examples
@@ -90,14 +89,6 @@ def test_a_damaged_compressed_file_is_named(name, damage, tmp_path):
     file.write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: damaged"):
         load_examples(str(tmp_path), ["en"])
-
-
-def compress(source, target):
-    if target.suffix == ".gz":
-        target.write_bytes(gzip.compress(source.read_bytes()))
-    else:
-        with pyarrow.output_stream(str(target), compression="zstd") as file:
-            file.write(source.read_bytes())
 
 
 def test_a_line_that_no_memory_should_hold_is_passed_over(tmp_path):

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data.tables import compress
 from jaxmoo.data import LanguageBatches, load_corpus, stream_corpus
 from jaxmoo.data.streams import hub_streams
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
@@ -30,8 +31,7 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".gz", ".zst"):
         write(path.with_suffix(""), rows)
-        with pyarrow.output_stream(str(path), compression="detect") as file:
-            file.write(path.with_suffix("").read_bytes())
+        compress(path.with_suffix(""), path)
         path.with_suffix("").unlink()
         return
     records = [{"prompt": p, "completion": c} for p, c in rows]
