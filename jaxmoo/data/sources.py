@@ -147,15 +147,15 @@ def read_examples(
         if "{language}" in source or path.is_dir():
             files = language_files(source, names)
             records = {language: read_records(file) for language, file in files.items()}
-        elif path.is_file():
-            stray = Malformed(str(path), max_malformed)
-            records = _file_records(path, names, language_column, stray)
-            complaints += stray.complaints
         else:
             stray = Malformed(source, max_malformed)
-            records = hub_records(
-                check_hub_id(source), names, subset, split, language_column, stray
-            )
+            if path.is_file():
+                column = check_one_file(path, language_column)
+                records = _by_column(path, read_records(path), names, column, stray)
+            else:
+                records = hub_records(
+                    check_hub_id(source), names, subset, split, language_column, stray
+                )
             complaints += stray.complaints
         loaded = {}
         for language, found in records.items():
@@ -284,13 +284,6 @@ def _by_column(
         if not found:
             raise _missing_language(source, name, available)
     return {language: table[name] for language, name in names.items()}
-
-
-def _file_records(
-    path: Path, names: Mapping[str, str], language_column: str | None, stray: Malformed
-) -> dict[str, list[Record]]:
-    column = check_one_file(path, language_column)
-    return _by_column(path, read_records(path), names, column, stray)
 
 
 def _unknown_kind(source: str | Path, path: Path, kinds: Sequence[str]) -> str:
