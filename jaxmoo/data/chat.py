@@ -259,8 +259,7 @@ def _is_reply(said: str, reply: str, prompt: str) -> bool:
       prompt: what comes before, if it may say how the reply begins.
     """
     expected = _trimmed(reply)
-    expected |= {one[at:] for one in expected for at in _overlaps(prompt, one)}
-    if said in expected:
+    if said in expected or any(said == r[at:] for r in expected for at in _overlaps(prompt, r)):
         return True
     opened, thought = _OPENED.search(prompt), _thought(reply)
     begun = opened[0] if opened else ""
