@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,31 +141,32 @@ def describe_adapter(path: Path) -> Adapters:
     """
     path = Path(path)
     config = read_json(path / _CONFIG_FILE)
-    found = [_PLACE.fullmatch(name) for name in _tensor_names(path)]
+    rank, alpha = _rank_and_alpha(config, path)
+    with _opened(path) as handle:
+        found = [_PLACE.fullmatch(name) for name in handle.keys()]  # noqa: SIM118 -- no mapping
     if not found or None in found:
         raise CheckpointError(
             f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such as "
             f"{peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    _check_numbers(rank, alpha, config, path)
     try:
-        lora = LoRA(rank, _scaled(alpha, rank, config), tuple(sorted({m[2] for m in found})))
+        lora = LoRA(rank, alpha, tuple(sorted({match[2] for match in found})))
     except ConfigError as error:
         raise CheckpointError(f"the adapters in {path} cannot be used: {error}") from error
-    _check_kind(config, lora, path)
     base = config.get("base_model_name_or_path")
     layers = tuple(sorted({int(match[1]) for match in found}))
     return Adapters(base if isinstance(base, str) and base else None, lora, layers)
 
 
-def _tensor_names(path: Path) -> list[str]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The open file of the tensors in a directory; what the library raises on it is an error."""
     file = path / _WEIGHTS_FILE
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
     try:
         with safe_open(file, framework="numpy") as handle:
-            return list(handle.keys())
+            yield handle
     except (SafetensorError, OSError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
@@ -186,13 +188,9 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
         rank or scale, or on other projections.
     """
     path = Path(path)
-    config = read_json(path / _CONFIG_FILE)
-    _check_kind(config, lora, path)
-    file = path / _WEIGHTS_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
-    found = read_unchanged(lambda: _read_tensors(file), path)
-    _check_tensors(found, abstract, file)
+    _check_like(lora, path)
+    found = read_unchanged(lambda: _read_tensors(path), path)
+    _check_tensors(found, abstract, path / _WEIGHTS_FILE)
     leaves, tree = jax.tree.flatten(abstract)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     arrays = []
@@ -207,20 +205,17 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
     return jax.tree.unflatten(tree, arrays)
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file: finite numbers, of a type that weights have."""
-    found = {}
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            for name in handle.keys():  # noqa: SIM118 -- it is no mapping
-                dtype = handle.get_slice(name).get_dtype()
-                if dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"{file}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
-                    )
-                found[name] = handle.get_tensor(name)
-    except (SafetensorError, OSError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a directory: finite numbers, of a type that weights have."""
+    file, found = path / _WEIGHTS_FILE, {}
+    with _opened(path) as handle:
+        for name in handle.keys():  # noqa: SIM118 -- it is no mapping
+            dtype = handle.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
+                )
+            found[name] = handle.get_tensor(name)
     for name, value in found.items():
         if not np.isfinite(value).all():
             raise CheckpointError(
@@ -247,7 +242,8 @@ def _logical(state: nnx.State) -> list[str]:
     return [name for path, leaf in named_leaves(state) for name in logical_paths(path, leaf.shape)]
 
 
-def _check_kind(config: dict[str, Any], lora: LoRA, path: Path) -> None:
+def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
+    """The rank of adapters and their alpha, as ours; raises unless they are of our kind."""
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {shown(config.get('peft_type'))}, expected 'LORA'")
@@ -262,21 +258,6 @@ def _check_kind(config: dict[str, Any], lora: LoRA, path: Path) -> None:
             f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    _check_numbers(rank, alpha, config, path)
-    if rank != lora.rank:
-        raise CheckpointError(
-            f"the adapters in {path} have rank {rank} and alpha {alpha}, this run's are to have "
-            f"rank {lora.rank}: set lora.rank and lora.alpha to theirs"
-        )
-    wanted = _scaled(alpha, rank, config)
-    if abs(wanted - lora.alpha) > 1e-6 * abs(wanted):
-        raise CheckpointError(
-            f"the adapters in {path} were trained with a scale of {wanted / rank:g}, this run's "
-            f"would be {lora.scale:g}: set lora.alpha={wanted:.9g}"
-        )
-
-
-def _check_numbers(rank: Any, alpha: Any, config: dict[str, Any], path: Path) -> None:
     try:
         LoRA(rank, alpha)  # type and range of both
     except ConfigError as error:
@@ -288,11 +269,23 @@ def _check_numbers(rank: Any, alpha: Any, config: dict[str, Any], path: Path) ->
         raise CheckpointError(
             f"{path / _CONFIG_FILE}: use_rslora must be true or false, found {shown(rooted)}"
         )
+    # Ours is divided by the rank, theirs then by its root.
+    return rank, alpha * rank**0.5 if rooted else alpha
 
 
-def _scaled(alpha: float, rank: int, config: dict[str, Any]) -> float:
-    """Alpha as ours: some are divided by the root of the rank, ours by the rank."""
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+def _check_like(lora: LoRA, path: Path) -> None:
+    """Raise unless the adapters in a directory have the rank and scale of a run's."""
+    rank, alpha = _rank_and_alpha(read_json(path / _CONFIG_FILE), path)
+    if rank != lora.rank:
+        raise CheckpointError(
+            f"the adapters in {path} have rank {rank} and alpha {alpha:.9g}, this run's are to "
+            f"have rank {lora.rank}: set lora.rank and lora.alpha to theirs"
+        )
+    if abs(alpha - lora.alpha) > 1e-6 * alpha:
+        raise CheckpointError(
+            f"the adapters in {path} were trained with a scale of {alpha / rank:g}, this run's "
+            f"would be {lora.scale:g}: set lora.alpha={alpha:.9g}"
+        )
 
 
 def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path) -> None:

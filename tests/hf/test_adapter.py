@@ -238,6 +238,13 @@ def test_adapters_of_another_kind_are_refused(everywhere: Case, tmp_path: Path):
         refuse("must be an integer of at least 1, found", r=rank)
     refuse("use_rslora must be true or false, found 'false'", use_rslora="false")
 
+    refuse("use_dora is set", use_dora=True)
+    weights = load_file(tmp_path / "other" / WEIGHTS)
+    scaled = next(iter(weights)).replace("lora_A.weight", "lora_magnitude_vector")
+    save_file({**weights, scaled: np.ones(8, np.float32)}, tmp_path / "other" / WEIGHTS)
+    with pytest.raises(CheckpointError, match="use_dora is set"):
+        describe(tmp_path / "other")
+
 
 def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere: Case):
     _, abstract, _ = with_adapters(everywhere.base, SOME, range(3))
