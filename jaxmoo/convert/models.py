@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data.ending import NO_ENDING, ending_token
-from jaxmoo.digests import Digests, note_own_digests, read_checked, read_digests
+from jaxmoo.digests import note_own_digests
 from jaxmoo.errors import CheckpointError, JaxmooError
 from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.hf.adapter import (
@@ -36,7 +36,7 @@ from jaxmoo.hf.adapter import (
     save_adapter,
 )
 from jaxmoo.hf.card import ModelCard
-from jaxmoo.hf.directory import check_target, first_process, new_directory
+from jaxmoo.hf.directory import check_target, first_process, new_directory, read_unchanged
 from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.hf.load import check_tensors, load_config, load_model, read_json, with_dtypes
 from jaxmoo.hf.save import (
@@ -339,7 +339,7 @@ def open_model(
     if step is not None or base is not None:
         raise CheckpointError(f"a step or base was given, but {path} is not a training run")
     if kind == "checkpoint":
-        return _open_checkpoint(path)
+        return read_unchanged(lambda: _read_checkpoint(path), path)
     weights = Weights(path)
     model = load_model(path, param_dtype=None, shardings=_shardings)
     return Opened(model, path, {name: weights.dtype(name) for name in weights.names()}, None)
@@ -399,42 +399,19 @@ def _open_adapter(path: Path, base: str | None) -> Opened:
     )
 
 
-def _open_checkpoint(path: Path) -> Opened:
-    digests = read_digests(path) or Digests({}, {})
-    return read_checked(
-        lambda: _read_checkpoint(path),
-        path,
-        digests.files,
-        says=f"{path} cannot be read",
-        advice="If it is damaged, make it anew, or put a good copy in its place.",
-    )
-
-
 def _read_checkpoint(path: Path) -> Opened:
     tensors = stored_tensors(path)
     config = load_config(path)
-    # Before that many names are made up: the config may be damaged or forged.
-    if config.num_hidden_layers > len(tensors):
-        raise CheckpointError(
-            f"the config.json in {path} says num_hidden_layers={config.num_hidden_layers}, but "
-            f"{CHECKPOINT_FILE} lists only {len(tensors)} tensors"
-        )
     graph, state = nnx.split(Decoder.abstract(config))
-
-    def dtype_of(name: str) -> str:
-        if name not in tensors:
-            raise CheckpointError(f"{path / CHECKPOINT_FILE} lacks {name}, which config.json needs")
-        return tensors[name][1]
-
-    like = with_dtypes(state, dtype_of)
     check_tensors({name: shape for name, (shape, _) in tensors.items()}, state, config, path)
+    dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
+    like = with_dtypes(state, dtypes.__getitem__)
     try:
         state = _restore(path / _PARAMS, like)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path / _PARAMS} cannot be restored: {reason}") from error
-    dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
     return Opened(nnx.merge(graph, state), path, dtypes, None)
 
 
