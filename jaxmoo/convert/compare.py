@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoo.convert.models import kind_of, open_model
+from jaxmoo.convert.kinds import kind_of
+from jaxmoo.convert.models import open_model
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.load import progress
 from jaxmoo.hf.save import Tensor, model_tensors

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from ml_dtypes import bfloat16
 
-from jaxmoo.convert.models import kind_of, stored_tensors
+from jaxmoo.convert.kinds import kind_of
+from jaxmoo.convert.models import stored_tensors
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json

@@ -18,23 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
+from jaxmoo.convert.kinds import CHECKPOINT_FILE, base_of, kind_of
+from jaxmoo.convert.params import restore_params, save_params, spread
 from jaxmoo.data.ending import NO_ENDING, ending_token
-from jaxmoo.digests import note_own_digests
-from jaxmoo.errors import CheckpointError, JaxmooError
+from jaxmoo.errors import CheckpointError
 from jaxmoo.evaluate.fingerprint import fingerprint
-from jaxmoo.hf.adapter import (
-    Adapters,
-    describe_adapter,
-    is_adapter,
-    load_adapter,
-    save_adapter,
-)
+from jaxmoo.hf.adapter import describe_adapter, load_adapter, save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory, read_unchanged
 from jaxmoo.hf.generation import left_to_callers
@@ -51,30 +45,25 @@ from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.hf.weights import DTYPES, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, add_adapters, merge_adapters
-from jaxmoo.models.paths import named_leaves, segments_for, trainable_filter
+from jaxmoo.models.paths import segments_for, trainable_filter
 from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.train.config import Config
 from jaxmoo.train.config import load_config as load_run_config
 from jaxmoo.train.data import chat_tokenizer, read_template
 from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.gradients import STACKED
 from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.provenance import check_base, check_settings
 
 __all__ = [
-    "CHECKPOINT_FILE",
     "Opened",
     "from_hf",
-    "kind_of",
     "open_model",
-    "source_of",
+    "stored_tensors",
     "to_adapter",
     "to_hf",
-    "tokenizer_of",
 ]
 
-CHECKPOINT_FILE = "checkpoint.json"
 _PARAMS = "params"
 
 
@@ -117,7 +106,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
     source, out = Path(source), Path(out)
     first_process(lambda: check_target(out))
     _check_tokenizer(source)
-    model = load_model(source, param_dtype=None, shardings=_shardings)
+    model = load_model(source, param_dtype=None, shardings=spread)
     params = nnx.state(model)
     stored = Weights(source)
     tensors = {
@@ -135,7 +124,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
     with new_directory(out) as directory:
         first_process(lambda: check_space(directory, size))
         say(f"Writing {size / 1e9:.2f} GB of parameters ...")
-        _save(directory / _PARAMS, params, out)
+        save_params(directory / _PARAMS, params, out)
         first_process(write_rest)
 
 
@@ -228,86 +217,6 @@ def to_adapter(
         say(f"Note: {note}")
 
 
-def kind_of(path: Path) -> str:
-    """Tell what a directory is: "run", "checkpoint", "adapter" (in PEFT format) or "hf".
-
-    Raises:
-      CheckpointError: when it is none of them.
-    """
-    path = Path(path)
-    if RunDirectory(path).config.is_file():
-        return "run"
-    if (path / CHECKPOINT_FILE).is_file():
-        return "checkpoint"
-    if is_adapter(path):
-        return "adapter"
-    if (path / "config.json").is_file():
-        return "hf"
-    run = path.absolute().parent.parent
-    if (
-        RunDirectory(run).checkpoints == path.absolute().parent
-        and RunDirectory(run).config.is_file()
-    ):
-        raise CheckpointError(
-            f"{path} is one checkpoint of a training run: name the run, {run}, and step {path.name}"
-        )
-    raise CheckpointError(
-        f"{path} is not a model: expected a Hugging Face directory (config.json), adapters in PEFT "
-        f"format (adapter_config.json), a checkpoint directory ({CHECKPOINT_FILE}) or the output "
-        "of a training run (config.yaml)"
-    )
-
-
-def source_of(path: Path, *, base: str | None = None) -> Path:
-    """Find the directory with the config and tokenizer of a model of any kind; reads no weights.
-
-    Args:
-      path: a Hugging Face directory, adapters, a checkpoint directory or a training run.
-      base: see `to_hf`.
-
-    Raises:
-      CheckpointError: when the directory is of no kind.
-      ConfigError, DownloadError: when the model that a run began with is not to be had.
-    """
-    path = Path(path)
-    kind = kind_of(path)
-    if kind == "adapter":
-        return _base_of(path, describe_adapter(path), base)
-    if kind != "run":
-        return path
-    return resolve_source(base or load_run_config(RunDirectory(path).config).model.source)
-
-
-def tokenizer_of(path: Path, source: Path) -> Path:
-    """Return the directory with the tokenizer of a model.
-
-    Args:
-      path: the model's directory, of any kind.
-      source: from `source_of`.
-
-    Returns:
-      ``source``, but for adapters that have a tokenizer of their own beside them.
-    """
-    own = kind_of(path) == "adapter" and (Path(path) / "tokenizer.json").is_file()
-    return Path(path) if own else source
-
-
-def _base_of(path: Path, adapters: Adapters, base: str | None) -> Path:
-    """The directory of the model that adapters belong to."""
-    if base is None and adapters.base is None:
-        raise CheckpointError(
-            f"{path} does not say which model its adapters belong to (base_model_name_or_path in "
-            "adapter_config.json): name it with --base"
-        )
-    try:
-        return resolve_source(base or adapters.base)
-    except JaxmooError as error:
-        raise CheckpointError(
-            f"the adapters in {path} belong to the model {base or adapters.base!r}, which is not "
-            f"to be had: {error}\nIf it has moved, name it with --base."
-        ) from error
-
-
 def open_model(
     path: Path,
     *,
@@ -341,7 +250,7 @@ def open_model(
     if kind == "checkpoint":
         return read_unchanged(lambda: _read_checkpoint(path), path)
     weights = Weights(path)
-    model = load_model(path, param_dtype=None, shardings=_shardings)
+    model = load_model(path, param_dtype=None, shardings=spread)
     return Opened(model, path, {name: weights.dtype(name) for name in weights.names()}, None)
 
 
@@ -374,7 +283,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _open_adapter(path: Path, base: str | None) -> Opened:
     """A model with the adapters of a directory in PEFT format merged into it."""
     found = describe_adapter(path)
-    source = _base_of(path, found, base)
+    source = base_of(path, found, base)
     config = load_config(source)
     if found.layers[-1] >= config.num_hidden_layers:
         raise CheckpointError(
@@ -383,10 +292,10 @@ def _open_adapter(path: Path, base: str | None) -> Opened:
         )
     pattern = rf"^layers\.({'|'.join(map(str, found.layers))})\."
     segments = segments_for(config, pattern)
-    model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=spread)
     add_adapters(model, found.lora, found.layers)
     graph, abstract, rest = nnx.split(model, trainable_filter(ADAPTERS), ...)
-    model = nnx.merge(graph, load_adapter(path, abstract, found.lora, _shardings(abstract)), rest)
+    model = nnx.merge(graph, load_adapter(path, abstract, found.lora, spread(abstract)), rest)
     merge_adapters(model)
     weights = Weights(source)
     template = path / "chat_template.jinja"
@@ -407,7 +316,7 @@ def _read_checkpoint(path: Path) -> Opened:
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
     like = with_dtypes(state, dtypes.__getitem__)
     try:
-        state = _restore(path / _PARAMS, like)
+        state = restore_params(path / _PARAMS, like)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.
     except Exception as error:
         reason = str(error).split("\n")[0]
@@ -436,7 +345,7 @@ def _open_run(
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
     architecture = load_config(source)
     segments = run_segments(config, architecture)
-    model = load_model(source, segments=segments, param_dtype=None, shardings=_shardings)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=spread)
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:
@@ -455,7 +364,7 @@ def _open_run(
     )
     if note := unchecked(run.checkpoints, step, about):
         say(note)
-    restore = functools.partial(_restore, like=like, within=within)
+    restore = functools.partial(restore_params, like=like, within=within)
     trained = read_item(run.checkpoints, step, STATE, restore)
     weights = Weights(source)
     return Opened(
@@ -474,76 +383,3 @@ def _stop(source: Path, config: Config) -> tuple[int, ...]:
         return ()
     ending = ending_token(chat_tokenizer(source, config.data)[0])
     return () if ending is None else (ending,)
-
-
-def _shardings(state: nnx.State) -> Any:
-    """Spread parameters over all devices."""
-    everything = mesh.make_mesh(1)
-    return mesh.parameter_shardings(everything, state, stacked=STACKED)
-
-
-def _nested(state: nnx.State) -> dict[str, Any]:
-    """A state as nested dicts, which is how it is stored."""
-    tree: dict[str, Any] = {}
-    for path, leaf in named_leaves(state):
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def _checkpointer(params: nnx.State) -> ocp.Checkpointer:
-    """Orbax, told to hold no more in the host's memory at a time than the largest array needs."""
-    most = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // 10**9 + 1
-    handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=most,
-        restore_concurrent_gb=most,
-        save_device_host_concurrent_gb=most,
-    )
-    return ocp.Checkpointer(handler)
-
-
-def _save(path: Path, params: nnx.State, out: Path) -> None:
-    """Write parameters as they lie on the devices; ``out`` is where they will be found."""
-    try:
-        with _checkpointer(params) as checkpointer:
-            checkpointer.save(path.absolute(), _nested(params))
-        if jax.process_count() > 1:
-            note_own_digests(path)
-    except OSError:
-        raise
-    # The library wraps what the system says, such as that the disk is full, in errors of its own.
-    except Exception as error:
-        raise CheckpointError(
-            f"{out} could not be written: {error}. Nothing was left behind. Check that the disk "
-            "has room and the path can be written to."
-        ) from error
-
-
-def _restore(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.State:
-    """Read parameters, or those under one name of a larger checkpoint, straight into place."""
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        like,
-        _shardings(like),
-    )
-    # A run stores the state itself, with NNX's own keys; ours are nested dicts.
-    item: Any = _nested(like) if within is None else {within: like}
-    arguments = ocp.checkpoint_utils.construct_restore_args(item)
-    with _checkpointer(like) as checkpointer:
-        found = checkpointer.restore(
-            path.absolute(),
-            args=ocp.args.PyTreeRestore(
-                item=item, restore_args=arguments, partial_restore=within is not None
-            ),
-        )
-    if within is not None:
-        return found[within]
-    leaves = []
-    for keys, _ in named_leaves(like):
-        node = found
-        for key in keys:
-            node = node[key]
-        leaves.append(node)
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxmoo.convert.models import open_model, source_of, tokenizer_of
+from jaxmoo.convert.kinds import source_of, tokenizer_of
+from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.clock import is_date
 from jaxmoo.data.ending import NO_ENDING, ending_token

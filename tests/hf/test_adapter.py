@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 import tiny_models
 from closeness import relative_error
 from jaxmoo.convert.describe import describe
-from jaxmoo.convert.models import kind_of, open_model, source_of, to_hf
+from jaxmoo.convert.kinds import kind_of, source_of
+from jaxmoo.convert.models import open_model, to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import ModelCard, load_adapter, load_model, save_adapter, save_model
 from jaxmoo.hf.adapter import peft_tensor
