@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.convert.kinds import CHECKPOINT_FILE, base_of, kind_of
+from jaxmoo.convert.kinds import CHECKPOINT_FILE, base_of, kind_of, tokenizer_of
 from jaxmoo.convert.params import restore_params, save_params, spread
 from jaxmoo.data.ending import NO_ENDING, ending_token
 from jaxmoo.errors import CheckpointError
@@ -41,8 +41,9 @@ from jaxmoo.hf.save import (
     save_model,
 )
 from jaxmoo.hf.source import resolve_source
-from jaxmoo.hf.tokenizer import load_tokenizer
+from jaxmoo.hf.tokenizer import check_tokenizer, load_tokenizer
 from jaxmoo.hf.weights import DTYPES, Weights
+from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, add_adapters, merge_adapters
 from jaxmoo.models.paths import segments_for, trainable_filter
@@ -105,7 +106,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
     """
     source, out = Path(source), Path(out)
     first_process(lambda: check_target(out))
-    _check_tokenizer(source)
+    _check_tokenizer(source, load_config(source))
     model = load_model(source, param_dtype=None, shardings=spread)
     params = nnx.state(model)
     stored = Weights(source)
@@ -160,7 +161,8 @@ def to_hf(
     out = Path(out)
     first_process(lambda: check_target(out))
     opened = open_model(Path(source), step=step, base=base, say=say)
-    _check_tokenizer(opened.source)
+    tokenizer = tokenizer_of(Path(source), opened.source)
+    _check_tokenizer(tokenizer, opened.model.config)
     save_model(
         opened.model,
         out,
@@ -170,15 +172,16 @@ def to_hf(
         card=opened.card,
         chat_template=opened.chat_template,
         stop=opened.stop,
+        tokenizer=tokenizer,
     )
     if kind_of(Path(source)) == "run" and not opened.stop:
         say(NO_ENDING)
 
 
-def _check_tokenizer(source: Path) -> None:
-    """Raise unless the tokenizer that goes with a model, if there is one, fits it."""
-    if (source / "tokenizer.json").is_file():
-        load_tokenizer(source)
+def _check_tokenizer(path: Path, config: DecoderConfig) -> None:
+    """Raise unless the tokenizer in a directory, if there is one, fits a model."""
+    if (path / "tokenizer.json").is_file():
+        check_tokenizer(load_tokenizer(path), config.vocab_size, path)
 
 
 def to_adapter(

@@ -42,8 +42,8 @@ __all__ = [
 MAX_SHARD_BYTES = 5 * 10**9
 
 # What else makes up a model directory; copied as it is where the source has it.
-_COPIED = (
-    "generation_config.json",
+_COPIED = ("generation_config.json", "LICENSE")
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -53,7 +53,6 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
 )
 
 
@@ -67,6 +66,7 @@ def save_model(
     card: ModelCard | None = None,
     chat_template: str | None = None,
     stop: Sequence[int] = (),
+    tokenizer: Path | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that loads without jaxmoo.
 
@@ -87,6 +87,7 @@ def save_model(
       card: what the README.md in the directory shall say; by default there is none.
       chat_template: the chat template, where it is not the one in ``source``.
       stop: tokens that end a generated text beside those that do in ``source``.
+      tokenizer: the directory with the tokenizer, where it is not ``source``.
 
     Raises:
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
@@ -113,7 +114,7 @@ def save_model(
     def write(directory: Path, tensors: Sequence[Tensor]) -> None:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
         (directory / "config.json").write_text(config, "utf-8")
-        copy_companions(source, directory)
+        copy_companions(source, directory, tokenizer=tokenizer)
         if generation is not None:
             (directory / "generation_config.json").write_text(generation, "utf-8")
         if chat_template is not None:
@@ -177,11 +178,12 @@ def _write_together(
     agree(failure)
 
 
-def copy_companions(source: Path, directory: Path) -> None:
+def copy_companions(source: Path, directory: Path, *, tokenizer: Path | None = None) -> None:
     """Copy what else makes up a model directory: tokenizer, generation config, chat template."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    origins = dict.fromkeys(_COPIED, source) | dict.fromkeys(_TOKENIZER, tokenizer or source)
+    for name, origin in origins.items():
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, directory / name)
 
 
 def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:

@@ -21,12 +21,20 @@ from jaxmoo.convert.describe import describe
 from jaxmoo.convert.kinds import kind_of, source_of
 from jaxmoo.convert.models import open_model, to_hf
 from jaxmoo.errors import CheckpointError
-from jaxmoo.hf import ModelCard, load_adapter, load_model, save_adapter, save_model
+from jaxmoo.hf import (
+    ModelCard,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    save_model,
+)
 from jaxmoo.hf.adapter import peft_tensor
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.models import LoRA, add_adapters, language_loss, merge_adapters, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, PROJECTIONS
 from tiny_models import by_logical_path, tokens_and_mask
+from tiny_tokenizer import bytes_tokenizer, chat_tokenizer
 
 TOLERANCE = 1e-5
 WEIGHTS = "adapter_model.safetensors"
@@ -188,6 +196,22 @@ def test_a_directory_of_adapters_is_the_model_they_belong_to(name, request, tmp_
     for tensor, value in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert relative_error(value, expected[tensor].numpy()) < 1e-6, tensor
     assert "rank    4" in describe(named)
+
+
+def test_a_tokenizer_beside_adapters_goes_with_the_merged_model(everywhere: Case, tmp_path: Path):
+    base = tmp_path / "base"
+    tiny_models.save("qwen2", base, vocab_size=260)
+    chat_tokenizer("the base's {{ messages }}").save_pretrained(base)
+    path = shutil.copytree(everywhere.adapter, tmp_path / "adapter")
+    to_hf(path, tmp_path / "plain", base=str(base))
+    assert len(load_tokenizer(tmp_path / "plain")) == 259
+    bytes_tokenizer(["<s>"], chat_template="their {{ messages }}").save_pretrained(path)
+    to_hf(path, tmp_path / "merged", base=str(base))
+    merged = load_tokenizer(tmp_path / "merged")
+    assert (len(merged), merged.chat_template) == (257, "their {{ messages }}")
+    bytes_tokenizer(list("äöüß☃")).save_pretrained(path)
+    with pytest.raises(CheckpointError, match="adapter do not belong together"):
+        to_hf(path, tmp_path / "larger", base=str(base))
 
 
 def test_adapters_that_do_not_tell_their_model_need_a_base(somewhere: Case, tmp_path: Path):
