@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,18 +36,27 @@ def fingerprint(
     """
     leaves = named_leaves(params if isinstance(params, nnx.State) else nnx.state(params))
     stacked = tuple(path[0] == "layers" for path, _ in leaves)
-    dtypes = [jnp.dtype(dtype or x.dtype) for _, x in leaves]
-
-    def checksums(arrays: list[jax.Array]) -> list[jax.Array]:
-        return [_checksums(x.astype(d), s) for x, d, s in zip(arrays, dtypes, stacked, strict=True)]
-
-    found = jax.device_get(jax.jit(checksums, out_shardings=everywhere)([x for _, x in leaves]))
+    dtypes = tuple(jnp.dtype(dtype or x.dtype) for _, x in leaves)
+    checksums = _all_checksums(dtypes, stacked, everywhere)
+    found = jax.device_get(checksums([x for _, x in leaves]))
     lines = [
         f"{name} {dtype.name} {number}"
         for (path, x), dtype, numbers in zip(leaves, dtypes, found, strict=True)
         for name, number in zip(logical_paths(path, x.shape), np.atleast_1d(numbers), strict=True)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _all_checksums(
+    dtypes: tuple[Any, ...], stacked: tuple[bool, ...], everywhere: Sharding | None
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """One program for all models alike."""
+
+    def checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+        return [_checksums(x.astype(d), s) for x, d, s in zip(arrays, dtypes, stacked, strict=True)]
+
+    return jax.jit(checksums, out_shardings=everywhere)
 
 
 def _checksums(x: Any, stacked: bool) -> jax.Array:
