@@ -231,7 +231,6 @@ def check_tensors(
     Raises:
       CheckpointError: some are missing, left over or of another shape; it names all of them.
     """
-    # Before that many names are made up: the config may be damaged or forged.
     if config.num_hidden_layers > len(found):
         raise CheckpointError(
             f"the config in {path} says num_hidden_layers={config.num_hidden_layers}, but its "

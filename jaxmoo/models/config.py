@@ -13,6 +13,7 @@ from jaxmoo.errors import ConfigError, did_you_mean, shown
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LARGEST = 2**31 - 1  # rows and positions are numbered in 32 bits
 _LARGEST_HEAD = 2**16  # its rotary frequencies are written into the program
+_MOST_LAYERS = 10_000  # each of them has parameters by name
 _MOST_PARAMETERS = 2**50  # more than any machine holds
 
 
@@ -113,6 +114,7 @@ class DecoderConfig:
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a "
                 f"multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
+        _check_size("num_hidden_layers", self.num_hidden_layers, _MOST_LAYERS)
         _check_size("head_dim", self.head_dim, _LARGEST_HEAD)
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")

@@ -26,8 +26,6 @@ __all__ = [
     "trainable_filter",
 ]
 
-_MOST_LAYERS = 10_000
-
 
 def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:
     """Names of the parameters held by one leaf of a `Decoder`.
@@ -68,16 +66,7 @@ def named_leaves(state: nnx.State) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def parameter_paths(config: DecoderConfig) -> list[str]:
-    """Logical paths of all parameters of a model, in no particular order.
-
-    Raises:
-      ConfigError: the model has more layers than any; its config may be damaged or forged.
-    """
-    if config.num_hidden_layers > _MOST_LAYERS:
-        raise ConfigError(
-            f"model config: num_hidden_layers is {config.num_hidden_layers}, and models of more "
-            f"than {_MOST_LAYERS} layers are not supported"
-        )
+    """Logical paths of all parameters of a model, in no particular order."""
     return [
         name
         for path, leaf in named_leaves(nnx.state(Decoder.abstract(config)))

@@ -223,7 +223,8 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"llama.embedding_length": (8, U32)}, r"embed_tokens.weight: expected shape \[4, 8\]"),
         ({"llama.feed_forward_length": (4.0, F32)}, "feed_forward_length' must be .*found 4.0"),
         ({"llama.block_count": (2, U32)}, r"missing: model\.layers\.1\.input_layernorm\.weight"),
-        ({"llama.block_count": (10**9, U32)}, "num_hidden_layers=1000000000, but its weights are"),
+        ({"llama.block_count": (10**4, U32)}, "num_hidden_layers=10000, but its weights are"),
+        ({"llama.block_count": (10**9, U32)}, "num_hidden_layers must be at most 10000"),
         ({"llama.context_length": (0, U32)}, "context_length' must be a positive integer, found 0"),
         ({"llama.context_length": None}, "the field 'llama.context_length' is missing"),
         *(
