@@ -80,7 +80,8 @@ class LoRA:
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if not (number and 0 < self.alpha < _MOST_ALPHA):
             raise ConfigError(
-                f"alpha of adapters must be a number above 0, found {shown(self.alpha)}."
+                f"alpha of adapters must be a number above 0 and below {_MOST_ALPHA:g}, found "
+                f"{shown(self.alpha)}."
             )
         if not self.targets:
             raise ConfigError(f"no projections to adapt: name some of {', '.join(PROJECTIONS)}.")
