@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from jaxmoo.atomic import replace_text
-from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.data.clock import is_date
+from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
 from jaxmoo.outputs import check_writable
 
@@ -91,7 +92,10 @@ class ResultStore:
         for file in sorted(self.directory.glob("*.json")):
             identity = _read(file).get("identity")
             if isinstance(identity, dict):
-                return identity.get("date")
+                date = identity.get("date")
+                if date is not None and not (isinstance(date, str) and is_date(date)):
+                    raise _damaged(file, f"its date is {shown(date)}")
+                return date
         return None
 
     def stored(self, language: str, identity: Mapping[str, Any]) -> LanguageResult | None:

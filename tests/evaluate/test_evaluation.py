@@ -205,6 +205,18 @@ def test_an_evaluation_goes_on_with_the_date_it_began_with(dated):
     assert main([*dated, "--date", "yesterday"]) == 2
 
 
+def test_a_stored_date_that_is_none_is_damage(dated, capsys):
+    file = Path(dated[-1]).with_name("results.examples") / "en.json"
+    good = file.read_text()
+    content = json.loads(good)
+    for date in ("yesterday", 20200203):
+        content["identity"]["date"] = date
+        file.write_text(json.dumps(content))
+        assert main(dated) == 2
+        assert f"{file} is damaged (its date is {date!r})" in capsys.readouterr().err
+    file.write_text(good)
+
+
 def test_adapters_are_scored_on_the_model_they_name(chat_model, topics, tokenizer, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     torch.manual_seed(0)
