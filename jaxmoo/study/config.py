@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.train import schema
+from jaxmoo.train import schema, schema_reading
 from jaxmoo.train.schema import MISSING, Range, setting
 
 __all__ = ["MeasureConfig", "StudyConfig", "help_text", "load_study"]
@@ -98,7 +98,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
       ConfigError: the file is missing or not YAML; or settings are unknown, missing, of the wrong
         type, out of range or contradict each other: the message lists them.
     """
-    study = schema.load(StudyConfig, path, overrides)
+    study = schema_reading.load(StudyConfig, path, overrides)
     try:
         schema.raise_problems(_problems(study))
     except ConfigError as error:
