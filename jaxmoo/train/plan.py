@@ -20,7 +20,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoo import mesh
-from jaxmoo.data import batch_spec
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
@@ -32,7 +31,7 @@ from jaxmoo.train.config import Config
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.parameters import check_model, run_segments, split_model
-from jaxmoo.train.setup import make_run_mesh
+from jaxmoo.train.setup import make_run_mesh, step_spec
 from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 
 __all__ = [
@@ -212,7 +211,7 @@ def abstract_step(
     """
     check_model(config, architecture)
     device_mesh = make_run_mesh(config)
-    model, data = config.model, config.data
+    model = config.model
     decoder = Decoder.abstract(
         architecture,
         segments=run_segments(config, architecture),
@@ -232,17 +231,10 @@ def abstract_step(
     state = abstract_state(
         source, optimizer, params, device_mesh, ema=config.optimizer.ema is not None
     )
-    spec = batch_spec(
-        data.step_languages,
-        data.batch_size,
-        data.sequence_length,
-        packing=data.packing,
-        sampled=data.samples,
-    )
     rows = mesh.batch_sharding(device_mesh)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in spec.items()
+        for name, (shape, dtype) in step_spec(config.data).items()
     }
     function = compiled_step(source, optimizer, state, device_mesh, ema=config.optimizer.ema)
     return AbstractStep(function, (state, frozen, batch), source, device_mesh)

@@ -27,7 +27,7 @@ from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.outputs import typed_path
 from jaxmoo.train.condition import check_finite, examine
-from jaxmoo.train.config import Config
+from jaxmoo.train.config import Config, DataConfig
 from jaxmoo.train.data import load_data
 from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
 from jaxmoo.train.lora import lora_of
@@ -36,7 +36,7 @@ from jaxmoo.train.parameters import check_model, run_segments, split_model
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "make_run_mesh", "prepare", "step_spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,17 @@ def make_run_mesh(config: Config) -> Mesh:
     return device_mesh
 
 
+def step_spec(data: DataConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the arrays of a step's batch, as :func:`~jaxmoo.data.batch_spec` does."""
+    return batch_spec(
+        data.step_languages,
+        data.batch_size,
+        data.sequence_length,
+        packing=data.packing,
+        sampled=data.samples,
+    )
+
+
 def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     """Load data and model and build the training step.
 
@@ -124,14 +135,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     """
     data, model = config.data, config.model
     device_mesh = make_run_mesh(config)
-    spec = batch_spec(
-        data.step_languages,
-        data.batch_size,
-        data.sequence_length,
-        packing=data.packing,
-        sampled=data.samples,
-    )
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
+    everywhere = NamedSharding(device_mesh, P())
+    arrays = step_spec(data).values()
+    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
     what = "a batch of data.batch_size x data.sequence_length x languages"
     check_host_memory(size // jax.process_count(), what)
     source = resolve_source(model.source)
@@ -163,7 +169,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     if adapters is not None:
         params = adapters
 
-    _check_weights(config, source, params, frozen, NamedSharding(device_mesh, P()))
+    _check_weights(config, source, params, frozen, everywhere)
 
     def merge(params: Any, frozen: Any) -> Decoder:
         return nnx.merge(graph, params, frozen)
@@ -177,7 +183,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     return Setup(
         source=source,
         model=architecture,
-        base=fingerprint(frozen, NamedSharding(device_mesh, P())),
+        base=fingerprint(frozen, everywhere),
         corpus=loaded.corpus,
         batches=loaded.batches,
         pad_id=loaded.batches.pad_id,
@@ -188,7 +194,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         step=compiled_step(gradients, optimizer, state, device_mesh, ema=config.optimizer.ema),
         nll=jax.jit(
             lambda params, frozen, batch: token_nll(merge(params, frozen), batch),
-            out_shardings=NamedSharding(device_mesh, P()),
+            out_shardings=everywhere,
         ),
         merge=merge,
         ending=ending_token(loaded.tokenizer),
