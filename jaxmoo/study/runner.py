@@ -26,7 +26,7 @@ from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import summary
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
 from jaxmoo.train.compiled import kept_programs
-from jaxmoo.train.config import Config
+from jaxmoo.train.config import Config, dated
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.provenance import versions
 from jaxmoo.train.run import train
@@ -85,9 +85,8 @@ def run_missing(
 
 def _on_day(cell: Cell, rows: Sequence[dict[str, Any]]) -> Cell:
     """A run on the date with which its study began, for chat templates that read the clock."""
-    date = cell.config.data.date or next((row["date"] for row in rows if row.get("date")), None)
-    data = dataclasses.replace(cell.config.data, date=date)
-    return dataclasses.replace(cell, config=dataclasses.replace(cell.config, data=data))
+    date = next((row["date"] for row in rows if row.get("date")), None)
+    return dataclasses.replace(cell, config=dated(cell.config, date))
 
 
 def _run(study: StudyConfig, cell: Cell) -> dict[str, Any]:

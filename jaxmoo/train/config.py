@@ -36,7 +36,9 @@ __all__ = [
     "ResolveConfig",
     "SamplingConfig",
     "TrainConfig",
+    "dated",
     "differences",
+    "differences_from_yaml",
     "help_text",
     "load_config",
     "schema_markdown",
@@ -372,6 +374,12 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         and not (name == "train.steps" and steps_free)
         and not (name == "data.date" and before[name] is None)
     ]
+
+
+def dated(config: Config, date: str | None) -> Config:
+    """Return settings with a date, where they give none."""
+    data = dataclasses.replace(config.data, date=config.data.date or date)
+    return dataclasses.replace(config, data=data)
 
 
 def to_yaml(config: Config) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from jaxmoo.atomic import replace_text
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.outputs import check_writable, typed_path
-from jaxmoo.train.config import Config, differences, load_config, to_yaml
+from jaxmoo.train.config import Config, dated, differences, load_config, to_yaml
 from jaxmoo.train.distributed import barrier, is_first
 
 __all__ = ["RunDirectory"]
@@ -71,8 +70,7 @@ class RunDirectory:
         """Return settings with the date that the run here began with, where they give none."""
         if config.data.date is not None or not self.config.is_file():
             return config
-        date = load_config(self.config).data.date
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
+        return dated(config, load_config(self.config).data.date)
 
     def check(self, config: Config) -> None:
         """Raise unless a run with these settings may start, or resume, here.

@@ -17,7 +17,7 @@ from jaxmoo.sizes import format_size
 from jaxmoo.train.checkpoint import Checkpoints, unchecked
 from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.train.condition import check_finite, examine, largest
-from jaxmoo.train.config import Config, to_yaml
+from jaxmoo.train.config import Config, dated, to_yaml
 from jaxmoo.train.directory import RunDirectory
 from jaxmoo.train.distributed import check_same, is_first
 from jaxmoo.train.evaluation import evaluate
@@ -72,9 +72,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
             distrust_on_cpus()
             setup = prepare(config, say)
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, date=config.data.date or setup.date)
-            )
+            config = dated(config, setup.date)
             say(_plan(config, setup))
         with (
             HangTimeout(config.train.hang_timeout) as hang,
@@ -106,7 +104,7 @@ def _train(job: Job) -> dict[str, Any]:
 
 
 def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
-    """Raise where no language's loss is finite before the first step, which then is in vain."""
+    """Raise where losses before the first step would end the run after it."""
     config, setup = job.config, job.setup
     bad = [code for code in config.data.seen if not math.isfinite(before[code].nll)]
     if bad and (config.resolve.nonfinite == "raise" or len(bad) == len(config.data.seen)):
@@ -123,19 +121,19 @@ def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
 
 def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """Return the state to begin with and the steps it has behind it."""
-    state, done = job.setup.state, checkpoints.latest()
+    setup = job.setup
+    state, done = setup.state, checkpoints.latest()
     if done is None:
         return state, 0
     described = checkpoints.about(done)
-    setup = job.setup
     check_settings(described, done, job.config)
     check_base(described, done, setup.model, setup.base, job.config.model.source)
-    check_data(described, job.setup)
+    check_data(described, setup)
+    if note := unchecked(job.directory.checkpoints, done, described):
+        job.say(note)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     # There is not always room for two.
     jax.tree.map(lambda x: x.delete(), state)
-    if note := unchecked(job.directory.checkpoints, done, described):
-        job.say(note)
     state = checkpoints.restore(done, shapes)
     check_finite(
         examine(
