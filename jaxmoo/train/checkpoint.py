@@ -69,14 +69,19 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
         digests = read_digests(path)
     except CheckpointError as error:
         raise CheckpointError(f"{says}: {error}.\n{advice}") from None
-    if digests is not None and digests.about.get("step") != step:
-        raise CheckpointError(
-            f"The checkpoint {directory / str(step)} is that of step {digests.about.get('step')}: "
-            "it was renamed or copied. Give it its own name again, or remove that directory."
-        )
+    if digests is not None:
+        _check_step(directory, step, digests.about.get("step"))
     files = {} if digests is None else digests.files
     files = {name: digest for name, digest in files.items() if name.startswith(f"{item}/")}
     return read_checked(lambda: read(path / item), path, files, says=says, advice=advice)
+
+
+def _check_step(directory: Path, step: int, found: Any) -> None:
+    if found != step:
+        raise CheckpointError(
+            f"The checkpoint {directory / str(step)} is that of step {found}: it was renamed or "
+            "copied. Give it its own name again, or remove that directory."
+        )
 
 
 def unchecked(directory: Path, step: int, about: Mapping[str, Any]) -> str | None:
@@ -121,6 +126,8 @@ def read_about(directory: Path, step: int) -> dict[str, Any]:
             f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object. "
             "Remove that directory; the run resumes from an older one, or from the beginning."
         )
+    # Those of earlier versions have no digests, which would say so, but may say it themselves.
+    _check_step(directory, step, about.get("step", step))
     return about
 
 

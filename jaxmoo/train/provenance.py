@@ -103,7 +103,7 @@ def check_settings(described: Mapping[str, Any], step: int, config: Config) -> N
 def check_base(
     described: Mapping[str, Any], step: int, model: DecoderConfig, base: str, source: str
 ) -> None:
-    """Raise unless a checkpoint is of the step it is said to be, and on top of a base model.
+    """Raise unless a checkpoint is on top of a base model.
 
     Args:
       described: what :func:`about` returned for it; what is not in it is not checked.
@@ -115,11 +115,6 @@ def check_base(
     Raises:
       CheckpointError: it is another's.
     """
-    if described.get("step", step) != step:
-        raise CheckpointError(
-            f"The checkpoint of step {step} says that it is that of step {described['step']}: it "
-            "was renamed or copied. Give it its own name again, or remove it."
-        )
     then, now = described.get("architecture", {}), architecture(model)
     changed = [
         f"{name} {then[name]!r} -> {now[name]!r}"

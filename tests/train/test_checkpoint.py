@@ -164,6 +164,10 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
             with pytest.raises(CheckpointError, match="9 is that of step 3: it was renamed"):
                 read(9)
         assert checkpoints.restore(3, state(0))["step"] == 3
+        # One of an earlier version says it itself.
+        (tmp_path / "9" / DIGESTS).unlink()
+        with pytest.raises(CheckpointError, match="9 is that of step 3: it was renamed"):
+            checkpoints.about(9)
 
 
 def test_damaged_notes_of_the_library_are_an_error_that_names_the_directory(tmp_path):
