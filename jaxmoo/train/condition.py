@@ -37,21 +37,21 @@ def examine(tree: Any, everywhere: Sharding) -> dict[str, Condition]:
     Returns:
       Conditions by path; a stack's have the numbers of its layers.
     """
-    found = {}
+    looks = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.size:
+            name = path_string(path)
+            stacked = x.ndim > 1 and _LAYERS.search(name) is not None
+            looks[name] = _examined(everywhere, stacked)(x)
+    found = {}
+    # The devices look at all of them before anybody waits for one.
+    for name, (sizes, sums) in jax.device_get(looks).items():
+        if not sizes.ndim:
+            found[name] = Condition(float(sizes), int(sums))
             continue
-        name = path_string(path)
-        layers = _LAYERS.search(name) if x.ndim > 1 else None
-        sizes, sums = jax.device_get(_examined(everywhere, layers is not None)(x))
-        for i, (size, checksum) in enumerate(
-            zip(np.atleast_1d(sizes), np.atleast_1d(sums), strict=True)
-        ):
-            here = name
-            if layers is not None:
-                start, stop = layers.span(1)
-                here = f"{name[:start]}{int(layers[1]) + i}{name[stop:]}"
-            found[here] = Condition(float(size), int(checksum))
+        start, stop = _LAYERS.search(name).span(1)
+        for i, (size, checksum) in enumerate(zip(sizes, sums, strict=True), int(name[start:stop])):
+            found[f"{name[:start]}{i}{name[stop:]}"] = Condition(float(size), int(checksum))
     return found
 
 
