@@ -80,7 +80,7 @@ def _forgiving() -> Iterator[None]:
 def forgiving_output(main: Callable[..., int]) -> Callable[..., int]:
     """Let a command end as its work does, whatever becomes of its output.
 
-    Letters that the output's encoding lacks are spelt (``→`` as ``->``, others as ``\\\\u4f60``);
+    Letters that the output's encoding lacks are spelt (``→`` as ``->``, others as ``\\u4f60``);
     what is written to a closed pipe, a full disk or a stream that is closed is lost.
 
     Args:

@@ -17,7 +17,7 @@ from jaxmoo.train.card import adapter_card, public_name, run_card
 from jaxmoo.train.config import Config
 from jaxmoo.train.data import read_template
 from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.distributed import barrier, from_first, is_first
+from jaxmoo.train.distributed import from_first, is_first
 from jaxmoo.train.job import Job
 
 __all__ = ["check_exports", "export"]
@@ -62,7 +62,6 @@ def export(job: Job, params: Any, step: int) -> None:
         if is_first() and recorded:
             job.say(f"{path} is gone, or empty: the model is exported again.")
         first_process(lambda path=path: _remove(path))
-        barrier("nothing is in the way of the export")
         model = job.setup.merge(params, job.setup.frozen)
         card = run_card(directory, config, step)
         if path == directory.adapter:
@@ -122,18 +121,15 @@ def _check_own(path: Path) -> None:
         digests = read_digests(path)
     except CheckpointError as error:
         raise ConfigError(f"{in_the_way} {error}. Move that directory away.") from None
-    own = set() if digests is None else {*digests.files, DIGESTS}
-    others = [name for name in files_below(path) if name not in own]
-    if others and digests is None:
-        raise ConfigError(
-            f"{in_the_way} holds files, and nothing says ({DIGESTS}) that a run has written them: "
-            f"{', '.join(others[:5])}. Move that directory away."
-        )
-    # It is there for people to edit.
-    if digests is not None and _CARD in digests.files and (path / _CARD).exists():
-        others += damaged_files(path, {_CARD: digests.files[_CARD]})
+    others = files_below(path)
+    fault = f"holds files, and nothing says ({DIGESTS}) that a run has written them"
+    if digests is not None:
+        others = [name for name in others if name not in digests.files and name != DIGESTS]
+        # It is there for people to edit.
+        if _CARD in digests.files and (path / _CARD).exists():
+            others += damaged_files(path, {_CARD: digests.files[_CARD]})
+        fault = "holds what no run has written there"
     if others:
         raise ConfigError(
-            f"{in_the_way} holds what no run has written there: {', '.join(others[:5])}. Move that "
-            "directory away."
+            f"{in_the_way} {fault}: {', '.join(others[:5])}. Move that directory away."
         )
