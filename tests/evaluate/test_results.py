@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+from damage import damages
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate.cli import main
 from jaxmoo.evaluate.compare import compare
@@ -28,15 +29,12 @@ def test_of_200_damages_to_an_evaluation_none_is_a_traceback(tmp_path):
     for file in (store.output, next(store.directory.iterdir())):
         good = file.read_bytes()
         whole = json.loads(good)
-        for number in range(100):
-            content = bytearray(good)
-            if number % 3 == 0:
-                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            elif number % 3 == 1:
-                del content[chance.randrange(len(content)) :]
-            else:
-                key, value = chance.choice(list(whole)), chance.choice([None, 3, "x", [], {"a": 1}])
-                content = json.dumps(whole | {key: value}).encode()
+
+        def replaced(whole=whole):
+            key, value = chance.choice(list(whole)), chance.choice([None, 3, "x", [], {"a": 1}])
+            return whole | {key: value}
+
+        for content in damages(good, chance, replaced):
             file.write_bytes(content)
             try:
                 compare(*[read_results(store.output)] * 2, resamples=100, seed=0)

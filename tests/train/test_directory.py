@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 
 import pytest
 
+from damage import damages
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.train.cli import main
@@ -61,18 +61,11 @@ def test_of_200_damages_to_results_and_scores_none_is_a_traceback(tmp_path):
     run.store_scores(3, {"ja": LanguageScore(2.5, 1.0, 10, 30, 2)})
     run.write_results({"steps": 3, "after": {"ja": LanguageScore(2.5, 1.0, 10, 30, 2).to_dict()}})
     chance, refused = random.Random(0), 0
+    others = [[], 3, None, {"ja": []}, {"ja": {"nll": "2"}}]
     scores = next(run.evaluation.iterdir())
     for file, read in ((scores, lambda: run.scores(3)), (run.results, run.exported_step)):
         good = file.read_bytes()
-        for number in range(100):
-            content = bytearray(good)
-            if number % 3 == 0:
-                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            elif number % 3 == 1:
-                del content[chance.randrange(len(content)) :]
-            else:
-                replaced = chance.choice([[], 3, None, {"ja": []}, {"ja": {"nll": "2"}}])
-                content = json.dumps(replaced).encode()
+        for content in damages(good, chance, lambda: chance.choice(others)):
             file.write_bytes(content)
             try:
                 read()
