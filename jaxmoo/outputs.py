@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -47,12 +47,14 @@ def check_writable(directory: Path, setting: str) -> None:
       ...     print(list(Path(folder).iterdir()))
       []
     """
-    made: list[Path] = []
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
-        for path in reversed([directory, *directory.parents]):
-            if not path.exists():
-                path.mkdir(exist_ok=True)
-                made.append(path)
+        if there != directory:
+            # In a place of its own: other processes of a run look at the same time.
+            parts = [part for part in directory.relative_to(there).parts if part != ".."]
+            with tempfile.TemporaryDirectory(dir=there) as place:
+                Path(place, *parts).mkdir(parents=True)
+            return
         if not directory.is_dir():
             raise ConfigError(f"{setting}: {directory} is a file; name a directory.")
         with tempfile.TemporaryFile(dir=directory):
@@ -62,8 +64,3 @@ def check_writable(directory: Path, setting: str) -> None:
             f"{setting}: nothing can be written to {directory}: {error.strerror}. Choose another "
             "place."
         ) from error
-    finally:
-        for path in reversed(made):
-            # Someone else may have begun to use it.
-            with contextlib.suppress(OSError):
-                path.rmdir()
