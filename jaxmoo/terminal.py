@@ -59,7 +59,7 @@ class _Forgiving:
 
 
 @contextlib.contextmanager
-def _forgiving() -> Iterator[None]:
+def _forgiving_streams() -> Iterator[None]:
     # A file that is opened later would get a number that is free, and what libraries write there.
     for number in (0, 1, 2):
         try:
@@ -94,7 +94,7 @@ def forgiving_output(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def command(*arguments: Any, **options: Any) -> int:
-        with _forgiving():
+        with _forgiving_streams():
             return main(*arguments, **options)
 
     return command
