@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 # What a checkpoint is made of, each in a directory of that name.
 STATE, ABOUT = "state", "about"
+_REMOVE = "remove that directory; the run resumes from an older one, or from the beginning."
 
 
 class UnsavedError(CheckpointError):
@@ -61,10 +62,7 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
     """
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
-    advice = (
-        "If it is damaged, remove that directory; the run resumes from an older one, or from the "
-        "beginning."
-    )
+    advice = f"If it is damaged, {_REMOVE}"
     try:
         digests = read_digests(path)
     except CheckpointError as error:
@@ -99,10 +97,7 @@ def unchecked(directory: Path, step: int, about: Mapping[str, Any]) -> str | Non
     if (path / DIGESTS).exists():
         return None
     if about.get("digests"):
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged: {DIGESTS} is missing. Remove that directory; the "
-            "run resumes from an older one, or from the beginning."
-        )
+        raise CheckpointError(f"The checkpoint {path} is damaged: {DIGESTS} is missing; {_REMOVE}")
     return (
         f"The checkpoint {path} has no digests ({DIGESTS}), as those of earlier versions: it is "
         "not checked for damage."
@@ -123,8 +118,8 @@ def read_about(directory: Path, step: int) -> dict[str, Any]:
         about = read_item(directory, step, ABOUT, reader.restore)
     if not isinstance(about, dict):
         raise CheckpointError(
-            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object. "
-            "Remove that directory; the run resumes from an older one, or from the beginning."
+            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object; "
+            f"{_REMOVE}"
         )
     # Those of earlier versions have no digests, which would say so, but may say it themselves.
     _check_step(directory, step, about.get("step", step))
