@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.sharding import varying
 
 # Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to
@@ -102,7 +103,7 @@ def cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
         y,
         ((contracted, contracted), ((1,), (1,))),
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(jnp.result_type(x, y), jnp.float32),
+        preferred_element_type=at_least_float32(jnp.result_type(x, y)),
     )
 
 
@@ -125,7 +126,7 @@ def _loop(x: jax.Array, start: int, stop: int) -> _Carry:
     k, sections, _ = x.shape
     per_section, columns = _per_section(x)
     dtype, zero, one = x.dtype, np.uint32(0), np.uint32(1)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     if dtype.itemsize == 2:
         # As integers, or the backend converts the whole array to float32 before the loop. It
         # still makes one copy, in 16 bits.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.cpu_grams import cross_grams, grams_by_slices
+from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.gpu_grams import grams_in_one_kernel
 from jaxmoo.sharding import varying
 
@@ -64,13 +65,15 @@ def section_grams(
     def whole(arrays: list[jax.Array]) -> list[jax.Array]:
         return [cross_grams(x, x) for x in arrays]
 
-    if partitioned is None:
-        partitioned = jax.device_count() > 1
-    if partitioned or not arrays:
+    if _is_partitioned(partitioned) or not arrays:
         return whole(list(arrays))
     if platform in ("gpu", "interpret"):
         return grams_in_one_kernel(arrays, interpret=platform == "interpret")
     return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
+
+
+def _is_partitioned(given: bool | None) -> bool:
+    return jax.device_count() > 1 if given is None else given
 
 
 def section_sizes(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
@@ -87,19 +90,17 @@ def section_sizes(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array
       >>> section_sizes(jnp.array([[[1.0, -2.0]], [[jnp.inf, 3.0]]])).tolist()
       [[2.0, inf]]
     """
-    if partitioned is None:
-        partitioned = jax.device_count() > 1
     x = jax.lax.stop_gradient(x.reshape(*x.shape[:2], -1))
 
     def size(x: jax.Array) -> jax.Array:
         return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))  # a maximum may pass over a NaN
 
-    if partitioned:
+    if _is_partitioned(partitioned):
         largest = jnp.max(size(x), axis=2, initial=0)
     else:  # in one reduction, or the entries' sizes would be copied
         zero = np.zeros((), x.dtype)
         largest = jax.lax.reduce(x, zero, lambda a, b: jnp.maximum(size(a), size(b)), (2,))
-    return largest.T.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return largest.T.astype(at_least_float32(x.dtype))
 
 
 def grams_in_range(
@@ -166,16 +167,14 @@ def scaled_grams(
       >>> scaled_grams(jnp.array([[[3e20, 4e20]]]), jnp.array([1e-20])).round(2).tolist()
       [[[25.0]]]
     """
-    if partitioned is None:
-        partitioned = jax.device_count() > 1
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     y = x if y is None else y
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         by = scale.astype(wide).reshape(1, -1, *(1,) * (x.ndim - 2))
         return cross_grams(x.astype(wide) * by, y.astype(wide) * by)
 
-    if partitioned:
+    if _is_partitioned(partitioned):
         return product(x, y)
     k, sections = x.shape[:2]
     x, y = x.reshape(k, sections, -1), y.reshape(k, sections, -1)
@@ -209,12 +208,10 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
       >>> weighted_sum(x, jnp.array([[0.5, 0.0]]))
       Array([[0.5, 1. ]], dtype=float32)
     """
-    if partitioned is None:
-        partitioned = jax.device_count() > 1
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     weights = weights.astype(wide)
     columns = weights.T.reshape(*weights.T.shape, *(1,) * (x.ndim - 2))  # [K, S, 1, ...]
-    if partitioned:
+    if _is_partitioned(partitioned):
         kept = jnp.where(columns != 0, x, 0)
         total = jax.lax.dot_general(
             weights,

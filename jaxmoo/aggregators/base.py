@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmoo.cross_entropy import at_least_float32
 from jaxmoo.errors import ConfigError
 
 State = Any  # a pytree of arrays
@@ -135,7 +136,7 @@ def prepare(
       The block as :class:`Prepared`.
     """
     gram = jnp.asarray(gram)
-    gram = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    gram = gram.astype(at_least_float32(gram.dtype))
     k = gram.shape[-1]
     diagonal = jnp.diagonal(gram)
     present = jnp.isfinite(diagonal)
@@ -208,7 +209,7 @@ def _weigh_block(aggregator, gram, state, key, active, preference):
     start = jax.tree.map(lambda x: _in_type(x, dtype), state)
     gram = ready.gram * ready.scale if aggregator.compares_steps else ready.gram
     weights, new = aggregator.weigh(gram, ready.active, ready.preference, start, key)
-    state = jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), new, state)
+    state = in_types_of(state, new)
     if aggregator.unit_scale:
         alone = jnp.sum(ready.active) == 1
         weights = jnp.where(alone, 1.0, weights)
@@ -222,6 +223,14 @@ def _in_type(x: Any, dtype: Any) -> jax.Array:
     """Numbers of a state in the type of a solve; counters stay as they are."""
     x = jnp.asarray(x)
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def in_types_of(before: State, after: State) -> State:
+    """Return a state in the types of the one before it, as loops over steps require.
+
+    Whatever type the gradients have.
+    """
+    return jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), after, before)
 
 
 def weigh_blocks(
@@ -333,7 +342,7 @@ def combine_block(
 
 
 def _combine_block(aggregator, jacobian, uniform, active, preference):
-    rows = jacobian.astype(jnp.promote_types(jacobian.dtype, jnp.float32))
+    rows = jacobian.astype(at_least_float32(jacobian.dtype))
     size = largest_entries(rows)
     preference = _importance(aggregator, preference, jacobian.shape[0])
     ready = prepare(jnp.diag(size), active, preference)
@@ -361,7 +370,7 @@ def largest_entries(jacobian: jax.Array) -> jax.Array:
       [2.0, nan]
     """
     largest = jnp.max(jnp.abs(jacobian), axis=1, initial=0)
-    largest = largest.astype(jnp.promote_types(jacobian.dtype, jnp.float32))
+    largest = largest.astype(at_least_float32(jacobian.dtype))
     # XLA's maximum of many numbers may pass over a NaN. Zero times a non-finite number is NaN, and
     # a sum keeps it.
     finite = jnp.isfinite(jnp.sum(jacobian * 0, axis=1))

@@ -11,6 +11,7 @@ import optax
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.parameters import check_number, reusable
+from jaxmoo.cross_entropy import at_least_float32
 
 
 @reusable
@@ -120,7 +121,7 @@ def track_gradients(
         rate = jnp.where(count == 1, 1.0, beta / count.astype(float) ** decay)
 
         def track(old, new):
-            wide = jnp.promote_types(old.dtype, jnp.float32)
+            wide = at_least_float32(old.dtype)
             step = rate.astype(wide) * (new.astype(wide) - old.astype(wide))
             # One bad batch must not stay in the estimate for ever.
             return jnp.where(jnp.isfinite(step), old + step, old).astype(old.dtype)
