@@ -94,20 +94,14 @@ def cr_mogm(
         )
 
     def init(num_objectives):
-        if given is not None:
-            return CrMogmState(
-                inner=inner.init(num_objectives),
-                average=jnp.asarray(given, float),
-                remaining=jnp.zeros(len(given)),
-                total=jnp.asarray(given.sum(), float),
-                total_remaining=jnp.zeros(()),
-            )
+        start = np.zeros(num_objectives) if given is None else given
+        remaining = float(given is None)
         return CrMogmState(
             inner=inner.init(num_objectives),
-            average=jnp.zeros(num_objectives),
-            remaining=jnp.ones(num_objectives),
-            total=jnp.zeros(()),
-            total_remaining=jnp.ones(()),
+            average=jnp.asarray(start, float),
+            remaining=jnp.full(len(start), remaining, float),
+            total=jnp.asarray(start.sum(), float),
+            total_remaining=jnp.full((), remaining, float),
         )
 
     def weigh(gram, active, preference, state, key):
