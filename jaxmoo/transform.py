@@ -13,6 +13,7 @@ import optax
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.aggregators.base import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
@@ -142,8 +143,9 @@ def resolve_conflicts(
     ) -> tuple[Any, ResolveConflictsState]:
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
+        idle = state._replace(step=optax.safe_increment(state.step))
         if not leaves:
-            return updates, state._replace(step=optax.safe_increment(state.step))
+            return updates, idle
         k = _check_objective_axis(updates, params, num_objectives)
         if second is not None and jax.tree.map(jnp.shape, second) != jax.tree.map(
             jnp.shape, updates
@@ -164,7 +166,7 @@ def resolve_conflicts(
                 "update the parameters that init had: how large an array is depends on its type."
             )
         if not any(x.size for x in leaves):
-            return jax.tree.map(lambda x: x.reshape(x.shape[1:]), updates), state
+            return jax.tree.map(lambda x: x.reshape(x.shape[1:]), updates), idle
         resolved = resolve(
             part,
             groups,
@@ -180,7 +182,7 @@ def resolve_conflicts(
             jax.debug.callback(raise_nonfinite, resolved.nonfinite.any(0))
         keep = num_objectives is not None
         after = ResolveConflictsState(
-            step=optax.safe_increment(state.step),
+            step=idle.step,
             key=state.key,
             aggregator=resolved.state,
             gram=resolved.gram if keep else None,
@@ -249,14 +251,6 @@ def new_state(
         mean_norm=jnp.zeros(b, jnp.float32),
         skipped=None if k is None else jnp.zeros(k, jnp.int32),
     )
-
-
-def in_types_of(before: Any, after: Any) -> Any:
-    """Return a state in the types of the one before it, as loops over steps require.
-
-    Whatever type the gradients have.
-    """
-    return jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), after, before)
 
 
 def step_key(state: ResolveConflictsState) -> jax.Array:
@@ -330,8 +324,12 @@ def _like_parameters(updates: Any, params: Any) -> Any:
     def like(x: jax.Array, p: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape[1:], p.dtype)
 
-    known = params is not None and jax.tree.structure(params) == jax.tree.structure(updates)
-    return jax.tree.map(like, updates, params if known else updates)
+    return jax.tree.map(like, updates, params if _known(params, updates) else updates)
+
+
+def _known(params: Any, updates: Any) -> bool:
+    """Whether parameters were given that are those of the updates."""
+    return params is not None and jax.tree.structure(params) == jax.tree.structure(updates)
 
 
 def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> int:
@@ -339,7 +337,7 @@ def _check_objective_axis(updates: Any, params: Any, expected: int | None) -> in
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     shapes = (
         [x.shape for x in jax.tree.leaves(params)]
-        if params is not None and jax.tree.structure(params) == jax.tree.structure(updates)
+        if _known(params, updates)
         else [None] * len(leaves)
     )
     hint = "Take per-objective gradients with jaxmoo.stacked_value_and_grad."

@@ -1,0 +1,29 @@
+"""What the tests of ``resolve_conflicts`` share: how a small tree is cut and updated."""
+
+import jax
+import numpy as np
+
+K = 3
+STACKED = r"^layers\."
+
+
+def compiled_update(tx, updates, params, state=None, **extra):
+    """One update, compiled as users compile it."""
+    state = tx.init(params) if state is None else state
+    return jax.jit(tx.update)(updates, state, params, **extra)
+
+
+def block_matrices(part, tree):
+    """Per block the float64 matrix [K, n] of what belongs to it, and where it lies."""
+    columns, where = [[] for _ in part.names], [[] for _ in part.names]
+    for index, (x, numbers) in enumerate(zip(jax.tree.leaves(tree), part.labels, strict=True)):
+        sections = np.asarray(x, np.float64).reshape(K, len(numbers), -1)
+        for section, number in enumerate(numbers):
+            columns[number].append(sections[:, section])
+            where[number].append((index, section))
+    return [np.concatenate(c, axis=1) for c in columns], where
+
+
+def assert_trees_close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
