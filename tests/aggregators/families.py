@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,28 @@ def resolve(
     return weights, np.einsum("mk,mkn->mn", weights, kept)
 
 
+Resolve = Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]  # of a method and a stack
+
+
+def assert_scaling_is_exact(resolve: Resolve, name: str, exponent: int, rounding: float) -> None:
+    """Scaling by a power of two changes no bit, unless the weights depend on the scale."""
+    weights, _ = resolve(name, STACK)
+    scaled, _ = resolve(name, STACK * 2.0**exponent)
+    degree = float(VARIANTS[name].gram_degree)
+    np.testing.assert_allclose(
+        scaled, weights * 2.0 ** (2 * exponent * degree), rtol=rounding * (degree != 0)
+    )
+
+
+def rotation_errors(resolve: Resolve, name: str) -> np.ndarray:
+    """How far the updates of J Q, Q orthogonal, are from those of J times Q, ``[M]``."""
+    q, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((N, N)))
+    weights, updates = resolve(name, STACK)
+    _, rotated = resolve(name, STACK @ q)
+    scale = size(weights, STACK) + mean_size(STACK)
+    return np.linalg.norm(updates @ q - rotated, axis=1) / scale
+
+
 def resolve_each(name: str | Aggregator, matrices: list[np.ndarray]) -> list[np.ndarray]:
     """Updates of single matrices of any size up to ``[K, N]``.
 
@@ -134,3 +157,8 @@ def size(weights: np.ndarray, stack: np.ndarray) -> np.ndarray:
     """``sum_i |w_i| |g_i|`` per matrix: what rounding errors of an update are relative to."""
     norms = np.linalg.norm(np.nan_to_num(stack), axis=2)
     return np.sum(np.abs(weights) * norms, axis=1)
+
+
+def mean_size(stack: np.ndarray) -> np.ndarray:
+    """Mean norm of the gradients per matrix, never 0."""
+    return np.linalg.norm(stack, axis=2).mean(1) + 1e-30

@@ -15,9 +15,20 @@ import pytest
 
 import jaxmoo
 from aggregators import families, oracles
-from aggregators.families import KEY, LABELS, STACK, VARIANTS, K, N, size
-from aggregators.test_exact_methods import DEPENDENT, NEED_RANK, ORACLES
-from aggregators.test_properties import NON_CONFLICTING, mean_size, projections
+from aggregators.families import (
+    KEY,
+    LABELS,
+    STACK,
+    VARIANTS,
+    K,
+    N,
+    assert_scaling_is_exact,
+    mean_size,
+    rotation_errors,
+    size,
+)
+from aggregators.test_exact_methods import ORACLES, formula_errors
+from aggregators.test_properties import NON_CONFLICTING, projections
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 
@@ -50,13 +61,7 @@ def resolve(name: str, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name in ORACLES])
 def test_method_equals_its_formula(name):
-    weights, updates = resolve(name, STACK)
-    scale = size(weights, STACK)
-    for i, (family, seed) in enumerate(LABELS):
-        j = STACK[i][np.any(STACK[i] != 0, axis=1)]
-        if len(j) == 0 or (name in NEED_RANK and family in DEPENDENT):
-            continue
-        error = np.linalg.norm(updates[i] - ORACLES[name](j)) / scale[i]
+    for family, seed, error in formula_errors(resolve, name):
         bound = 3e-8 if family in STATIONARY else 1e-12
         assert error <= bound, (family, seed)
 
@@ -97,12 +102,7 @@ def test_improvements_satisfy_the_equations(name, alpha):
 
 @pytest.mark.parametrize("name", WEIGHED)
 def test_only_inner_products_matter(name):
-    q, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((N, N)))
-    weights, updates = resolve(name, STACK)
-    _, rotated = resolve(name, STACK @ q)
-    scale = size(weights, STACK) + mean_size(STACK)
-    error = np.linalg.norm(updates @ q - rotated, axis=1) / scale
-    for (family, seed), value in zip(LABELS, error, strict=True):
+    for (family, seed), value in zip(LABELS, rotation_errors(resolve, name), strict=True):
         if family not in ("opposed", "nearly opposed", "duplicates", "equal", *STATIONARY):
             assert value <= ROUNDING, (family, seed)
 
@@ -111,12 +111,7 @@ def test_only_inner_products_matter(name):
 @pytest.mark.parametrize("name", WEIGHED)
 def test_scaling_by_a_power_of_two_is_exact(name, exponent):
     """Far beyond float32's range."""
-    weights, _ = resolve(name, STACK)
-    scaled, _ = resolve(name, STACK * 2.0**exponent)
-    degree = float(VARIANTS[name].gram_degree)
-    np.testing.assert_allclose(
-        scaled, weights * 2.0 ** (2 * exponent * degree), rtol=1e-13 * (degree != 0)
-    )
+    assert_scaling_is_exact(resolve, name, exponent, rounding=1e-13)
 
 
 @pytest.mark.parametrize("name", ["mean", "mgda", "trimmed_mean", "graddrop"])

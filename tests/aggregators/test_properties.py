@@ -13,12 +13,14 @@ from aggregators.families import (
     STACK,
     VARIANTS,
     K,
-    N,
+    assert_scaling_is_exact,
     combine,
     compiled,
     grams,
+    mean_size,
     quick_jit,
     resolve,
+    rotation_errors,
     size,
 )
 from jaxmoo import aggregators
@@ -63,10 +65,6 @@ CONVEX = (
 
 # Rounding of an update formed from float32 weights, relative to the sum of its terms.
 ROUNDING = 2e-6
-
-
-def mean_size(stack: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(stack, axis=2).mean(1) + 1e-30
 
 
 def projections(updates: np.ndarray, stack: np.ndarray) -> np.ndarray:
@@ -125,12 +123,7 @@ def test_objectives_may_be_permuted(name):
 @pytest.mark.parametrize("name", WEIGHED)
 def test_columns_may_be_rotated(name):
     """Only inner products matter: the same weights for J Q, Q orthogonal."""
-    q, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((N, N)))
-    weights, updates = resolve(name, STACK)
-    _, rotated = resolve(name, STACK @ q)
-    scale = size(weights, STACK) + mean_size(STACK)
-    error = np.linalg.norm(updates @ q - rotated, axis=1) / scale
-    for (family, seed), value in zip(LABELS, error, strict=True):
+    for (family, seed), value in zip(LABELS, rotation_errors(resolve, name), strict=True):
         # Rounding J Q to float32 moves gradients that cancel or coincide apart, where the solution
         # may jump (aligned_mtl's rank) or a tie be decided otherwise (krum).
         if family in ("opposed", "nearly opposed", "duplicates", "equal", *DEPENDENT):
@@ -142,12 +135,7 @@ def test_columns_may_be_rotated(name):
 @pytest.mark.parametrize("name", WEIGHED)
 def test_scaling_by_a_power_of_two_is_exact(name, exponent):
     """2^-40 to 2^40 is 1e-12 to 1e12. No threshold is absolute, not even by rounding."""
-    weights, _ = resolve(name, STACK)
-    scaled, _ = resolve(name, STACK * 2.0**exponent)
-    degree = float(VARIANTS[name].gram_degree)
-    np.testing.assert_allclose(
-        scaled, weights * 2.0 ** (2 * exponent * degree), rtol=1e-5 * (degree != 0)
-    )
+    assert_scaling_is_exact(resolve, name, exponent, rounding=1e-5)
 
 
 @pytest.mark.parametrize("name", WEIGHED)
