@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.sharding import varying
 
 # Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to

@@ -18,19 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmoo.dtypes import at_least_float32
+
 __all__ = [
     "Scores",
-    "at_least_float32",
     "chunked_nll",
     "hidden_gradient",
     "scores",
     "table_gradient",
 ]
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype for steps that half precision would spoil."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxmoo.cpu_grams import cross_grams
+from jaxmoo.dtypes import at_least_float32
 
 __all__ = ["grams_in_one_kernel"]
 
@@ -75,7 +76,7 @@ def _by_compiler(x: jax.Array) -> jax.Array:
     # transpose the activations that they are sums of. In float32 its products are faster.
     if _columns(x) > _FEW:
         return cross_grams(x, x)
-    x = x.reshape(*x.shape[:2], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.reshape(*x.shape[:2], -1).astype(at_least_float32(x.dtype))
     return jnp.sum(x[:, None] * x[None, :], axis=-1).transpose(2, 0, 1)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.cpu_grams import cross_grams, grams_by_slices
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.gpu_grams import grams_in_one_kernel
 from jaxmoo.sharding import varying
 

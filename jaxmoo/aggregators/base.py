@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
 
 State = Any  # a pytree of arrays

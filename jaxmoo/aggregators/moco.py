@@ -11,7 +11,7 @@ import optax
 from jaxmoo.aggregators import simplex_step
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.parameters import check_number, reusable
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 
 
 @reusable

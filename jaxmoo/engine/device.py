@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.backward import Backward, Dynamic
 from jaxmoo.engine.block import running
 from jaxmoo.engine.layout import Layout, Topology
@@ -91,7 +92,7 @@ class DevicePass:
 
             # Sums of many small numbers: in float32, whatever the gradients are sent in.
             zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+                lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)),
                 (weights, self._taps(values)),
             )
             (losses, taps), aux = jax.lax.scan(add, zeros, parts)
@@ -116,7 +117,7 @@ class DevicePass:
 
         start = (
             jnp.zeros(weights.shape, jnp.float32),
-            [jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for v in values],
+            [jnp.zeros(v.shape, at_least_float32(v.dtype)) for v in values],
             empty_report(self.rules.num_blocks + 1, top.objectives),
             state,
         )

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.aggregators.base import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
@@ -32,7 +33,6 @@ from jaxmoo.resolve import conflict_share, group_blocks
 from jaxmoo.sharding import automatic, spec_of
 from jaxmoo.transform import (
     ResolveConflictsState,
-    in_types_of,
     new_state,
     normalised,
     raise_nonfinite,

@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean
 
 __all__ = ["IMPLEMENTATIONS", "attend", "choose_attention"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.block import block, check_remat
 from jaxmoo.engine.vocabulary import Ticket, lookup
 from jaxmoo.errors import ConfigError

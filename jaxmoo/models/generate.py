@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_tables

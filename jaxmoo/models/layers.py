@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.models.attention import attend
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.product import product

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoo.cross_entropy import at_least_float32
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean, shown
 from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.decoder import Decoder
