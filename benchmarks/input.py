@@ -21,12 +21,12 @@ import running
 from common import Pages, environment, markdown, seconds
 
 from jaxmoo import mesh
+from jaxmoo.config.training import load_config
 from jaxmoo.data import count_tokens
+from jaxmoo.data.run_data import load_data
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
-from jaxmoo.train.config import load_config
-from jaxmoo.train.data import load_data
-from jaxmoo.train.distributed import place
+from jaxmoo.runtime.processes import place
 from jaxmoo.train.plan import abstract_step
 
 

@@ -139,7 +139,7 @@ def save(scratch: Path, number: str) -> Action:
 def checkpoint(scratch: Path, number: str) -> Action:
     from flax import nnx
 
-    from jaxmoo.train.checkpoint import Checkpoints
+    from jaxmoo.runs.checkpoint import Checkpoints
 
     params = nnx.state(load(scratch, number)())
 
@@ -156,7 +156,7 @@ def restore(scratch: Path, number: str) -> Action:
 
     from jaxmoo.hf.load import load_config, with_dtypes
     from jaxmoo.models import Decoder
-    from jaxmoo.train.checkpoint import Checkpoints
+    from jaxmoo.runs.checkpoint import Checkpoints
 
     shapes = nnx.state(Decoder.abstract(load_config(scratch / "source")))
     shapes = with_dtypes(shapes, lambda _: "bfloat16")

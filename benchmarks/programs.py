@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmoo.models import DecoderConfig
-from jaxmoo.train.config import (
+from jaxmoo.config.training import (
     Config,
     DataConfig,
     MeshConfig,
@@ -17,7 +16,8 @@ from jaxmoo.train.config import (
     ResolveConfig,
     TrainConfig,
 )
-from jaxmoo.train.gradients import GradientSource, engine_source, make_gradients
+from jaxmoo.models import DecoderConfig
+from jaxmoo.train.gradient_source import GradientSource, engine_source, make_gradients
 from jaxmoo.train.plan import AbstractStep, Plan, abstract_step, plan, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")

@@ -44,7 +44,7 @@ from safetensors.numpy import load_file
 
 from jaxmoo.hf import resolve_source, save_model
 from jaxmoo.models import Decoder, DecoderConfig
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jaxmoo
-from jaxmoo.analysis.style import INK, canvas, title
+from jaxmoo.report.style import INK, canvas, title
 
 METHODS = {
     "mean": "mean",

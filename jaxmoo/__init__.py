@@ -3,7 +3,7 @@
 from jaxmoo import aggregators, blocks, errors
 from jaxmoo.aggregators import Aggregator, aggregate
 from jaxmoo.engine import ResolvedGradients, block, resolved_value_and_grad
-from jaxmoo.gradients import stacked_value_and_grad
+from jaxmoo.stacked import stacked_value_and_grad
 from jaxmoo.transform import ResolveConflictsState, freeze, resolve_conflicts
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.aggregators.launch import solving_on
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
-from jaxmoo.reductions import (
+from jaxmoo.kernels.reductions import (
     cross_grams,
     grams_in_range,
     scaled_grams,
@@ -213,7 +213,7 @@ def resolve_sections(
       preference: see :func:`resolve`.
       match_norm: see :func:`resolve`.
       second: values of the sections of a second batch.
-      partitioned: see :func:`jaxmoo.reductions.section_grams`.
+      partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
       platform: likewise; on a GPU a solve is one kernel as well.
       rescale: whether gradients whose squares leave float32's range are scaled, in a second and
         third pass over them. Else the largest count as not finite, the smallest as zero.

@@ -6,7 +6,7 @@
 ``--help`` lists what can be chosen; docs/analysis.md explains every measure.
 """
 
-from jaxmoo.analysis.cli import main
+from jaxmoo.commands.analyze import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -8,7 +8,7 @@
 ``--help``, also after a command, lists what can be chosen.
 """
 
-from jaxmoo.convert.cli import main
+from jaxmoo.commands.convert import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -5,7 +5,7 @@
 ``--help`` lists what can be chosen.
 """
 
-from jaxmoo.train.data_cli import main
+from jaxmoo.commands.data import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -6,7 +6,7 @@
 ``--help`` lists everything; the same command resumes an interrupted evaluation.
 """
 
-from jaxmoo.evaluate.cli import main
+from jaxmoo.commands.evaluate import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,10 +14,10 @@ import argparse
 
 import jax
 
+from jaxmoo.config.training import load_config
 from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.runtime.terminal import forgiving_output
 from jaxmoo.sizes import parse_size
-from jaxmoo.terminal import forgiving_output
-from jaxmoo.train.config import load_config
 from jaxmoo.train.plan import plan, shape_of
 
 MOST_DEVICES = 10_000

@@ -5,7 +5,7 @@
 The same command runs what is missing. ``--help`` lists every setting.
 """
 
-from jaxmoo.study.cli import main
+from jaxmoo.commands.study import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -5,7 +5,7 @@
 The same command resumes an interrupted run. ``--help`` lists every setting.
 """
 
-from jaxmoo.train.cli import main
+from jaxmoo.commands.train import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

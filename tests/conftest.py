@@ -22,6 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pytest
 
 from jaxmoo.errors import DownloadError
+from small_runs import tiny_model, write_config  # noqa: F401 -- fixtures of every room
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from devices import run_python
+from jaxmoo.data.run_data import read_template
 from jaxmoo.hf import load_tokenizer
-from jaxmoo.train.data import read_template
 
 ROOT = Path(__file__).parents[1]
 # What each file says it is for: devices, and the memory of one in GB.
@@ -26,8 +26,8 @@ DEVICES = {
 
 PLAN = """
 import json, sys
-from jaxmoo.models.config import DecoderConfig
-from jaxmoo.train.config import load_config
+from jaxmoo.models.architecture import DecoderConfig
+from jaxmoo.config.training import load_config
 from jaxmoo.train.plan import abstract_step, plan, shape_of
 largest, *names = sys.argv[1:]
 for name in names:

@@ -14,7 +14,7 @@ from jaxmoo.aggregators.base import (
     weigh_blocks,
 )
 from jaxmoo.aggregators.cagrad import cagrad
-from jaxmoo.aggregators.config import config
+from jaxmoo.aggregators.conflict_free import config
 from jaxmoo.aggregators.constant import constant
 from jaxmoo.aggregators.cr_mogm import cr_mogm
 from jaxmoo.aggregators.dualproj import dualproj

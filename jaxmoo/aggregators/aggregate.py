@@ -22,7 +22,7 @@ from jaxmoo.aggregators.base import (
 from jaxmoo.aggregators.parameters import check_choice
 from jaxmoo.aggregators.registry import get
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.reductions import cross_grams, section_grams, weighted_sum
+from jaxmoo.kernels.reductions import cross_grams, section_grams, weighted_sum
 from jaxmoo.sharding import automatic, spec_of, varying
 
 _START = 4096  # columns looked at to tell that a row is not zero

@@ -8,7 +8,7 @@ from typing import Any
 from jaxmoo.aggregators.aligned_mtl import aligned_mtl
 from jaxmoo.aggregators.base import Aggregator
 from jaxmoo.aggregators.cagrad import cagrad
-from jaxmoo.aggregators.config import config
+from jaxmoo.aggregators.conflict_free import config
 from jaxmoo.aggregators.constant import constant
 from jaxmoo.aggregators.cr_mogm import cr_mogm
 from jaxmoo.aggregators.dualproj import dualproj

@@ -1,12 +1,1 @@
-"""What a run did: plots and a page that shows them."""
-
-from jaxmoo.analysis.plots import before_after, conflict_heatmap, language_cosines, loss_curves
-from jaxmoo.analysis.report import write_report
-
-__all__ = [
-    "before_after",
-    "conflict_heatmap",
-    "language_cosines",
-    "loss_curves",
-    "write_report",
-]
+"""What a run did to the model: conflict, stationarity, neurons, separability, interference."""

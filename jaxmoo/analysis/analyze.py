@@ -19,24 +19,24 @@ from jaxmoo.analysis.gradient_sections import (
     stationarity_section,
 )
 from jaxmoo.analysis.interference import interference
-from jaxmoo.analysis.page import page, table
 from jaxmoo.analysis.parallel import Sentence, read_parallel, tokenize_parallel
 from jaxmoo.analysis.representation_sections import neurons_section, separability_section
 from jaxmoo.analysis.representations import represent
 from jaxmoo.analysis.section import Section
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch
-from jaxmoo.atomic import replace_text
+from jaxmoo.config.training import Config, load_config
 from jaxmoo.convert.models import open_model
+from jaxmoo.data.run_data import load_data
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import check_writable
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for
-from jaxmoo.outputs import check_writable
-from jaxmoo.train.config import Config, load_config
-from jaxmoo.train.data import load_data
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.grams import GramLog, read_grams
-from jaxmoo.train.provenance import versions
+from jaxmoo.report.page import page, table
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.gram_log import GramLog, read_grams
+from jaxmoo.runs.provenance import versions
 
 __all__ = ["MEASURES", "Request", "analyze"]
 

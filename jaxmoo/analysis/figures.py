@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxmoo.analysis.interference import Interference
-from jaxmoo.analysis.plots import label_ends, matrix_axes
 from jaxmoo.analysis.separability import METRICS, Separability
 from jaxmoo.analysis.stationarity import Stationarity
-from jaxmoo.analysis.style import (
+from jaxmoo.report.plots import label_ends, matrix_axes
+from jaxmoo.report.style import (
     COLOURS,
     FAINT,
     INK,

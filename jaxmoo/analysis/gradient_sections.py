@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxmoo.analysis import conflict, figures
 from jaxmoo.analysis.interference import Interference
-from jaxmoo.analysis.page import table
-from jaxmoo.analysis.plots import conflict_heatmap
 from jaxmoo.analysis.section import Section, mean, signed
 from jaxmoo.analysis.stationarity import PairedGrams, Stationarity, stationarity
-from jaxmoo.train.grams import GramLog
+from jaxmoo.report.page import table
+from jaxmoo.report.plots import conflict_heatmap
+from jaxmoo.runs.gram_log import GramLog
 
 __all__ = ["conflict_section", "interference_section", "stationarity_section"]
 

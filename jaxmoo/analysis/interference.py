@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmoo.config.training import Config, differences, load_config
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate import LanguageScore
-from jaxmoo.train.config import Config, differences, load_config
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["Interference", "interference"]
 

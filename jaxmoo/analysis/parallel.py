@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.outputs import typed_path
+from jaxmoo.files.outputs import typed_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxmoo.analysis import figures, neurons
-from jaxmoo.analysis.page import table
 from jaxmoo.analysis.representations import Representations
 from jaxmoo.analysis.section import Section
 from jaxmoo.analysis.separability import METRICS, Separability, separability
+from jaxmoo.report.page import table
 
 __all__ = ["neurons_section", "separability_section"]
 

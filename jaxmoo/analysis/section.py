@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoo.analysis.page import image
+from jaxmoo.report.page import image
 
 __all__ = ["Section", "mean", "signed"]
 

@@ -25,12 +25,13 @@ from flax import nnx
 from jaxmoo import mesh
 from jaxmoo.aggregators.solvers import min_norm
 from jaxmoo.analysis.conflict import cosines
+from jaxmoo.config.training import Config
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
 from jaxmoo.errors import DataError
 from jaxmoo.models import Decoder, target_mask, token_nll, trainable_filter
-from jaxmoo.train.config import Config
-from jaxmoo.train.gradients import STACKED, block_rule
+from jaxmoo.models.paths import STACKED
+from jaxmoo.train.gradient_source import block_rule
 
 __all__ = ["PairedGrams", "Stationarity", "measure_grams", "paired_batch", "stationarity"]
 

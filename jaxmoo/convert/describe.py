@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from ml_dtypes import bfloat16
 
+from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import stored_tensors
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json
 from jaxmoo.hf.weights import Weights
-from jaxmoo.train.config import load_config as load_run_config
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["describe"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.errors import CheckpointError, JaxmooError
 from jaxmoo.hf.adapter import Adapters, describe_adapter, is_adapter
 from jaxmoo.hf.source import resolve_source
-from jaxmoo.train.config import load_config as load_run_config
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["CHECKPOINT_FILE", "base_of", "kind_of", "source_of", "tokenizer_of"]
 

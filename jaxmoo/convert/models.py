@@ -23,11 +23,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
+from jaxmoo.config.training import Config
+from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.convert.kinds import CHECKPOINT_FILE, base_of, kind_of, tokenizer_of
 from jaxmoo.convert.params import restore_params, save_params, spread
 from jaxmoo.data.ending import NO_ENDING, ending_token
+from jaxmoo.data.run_data import chat_tokenizer, read_template
 from jaxmoo.errors import CheckpointError
-from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.hf.adapter import describe_adapter, load_adapter, save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory, read_unchanged
@@ -43,18 +45,16 @@ from jaxmoo.hf.save import (
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.hf.tokenizer import check_tokenizer, load_tokenizer
 from jaxmoo.hf.weights import DTYPES, Weights
-from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, add_adapters, merge_adapters
 from jaxmoo.models.paths import segments_for, trainable_filter
-from jaxmoo.train.card import adapter_card, public_name, run_card
-from jaxmoo.train.checkpoint import STATE, read_about, read_item, unchecked
-from jaxmoo.train.config import Config
-from jaxmoo.train.config import load_config as load_run_config
-from jaxmoo.train.data import chat_tokenizer, read_template
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.parameters import run_segments, split_model
-from jaxmoo.train.provenance import check_base, check_settings
+from jaxmoo.runs.checkpoint import STATE, read_about, read_item, unchecked
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.fingerprint import fingerprint
+from jaxmoo.runs.provenance import check_base, check_settings
+from jaxmoo.runs.run_card import adapter_card, public_name, run_card
+from jaxmoo.runs.trained_parameters import run_segments, split_model
 
 __all__ = [
     "Opened",

@@ -10,10 +10,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxmoo import mesh
-from jaxmoo.digests import note_own_digests
 from jaxmoo.errors import CheckpointError
-from jaxmoo.models.paths import named_leaves
-from jaxmoo.train.gradients import STACKED
+from jaxmoo.files.digests import note_own_digests
+from jaxmoo.models.paths import STACKED, named_leaves
 
 __all__ = ["restore_params", "save_params", "spread"]
 

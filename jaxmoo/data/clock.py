@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import string
 
-__all__ = ["at_date", "is_date", "reads_clock"]
+__all__ = ["at_date", "reads_clock"]
 
 _CLOCK = "strftime_now"
 _SIGN = "\ue000"
@@ -19,19 +19,6 @@ def reads_clock(template: str) -> bool:
       True
     """
     return _CLOCK in template
-
-
-def is_date(text: str) -> bool:
-    """Whether a text is a date as settings have it.
-
-    Example:
-      >>> is_date("2026-07-26"), is_date("26.7.2026"), is_date("20260726")
-      (True, False, False)
-    """
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
 
 
 def at_date(template: str, date: datetime.date) -> str:

@@ -17,7 +17,7 @@ from jaxmoo.data.malformed import Malformed
 from jaxmoo.data.records import check_columns, language_of, to_example
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
-from jaxmoo.outputs import typed_path
+from jaxmoo.files.outputs import typed_path
 
 BUILT_IN = "chatterbot"
 

@@ -16,7 +16,7 @@ from jaxmoo.data.sources import (
     load_hub,
 )
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.outputs import typed_path
+from jaxmoo.files.outputs import typed_path
 
 # Where the next record is, as JSON holds it; None is the beginning.
 Position = Any

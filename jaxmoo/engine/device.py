@@ -16,8 +16,8 @@ from jaxmoo.engine.backward import Backward, Dynamic
 from jaxmoo.engine.block import running
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.tables import Rules, Tables, empty_report
-from jaxmoo.gradients import watched
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
+from jaxmoo.stacked import watched
 
 __all__ = ["DevicePass"]
 

@@ -18,12 +18,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoo.cross_entropy import Scores, chunked_nll, hidden_gradient, scores, table_gradient
 from jaxmoo.engine.backward import Backward, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.layout import Layout, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.tables import CallBlocks, Tables
+from jaxmoo.kernels.cross_entropy import (
+    Scores,
+    chunked_nll,
+    hidden_gradient,
+    scores,
+    table_gradient,
+)
 
 __all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
 

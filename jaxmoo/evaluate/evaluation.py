@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
+from jaxmoo.config.data_section import DataConfig, is_date
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
-from jaxmoo.data.clock import is_date
 from jaxmoo.data.ending import NO_ENDING, ending_token
 from jaxmoo.data.notes import notes
+from jaxmoo.data.run_data import chat_tokenizer
 from jaxmoo.data.split import split_languages
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.evaluate.fingerprint import fingerprint
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
 from jaxmoo.evaluate.model import Evaluator
@@ -34,8 +34,7 @@ from jaxmoo.evaluate.questions import (
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
-from jaxmoo.train.data import chat_tokenizer
-from jaxmoo.train.data_config import DataConfig
+from jaxmoo.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jaxmoo.atomic import replace_text
-from jaxmoo.data.clock import is_date
+from jaxmoo.config.data_section import is_date
 from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
-from jaxmoo.outputs import check_writable
+from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import check_writable
 
 __all__ = ["LanguageResult", "ResultStore", "Results", "read_results"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from jaxmoo.errors import DownloadError
-from jaxmoo.outputs import typed_path
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["cache_directory", "check_sha256"]
 

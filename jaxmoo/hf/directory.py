@@ -16,9 +16,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
-from jaxmoo.digests import DIGESTS, read_checked, read_digests, write_digests
 from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
-from jaxmoo.outputs import check_writable
+from jaxmoo.files.digests import DIGESTS, read_checked, read_digests, write_digests
+from jaxmoo.files.outputs import check_writable
 
 __all__ = [
     "agree",
@@ -56,7 +56,7 @@ def check_target(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory whose contents appear at once, when the block has ended without error.
 
-    With them appear the digests of its files (`jaxmoo.digests`).
+    With them appear the digests of its files (`jaxmoo.files.digests`).
 
     Where there are several processes, all of them must enter, and see the same files; the first
     one makes and renames the directory.

@@ -24,7 +24,7 @@ from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
 from jaxmoo.hf.load import check_tensors
 from jaxmoo.hf.save import Tensor, write_weights
 from jaxmoo.hf.tokenizer import load_tokenizer
-from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
 

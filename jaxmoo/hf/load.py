@@ -22,7 +22,7 @@ from jaxmoo.errors import CheckpointError, ConfigError, did_you_mean, shown
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.weights import Weights
-from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
 

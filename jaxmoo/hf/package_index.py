@@ -20,9 +20,9 @@ from requests.exceptions import ChunkedEncodingError
 from tqdm.auto import tqdm
 
 from jaxmoo.errors import DownloadError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.cache import check_sha256
 from jaxmoo.hf.wheels import wheel_prefix
-from jaxmoo.outputs import typed_path
 
 __all__ = ["download_wheel"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from jaxmoo.errors import CheckpointError, ConfigError, DownloadError, did_you_mean, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.wheels import fetch_wheel
-from jaxmoo.outputs import typed_path
 
 __all__ = ["resolve_source"]
 

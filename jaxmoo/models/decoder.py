@@ -12,8 +12,8 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.block import block, check_remat
 from jaxmoo.engine.vocabulary import Ticket, lookup
 from jaxmoo.errors import ConfigError
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
-from jaxmoo.models.config import DecoderConfig
 from jaxmoo.models.layers import DecoderLayer, RMSNorm, rope_tables
 
 __all__ = ["Decoder"]

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
+from jaxmoo.kernels.product import product
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import attend
-from jaxmoo.models.config import DecoderConfig
-from jaxmoo.models.product import product
 
 __all__ = [
     "MLP",

@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean, shown
-from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths

@@ -14,10 +14,11 @@ import jax
 from flax import nnx
 
 from jaxmoo.errors import ConfigError
-from jaxmoo.models.config import DecoderConfig
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 
 __all__ = [
+    "STACKED",
     "compile_regex",
     "logical_paths",
     "named_leaves",
@@ -25,6 +26,9 @@ __all__ = [
     "segments_for",
     "trainable_filter",
 ]
+
+# Layers are stacked by segment; a segment carries the number of its first layer.
+STACKED = r"^layers\.(\d+)\."
 
 
 def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxmoo.analysis.style import FAINT, INK, SEEN, UNSEEN, canvas, title
 from jaxmoo.evaluate.measures import MEASURES
+from jaxmoo.report.style import FAINT, INK, SEEN, UNSEEN, canvas, title
 from jaxmoo.study.statistics import Estimate
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from jaxmoo.config import schema
+from jaxmoo.config.study_config import StudyConfig
+from jaxmoo.config.training import Config, load_config
+from jaxmoo.config.yaml_text import flow
 from jaxmoo.errors import ConfigError
-from jaxmoo.outputs import typed_path
-from jaxmoo.study.config import StudyConfig
-from jaxmoo.train import schema
-from jaxmoo.train.config import Config, load_config
-from jaxmoo.train.yaml_text import flow
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["Cell", "Key", "make_cells"]
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.evaluate.measures import MEASURES, summarise_measures
-from jaxmoo.study.config import StudyConfig
 from jaxmoo.study.grid import Key
 from jaxmoo.study.rows import Row
 

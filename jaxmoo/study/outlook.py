@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from jaxmoo.config.training import Config
 from jaxmoo.data.table import text_table
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
 from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.rows import Row, key_of, rows_of
-from jaxmoo.train.config import Config
-from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.plan import shape_of
 from jaxmoo.train.throughput import model_flops
 

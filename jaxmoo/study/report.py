@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from jaxmoo.atomic import replace_text
+from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
-from jaxmoo.study.config import StudyConfig
+from jaxmoo.files.atomic import replace_text
 from jaxmoo.study.figure import forest, language_map
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import GROUPS, Arm, measures_of, outcomes, summary

@@ -10,13 +10,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from jaxmoo.atomic import replace_text
+from jaxmoo.config.schema import leaves
+from jaxmoo.config.training import Config
+from jaxmoo.config.yaml_text import flow
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.outputs import typed_path
+from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.study.grid import Cell, Key
-from jaxmoo.train.config import Config
-from jaxmoo.train.schema import leaves
-from jaxmoo.train.yaml_text import flow
 
 __all__ = ["Row", "RowStore", "base_row", "check_rows", "key_of", "rows_of"]
 

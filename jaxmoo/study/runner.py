@@ -15,20 +15,20 @@ from typing import Any
 
 import jax
 
+from jaxmoo.config.study_config import StudyConfig
+from jaxmoo.config.training import Config, dated
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.measures import MEASURES, measured, score
 from jaxmoo.evaluate.results import LanguageResult, read_results
 from jaxmoo.hf import resolve_source
-from jaxmoo.study.config import StudyConfig
+from jaxmoo.runs.provenance import versions
+from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import summary
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
-from jaxmoo.train.compiled import kept_programs
-from jaxmoo.train.config import Config, dated
 from jaxmoo.train.metrics import read_metrics
-from jaxmoo.train.provenance import versions
 from jaxmoo.train.run import train
 
 __all__ = ["PARTS", "run_missing"]

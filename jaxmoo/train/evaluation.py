@@ -9,7 +9,7 @@ import jax
 
 from jaxmoo import mesh
 from jaxmoo.evaluate import LanguageScore, evaluate_nll, summarise
-from jaxmoo.train.distributed import everywhere, is_first, place
+from jaxmoo.runtime.processes import everywhere, is_first, place
 from jaxmoo.train.job import Job
 
 __all__ = ["evaluate", "stored_scores"]

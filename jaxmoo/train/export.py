@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxmoo.config.training import Config
 from jaxmoo.data.ending import NO_ENDING
-from jaxmoo.digests import DIGESTS, damaged_files, files_below, read_digests
+from jaxmoo.data.run_data import read_template
 from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.files.digests import DIGESTS, damaged_files, files_below, read_digests
 from jaxmoo.hf import save_adapter, save_model
 from jaxmoo.hf.directory import first_process, written_files
 from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.models import merge_adapters
-from jaxmoo.train.card import adapter_card, public_name, run_card
-from jaxmoo.train.config import Config
-from jaxmoo.train.data import read_template
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.distributed import from_first, is_first
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.run_card import adapter_card, public_name, run_card
+from jaxmoo.runtime.processes import from_first, is_first
 from jaxmoo.train.job import Job
 
 __all__ = ["check_exports", "export"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoo.analysis import write_report
+from jaxmoo.config.training import Config
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
-from jaxmoo.train.config import Config
-from jaxmoo.train.distributed import barrier, is_first
+from jaxmoo.report import write_report
+from jaxmoo.runtime.processes import barrier, is_first
 from jaxmoo.train.export import export
 from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import read_metrics

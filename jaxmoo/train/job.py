@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from jaxmoo.config.training import Config
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runtime.hang import HangTimeout
+from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.train.clock import Clock
-from jaxmoo.train.config import Config
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.hang import HangTimeout
 from jaxmoo.train.setup import Setup
-from jaxmoo.train.signals import InterruptedRunError, StopRequest
 
 __all__ = ["Job"]
 

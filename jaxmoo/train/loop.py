@@ -10,16 +10,16 @@ import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
 from jaxmoo.evaluate import LanguageScore
-from jaxmoo.train.checkpoint import Checkpoints
+from jaxmoo.runs.checkpoint import Checkpoints
+from jaxmoo.runtime.processes import place
+from jaxmoo.runtime.profile import ProfileWindow
+from jaxmoo.runtime.signals import InterruptedRunError
 from jaxmoo.train.condition import Condition, examine, unchanged
-from jaxmoo.train.distributed import place
 from jaxmoo.train.evaluation import evaluate, stored_scores
 from jaxmoo.train.job import Job
-from jaxmoo.train.profile import ProfileWindow
-from jaxmoo.train.provenance import about
+from jaxmoo.train.progress import about
 from jaxmoo.train.reporter import Reporter, StepDone
 from jaxmoo.train.selection import Selection
-from jaxmoo.train.signals import InterruptedRunError
 from jaxmoo.train.step import TrainState
 
 __all__ = ["Loop"]

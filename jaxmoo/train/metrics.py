@@ -39,8 +39,8 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from jaxmoo.atomic import replace_text
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.files.atomic import replace_text
 
 __all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
 

@@ -20,17 +20,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoo import mesh
+from jaxmoo.config.training import Config
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig
-from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.paths import STACKED, named_leaves
 from jaxmoo.models.presets import preset
+from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.sizes import format_size
-from jaxmoo.train.config import Config
-from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
+from jaxmoo.train.gradient_source import GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.parameters import check_model, run_segments, split_model
 from jaxmoo.train.setup import make_run_mesh, step_spec
 from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 

@@ -14,8 +14,8 @@ import numpy as np
 from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
-from jaxmoo.train.distributed import is_first
-from jaxmoo.train.grams import write_grams
+from jaxmoo.runs.gram_log import write_grams
+from jaxmoo.runtime.processes import is_first
 from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import MetricsWriter, Progress
 from jaxmoo.train.optimizer import learning_rate

@@ -11,26 +11,27 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxmoo.config.training import Config, dated, to_yaml
 from jaxmoo.evaluate import LanguageScore
-from jaxmoo.memory import named_when_full
+from jaxmoo.runs.checkpoint import Checkpoints, unchecked
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.provenance import check_base, check_settings, versions
+from jaxmoo.runtime.compiled import distrust_on_cpus, kept_programs
+from jaxmoo.runtime.hang import HangTimeout
+from jaxmoo.runtime.memory import named_when_full
+from jaxmoo.runtime.processes import check_same, is_first
+from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
-from jaxmoo.train.checkpoint import Checkpoints, unchecked
-from jaxmoo.train.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.train.condition import check_finite, examine, largest
-from jaxmoo.train.config import Config, dated, to_yaml
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.distributed import check_same, is_first
 from jaxmoo.train.evaluation import evaluate
 from jaxmoo.train.export import check_exports
 from jaxmoo.train.finish import finish
-from jaxmoo.train.hang import HangTimeout
 from jaxmoo.train.job import Job
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import check_packages
-from jaxmoo.train.provenance import batch_digest, check_base, check_data, check_settings, versions
+from jaxmoo.train.progress import batch_digest, check_data
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.setup import Setup, prepare
-from jaxmoo.train.signals import InterruptedRunError, StopRequest
 from jaxmoo.train.step import TrainState
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
@@ -44,8 +45,8 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
     """Run, or resume, the fine-tuning that the settings describe.
 
     Everything is written below ``config.output``; see
-    :class:`~jaxmoo.train.directory.RunDirectory`. A run that is already complete only prints its
-    table again. In several processes (see :mod:`jaxmoo.train.distributed`) all of them call this.
+    :class:`~jaxmoo.runs.directory.RunDirectory`. A run that is already complete only prints its
+    table again. In several processes (see :mod:`jaxmoo.runtime.processes`) all of them call this.
 
     Args:
       config: the settings.

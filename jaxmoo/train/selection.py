@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxmoo.config.training import Config
 from jaxmoo.evaluate import LanguageScore, summarise
-from jaxmoo.train.config import Config
 
 __all__ = ["Selection"]
 
@@ -21,7 +21,7 @@ class Selection:
 
     Example:
       >>> import dataclasses
-      >>> from jaxmoo.train.config import DataConfig, TrainConfig
+      >>> from jaxmoo.config.training import DataConfig, TrainConfig
       >>> config = Config(data=DataConfig(seen=["en"]), train=TrainConfig(patience=2))
       >>> selection = Selection(config)
       >>> for step, nll in ((10, 2.0), (20, 1.5), (30, 1.6), (40, 1.7)):

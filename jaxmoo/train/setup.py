@@ -15,24 +15,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
+from jaxmoo.config.lora_section import lora_of
+from jaxmoo.config.training import Config, DataConfig
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
 from jaxmoo.data.ending import ending_token
+from jaxmoo.data.run_data import load_data
 from jaxmoo.errors import ConfigError
-from jaxmoo.evaluate.fingerprint import fingerprint
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.memory import check_host_memory
 from jaxmoo.models import Decoder, DecoderConfig, token_nll
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
-from jaxmoo.outputs import typed_path
+from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.fingerprint import fingerprint
+from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
+from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.train.condition import check_finite, examine
-from jaxmoo.train.config import Config, DataConfig
-from jaxmoo.train.data import load_data
-from jaxmoo.train.gradients import STACKED, GradientSource, make_gradients
-from jaxmoo.train.lora import lora_of
+from jaxmoo.train.gradient_source import GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.parameters import check_model, run_segments, split_model
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoo.train.gradients import GradientSource
+from jaxmoo.train.gradient_source import GradientSource
 
 __all__ = [
     "TrainState",
@@ -51,7 +51,7 @@ def abstract_state(
     """Shapes and shardings of a training state.
 
     Args:
-      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
+      gradients: from :func:`jaxmoo.train.gradient_source.make_gradients`.
       optimizer: from :func:`jaxmoo.train.optimizer.make_optimizer`.
       params: trainable parameters, or their shapes; they have shardings.
       device_mesh: the devices.
@@ -132,7 +132,7 @@ def make_train_step(
     """Make the training step; see :func:`compiled_step`.
 
     Args:
-      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
+      gradients: from :func:`jaxmoo.train.gradient_source.make_gradients`.
       optimizer: from :func:`jaxmoo.train.optimizer.make_optimizer`.
       ema: decay of the moving average of the parameters that the state keeps, if any.
 
@@ -182,7 +182,7 @@ def compiled_step(
     """Make the training step, compiled when it is first called.
 
     Args:
-      gradients: from :func:`jaxmoo.train.gradients.make_gradients`.
+      gradients: from :func:`jaxmoo.train.gradient_source.make_gradients`.
       optimizer: from :func:`make_optimizer`.
       state: where the state lies, or its shapes; it stays there.
       device_mesh: the devices.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny_models
-from jaxmoo.train.config import load_config
+from jaxmoo.config.training import load_config
 from jaxmoo.train.run import train
 from tiny_tokenizer import chat_tokenizer
 

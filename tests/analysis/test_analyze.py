@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from browser import chromium, look_at
-from jaxmoo.analysis.cli import main
-from jaxmoo.train.grams import read_grams
+from jaxmoo.commands.analyze import main
+from jaxmoo.runs.gram_log import read_grams
 
 FIGURES = {
     "conflict_steps", "conflict_languages", "conflict_layers", "conflict_modules",

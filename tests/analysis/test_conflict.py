@@ -13,7 +13,7 @@ from jaxmoo.analysis.conflict import (
     together,
 )
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.train.grams import read_grams, write_grams
+from jaxmoo.runs.gram_log import read_grams, write_grams
 
 BLOCKS = ("layers.2.mlp", "layers.2.self_attn", "layers.10.mlp", "norm")
 

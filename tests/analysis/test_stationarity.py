@@ -12,12 +12,12 @@ from scipy.optimize import minimize
 from jaxmoo import stacked_value_and_grad
 from jaxmoo.analysis.conflict import layer_of, together
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch, shortest, stationarity
+from jaxmoo.config.training import load_config
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model
 from jaxmoo.models import language_loss, segments_for, trainable_filter
-from jaxmoo.train.config import load_config
 
 
 def exact(gram: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
-from jaxmoo.convert.cli import main
+from jaxmoo.commands.convert import main
 from jaxmoo.convert.compare import Comparison, compare
 from jaxmoo.errors import CheckpointError
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 import tiny_models
 from devices import run_python
-from jaxmoo.convert.cli import main
+from jaxmoo.commands.convert import main
 from jaxmoo.convert.models import from_hf, open_model, to_hf
-from jaxmoo.digests import DIGESTS
 from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.files.digests import DIGESTS
 from tiny_tokenizer import bytes_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -117,10 +117,10 @@ from jaxmoo.evaluate import LanguageScore
 from jaxmoo.hf import load_model
 from jaxmoo.hf.load import load_config as model_config
 from jaxmoo.models import segments_for, trainable_filter
-from jaxmoo.train.checkpoint import Checkpoints
-from jaxmoo.train.config import load_config
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.gradients import STACKED
+from jaxmoo.runs.checkpoint import Checkpoints
+from jaxmoo.config.training import load_config
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.models.paths import STACKED
 from jaxmoo.train.step import TrainState
 
 source, path = Path(sys.argv[1]), Path(sys.argv[2])

@@ -113,7 +113,7 @@ if address != "alone":
     jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 from jaxmoo.data import LanguageBatches, Tokenized
 from jaxmoo.mesh import batch_sharding, make_mesh
-from jaxmoo.train.distributed import place
+from jaxmoo.runtime.processes import place
 e = [Tokenized(np.full(n := 2 + i % 7, i, np.int32), np.ones(n, bool), n, n) for i in range(50)]
 seen = ["en", "fa", "zh"]
 shares = {"en": 3, "fa": 2, "zh": 1}

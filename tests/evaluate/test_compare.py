@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from jaxmoo.commands.evaluate import main
 from jaxmoo.errors import CheckpointError, DataError
-from jaxmoo.evaluate.cli import main
 from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.results import LanguageResult, Results, ResultStore, read_results
 

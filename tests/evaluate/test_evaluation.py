@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from devices import ROOT, run_python
-from jaxmoo.evaluate.cli import main
-from jaxmoo.train.cli import main as train
+from jaxmoo.commands.evaluate import main
+from jaxmoo.commands.train import main as train
 
 COLUMNS = ["--columns", "prompt=text", "completion=topic", "group=id"]
 

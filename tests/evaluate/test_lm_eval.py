@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from devices import ROOT, run_python
-from jaxmoo.evaluate.cli import main
+from jaxmoo.commands.evaluate import main
 
 lm_eval = pytest.importorskip("lm_eval")
 

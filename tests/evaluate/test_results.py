@@ -6,8 +6,8 @@ import json
 import random
 
 from damage import damages
+from jaxmoo.commands.evaluate import main
 from jaxmoo.errors import CheckpointError, ConfigError
-from jaxmoo.evaluate.cli import main
 from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.results import LanguageResult, ResultStore, read_results
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from devices import ROOT
-from jaxmoo.digests import DIGESTS, read_digests
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.digests import DIGESTS, read_digests
 from jaxmoo.hf.directory import new_directory, read_unchanged
 
 WRITING = """

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxmoo.convert.cli import main
+from jaxmoo.commands.convert import main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_config, load_model, load_tokenizer
 from jaxmoo.hf.cache import cache_directory

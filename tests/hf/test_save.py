@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models
 from devices import run_python
-from jaxmoo.digests import DIGESTS
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf import ModelCard, load_model, save_model
 from jaxmoo.hf.save import Tensor, write_weights
 from tiny_models import tokens_and_mask

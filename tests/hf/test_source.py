@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from devices import run_python
-from jaxmoo.digests import DIGESTS
 from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf import load_config, resolve_source
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tiny_models
-from jaxmoo.study.cli import main
+from jaxmoo.commands.study import main
 from tiny_tokenizer import chat_tokenizer
 
 # It reads the clock, but does not show what it says.

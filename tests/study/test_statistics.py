@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxmoo.study.config import StudyConfig
+from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.study.grid import Key
 from jaxmoo.study.outcome import outcomes
 from jaxmoo.study.statistics import holm, mean_interval, paired_difference

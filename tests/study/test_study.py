@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxmoo.study.cli import main
+from jaxmoo.commands.study import main
 from jaxmoo.study.figure import language_map
 from jaxmoo.study.statistics import mean_interval
 

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
+from jaxmoo.commands.train import main
 from jaxmoo.errors import CheckpointError
-from jaxmoo.train.cli import main
 from jaxmoo.train.condition import check_finite, examine, largest, unchanged
 
 HERE = SingleDeviceSharding(jax.devices()[0])

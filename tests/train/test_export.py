@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoo.digests import DIGESTS
+from jaxmoo.config.training import load_config
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf.directory import new_directory
-from jaxmoo.train.config import load_config
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train.export import check_exports
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from devices import ROOT
+from jaxmoo.config.training import load_config, to_yaml
 from jaxmoo.data import LanguageBatches
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import CheckpointError, ConfigError
-from jaxmoo.train.config import load_config, to_yaml
-from jaxmoo.train.directory import RunDirectory
-from jaxmoo.train.distributed import Launch, start
-from jaxmoo.train.provenance import batch_digest, check_data, check_settings
-from jaxmoo.train.signals import InterruptedRunError, StopRequest
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.provenance import check_settings
+from jaxmoo.runtime.processes import Launch, start
+from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
+from jaxmoo.train.progress import batch_digest, check_data
 
 
 def test_signals_are_noted_and_obeyed_where_the_work_allows():
@@ -51,7 +52,7 @@ def test_signals_are_noted_and_obeyed_where_the_work_allows():
 
 STUCK = """
 import hashlib
-from jaxmoo.train.signals import StopRequest
+from jaxmoo.runtime.signals import StopRequest
 with StopRequest():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where no handler runs
@@ -78,7 +79,7 @@ def test_a_second_sigint_ends_a_process_that_is_busy_outside_python():
 
 HANGING = """
 import time
-from jaxmoo.train.hang import HangTimeout
+from jaxmoo.runtime.hang import HangTimeout
 with HangTimeout(1.0) as hang:
     for _ in range(4):
         time.sleep(0.5)
@@ -113,7 +114,7 @@ def test_contradictory_flags_are_refused_before_anything_is_waited_for(launch, m
 
 def test_one_directory_is_one_run_at_a_time(write_config, tmp_path, monkeypatch):
     config = load_config(write_config())
-    monkeypatch.setattr("jaxmoo.train.directory._PATIENCE", 0.1)
+    monkeypatch.setattr("jaxmoo.runs.directory._PATIENCE", 0.1)
     run = RunDirectory(tmp_path / "run")
     other = RunDirectory(tmp_path / "run").claim(config)
     with run.claim(config), pytest.raises(ConfigError, match="another run is at work"), other:

@@ -15,15 +15,15 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from jaxmoo.convert.cli import main as convert
+from jaxmoo.commands.convert import main as convert
+from jaxmoo.commands.train import main
+from jaxmoo.config.training import load_config
 from jaxmoo.engine import cost
 from jaxmoo.hf import save_adapter
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.lora import initial_adapters
-from jaxmoo.train.cli import main
-from jaxmoo.train.config import load_config
+from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.train.metrics import read_metrics
-from jaxmoo.train.parameters import run_segments, split_model
 from jaxmoo.train.plan import abstract_step
 from jaxmoo.train.setup import prepare
 

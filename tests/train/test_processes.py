@@ -21,7 +21,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from devices import ROOT
-from jaxmoo.train.cli import main
+from jaxmoo.commands.train import main
 from jaxmoo.train.metrics import read_metrics
 from train.test_run import largest_difference, weights
 

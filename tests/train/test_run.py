@@ -15,12 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from devices import ROOT, run_python
+from jaxmoo.commands.data import main as data_main
+from jaxmoo.commands.train import main
+from jaxmoo.config.data_section import is_date
+from jaxmoo.config.training import load_config
 from jaxmoo.convert.models import to_hf
-from jaxmoo.data.clock import is_date
 from jaxmoo.errors import CheckpointError
-from jaxmoo.train.cli import main
-from jaxmoo.train.config import load_config
-from jaxmoo.train.data_cli import main as data_main
 from jaxmoo.train.metrics import read_metrics
 
 CHATML = (

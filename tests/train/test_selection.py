@@ -10,10 +10,10 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
+from jaxmoo.config.training import load_config
 from jaxmoo.errors import ConfigError
-from jaxmoo.train.checkpoint import STATE
-from jaxmoo.train.config import load_config
-from jaxmoo.train.directory import RunDirectory
+from jaxmoo.runs.checkpoint import STATE
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.run import train
 

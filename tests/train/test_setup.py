@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxmoo.config.training import load_config
+from jaxmoo.data.run_data import load_data
 from jaxmoo.errors import ConfigError, JaxmooError
-from jaxmoo.train.config import load_config
-from jaxmoo.train.data import load_data
 from jaxmoo.train.plan import plan, shape_of
 from jaxmoo.train.setup import prepare
 

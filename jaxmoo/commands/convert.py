@@ -1,0 +1,180 @@
+"""The command line of ``scripts/convert.py``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxmoo.convert.compare import compare
+from jaxmoo.convert.describe import describe
+from jaxmoo.convert.models import from_hf, to_adapter, to_hf
+from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf.directory import check_target
+from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.source import resolve_source
+from jaxmoo.runtime.terminal import forgiving_output
+from jaxmoo.sizes import parse_size
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  python scripts/convert.py inspect smollm2-135m-instruct
+  python scripts/convert.py from-hf path/to/hf-model path/to/checkpoint
+  python scripts/convert.py to-hf path/to/checkpoint path/to/hf-copy
+  python scripts/convert.py from-gguf path/to/model.gguf path/to/hf-model
+  python scripts/convert.py verify path/to/hf-model path/to/hf-copy
+  python scripts/convert.py to-hf runs/quickstart exported --step 30 --dtype bfloat16
+  python scripts/convert.py to-hf runs/lora adapter --adapter
+"""
+
+
+@forgiving_output
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+      Its exit code: 0 done; 1 models differ (verify) or failed along the way; 2 bad input.
+    """
+    options = _parser().parse_args(arguments)
+    # Conversion needs memory, not speed; virtual devices only show that sharding changes nothing.
+    jax.config.update("jax_platforms", options.platform)
+    try:
+        if options.devices is not None:
+            _virtual_devices(options.devices)
+        return _COMMANDS[options.command](options)
+    except (JaxmooError, OSError) as error:
+        return failed(error)
+
+
+def _virtual_devices(number: int) -> None:
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--devices {number}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description="Convert models between Hugging Face directories and Orbax checkpoints, "
+        "exactly, and compare and describe them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--platform", default="cpu", help="where parameters lie meanwhile (cpu)")
+        sub.add_argument("--devices", type=int, help="number of virtual CPU devices")
+        return sub
+
+    sub = command("from-hf", "Hugging Face directory -> Orbax checkpoint")
+    sub.add_argument("source", help="a directory, a model's id on the hub, or an embedded model")
+    sub.add_argument("out", type=typed_path, help="directory to make")
+
+    sub = command("from-gguf", "GGUF file -> Hugging Face directory, in float32")
+    sub.add_argument(
+        "file", type=typed_path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
+    )
+    sub.add_argument("out", type=typed_path, help="directory to make")
+
+    sub = command("to-hf", "Orbax checkpoint or training run -> Hugging Face directory")
+    sub.add_argument(
+        "source", type=typed_path, help="what from-hf made, or a training run's directory"
+    )
+    sub.add_argument("out", type=typed_path, help="directory to make")
+    sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
+    sub.add_argument("--base", help="model that the run or adapters began with, if moved")
+    sub.add_argument("--dtype", help="float32, bfloat16 or float16 (as the model came)")
+    sub.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: the adapters alone, in PEFT format"
+    )
+    sub.add_argument("--max-file-size", default="5GB", help="size of a file of weights (5GB)")
+
+    sub = command("verify", "Compare two models: every tensor, and the logits of a prompt")
+    sub.add_argument("a", help="Hugging Face directory, checkpoint or training run")
+    sub.add_argument("b", help="the same")
+    sub.add_argument("--step-a", type=int, help="if A is a run: which of its checkpoints")
+    sub.add_argument("--step-b", type=int, help="if B is a run: which of its checkpoints")
+    sub.add_argument("--tolerance", type=float, default=0.0, help="relative (0: equal bytes)")
+
+    sub = command("inspect", "Architecture, sizes, tensors, dtypes and files of a model")
+    sub.add_argument("directory", help="Hugging Face directory, checkpoint or training run")
+    return parser
+
+
+def _from_hf(options: argparse.Namespace) -> int:
+    check_target(options.out)  # before anything is fetched
+    from_hf(resolve_source(options.source), options.out)
+    print(f"Wrote {options.out} (Orbax checkpoint).")
+    return 0
+
+
+def _from_gguf(options: argparse.Namespace) -> int:
+    convert_gguf(options.file, options.out)
+    print(f"Wrote {options.out} (Hugging Face format).")
+    return 0
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    if options.adapter:
+        if options.dtype is not None:
+            raise ConfigError("--dtype does not go with --adapter: adapters are float32")
+        to_adapter(options.source, options.out, step=options.step, base=options.base)
+        print(f"Wrote {options.out} (PEFT format).")
+        return 0
+    to_hf(
+        options.source,
+        options.out,
+        step=options.step,
+        dtype=None if options.dtype is None else _dtype(options.dtype),
+        max_shard_bytes=parse_size(options.max_file_size, what="--max-file-size", needs_unit=True),
+        base=options.base,
+    )
+    print(f"Wrote {options.out} (Hugging Face format).")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    steps = (options.step_a, options.step_b)
+    found = compare(_directory(options.a), _directory(options.b), steps=steps)
+    print(found.table())
+    return 0 if found.within(options.tolerance) else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    print(describe(_directory(options.directory)))
+    return 0
+
+
+_COMMANDS = {
+    "from-hf": _from_hf,
+    "from-gguf": _from_gguf,
+    "to-hf": _to_hf,
+    "verify": _verify,
+    "inspect": _inspect,
+}
+
+
+def _directory(name: str) -> Path:
+    """A directory of any kind, or the one that a model's name stands for."""
+    path = typed_path(name)
+    return path if path.is_dir() else resolve_source(name)
+
+
+def _dtype(name: str) -> str:
+    known = ("float32", "bfloat16", "float16")
+    if name not in known:
+        raise ConfigError(f"--dtype must be one of {', '.join(known)}, got {name!r}")
+    return name

@@ -1,0 +1,242 @@
+"""The command line of ``scripts/evaluate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxmoo.config.training import ColumnsConfig, DataConfig, load_config
+from jaxmoo.convert.kinds import kind_of
+from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.evaluate.compare import compare
+from jaxmoo.evaluate.evaluation import Evaluation, evaluate
+from jaxmoo.evaluate.results import ResultStore, read_results
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf import resolve_source
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runtime.memory import named_when_full
+from jaxmoo.runtime.terminal import forgiving_output
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  python scripts/evaluate.py --model runs/quickstart --output tuned.json
+  python scripts/evaluate.py --model smollm2-135m-instruct --config configs/quickstart.yaml \\
+    --output base.json
+  python scripts/evaluate.py --compare base.json tuned.json
+  python scripts/evaluate.py --model path/to/model --data 'topics/{language}.jsonl' \\
+    --languages en ja --unseen fr --columns prompt=text completion=topic group=id \\
+    --choices replies --output topics.json
+  python scripts/evaluate.py --model path/to/model --data 'questions/{language}.jsonl' \\
+    --languages en ja --generate 64 --output answers.json
+"""
+
+
+@forgiving_output
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+      Its exit code: 0 done; 1 failed along the way; 2 bad input; 130 stopped, what was done is
+      stored.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        if options.compare is not None:
+            return _compare(options)
+        with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
+            evaluate(_settings(options))
+    except (JaxmooError, OSError) as error:
+        return failed(error)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on with the next language.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Score a model language by language, or compare two such results. The same "
+        "command resumes an interrupted evaluation.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("what is evaluated")
+    group.add_argument(
+        "--model",
+        help="Hugging Face directory, adapters (PEFT), checkpoint, training run, built-in name, or "
+        "id on a hub",
+    )
+    group.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
+    group.add_argument("--base", help="model that the run or adapters began with, if moved")
+    group.add_argument("--output", type=typed_path, help="file for the results, .json")
+
+    group = parser.add_argument_group(
+        "examples",
+        "By default those that a run holds out: of --config, else of the run that --model names. "
+        "With --data every example of that source. Other data settings come from the same config, "
+        "or from the options below.",
+    )
+    group.add_argument("--config", help="settings of a training run, for its data")
+    group.add_argument("--data", help="source of examples, in any form that data.source takes")
+    group.add_argument("--languages", nargs="+", metavar="CODE", help="languages trained on")
+    group.add_argument("--unseen", nargs="+", metavar="CODE", help="other languages")
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="KEY=NAME",
+        help="columns of the data, as data.columns: prompt=question completion=answer group=id",
+    )
+    group.add_argument("--codes", nargs="+", metavar="CODE=NAME", help="as data.codes")
+    group.add_argument("--language-column", metavar="NAME", help="as data.language_column")
+    group.add_argument("--subset", help="as data.subset")
+    group.add_argument("--split", help="as data.split")
+    group.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="for chat templates that read the clock (as data.date of the config, else today)",
+    )
+    group.add_argument("--max-examples", type=int, metavar="N", help="at most N per language (all)")
+    group.add_argument(
+        "--skip-empty",
+        action="store_true",
+        help="leave out examples whose reply is empty, or begins beyond --max-length",
+    )
+
+    group = parser.add_argument_group(
+        "measures", "NLL and bits per byte of the replies are always computed."
+    )
+    group.add_argument(
+        "--choices",
+        metavar="WHAT",
+        help="also the accuracy of choosing the reply: from all replies of the data (replies), "
+        "from a column's list (column:NAME), or from labels (a,b,c)",
+    )
+    group.add_argument(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also generate at most N tokens for each prompt, and score them",
+    )
+
+    group = parser.add_argument_group("computation")
+    group.add_argument("--batch-size", type=int, default=16, help="sequences at a time (16)")
+    group.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of a sequence (data.sequence_length of the config, else the model's)",
+    )
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+    group = parser.add_argument_group("comparing")
+    group.add_argument(
+        "--compare",
+        nargs=2,
+        type=typed_path,
+        metavar=("A", "B"),
+        help="compare two results of the same examples; --output also writes the numbers",
+    )
+    group.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (2000)")
+    group.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    return parser
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.resamples < 100:
+        raise ConfigError(f"--resamples takes at least 100, found {options.resamples}.")
+    a, b = map(read_results, options.compare)
+    found = compare(a, b, resamples=options.resamples, seed=options.seed)
+    print(f"A: {a.path} ({a.model})\nB: {b.path} ({b.model})\n\n{found.table()}")
+    if options.output is not None:
+        options.output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", "utf-8")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Evaluation:
+    if options.model is None or options.output is None:
+        raise ConfigError("Give --model and --output, or --compare A B.")
+    ResultStore(options.output)  # raises before anything is fetched
+    path = typed_path(options.model)
+    model = path if path.is_dir() else resolve_source(options.model)
+    config = _run_config(options, model)
+    held_out = options.data is None
+    if config is None and (options.data is None or options.languages is None):
+        raise ConfigError(
+            f"{options.model} is not a training run: say what to evaluate it on with --data and "
+            "--languages, or with --config, the settings of a run."
+        )
+    data = _data(options, config)
+    if options.languages is None and options.unseen is None:
+        seen, unseen = data.seen, data.unseen
+    else:
+        seen, unseen = options.languages or [], options.unseen or []
+    limit, length = options.max_examples, options.max_length
+    if limit is None and held_out:
+        limit = data.max_held_out
+    if length is None and config is not None:
+        length = data.sequence_length
+    return Evaluation(
+        name=options.model,
+        model=model,
+        output=options.output,
+        data=data,
+        seen=seen,
+        unseen=unseen,
+        held_out=held_out,
+        step=options.step,
+        base=options.base,
+        choices=options.choices,
+        new_tokens=options.generate,
+        max_examples=limit,
+        max_length=length,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        # A run leaves such examples out, and its own scores are without them.
+        skip_empty=options.skip_empty or held_out,
+    )
+
+
+def _run_config(options: argparse.Namespace, model: Path) -> DataConfig | None:
+    if options.config is not None:
+        return load_config(options.config).data
+    if kind_of(model) == "run":
+        return load_config(RunDirectory(model).config).data
+    return None
+
+
+def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
+    if config is None:
+        config = DataConfig(source=options.data, seen=options.languages)
+    changes = {
+        "source": options.data,
+        "codes": _pairs("--codes", options.codes),
+        "language_column": options.language_column,
+        "subset": options.subset,
+        "split": options.split,
+        "date": options.date,
+    }
+    columns = _pairs("--columns", options.columns)
+    if columns is not None:
+        known = [field.name for field in dataclasses.fields(ColumnsConfig)]
+        for key in columns:
+            if key not in known:
+                raise ConfigError(f"--columns takes {', '.join(known)}, found {key!r}.")
+        changes["columns"] = ColumnsConfig(**columns)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **given)
+
+
+def _pairs(option: str, pairs: Sequence[str] | None) -> dict[str, str] | None:
+    if pairs is None:
+        return None
+    wrong = [pair for pair in pairs if not all(pair.partition("="))]
+    if wrong:
+        raise ConfigError(f"{option} takes KEY=NAME, found {wrong[0]!r}.")
+    return {key: name for key, _, name in (pair.partition("=") for pair in pairs)}

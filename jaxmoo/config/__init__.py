@@ -1,0 +1,1 @@
+"""Settings: declared once, read from YAML and the command line, checked, documented."""

@@ -1,0 +1,249 @@
+"""The settings of the data; a section of :mod:`jaxmoo.config.training`."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field, with a factory for lists and mappings.
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+
+from jaxmoo.config.schema import MISSING, Range, setting
+from jaxmoo.errors import did_you_mean
+
+__all__ = ["ColumnsConfig", "DataConfig", "SamplingConfig", "check_data", "is_date"]
+
+_AT_LEAST_1 = Range(least=1)
+_POSITIVE = Range(above=0)
+_FRACTION = Range(least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """Columns of the data, where they are not called `messages`, or `prompt` and `completion`, or
+    `text`."""
+
+    messages: str | None = setting(
+        None, "Column with the conversation, a list of `{role, content}`."
+    )
+    prompt: str | None = setting(None, "Column with what the user says.")
+    completion: str | None = setting(None, "Column with the reply that is learnt.")
+    text: str | None = setting(None, "Column with plain text, all of which is learnt.")
+    group: str | None = setting(
+        None,
+        "Column that names what belongs together, such as translations of one text: a group is "
+        "held out as a whole.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How often a language takes part, where `data.languages_per_step` is less than all."""
+
+    temperature: float | None = setting(
+        None,
+        "Shares in proportion to the number of examples to the power of 1 / temperature: 1 follows "
+        "the data, higher is more even. null, without weights, is even.",
+        within=_POSITIVE,
+    )
+    weights: dict[str, float] | None = setting(
+        None, "Shares by language, such as `{ja: 2}`; a language not named has 1."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The examples of every language."""
+
+    source: str = setting(
+        MISSING,
+        "Where the examples come from: `chatterbot` (built in), a file pattern such as "
+        "`data/{language}.jsonl` (also .json, .parquet, .csv, and those of text as .gz or .zst), a "
+        "directory of such files, or the id of a data set on a Hugging Face hub.",
+    )
+    seen: list[str] = setting(
+        MISSING, "Languages to train on, by their code in the data. Each gives one gradient."
+    )
+    unseen: list[str] = setting(
+        [], "Languages that are only evaluated, before and after, to see what transfers."
+    )
+    batch_size: int = setting(
+        4, "Rows per language and step; a row is one example unless packed.", within=_AT_LEAST_1
+    )
+    sequence_length: int = setting(
+        512, "Tokens per row; an example that is longer is cut.", within=Range(least=2)
+    )
+    packing: bool = setting(
+        False,
+        "Fill every row with as many whole examples of its language as fit, which do not see each "
+        "other; otherwise a row is one example, padded.",
+    )
+    languages_per_step: int | None = setting(
+        None,
+        "Seen languages that take part in a step, drawn anew in each; null takes all.",
+        within=_AT_LEAST_1,
+    )
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    chat_template: str | None = setting(
+        None, "File with a chat template (Jinja) to use instead of the tokenizer's."
+    )
+    date: str | None = setting(
+        None,
+        "Date that a chat template sees which reads the clock (`strftime_now`), such as "
+        "2026-07-26. null is the day on which the run begins; the run's own `config.yaml` says "
+        "which.",
+    )
+    max_malformed: float = setting(
+        0.0,
+        "Largest share of a language's records that may be malformed; they are left out, counted "
+        "and reported. At 0 the first one is an error.",
+        within=_FRACTION,
+    )
+    special_tokens: str = setting(
+        "text",
+        "What becomes of a text of the data that spells a special token, such as `<|im_end|>`: it "
+        "is learnt as the text it is, or `tokens` makes a token of it, which may end a turn.",
+        choices=("text", "tokens"),
+    )
+    streaming: bool = setting(
+        False,
+        "Read records while training goes on, in pieces of `shuffle_buffer`, instead of reading, "
+        "splitting and tokenising all of them before the first step. For data that memory does not "
+        "hold: .jsonl, .csv, .parquet and hub data sets. How many examples there are is then not "
+        "known: `max_held_out` is needed, and duplicates are found within a piece only.",
+    )
+    shuffle_buffer: int = setting(
+        1000,
+        "Streaming: records of a language that are read, shuffled (and packed) together.",
+        within=_AT_LEAST_1,
+    )
+    max_scan: int = setting(
+        100_000,
+        "Streaming: records read at most, at the beginning, to find a language's `max_held_out` "
+        "examples.",
+        within=_AT_LEAST_1,
+    )
+    held_out: float = setting(
+        0.1,
+        "Share of a seen language's examples that is kept from training, for evaluation.",
+        within=Range(above=0, below=1),
+    )
+    max_held_out: int | None = setting(
+        None, "Most examples evaluated per language; null evaluates all.", within=_AT_LEAST_1
+    )
+    disjoint_replies: bool = setting(
+        False,
+        "Hold out every example that shares its reply with a held-out one. Right where prompts "
+        "paraphrase one another, wrong where replies are labels.",
+    )
+    codes: dict[str, str] = setting(
+        {}, "The data's own names of languages where they differ, such as `{pt: por_Latn}`."
+    )
+    language_column: str | None = setting(
+        None, "Column that names the language, where one table holds them all."
+    )
+    subset: str | None = setting(
+        None,
+        "Subset (configuration) of a hub data set; `{language}` stands for the language. null "
+        "takes the one named as the language, unless a column or split tells languages apart.",
+    )
+    split: str = setting("train", "Split of a hub data set; `{language}` stands for the language.")
+    columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
+
+    @property
+    def samples(self) -> bool:
+        """Whether a step has some of the seen languages only."""
+        return self.languages_per_step is not None and self.languages_per_step < len(self.seen)
+
+    @property
+    def step_languages(self) -> int:
+        """Number of languages of a step."""
+        return self.languages_per_step or len(self.seen)
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date as settings have it.
+
+    Example:
+      >>> is_date("2026-07-26"), is_date("26.7.2026"), is_date("20260726")
+      (True, False, False)
+    """
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+# Languages name files, metrics and plots.
+_CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def check_data(data: DataConfig) -> list[str]:
+    """Return what the settings of the data contradict each other in."""
+    problems = []
+    if not data.seen:
+        problems.append("data.seen is empty: name at least one language to train on.")
+    for name, codes in (("seen", data.seen), ("unseen", data.unseen)):
+        twice = sorted({code for code in codes if codes.count(code) > 1})
+        if twice:
+            problems.append(f"data.{name} names {', '.join(twice)} more than once.")
+        odd = [code for code in codes if not _CODE.fullmatch(code)]
+        if odd:
+            problems.append(
+                f"data.{name}: expected language codes of letters, digits, - and _, found "
+                f"{', '.join(map(repr, odd))}."
+            )
+    both = sorted(set(data.seen) & set(data.unseen))
+    if both:
+        problems.append(
+            f"{', '.join(both)} in both data.seen and data.unseen: a language is one or the other."
+        )
+    columns = data.columns
+    kinds = [columns.messages, columns.prompt or columns.completion, columns.text]
+    if sum(kind is not None for kind in kinds) > 1:
+        problems.append(
+            "data.columns takes either messages or prompt and completion or text: name columns of "
+            "one kind only."
+        )
+    if data.date is not None and not is_date(data.date):
+        problems.append(f"data.date is {data.date!r}, expected a date such as 2026-07-26.")
+    return problems + _check_streaming(data) + _check_sampling(data)
+
+
+def _check_streaming(data: DataConfig) -> list[str]:
+    if not data.streaming:
+        return []
+    wrong = {
+        "data.max_held_out must be set": data.max_held_out is None,
+        "data.disjoint_replies must be false": data.disjoint_replies,
+        "data.sampling.temperature must be null (give weights)": data.sampling.temperature
+        is not None,
+    }
+    return [
+        f"data.streaming: {text}, for nobody knows all the examples of a stream."
+        for text, found in wrong.items()
+        if found
+    ]
+
+
+def _check_sampling(data: DataConfig) -> list[str]:
+    k, num, problems = data.languages_per_step, len(data.seen), []
+    if k is not None and k > num:
+        problems.append(f"data.languages_per_step is {k}, but data.seen has {num} languages.")
+    sampling = data.sampling
+    if sampling.temperature is not None and sampling.weights is not None:
+        problems.append("data.sampling takes either temperature or weights, not both.")
+    for code, weight in (sampling.weights or {}).items():
+        if code not in data.seen:
+            problems.append(
+                f"data.sampling.weights names {code!r}, which is not in data.seen."
+                f"{did_you_mean(code, data.seen)}"
+            )
+        if weight not in _POSITIVE:
+            problems.append(f"data.sampling.weights.{code} must be above 0, found {weight}.")
+    if not data.samples and sampling != SamplingConfig():
+        problems.append(
+            "data.sampling has no effect when every language takes part in every step; set "
+            "data.languages_per_step below the number of languages."
+        )
+    return problems

@@ -1,0 +1,65 @@
+"""The settings of adapters; see :mod:`jaxmoo.config.training`."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field, with a factory for lists and mappings.
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxmoo.config.schema import Range, setting
+from jaxmoo.errors import ConfigError
+from jaxmoo.models.lora import PROJECTIONS, LoRA
+
+__all__ = ["LoraConfig", "check_lora", "lora_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the model stays as it is, and only what is added to it learns."""
+
+    rank: int | None = setting(
+        None,
+        "Rank of the adapters. null trains parameters themselves; with a rank `model.trainable` "
+        "chooses the layers that get adapters.",
+        within=Range(least=1),
+    )
+    alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=Range(above=0))
+    targets: list[str] = setting(
+        list(PROJECTIONS), "Projections of those layers that get adapters; by default all."
+    )
+    adapter: str | None = setting(
+        None,
+        "Directory in PEFT format with the adapters to begin with; null begins with new ones, "
+        "which change nothing yet.",
+    )
+    export: str = setting(
+        "merged",
+        "What `export` writes: the whole model with the adapters merged into it (`merged`, to "
+        "`export/`), the adapters alone in PEFT format (`adapter`, to `adapter/`), or `both`.",
+        choices=("merged", "adapter", "both"),
+        free=True,
+    )
+
+
+def lora_of(settings: LoraConfig) -> LoRA | None:
+    """Return the kind of adapters a run trains, or None when it trains parameters themselves."""
+    if settings.rank is None:
+        return None
+    return LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+
+
+def check_lora(lora: LoraConfig) -> list[str]:
+    """Return what is wrong with the settings of adapters, a sentence each."""
+    if lora.rank is None:
+        # They would have no effect, which may not be what was meant.
+        changed = [
+            f"lora.{field.name}"
+            for field in dataclasses.fields(lora)
+            if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
+        ]
+        return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
+    try:
+        lora_of(lora)
+    except ConfigError as error:
+        return [f"lora: {error}"]
+    return []

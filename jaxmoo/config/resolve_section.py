@@ -1,0 +1,140 @@
+"""The settings of the conflict resolution; a section of :mod:`jaxmoo.config.training`."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field, with a factory for lists and mappings.
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxmoo import aggregators, blocks
+from jaxmoo.config.schema import Range, setting
+from jaxmoo.errors import ConfigError, did_you_mean
+
+__all__ = ["ResolveConfig", "check_resolve", "check_sampled"]
+
+_AT_LEAST_1 = Range(least=1)
+_POSITIVE = Range(above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolveConfig:
+    """How the languages' gradients become one update."""
+
+    aggregator: str = setting(
+        "cagrad", "Method that resolves conflicts; `mean` is plain fine-tuning."
+    )
+    options: dict[str, Any] = setting({}, "Options of the method, such as `{c: 0.5}` for `cagrad`.")
+    blocks: str = setting(
+        "layer",
+        "How the parameters are cut into blocks that are resolved one by one: `whole`, `layer`, "
+        "`module`, `leaf`, `bytes:25MiB` (buckets of that size), `shard` (each device's own piece: "
+        "the result depends on the mesh) or `random:32` (a control).",
+    )
+    vocabulary_slices: int | None = setting(
+        None,
+        "Into how many slices the embedding and the head are cut where blocks are layers, modules, "
+        "leaves or shards; each slice is a block. null takes the fewest that are no larger than a "
+        "layer.",
+        within=_AT_LEAST_1,
+    )
+    engine: str = setting(
+        "backward",
+        "Where conflicts are resolved: `backward` resolves each block inside the backward pass and "
+        "drops its gradients, so that memory stays near plain fine-tuning; `stacked` first "
+        "computes every language's whole gradient.",
+        choices=("backward", "stacked"),
+    )
+    replicas: str = setting(
+        "mean_then_resolve",
+        "Order over the replicas of `mesh.data`: average each language's gradients first (exact), "
+        "resolve in each replica and average (least traffic), or average Gram matrices only.",
+        choices=("mean_then_resolve", "resolve_then_mean", "pooled_gram"),
+    )
+    nonfinite: str = setting(
+        "skip",
+        "When a language's loss or gradient is not finite: `skip` leaves it out of the blocks "
+        "concerned and counts the step, `raise` stops. A run stops in any case when no language's "
+        "loss is finite.",
+        choices=("skip", "raise"),
+        free=True,
+    )
+    token_mean: bool = setting(
+        False,
+        "Weigh each language's loss by its share of the step's target tokens, instead of all "
+        "alike. With `aggregator: mean` that is ordinary fine-tuning on one mixed batch.",
+    )
+    match_norm: bool = setting(
+        False,
+        "Give every block's resolved gradient the length of its mean gradient, to compare methods "
+        "and block sizes by direction alone.",
+    )
+    preference: dict[str, float] | None = setting(
+        None,
+        "Weights of languages that matter more or less, such as `{ja: 2}`; a language not named "
+        "weighs 1. null treats all alike.",
+    )
+
+
+def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
+    """Return what is wrong with the settings of the resolution, a sentence each."""
+    problems = []
+    methods = aggregators.names()
+    if resolve.aggregator not in methods:
+        problems.append(
+            f"resolve.aggregator: unknown method {resolve.aggregator!r}."
+            f"{did_you_mean(resolve.aggregator, methods)} There are {', '.join(methods)}."
+        )
+    else:
+        try:
+            method = aggregators.get(resolve.aggregator, **resolve.options)
+        except (TypeError, ValueError) as error:
+            problems.append(f"resolve.options do not suit {resolve.aggregator}: {error}")
+        else:
+            if method.cross_gram:
+                problems.append(
+                    f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
+                    "which a training run does not compute. Use it in your own optax chain."
+                )
+    if resolve.aggregator == "moco" and resolve.engine != "stacked":
+        problems.append(
+            "resolve.aggregator: moco follows every language's whole gradient; it needs "
+            "resolve.engine=stacked."
+        )
+    try:
+        if resolve.blocks != "shard":
+            blocks.get(resolve.blocks)
+    except ConfigError as error:
+        problems.append(f"resolve.blocks: {error}")
+    for code, weight in (resolve.preference or {}).items():
+        if code not in seen:
+            problems.append(
+                f"resolve.preference names {code!r}, which is not in data.seen."
+                f"{did_you_mean(code, seen)}"
+            )
+        if weight not in _POSITIVE:
+            problems.append(f"resolve.preference.{code} must be above 0, found {weight}.")
+    return problems
+
+
+def check_sampled(resolve: ResolveConfig) -> list[str]:
+    """Return what the resolver cannot do when each step has other languages."""
+    problems = []
+    if resolve.preference is not None:
+        problems.append(
+            "resolve.preference belongs to fixed languages; with data.languages_per_step give "
+            "data.sampling.weights instead."
+        )
+    try:
+        method = aggregators.get(resolve.aggregator, **resolve.options)
+    except (ConfigError, TypeError, ValueError):
+        return problems  # that it is unknown was found before
+    if method.importance is not None or jax.tree.leaves(method.init(2)):
+        problems.append(
+            f"resolve.aggregator: {method.name} has or keeps numbers for each language, and "
+            "data.languages_per_step gives it other languages in every step. Use all languages, "
+            "or another method."
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Products and sums as each platform does them best."""

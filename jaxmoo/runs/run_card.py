@@ -1,0 +1,54 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxmoo.config.training import Config
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf import ModelCard
+from jaxmoo.runs.directory import RunDirectory
+
+__all__ = ["adapter_card", "public_name", "run_card"]
+
+
+def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
+    """Make a model card of what a run's own files say.
+
+    Args:
+      run: the run's directory.
+      config: its settings.
+      step: the step whose weights are exported.
+    """
+    before, after = run.scores(0), run.scores(step)
+    metrics = {}
+    if before and after:
+        metrics["Held-out reply NLL per token"] = {
+            code: {"before": before[code].nll, "after": after[code].nll}
+            for code in before
+            if code in after
+        }
+    resolve = config.resolve
+    tuned = "fine-tuning"
+    if config.lora.rank is not None:
+        tuned = f"LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
+    return ModelCard(
+        title=run.path.absolute().name,
+        base_model=public_name(config.model.source),
+        languages=tuple(config.data.seen),
+        method=f"{tuned} with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
+        f"language, resolved by {resolve.aggregator} in blocks ({resolve.blocks})",
+        data=public_name(config.data.source),
+        metrics=metrics,
+    )
+
+
+def adapter_card(card: ModelCard) -> ModelCard:
+    """The card of the adapters alone."""
+    return dataclasses.replace(card, library="peft")
+
+
+def public_name(name: str) -> str:
+    """A name without the place on this machine, where it is a path."""
+    path = typed_path(name)
+    return path.name if path.is_absolute() or path.exists() or name.startswith(".") else name

@@ -1,0 +1,292 @@
+"""From a config to the function that gives losses and the resolved gradient."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmoo import aggregators, blocks, mesh
+from jaxmoo.aggregators import track_gradients
+from jaxmoo.blocks import Blocks, Partition, path_string
+from jaxmoo.config.training import Config
+from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
+from jaxmoo.errors import ConfigError
+from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
+from jaxmoo.models.paths import STACKED
+from jaxmoo.stacked import stacked_value_and_grad
+from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+
+__all__ = [
+    "GradientSource",
+    "SampledState",
+    "block_rule",
+    "engine_source",
+    "make_gradients",
+    "sampled",
+    "token_mean",
+]
+
+_TABLES = r"(^|\.)embedding$"
+
+
+class GradientSource(NamedTuple):
+    """How a step comes by its gradient.
+
+    Attributes:
+      init: ``params -> state``.
+      compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
+      diagnostics: the resolver's part of the state, for all K languages.
+      partition: the blocks.
+      engine: the in-backward engine, where it is used.
+    """
+
+    init: Callable[[Any], Any]
+    compute: Callable[[Any, Any, Any, Any], tuple[jax.Array, Any, Any]]
+    diagnostics: Callable[[Any], ResolveConflictsState]
+    partition: Partition
+    engine: ResolvedGradients | None
+
+
+def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
+    """Return the blocks of a run.
+
+    The vocabulary's tables are cut into slices where blocks follow the model's structure, by
+    default the fewest that are no larger than a layer.
+
+    Args:
+      config: the run's settings.
+      params: the trainable parameters, or their shapes.
+      device_mesh: the devices, as many as ``shard`` blocks are cut into.
+
+    Raises:
+      ConfigError: the slices asked for do not divide the vocabulary.
+    """
+    kind = config.resolve.blocks
+    shard = kind == "shard"
+    if shard:
+        kind = f"shard:{device_mesh.shape[mesh.LANGUAGE] * device_mesh.shape[mesh.FSDP]}"
+    leaves = [
+        (path_string(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    tables = [shape for path, shape in leaves if re.search(_TABLES, path)]
+    if not tables or not (shard or kind in ("layer", "module", "leaf")):
+        return kind
+    slices = config.resolve.vocabulary_slices
+    if slices is None:
+        layers = [math.prod(shape[1:]) for path, shape in leaves if re.search(STACKED, path)]
+        most = sum(layers) or max(map(math.prod, tables))
+        rows, size = max(tables)
+        slices = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n * size <= most)
+    if slices == 1:
+        return kind
+    only = len(tables) == len(leaves)
+    return blocks.choose({_TABLES: f"slices:{slices}"} | ({} if only else {".*": kind}))
+
+
+def make_gradients(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    frozen: Any,
+    device_mesh: Mesh,
+) -> GradientSource:
+    """Make the source of gradients that the settings ask for.
+
+    Args:
+      config: the run's settings.
+      merge: ``(params, frozen) -> Decoder``.
+      params: the trainable parameters, or their shapes.
+      frozen: the others, or their shapes.
+      device_mesh: from :func:`jaxmoo.mesh.make_mesh`.
+
+    Raises:
+      ConfigError: settings that contradict each other or the model.
+    """
+    resolution, seen = config.resolve, config.data.seen
+    preference = resolution.preference
+    common: dict[str, Any] = {
+        "aggregator": aggregators.get(resolution.aggregator, **resolution.options),
+        "blocks": block_rule(config, params, device_mesh),
+        "stacked": STACKED,
+        "num_objectives": config.data.step_languages,
+        "preference": None if preference is None else [preference.get(c, 1.0) for c in seen],
+        "match_norm": resolution.match_norm,
+        "seed": config.seed,
+    }
+    if resolution.engine == "stacked":
+        source = _stacked(config, merge, params, device_mesh, common)
+    else:
+        source = _backward(config, merge, params, frozen, device_mesh, common)
+    if resolution.token_mean:
+        source = token_mean(source)
+    return sampled(source, len(seen)) if config.data.samples else source
+
+
+def _backward(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    frozen: Any,
+    device_mesh: Mesh,
+    common: dict[str, Any],
+) -> GradientSource:
+    model, resolution = config.model, config.resolve
+    engine = resolved_value_and_grad(
+        lambda params, frozen, batch: _scaled(batch, token_nll(merge(params, frozen), batch)).sum(),
+        params,
+        frozen=frozen,
+        weight_fn=lambda batch: target_mask(batch).sum(),
+        mesh=device_mesh,
+        replicas=resolution.replicas,
+        microbatches=config.train.microbatches,
+        accumulation=config.train.accumulation,
+        dtype=None if model.dtype == model.param_dtype else model.dtype,
+        **common,
+    )
+    return engine_source(engine)
+
+
+def engine_source(engine: ResolvedGradients) -> GradientSource:
+    """Make the source of gradients that an engine is."""
+    return GradientSource(
+        init=lambda params: engine.init(),
+        compute=lambda params, frozen, batch, state: engine(params, batch, state, frozen),
+        diagnostics=lambda state: state,
+        partition=engine.partition,
+        engine=engine,
+    )
+
+
+SCALE = "loss_scale"
+
+
+def _scaled(batch: Any, nll: jax.Array) -> jax.Array:
+    """Losses [B, S], times each row's scale where a batch has one."""
+    return nll * batch[SCALE][:, None] if SCALE in batch else nll
+
+
+def token_mean(source: GradientSource) -> GradientSource:
+    """Weigh every language's loss by its share of the step's target tokens.
+
+    A language's loss is the mean over its own tokens; times K n_k / n, for n_k of the n tokens of
+    the K languages that have any, the mean over languages is the mean over all tokens. The losses
+    returned stay those of the languages.
+    """
+
+    def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
+        count = jax.vmap(target_mask)(batch).sum((1, 2)).astype(jnp.float32)
+        scale = count * ((count > 0).sum() / jnp.maximum(count.sum(), 1))
+        batch = batch | {SCALE: jnp.broadcast_to(scale[:, None], batch["tokens"].shape[:2])}
+        losses, updates, state = source.compute(params, frozen, batch, state)
+        return losses / jnp.where(scale > 0, scale, 1), updates, state
+
+    return source._replace(compute=compute)
+
+
+class SampledState(NamedTuple):
+    """State of :func:`sampled`; B blocks, K languages."""
+
+    resolver: Any  # of the languages of a step, in the order of its batch
+    gram: jax.Array  # float32 [B, K, K], of the last step; zero for languages that had no part
+    weights: jax.Array  # float32 [B, K], likewise
+    skipped: jax.Array  # int32 [K]
+
+
+def sampled(source: GradientSource, num_languages: int) -> GradientSource:
+    """Make a source for steps of k languages one for all K.
+
+    Batches carry the number of each row's language, ``language`` [k, B]. What the resolver says of
+    the k languages of a step is put into arrays over all K; the losses of the others are 0.
+
+    Args:
+      source: for k languages, keeping nothing for each of them from step to step.
+      num_languages: K.
+    """
+
+    def init(params: Any) -> SampledState:
+        blocks = len(source.partition)
+        return SampledState(
+            resolver=source.init(params),
+            gram=jnp.zeros((blocks, num_languages, num_languages), jnp.float32),
+            weights=jnp.zeros((blocks, num_languages), jnp.float32),
+            skipped=jnp.zeros(num_languages, jnp.int32),
+        )
+
+    def compute(
+        params: Any, frozen: Any, batch: Any, state: SampledState
+    ) -> tuple[jax.Array, Any, SampledState]:
+        here = batch["language"][:, 0]
+        batch = {name: x for name, x in batch.items() if name != "language"}
+        before = source.diagnostics(state.resolver).skipped
+        losses, updates, resolver = source.compute(params, frozen, batch, state.resolver)
+        found = source.diagnostics(resolver)
+        blank = jax.tree.map(jnp.zeros_like, state._replace(resolver=None))
+        return (
+            jnp.zeros(num_languages, losses.dtype).at[here].set(losses),
+            updates,
+            SampledState(
+                resolver=resolver,
+                gram=blank.gram.at[:, here[:, None], here[None, :]].set(found.gram),
+                weights=blank.weights.at[:, here].set(found.weights),
+                skipped=state.skipped.at[here].add(found.skipped - before),
+            ),
+        )
+
+    def diagnostics(state: SampledState) -> ResolveConflictsState:
+        return source.diagnostics(state.resolver)._replace(
+            gram=state.gram, weights=state.weights, skipped=state.skipped
+        )
+
+    return source._replace(init=init, compute=compute, diagnostics=diagnostics)
+
+
+def _stacked(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    device_mesh: Mesh,
+    common: dict[str, Any],
+) -> GradientSource:
+    if common["num_objectives"] % device_mesh.shape[mesh.LANGUAGE]:
+        raise ConfigError(
+            f"resolve.engine=stacked: mesh.language ({device_mesh.shape[mesh.LANGUAGE]}) must "
+            f"divide the number of languages ({common['num_objectives']})."
+        )
+    # MoCo resolves running estimates of the languages' gradients.
+    track = config.resolve.aggregator == "moco"
+    resolver = optax.chain(
+        track_gradients(common["num_objectives"]) if track else optax.identity(),
+        resolve_conflicts(**common),
+    )
+    per_language = mesh.objective_shardings(device_mesh, params, stacked=STACKED)
+    per_parameter = mesh.parameter_shardings(device_mesh, params, stacked=STACKED)
+
+    def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
+        value_and_grad = stacked_value_and_grad(
+            lambda params, one: (
+                language_loss(merge(params, frozen), one) * (one[SCALE][0] if SCALE in one else 1.0)
+            )
+        )
+        losses, gradients = value_and_grad(params, batch)
+        gradients = jax.lax.with_sharding_constraint(gradients, per_language)
+        present, finite = jax.vmap(target_mask)(batch).any((1, 2)), jnp.isfinite(losses)
+        updates, (tracked, resolved) = resolver.update(
+            gradients, state, params, active=present & finite
+        )
+        state = tracked, resolved._replace(skipped=resolved.skipped + (present & ~finite))
+        return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
+
+    return GradientSource(
+        init=jax.jit(resolver.init),
+        compute=compute,
+        diagnostics=lambda state: state[1],
+        partition=blocks.partition(common["blocks"], params, stacked=STACKED),
+        engine=None,
+    )

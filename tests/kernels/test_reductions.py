@@ -1,0 +1,85 @@
+"""The two passes over the gradients agree with float64 NumPy, without copies of the gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoo.kernels.reductions import scaled_grams, section_grams, section_sizes, weighted_sum
+
+SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_forms_equal_float64(shape, dtype, partitioned):
+    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    weights = jax.random.uniform(jax.random.key(1), (shape[1], shape[0]))
+    exact = np.asarray(x, np.float64).reshape(*shape[:2], -1)
+    grams = np.einsum("ksn,jsn->skj", exact, exact)
+    found = section_grams([x], partitioned=partitioned)[0]
+    np.testing.assert_allclose(found, grams, rtol=1e-5, atol=1e-5 * np.abs(grams).max())
+    total = np.einsum("sk,ksn->sn", np.asarray(weights, np.float64), exact).reshape(shape[1:])
+    result = weighted_sum(x, weights, partitioned=partitioned)
+    assert result.dtype == dtype
+    precision = 1e-6 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), total, rtol=precision, atol=precision
+    )
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_scaled_products_do_not_leave_float32s_range(partitioned):
+    """In several pieces of columns, and what is left over."""
+    x, y = (jax.random.normal(jax.random.key(i), (3, 2, 400_000)) * 1e20 for i in range(2))
+    scale = jnp.array([1e-20, 2e-20])
+    exact = [np.asarray(z, np.float64) * np.asarray(scale, np.float64)[:, None] for z in (x, y)]
+    for other in (0, 1):
+        found = scaled_grams(x, scale, (None, y)[other], partitioned=partitioned)
+        wanted = np.einsum("isn,jsn->sij", exact[0], exact[other])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    bad = x.at[1, 0, 5].set(jnp.nan).at[2, 1, 7].set(-jnp.inf)
+    wanted = np.abs(np.asarray(x)).max(2).T
+    wanted[[0, 1], [1, 2]] = np.inf
+    np.testing.assert_array_equal(section_sizes(bad, partitioned=partitioned), wanted)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_what_is_not_finite_stays_with_its_objective(partitioned):
+    x = jnp.ones((3, 2, 4)).at[1, 0, 2].set(jnp.nan).at[1, 1, 0].set(jnp.inf)
+    grams = np.asarray(section_grams([x], partitioned=partitioned)[0])
+    kept = np.ix_([0, 1], [0, 2], [0, 2])
+    assert np.array_equal(grams[kept], np.full((2, 2, 2), 4.0))
+    assert not np.isfinite(grams[:, 1]).any()
+    weights = jnp.array([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    assert np.array_equal(weighted_sum(x, weights, partitioned=partitioned), np.ones((2, 4)))
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
+def test_float32_gradients_are_not_copied_and_16_bits_never_widened(dtype, copies):
+    x = jax.ShapeDtypeStruct((8, 4, 5_000_000), dtype)
+    weights = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    size = 8 * 4 * 5_000_000 * jnp.dtype(dtype).itemsize
+    for function, arguments in ((section_grams, ([x],)), (weighted_sum, (x, weights))):
+        compiled = jax.jit(lambda *a, f=function: f(*a, partitioned=False)).lower(*arguments)
+        temporary = compiled.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < (copies + 0.05) * size
+
+
+def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
+    shapes = [(4, 3, 9_001), (4, 1, 600), (4, 2, 70, 3), (4, 1, 100_003)]
+    arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    expected = section_grams(arrays, partitioned=True)
+    for found, wanted in zip(section_grams(arrays, partitioned=False), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
+
+    def first(x, partitioned=False):
+        return section_grams([x], partitioned=partitioned)[0]
+
+    x = arrays[0]
+    mapped = jax.vmap(first)(jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(mapped[1], 4 * expected[0], rtol=1e-5, atol=1e-2)
+    slope = jax.grad(lambda x: first(x)[:, 0, 1].sum())(x)
+    wanted = jax.grad(lambda x: first(x, partitioned=True)[:, 0, 1].sum())(x)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-6)

@@ -1,0 +1,157 @@
+"""The settings that change what a step's gradient is: token means, and some of the languages."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from engine.toy import quick_jit
+from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
+from jaxmoo.config.training import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
+from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
+from jaxmoo.train.gradient_source import GradientSource, make_gradients, sampled
+from jaxmoo.train.step import TrainState, make_train_step
+
+ARCHITECTURE = DecoderConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=32,
+    tie_word_embeddings=False,
+)
+SEEN = ["en", "fa", "zh", "ja"]
+
+
+def make_source(microbatches=1, **resolve):
+    """A source of gradients, and the parameters to call it with."""
+    config = Config(
+        output="none",
+        model=ModelConfig(source="none"),
+        data=DataConfig(source="none", seen=SEEN),
+        resolve=ResolveConfig(**({"aggregator": "mean"} | resolve)),
+        train=TrainConfig(steps=1, microbatches=microbatches),
+    )
+    graph, params, frozen = nnx.split(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    device_mesh = mesh.make_mesh(config.data.step_languages, devices=jax.devices()[:1])
+    return make_gradients(
+        config, lambda p, f: nnx.merge(graph, p, f), params, frozen, device_mesh
+    ), (graph, params, frozen)
+
+
+def make_batch(k, lengths):
+    """Packed rows; per language the number of targets of each of its two rows, or of both."""
+    rng = np.random.default_rng(0)
+    shape = (k, 2, 12)
+    return {
+        "tokens": rng.integers(1, 31, shape).astype(np.int32),
+        "loss_mask": np.broadcast_to(np.arange(12) < np.reshape(lengths, (k, -1, 1)), shape),
+        "positions": np.broadcast_to(np.arange(12, dtype=np.int32) % 6, shape),
+        "segment_ids": np.broadcast_to(1 + np.arange(12, dtype=np.int32) // 6, shape),
+    }
+
+
+def largest_error(found, wanted):
+    errors = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), found, wanted
+    )
+    return max(jax.tree.leaves(errors))
+
+
+@pytest.mark.parametrize(
+    ("engine", "microbatches"), [("backward", 1), ("backward", 2), ("stacked", 1)]
+)
+def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine, microbatches):
+    source, (graph, params, frozen) = make_source(microbatches, token_mean=True, engine=engine)
+    batch = make_batch(4, [[12, 9], [3, 12], [7, 0], [0, 0]])
+    losses, gradient, _ = jax.jit(source.compute)(params, frozen, batch, source.init(params))
+
+    def mixed(params):
+        rows = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, x.shape[-1]), batch)
+        return token_nll(nnx.merge(graph, params, frozen), rows).sum() / target_mask(rows).sum()
+
+    assert largest_error(gradient, jax.jit(jax.grad(mixed))(params)) < 1e-5
+    # The losses stay each language's own.
+    one = {name: jnp.asarray(x[1]) for name, x in batch.items()}
+    expected = token_nll(nnx.merge(graph, params, frozen), one).sum() / target_mask(one).sum()
+    assert float(losses[1]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses[3]) == 0
+
+
+def test_the_norm_in_the_metrics_is_that_of_the_gradient():
+    """Blocks' norms are means over microbatches, whose gradients partly cancel."""
+    source, (_, params, frozen) = make_source(2, token_mean=True)
+    optimizer = optax.sgd(1.0)
+    one = make_train_step(source, optimizer)
+    state = TrainState(0, params, source.init(params), optimizer.init(params))
+    after, metrics = quick_jit(one)(
+        state, frozen, make_batch(4, [[12, 9], [3, 12], [7, 0], [5, 5]])
+    )
+    moved = optax.tree.norm(optax.tree.sub(after.params, params))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(moved), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "aggregator"), [("backward", "mean"), ("stacked", "mean"), ("stacked", "moco")]
+)
+def test_a_language_whose_loss_is_not_finite_is_left_out_and_counted(engine, aggregator):
+    source, (_, params, frozen) = make_source(engine=engine, aggregator=aggregator)
+    batch = make_batch(4, [12, 3, 7, 0])
+    batch["tokens"] = np.where(np.arange(4)[:, None, None] == 1, 30, batch["tokens"] % 30)
+    table = params.embed_tokens.embedding
+    table.set_value(table[...].at[30].set(jnp.nan))
+    step = quick_jit(source.compute)
+    losses, gradient, state = step(params, frozen, batch, source.init(params))
+    assert np.flatnonzero(~np.isfinite(losses)).tolist() == [1]
+    assert source.diagnostics(state).skipped.tolist() == [0, 1, 0, 0]
+    assert not source.diagnostics(state).weights[:, 1].any()
+    assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
+
+
+def toy_source(k):
+    """Losses [k] that a batch is the target of, resolved by a method that looks at conflicts."""
+    tx = resolve_conflicts("imtl_g", blocks="leaf", num_objectives=k)
+    loss = stacked_value_and_grad(
+        lambda params, one: sum(jnp.mean((p - one["x"]) ** 2) for p in params.values())
+    )
+
+    def compute(params, frozen, batch, state):
+        assert set(batch) == {"x"}
+        losses, gradients = loss(params, batch)
+        return losses, *tx.update(gradients, state, params)
+
+    params = {"a": jnp.zeros(3), "b": jnp.arange(3.0)}
+    part = blocks.partition("leaf", params)
+    return GradientSource(tx.init, compute, lambda state: state, part, None), params
+
+
+def test_a_step_of_some_languages_is_that_of_a_run_with_these_alone():
+    (pair, params), some = toy_source(2), sampled(toy_source(2)[0], 4)
+    step, expected_step = jax.jit(some.compute), jax.jit(pair.compute)
+    state, expected_state = some.init(params), pair.init(params)
+    skipped = np.zeros(4, int)
+    for here in ([1, 3], [0, 1]):
+        x = np.random.default_rng(here).normal(size=(2, 5, 3)).astype(np.float32)
+        x[1] = np.nan if here == [0, 1] else x[1]
+        batch = {"x": x, "language": np.broadcast_to(np.array(here, np.int32)[:, None], (2, 5))}
+        losses, gradient, state = step(params, None, batch, state)
+        expected = expected_step(params, None, {"x": x}, expected_state)
+        expected_losses, expected_gradient, expected_state = expected
+        jax.tree.map(np.testing.assert_array_equal, gradient, expected_gradient)
+        found, wanted = some.diagnostics(state), pair.diagnostics(expected_state)
+        over_all = np.zeros(4), np.zeros((2, 4)), np.zeros((2, 4, 4))
+        over_all[0][here] = expected_losses
+        over_all[1][:, here] = wanted.weights
+        over_all[2][:, np.array(here)[:, None], here] = wanted.gram
+        for seen, filled in zip((losses, found.weights, found.gram), over_all, strict=True):
+            np.testing.assert_array_equal(seen, filled)
+        skipped[here] += np.array([0, here == [0, 1]])
+        np.testing.assert_array_equal(found.skipped, skipped)
+        np.testing.assert_array_equal(found.conflict, wanted.conflict)
