@@ -62,6 +62,16 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", LINKED, ids=name)
+def test_files_of_the_code_are_where_a_page_says(page):
+    """Capitals stand for any name."""
+    named = re.findall(
+        r"`((?:jaxmoo|tests|benchmarks|examples|scripts)/[\w/.]+)`", page.read_text()
+    )
+    real = [path for path in named if not re.search("NAME|ROOM", path)]
+    assert [path for path in real if not (ROOT / path).exists()] == []
+
+
 class _Site(yaml.SafeLoader):
     """Reads mkdocs.yml, whose extensions are configured by Python objects."""
 
