@@ -20,7 +20,7 @@ _FRACTION = Range(least=0, below=1)
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Columns of the data, where they are not called `messages`, or `prompt` and `completion`, or
+    """Columns of the data, if they are not called `messages`, or `prompt` and `completion`, or
     `text`."""
 
     messages: str | None = setting(
@@ -71,7 +71,7 @@ class DataConfig:
         4, "Rows per language and step; a row is one example unless packed.", within=_AT_LEAST_1
     )
     sequence_length: int = setting(
-        512, "Tokens per row; an example that is longer is cut.", within=Range(least=2)
+        512, "Tokens per row; longer examples are truncated.", within=Range(least=2)
     )
     packing: bool = setting(
         False,
@@ -80,7 +80,7 @@ class DataConfig:
     )
     languages_per_step: int | None = setting(
         None,
-        "Seen languages that take part in a step, drawn anew in each; null takes all.",
+        "Seen languages that take part in a step, drawn anew for each; null takes all.",
         within=_AT_LEAST_1,
     )
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -89,9 +89,9 @@ class DataConfig:
     )
     date: str | None = setting(
         None,
-        "Date that a chat template sees which reads the clock (`strftime_now`), such as "
-        "2026-07-26. null is the day on which the run begins; the run's own `config.yaml` says "
-        "which.",
+        "Date seen by a chat template that reads the clock (`strftime_now`), such as "
+        "2026-07-26. null is the day on which the run begins, which the run's own `config.yaml` "
+        "records.",
     )
     max_malformed: float = setting(
         0.0,
@@ -101,8 +101,8 @@ class DataConfig:
     )
     special_tokens: str = setting(
         "text",
-        "What becomes of a text of the data that spells a special token, such as `<|im_end|>`: it "
-        "is learnt as the text it is, or `tokens` makes a token of it, which may end a turn.",
+        "What becomes of text in the data that spells a special token, such as `<|im_end|>`: "
+        "`text` learns it as the text it is, `tokens` makes a token of it, which may end a turn.",
         choices=("text", "tokens"),
     )
     streaming: bool = setting(
@@ -119,8 +119,8 @@ class DataConfig:
     )
     max_scan: int = setting(
         100_000,
-        "Streaming: records read at most, at the beginning, to find a language's `max_held_out` "
-        "examples.",
+        "Streaming: the most records that are read at the beginning to find a language's "
+        "`max_held_out` examples.",
         within=_AT_LEAST_1,
     )
     held_out: float = setting(
@@ -137,7 +137,7 @@ class DataConfig:
         "paraphrase one another, wrong where replies are labels.",
     )
     codes: dict[str, str] = setting(
-        {}, "The data's own names of languages where they differ, such as `{pt: por_Latn}`."
+        {}, "The data's own names for languages, where they differ, such as `{pt: por_Latn}`."
     )
     language_column: str | None = setting(
         None, "Column that names the language, where one table holds them all."
@@ -145,7 +145,7 @@ class DataConfig:
     subset: str | None = setting(
         None,
         "Subset (configuration) of a hub data set; `{language}` stands for the language. null "
-        "takes the one named as the language, unless a column or split tells languages apart.",
+        "takes the one named after the language, unless a column or split tells languages apart.",
     )
     split: str = setting("train", "Split of a hub data set; `{language}` stands for the language.")
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)

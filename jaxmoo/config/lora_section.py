@@ -15,7 +15,7 @@ __all__ = ["LoraConfig", "check_lora", "lora_of"]
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: the model stays as it is, and only what is added to it learns."""
+    """Low-rank adapters: the model stays as it is, and only what is added to it is trained."""
 
     rank: int | None = setting(
         None,
@@ -29,7 +29,7 @@ class LoraConfig:
     )
     adapter: str | None = setting(
         None,
-        "Directory in PEFT format with the adapters to begin with; null begins with new ones, "
+        "Directory in PEFT format with the adapters to start from; null starts from new ones, "
         "which change nothing yet.",
     )
     export: str = setting(

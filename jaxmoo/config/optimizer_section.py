@@ -45,7 +45,7 @@ class OptimizerConfig:
         within=_FRACTION,
     )
     eps: float = setting(
-        1e-8, "Added to the root of the average square, of `adamw`.", within=_POSITIVE
+        1e-8, "Added to the root of the average square (`adamw`).", within=_POSITIVE
     )
     moment_dtype: str = setting(
         "float32",

@@ -111,10 +111,10 @@ class TrainConfig:
     )
     accumulation: str = setting(
         "resolve_each",
-        "With several microbatches: `resolve_each` resolves every one, by its share of the step's "
-        "target tokens, and averages, at no cost in memory; `accumulate_first` adds up each "
+        "With several microbatches: `resolve_each` resolves each, weighted by its share of the "
+        "step's target tokens, and averages, at no cost in memory; `accumulate_first` adds up each "
         "language's gradients and resolves once, exactly as one large batch would, and holds every "
-        "language's gradient meanwhile.",
+        "language's gradient until then.",
         choices=("resolve_each", "accumulate_first"),
     )
     evaluate_every: int = setting(
@@ -171,7 +171,7 @@ class TrainConfig:
     profile_from: int | None = setting(
         None,
         "First step, counted from 1, of a profile of devices and host in `profile/`; null records "
-        "none. The first step of all compiles.",
+        "none. The very first step includes compilation.",
         within=_AT_LEAST_1,
         free=True,
     )
@@ -238,8 +238,8 @@ class Config:
     )
     wandb: str | None = setting(
         None,
-        "Project of Weights & Biases to which metrics are sent, too (package `wandb`); the run is "
-        "called after the output directory.",
+        "Project of Weights & Biases to which metrics are also sent (package `wandb`); the run is "
+        "named after the output directory.",
         free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
