@@ -88,7 +88,11 @@ def _tensor_lines(tensors: Tensors) -> list[str]:
         totals.setdefault(dtype, []).append(math.prod(shape) * _itemsize(dtype))
     lines += [f"  {dtype}: {len(s)} tensors, {sum(s):,} bytes" for dtype, s in totals.items()]
     rows = [
-        [kind, f"{dtype}{list(shape)}", "" if layers == [-1] else f"layers {_ranges(sorted(layers))}"]
+        [
+            kind,
+            f"{dtype}{list(shape)}",
+            "" if layers == [-1] else f"layers {_ranges(sorted(layers))}",
+        ]
         for (kind, shape, dtype), layers in kinds.items()
     ]
     return [*lines, _table(rows, ("left", "left", "left"))] if rows else lines
