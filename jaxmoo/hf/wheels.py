@@ -85,9 +85,9 @@ def _pip(*arguments: str) -> str:
     else:
         return "  there is neither pip nor uv: install one of them, as with `python -m ensurepip`"
     # pip's own environment variable for the index, and uv's, stand for each other.
-    index = {name: os.environ.get(name) for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")}
-    known = next(filter(None, index.values()), None)
-    chosen = {name: url or known for name, url in index.items() if url or known}
+    variables = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")
+    known = next(filter(None, map(os.environ.get, variables)), None)
+    chosen = {name: os.environ.get(name) or known for name in variables} if known else {}
     done = subprocess.run(
         [*command, *arguments],
         env=os.environ | chosen,
