@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -31,6 +32,19 @@ class CheckpointError(JaxmooError, ValueError):
 
 class DownloadError(JaxmooError, OSError):
     """A file could not be fetched, or arrived damaged."""
+
+
+class InterruptedRunError(JaxmooError):
+    """The run was asked to stop; it saved what it had and can be resumed.
+
+    Attributes:
+      signal: what asked it.
+    """
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = number
+        self.exit_code = 128 + number
 
 
 def failed(error: JaxmooError | OSError, where: str = "") -> int:

@@ -29,7 +29,7 @@ def parse_size(text: int | str, *, what: str = "a size", needs_unit: bool = Fals
       (80000000000, 1610612736, 1024)
     """
     found = _SIZE.fullmatch(str(text).strip())
-    size = 0
+    size, prefix = 0, None
     if found is not None:
         number, prefix, binary = found.groups()
         power = _PREFIXES.index((prefix or "").replace("K", "k"))

@@ -6,7 +6,7 @@
 ``--help`` lists what can be chosen; docs/analysis.md explains every measure.
 """
 
-from jaxmoo.commands.analyze import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("analyze", prog="analyze.py"))

@@ -8,7 +8,7 @@
 ``--help``, also after a command, lists what can be chosen.
 """
 
-from jaxmoo.commands.convert import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("convert", prog="convert.py"))

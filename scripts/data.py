@@ -5,7 +5,7 @@
 ``--help`` lists what can be chosen.
 """
 
-from jaxmoo.commands.data import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("data", prog="data.py"))

@@ -6,7 +6,7 @@
 ``--help`` lists everything; the same command resumes an interrupted evaluation.
 """
 
-from jaxmoo.commands.evaluate import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("evaluate", prog="evaluate.py"))

@@ -5,7 +5,7 @@
 The same command runs what is missing. ``--help`` lists every setting.
 """
 
-from jaxmoo.commands.study import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("study", prog="study.py"))

@@ -5,7 +5,7 @@
 The same command resumes an interrupted run. ``--help`` lists every setting.
 """
 
-from jaxmoo.commands.train import main
+from jaxmoo.commands.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run("train", prog="train.py"))

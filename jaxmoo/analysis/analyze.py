@@ -144,17 +144,17 @@ def _check(request: Request, say: Callable[[str], None]) -> _Inputs:
     if any(m in measures for m in ("stationarity", *_OF_TEXT)):
         steps = _check_steps(run, request.steps)
         source = resolve_source(request.base or config.model.source)
-    if any(m in measures for m in _OF_TEXT):
-        sentences = _sentences(request, config, source)
-    if "stationarity" in measures:
-        data = load_data(config, source, lambda _: None)
-        batch = paired_batch(
-            data.corpus.at_hand(),
-            config.data.seen,
-            request.examples,
-            seed=request.seed,
-            pad_id=data.batches.pad_id,
-        )
+        if any(m in measures for m in _OF_TEXT):
+            sentences = _sentences(request, config, source)
+        if "stationarity" in measures:
+            data = load_data(config, source, lambda _: None)
+            batch = paired_batch(
+                data.corpus.at_hand(),
+                config.data.seen,
+                request.examples,
+                seed=request.seed,
+                pad_id=data.batches.pad_id,
+            )
     say(f"Measuring {', '.join(measures)} of {run.path}.")
     return _Inputs(config, source, measures, left_out, steps, log, batch, sentences)
 
@@ -228,14 +228,11 @@ def _sentences(request: Request, config: Config, source: Path) -> dict[str, list
 
 def _models(request: Request, inputs: _Inputs) -> Iterator[tuple[str, Decoder]]:
     """The base model and the checkpoints, one at a time."""
-    config = inputs.config
-    segments = segments_for(load_model_config(inputs.source), config.model.trainable)
-    yield (
-        BASE,
-        load_model(
-            inputs.source, segments=segments, param_dtype=jax.numpy.dtype(config.model.param_dtype)
-        ),
-    )
+    config, source = inputs.config, inputs.source
+    assert source is not None
+    segments = segments_for(load_model_config(source), config.model.trainable)
+    dtype = jax.numpy.dtype(config.model.param_dtype)
+    yield BASE, load_model(source, segments=segments, param_dtype=dtype)
     for step in inputs.steps:
         opened = open_model(request.run, step=step, base=request.base, say=lambda _: None)
         yield f"step {step}", opened.model

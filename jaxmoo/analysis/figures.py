@@ -78,15 +78,14 @@ def cosine_maps(
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[count:]:
             axes.set_visible(False)
-        image = None
+        images = []  # of one colour scale
         for axes, (name, matrix) in zip(grid.flat, joined.items(), strict=False):
             hidden = np.eye(k, dtype=bool) | ~np.isfinite(matrix)
-            image = axes.imshow(
-                np.ma.masked_where(hidden, matrix), cmap="RdBu", vmin=-limit, vmax=limit
-            )
+            shown = np.ma.masked_where(hidden, matrix)
+            images.append(axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit))
             matrix_axes(axes, languages, cell=72 * side / k)
             axes.set_title(name, fontsize=9, pad=3)
-        bar = figure.colorbar(image, ax=list(grid.flat), pad=0.02, aspect=18, shrink=0.9)
+        bar = figure.colorbar(images[-1], ax=list(grid.flat), pad=0.02, aspect=18, shrink=0.9)
         bar.set_label("cosine (red: conflict)")
         bar.outline.set_visible(False)
         return figure
@@ -233,18 +232,17 @@ def neuron_layers(
             "number of language-specific neurons by layer of the model",
         )
         grid = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
-        image = None
+        images = []  # of one colour scale
         for axes, (name, values) in zip(grid, counts.items(), strict=True):
-            image = axes.imshow(
-                np.ma.masked_equal(values, 0), cmap="viridis_r", vmin=0, vmax=top, aspect="auto"
-            )
+            shown = np.ma.masked_equal(values, 0)
+            images.append(axes.imshow(shown, cmap="viridis_r", vmin=0, vmax=top, aspect="auto"))
             axes.set_facecolor("#F2F2F2")
             axes.set_yticks(range(k), languages, fontsize=min(8, 72 * 0.17 * 0.8))
             axes.tick_params(length=0)
             axes.set_title(name)
         grid[-1].xaxis.set_major_locator(whole_numbers(min(layers, 15)))
         grid[-1].set_xlabel("layer")
-        bar = figure.colorbar(image, ax=list(grid), pad=0.015, aspect=22)
+        bar = figure.colorbar(images[-1], ax=list(grid), pad=0.015, aspect=22)
         bar.set_label("neurons")
         bar.outline.set_visible(False)
         return figure

@@ -95,8 +95,8 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
             block,
             f"{mean(share[start, i], 0):.0%}",
             f"{mean(share[end, i], 0):.0%}",
-            signed(mean(conflict.mean_cosine(log.grams)[start, i], 0)),
-            signed(mean(conflict.mean_cosine(log.grams)[end, i], 0)),
+            signed(float(mean(conflict.mean_cosine(log.grams)[start, i], 0))),
+            signed(float(mean(conflict.mean_cosine(log.grams)[end, i], 0))),
             f"{mean(ratio[end, i], 0):.1f}",
         ]
         for i, block in enumerate(log.blocks[:60])

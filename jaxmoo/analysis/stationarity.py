@@ -229,6 +229,7 @@ def measure_grams(
     @jax.jit
     def run(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         losses, _, state = engine(params, batch, engine.init(), frozen)
+        assert state.gram is not None
         return losses, state.gram
 
     losses, grams = jax.device_get(run(params, frozen, dict(batch)))

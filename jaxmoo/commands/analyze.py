@@ -1,4 +1,4 @@
-"""The command line of ``scripts/analyze.py``."""
+"""``jaxmoo analyze``: measure a training run beside the model it began with."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
-from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.commands.command import command
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
-from jaxmoo.runtime.terminal import forgiving_output
 
 __all__ = ["main"]
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 failed along the way, 2 bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        analyze(
-            Request(
-                run=options.run,
-                output=options.output,
-                measures=None if options.what is None else tuple(options.what),
-                steps=None if options.steps is None else tuple(options.steps),
-                base=options.base,
-                parallel=options.parallel,
-                codes=_codes(options.codes),
-                languages=None if options.languages is None else tuple(options.languages),
-                sentences=options.sentences,
-                examples=options.examples,
-                blocks=options.blocks,
-                singles=tuple(options.single),
-                samples=options.samples,
-                seed=options.seed,
-            )
+@command()
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo analyze") -> int:
+    """Run the command; return its exit code: see `command`."""
+    options = _parser(prog).parse_args(arguments)
+    analyze(
+        Request(
+            run=options.run,
+            output=options.output,
+            measures=None if options.what is None else tuple(options.what),
+            steps=None if options.steps is None else tuple(options.steps),
+            base=options.base,
+            parallel=options.parallel,
+            codes=_codes(options.codes),
+            languages=None if options.languages is None else tuple(options.languages),
+            sentences=options.sentences,
+            examples=options.examples,
+            blocks=options.blocks,
+            singles=tuple(options.single),
+            samples=options.samples,
+            seed=options.seed,
         )
-    except (JaxmooError, OSError) as error:
-        return failed(error)
+    )
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     default = Request(Path())
     parser = argparse.ArgumentParser(
-        prog="analyze.py",
+        prog=prog,
         description="Analyse a training run beside the model it began with: conflict between "
         "languages, stationarity, language-specific neurons, separability, negative interference.",
     )

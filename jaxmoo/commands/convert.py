@@ -1,4 +1,4 @@
-"""The command line of ``scripts/convert.py``."""
+"""``jaxmoo convert``: convert models between formats, compare and describe them."""
 
 from __future__ import annotations
 
@@ -8,46 +8,43 @@ from pathlib import Path
 
 import jax
 
+from jaxmoo.commands.command import command
 from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
 from jaxmoo.convert.models import from_hf, to_adapter, to_hf
-from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.source import resolve_source
-from jaxmoo.runtime.terminal import forgiving_output
 from jaxmoo.sizes import parse_size
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
-  python scripts/convert.py inspect smollm2-135m-instruct
-  python scripts/convert.py from-hf path/to/hf-model path/to/checkpoint
-  python scripts/convert.py to-hf path/to/checkpoint path/to/hf-copy
-  python scripts/convert.py from-gguf path/to/model.gguf path/to/hf-model
-  python scripts/convert.py verify path/to/hf-model path/to/hf-copy
-  python scripts/convert.py to-hf runs/quickstart exported --step 30 --dtype bfloat16
-  python scripts/convert.py to-hf runs/lora adapter --adapter
+  jaxmoo convert inspect smollm2-135m-instruct
+  jaxmoo convert from-hf path/to/hf-model path/to/checkpoint
+  jaxmoo convert to-hf path/to/checkpoint path/to/hf-copy
+  jaxmoo convert from-gguf path/to/model.gguf path/to/hf-model
+  jaxmoo convert verify path/to/hf-model path/to/hf-copy
+  jaxmoo convert to-hf runs/quickstart exported --step 30 --dtype bfloat16
+  jaxmoo convert to-hf runs/lora adapter --adapter
 """
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
+@command()
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo convert") -> int:
     """Run the command.
 
     Returns:
-      Its exit code: 0 done; 1 models differ (verify) or failed along the way; 2 bad input.
+      Its exit code: see `command`; 1 also where models differ (verify).
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     # Conversion needs memory, not speed; virtual devices only show that sharding changes nothing.
     jax.config.update("jax_platforms", options.platform)
-    try:
-        if options.devices is not None:
-            _virtual_devices(options.devices)
-        return _COMMANDS[options.command](options)
-    except (JaxmooError, OSError) as error:
-        return failed(error)
+    if options.devices is not None:
+        _virtual_devices(options.devices)
+    return _COMMANDS[options.command](options)
 
 
 def _virtual_devices(number: int) -> None:
@@ -57,9 +54,9 @@ def _virtual_devices(number: int) -> None:
         raise ConfigError(f"--devices {number}: {error}") from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert.py",
+        prog=prog,
         description="Convert models between Hugging Face directories and Orbax checkpoints, "
         "exactly, and compare and describe them.",
         epilog=_EXAMPLES,
@@ -67,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -79,17 +76,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--devices", type=int, help="number of virtual CPU devices")
         return sub
 
-    sub = command("from-hf", "Hugging Face directory -> Orbax checkpoint")
+    sub = add("from-hf", "Hugging Face directory -> Orbax checkpoint")
     sub.add_argument("source", help="a directory, a model's id on the hub, or an embedded model")
     sub.add_argument("out", type=typed_path, help="directory to make")
 
-    sub = command("from-gguf", "GGUF file -> Hugging Face directory, in float32")
+    sub = add("from-gguf", "GGUF file -> Hugging Face directory, in float32")
     sub.add_argument(
         "file", type=typed_path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
     )
     sub.add_argument("out", type=typed_path, help="directory to make")
 
-    sub = command("to-hf", "Orbax checkpoint or training run -> Hugging Face directory")
+    sub = add("to-hf", "Orbax checkpoint or training run -> Hugging Face directory")
     sub.add_argument(
         "source", type=typed_path, help="what from-hf made, or a training run's directory"
     )
@@ -102,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-file-size", default="5GB", help="size of a file of weights (5GB)")
 
-    sub = command("verify", "Compare two models: every tensor, and the logits of a prompt")
+    sub = add("verify", "Compare two models: every tensor, and the logits of a prompt")
     sub.add_argument("a", help="Hugging Face directory, checkpoint or training run")
     sub.add_argument("b", help="the same")
     sub.add_argument("--step-a", type=int, help="if A is a run: which of its checkpoints")
     sub.add_argument("--step-b", type=int, help="if B is a run: which of its checkpoints")
     sub.add_argument("--tolerance", type=float, default=0.0, help="relative (0: equal bytes)")
 
-    sub = command("inspect", "Architecture, sizes, tensors, dtypes and files of a model")
+    sub = add("inspect", "Architecture, sizes, tensors, dtypes and files of a model")
     sub.add_argument("directory", help="Hugging Face directory, checkpoint or training run")
     return parser
 

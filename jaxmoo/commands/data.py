@@ -1,4 +1,4 @@
-"""The command line of ``scripts/data.py``."""
+"""``jaxmoo data``: show the data of a run as training will see it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,60 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config.training import Config, load_config
 from jaxmoo.data.describe import describe, epochs_table, marked, sample
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.run_data import RunData, load_data, make_batches
-from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
 from jaxmoo.report.data_plot import lengths_and_shares
 from jaxmoo.runs.trained_parameters import check_model
-from jaxmoo.runtime.terminal import forgiving_output
 
 __all__ = ["main"]
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 failed along the way, 2 bad input."""
+@command()
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo data") -> int:
+    """Run the command; return its exit code: see `command`."""
+    options = _parser(prog).parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    shown = _languages(config, options.languages)
+    out = typed_path(options.out or f"{config.output.rstrip('/')}-data")
+    check_writable(out, "--out")
+    source = resolve_source(config.model.source)
+    check_model(config, load_model_config(source))
+    data = load_data(config, source)
+    if config.data.streaming:
+        corpus = dataclasses.replace(data.corpus, train=data.corpus.at_hand())
+        batches = make_batches(config, corpus, data.batches.pad_id)
+        data = dataclasses.replace(data, corpus=corpus, batches=batches)
+        print(
+            "data.streaming: how many examples there are is not known. Records above are those "
+            "read to find the held-out examples; what follows counts each language's first "
+            f"{config.data.shuffle_buffer:,} records as if they were all."
+        )
+    description = describe(data.corpus, data.batches, config.train.steps)
+    print(f"\n{epochs_table(description)}")
+    _show(data, shown, options.examples)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    (out / "data.json").write_text(text + "\n", encoding="utf-8")
+    lengths_and_shares(description, out / "data.png")
+    print(f"\nWritten: {out / 'data.json'}, {out / 'data.png'}")
+    return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="data.py",
+        prog=prog,
         description="Show the data of a run as training will see it: counts, token lengths, "
         "truncation, packing, epochs, and examples with what is learnt marked. No weights are "
         "read and nothing is trained.",
     )
-    parser.add_argument("--config", required=True, help="YAML file with the run's settings")
+    add_settings(parser, "run")
     parser.add_argument(
         "--out", help="directory for data.json and data.png (default: the run's output + '-data')"
     )
@@ -41,36 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--languages", help="languages to show examples of, as en,fa (default: the first three)"
     )
     parser.add_argument("--examples", type=int, default=3, help="examples of each (3)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
-        shown = _languages(config, options.languages)
-        out = typed_path(options.out or f"{config.output.rstrip('/')}-data")
-        check_writable(out, "--out")
-        source = resolve_source(config.model.source)
-        check_model(config, load_model_config(source))
-        data = load_data(config, source)
-        if config.data.streaming:
-            corpus = dataclasses.replace(data.corpus, train=data.corpus.at_hand())
-            batches = make_batches(config, corpus, data.batches.pad_id)
-            data = dataclasses.replace(data, corpus=corpus, batches=batches)
-            print(
-                "data.streaming: how many examples there are is not known. Records above are those "
-                "read to find the held-out examples; what follows counts each language's first "
-                f"{config.data.shuffle_buffer:,} records as if they were all."
-            )
-        description = describe(data.corpus, data.batches, config.train.steps)
-        print(f"\n{epochs_table(description)}")
-        _show(data, shown, options.examples)
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(description, indent=1, ensure_ascii=False)
-        (out / "data.json").write_text(text + "\n", encoding="utf-8")
-        lengths_and_shares(description, out / "data.png")
-    except (JaxmooError, OSError) as error:
-        return failed(error)
-    print(f"\nWritten: {out / 'data.json'}, {out / 'data.png'}")
-    return 0
+    return parser
 
 
 def _languages(config: Config, wanted: str | None) -> list[str]:
@@ -92,7 +92,7 @@ def _show(data: RunData, languages: Sequence[str], count: int) -> None:
     how = "\x1b[32mthis colour\x1b[0m" if colour else "\u27e6such brackets\u27e7"
     print(f"\nExamples; what is learnt is in {how}.")
     for language in languages:
-        examples = data.corpus.train.get(language) or data.corpus.held_out[language]
+        examples = data.corpus.at_hand().get(language) or data.corpus.held_out[language]
         for example in sample(examples, count):
             cut = f", cut from {example.length}" if example.truncated else ""
             learnt = int(example.loss_mask[1:].sum())

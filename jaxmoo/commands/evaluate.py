@@ -1,17 +1,17 @@
-"""The command line of ``scripts/evaluate.py``."""
+"""``jaxmoo evaluate``: score a model language by language, or compare two results."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxmoo.commands.command import command
 from jaxmoo.config.training import ColumnsConfig, DataConfig, load_config
 from jaxmoo.convert.kinds import kind_of
-from jaxmoo.errors import ConfigError, JaxmooError, failed
+from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import ResultStore, read_results
@@ -19,48 +19,35 @@ from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runtime.memory import named_when_full
-from jaxmoo.runtime.terminal import forgiving_output
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
-  python scripts/evaluate.py --model runs/quickstart --output tuned.json
-  python scripts/evaluate.py --model smollm2-135m-instruct --config configs/quickstart.yaml \\
-    --output base.json
-  python scripts/evaluate.py --compare base.json tuned.json
-  python scripts/evaluate.py --model path/to/model --data 'topics/{language}.jsonl' \\
+  jaxmoo evaluate --model runs/quickstart --output tuned.json
+  jaxmoo evaluate --model smollm2-135m-instruct --config quickstart --output base.json
+  jaxmoo evaluate --compare base.json tuned.json
+  jaxmoo evaluate --model path/to/model --data 'topics/{language}.jsonl' \\
     --languages en ja --unseen fr --columns prompt=text completion=topic group=id \\
     --choices replies --output topics.json
-  python scripts/evaluate.py --model path/to/model --data 'questions/{language}.jsonl' \\
+  jaxmoo evaluate --model path/to/model --data 'questions/{language}.jsonl' \\
     --languages en ja --generate 64 --output answers.json
 """
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-      Its exit code: 0 done; 1 failed along the way; 2 bad input; 130 stopped, what was done is
-      stored.
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        if options.compare is not None:
-            return _compare(options)
-        with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
-            evaluate(_settings(options))
-    except (JaxmooError, OSError) as error:
-        return failed(error)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on with the next language.", file=sys.stderr)
-        return 130
+@command("Stopped. The same command goes on with the next language.")
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo evaluate") -> int:
+    """Run the command; return its exit code: see `command`. What was done is stored."""
+    options = _parser(prog).parse_args(arguments)
+    if options.compare is not None:
+        return _compare(options)
+    with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
+        evaluate(_settings(options))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py",
+        prog=prog,
         description="Score a model language by language, or compare two such results. The same "
         "command resumes an interrupted evaluation.",
         epilog=_EXAMPLES,

@@ -1,89 +1,77 @@
-"""The command line of ``scripts/study.py``."""
+"""``jaxmoo study``: train a grid of runs and compare them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 
+from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config.study_config import help_text, load_study
 from jaxmoo.config.yaml_text import dump
-from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, failed
-from jaxmoo.runtime.terminal import forgiving_output
+from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.study.grid import make_cells
 from jaxmoo.study.outlook import outlook
 from jaxmoo.study.report import write_report
 from jaxmoo.study.rows import RowStore, check_rows
 from jaxmoo.study.runner import run_missing
-from jaxmoo.train.run import InterruptedRunError
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
-  python scripts/study.py --config configs/study/chatterbot.yaml --dry-run
-  python scripts/study.py --config configs/study/chatterbot.yaml
-  python scripts/study.py --config configs/study/sib200.yaml \\
-    training.data.source='sib200/train.{language}.jsonl' training.train.steps=300 seeds=[1,2,3,4,5]
-  python scripts/study.py --config configs/study/sib200.yaml output=docs/study/sib200 --report-only
+  jaxmoo study --config study/chatterbot --dry-run
+  jaxmoo study --config study/chatterbot
+  jaxmoo study --config study/sib200 training.data.source='sib200/train.{language}.jsonl' \\
+    training.train.steps=300 seeds=[1,2,3,4,5]
+  jaxmoo study --config study/sib200 output=docs/study/sib200 --report-only
 """
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
+@command("Stopped. The same command goes on.")
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> int:
     """Run the command.
 
     Returns:
-      Its exit code: 0 done; 2 bad input; 1 failed along the way; 128 + N stopped by signal N. Rows
-      of finished runs are stored in any case.
+      Its exit code: see `command`. Rows of finished runs are stored in any case.
     """
-    options = _parser().parse_intermixed_args(arguments)
-    try:
-        if options.max_runs is not None and options.max_runs < 1:
-            raise ConfigError(f"--max-runs takes a positive number, found {options.max_runs}.")
-        study = load_study(options.config, options.overrides)
-        for arm in options.arms or ():
-            if arm not in study.arms:
-                raise ConfigError(
-                    f"--arms names {arm!r}, which is not in arms.{did_you_mean(arm, study.arms)}"
-                )
-        if options.print_config:
-            print(dump(dataclasses.asdict(study)), end="")
-            return 0
-        cells = make_cells(study)
-        store = RowStore(study.output)
-        rows = store.read()
-        check_rows(cells, rows, store.path)
-        if options.dry_run:
-            print(outlook(cells, rows))
-            return 0
-        left = 0
-        if not options.report_only:
-            wanted = [cell for cell in cells if cell.key.arm in (options.arms or study.arms)]
-            left = run_missing(study, wanted, max_runs=options.max_runs)
-        print(write_report(study, cells, store))
-        if left:
-            print(f"\n{left} runs are still missing: the same command goes on with them.")
-    except InterruptedRunError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except (JaxmooError, OSError) as error:
-        return failed(error)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
-        return 130
+    options = _parser(prog).parse_intermixed_args(arguments)
+    if options.max_runs is not None and options.max_runs < 1:
+        raise ConfigError(f"--max-runs takes a positive number, found {options.max_runs}.")
+    study = load_study(options.config, options.overrides)
+    for arm in options.arms or ():
+        if arm not in study.arms:
+            raise ConfigError(
+                f"--arms names {arm!r}, which is not in arms.{did_you_mean(arm, study.arms)}"
+            )
+    if options.print_config:
+        print(dump(dataclasses.asdict(study)), end="")
+        return 0
+    cells = make_cells(study)
+    store = RowStore(study.output)
+    rows = store.read()
+    check_rows(cells, rows, store.path)
+    if options.dry_run:
+        print(outlook(cells, rows))
+        return 0
+    left = 0
+    if not options.report_only:
+        wanted = [cell for cell in cells if cell.key.arm in (options.arms or study.arms)]
+        left = run_missing(study, wanted, max_runs=options.max_runs)
+    print(write_report(study, cells, store))
+    if left:
+        print(f"\n{left} runs are still missing: the same command goes on with them.")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="study.py",
+        prog=prog,
         description="Train every arm of a study with every seed and learning rate, and compare "
         "them. The same command runs what is missing.",
         epilog=_EXAMPLES + "\nsettings:\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file with the study's settings")
+    add_settings(parser, "study")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what there is to do, and stop")
     what.add_argument(
@@ -94,5 +82,4 @@ def _parser() -> argparse.ArgumentParser:
         "--arms", nargs="+", metavar="ARM", help="run only these (all); tables show all that ran"
     )
     parser.add_argument("--max-runs", type=int, metavar="N", help="end after N runs (all)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other settings")
     return parser

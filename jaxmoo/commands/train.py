@@ -1,48 +1,31 @@
-"""The command line of ``scripts/train.py``."""
+"""``jaxmoo train``: fine-tune one language model on many languages."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import jax
 
+from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config.training import help_text, load_config, to_yaml
-from jaxmoo.errors import JaxmooError, failed
+from jaxmoo.errors import InterruptedRunError, JaxmooError, failed
 from jaxmoo.runtime.processes import Launch, start
-from jaxmoo.runtime.terminal import forgiving_output
-from jaxmoo.train.run import InterruptedRunError, train
+from jaxmoo.train.run import train
 
 __all__ = ["main"]
 
 
-@forgiving_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-      Its exit code: 0 done; 2 bad input, nothing was trained; 1 failed along the way; 128 + N
-      stopped by signal N, everything saved.
-    """
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Fine-tune one language model on many languages, conflicts between them "
-        "resolved per block. The same command resumes an interrupted run.",
-        epilog="settings:\n" + help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="YAML file with the run's settings")
-    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
-    _add_processes(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
+@command()
+def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> int:
+    """Run the command; return its exit code: see `command`."""
     # Settings may stand between flags.
-    options = parser.parse_intermixed_args(arguments)
+    options = _parser(prog).parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
     try:
-        config = load_config(options.config, options.overrides)
-        if options.print_config:
-            print(to_yaml(config), end="")
-            return 0
         start(
             Launch(
                 coordinator=options.coordinator_address,
@@ -54,16 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
         train(config)
-    except InterruptedRunError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except InterruptedRunError:
+        raise
     except (JaxmooError, OSError) as error:
-        several = jax.distributed.is_initialized()
-        return failed(error, f" (process {jax.process_index()})" if several else "")
+        if not jax.distributed.is_initialized():
+            raise
+        return failed(error, f" (process {jax.process_index()})")
     return 0
 
 
-def _add_processes(parser: argparse.ArgumentParser) -> None:
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Fine-tune one language model on many languages, conflicts between them "
+        "resolved per block. The same command resumes an interrupted run.",
+        epilog="settings:\n" + help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_settings(parser, "run")
+    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     group = parser.add_argument_group(
         "several processes",
         "Slurm (srun), Open MPI and the TPU pods of GKE are recognised. Elsewhere, name the "
@@ -89,3 +81,4 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="after which a silent process is taken for dead and all are ended (%(default)s)",
     )
+    return parser

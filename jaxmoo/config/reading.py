@@ -26,6 +26,7 @@ from jaxmoo.config.schema import (
 )
 from jaxmoo.config.yaml_text import Loader, describe_error, flow
 from jaxmoo.errors import ConfigError, did_you_mean, shown
+from jaxmoo.files.bundled import config_names, find_config
 
 __all__ = ["load"]
 
@@ -48,7 +49,7 @@ def load(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
 
     Args:
       schema: the root dataclass.
-      path: the YAML file.
+      path: the YAML file, or the name of an example config.
       overrides: texts ``section.key=value``, applied in order after the file.
 
     Returns:
@@ -58,7 +59,7 @@ def load(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
       ConfigError: the file is missing or not YAML; a setting is unknown, missing, of the wrong
         type or outside its range or choices. The message lists all of them.
     """
-    path = Path(path)
+    path = find_config(path)
     text = _read(path)
     try:
         return _build(schema, text, overrides)
@@ -114,7 +115,7 @@ def _read(path: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError as error:
         there = sorted({*path.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml")})
-        names = [str(p) for p in there]
+        names = [*map(str, there), *config_names()]
         hint = did_you_mean(str(path), names)
         listing = f" There are: {', '.join(names)}." if names else ""
         raise ConfigError(f"There is no config file {path}.{hint}{listing}") from error

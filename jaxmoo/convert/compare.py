@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tabulate import tabulate
 
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import open_model
@@ -85,11 +86,14 @@ class Comparison:
         changed = [d for d in self.tensors if not d.identical]
         lines = []
         if changed:
-            width = max(len(d.name) for d in changed)
-            lines.append(f"{'tensor':<{width}}  {'max abs':>10}  {'max rel':>10}")
-            for d in changed:
-                numbers = f"{_shown(d.max_abs)}  {_shown(d.max_rel)}"
-                lines.append(f"{d.name:<{width}}  {numbers}  {d.what}")
+            rows = [[d.name, _shown(d.max_abs), _shown(d.max_rel), d.what] for d in changed]
+            table = tabulate(
+                [["tensor", "max abs", "max rel", ""], *rows],
+                tablefmt="plain",
+                colalign=("left", "right", "right", "left"),
+                disable_numparse=True,
+            )
+            lines += [line.rstrip() for line in table.splitlines()]
         same = len(self.tensors) - len(changed)
         lines.append(f"{same} of {len(self.tensors)} tensors are equal to the byte.")
         if self.logits is None:
@@ -213,4 +217,4 @@ def _logit_difference(a: np.ndarray, b: np.ndarray) -> LogitDifference:
 
 
 def _shown(number: float | None) -> str:
-    return f"{'':>10}" if number is None else f"{number:>10.3g}"
+    return "" if number is None else f"{number:.3g}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_dtypes import bfloat16
+from tabulate import tabulate
 
 from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.convert.kinds import kind_of
@@ -55,8 +56,13 @@ def describe(path: Path) -> str:
         tensors = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}
         listed = [(f.name, f.stat().st_size) for f in sorted(path.iterdir()) if f.is_file()]
     lines = [f"{path}: {title}", *_architecture(path), "", *_tensor_lines(tensors), "", "Files"]
-    lines += [f"  {size:>14,}  {name}" for name, size in listed]
+    lines.append(_table([[f"{size:,}", name] for name, size in listed], ("right", "left")))
     return "\n".join(lines)
+
+
+def _table(rows: list[list[str]], alignment: Sequence[str]) -> str:
+    table = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True)
+    return "\n".join(f"  {line}".rstrip() for line in table.splitlines())
 
 
 def _architecture(path: Path) -> list[str]:
@@ -81,11 +87,15 @@ def _tensor_lines(tensors: Tensors) -> list[str]:
     for shape, dtype in tensors.values():
         totals.setdefault(dtype, []).append(math.prod(shape) * _itemsize(dtype))
     lines += [f"  {dtype}: {len(s)} tensors, {sum(s):,} bytes" for dtype, s in totals.items()]
-    width = max(len(kind) for kind, *_ in kinds) if kinds else 0
-    for (kind, shape, dtype), layers in kinds.items():
-        which = "" if layers == [-1] else f"  layers {_ranges(sorted(layers))}"
-        lines.append(f"  {kind:<{width}}  {dtype}{list(shape)}{which}")
-    return lines
+    rows = [
+        [
+            kind,
+            f"{dtype}{list(shape)}",
+            "" if layers == [-1] else f"layers {_ranges(sorted(layers))}",
+        ]
+        for (kind, shape, dtype), layers in kinds.items()
+    ]
+    return [*lines, _table(rows, ("left", "left", "left"))] if rows else lines
 
 
 def _itemsize(dtype: str) -> int:
@@ -105,14 +115,12 @@ def _ranges(numbers: list[int]) -> str:
 
 def _adapter(path: Path) -> str:
     found = describe_adapter(path)
-    return "\n".join(
-        [
-            f"{path}: adapters in PEFT format",
-            f"of      {found.base or 'a model that it does not name'}",
-            f"rank    {found.lora.rank}, scale {found.lora.scale:g}",
-            f"on      {', '.join(found.lora.targets)} of layers {_ranges(list(found.layers))}",
-        ]
-    )
+    rows = [
+        ["of", found.base or "a model that it does not name"],
+        ["rank", f"{found.lora.rank}, scale {found.lora.scale:g}"],
+        ["on", f"{', '.join(found.lora.targets)} of layers {_ranges(list(found.layers))}"],
+    ]
+    return f"{path}: adapters in PEFT format\n{_table(rows, ('left', 'left'))}"
 
 
 def _run(run: RunDirectory) -> str:

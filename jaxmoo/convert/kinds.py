@@ -91,15 +91,16 @@ def base_of(path: Path, adapters: Adapters, base: str | None) -> Path:
     Raises:
       CheckpointError: the model is not named, or not to be had.
     """
-    if base is None and adapters.base is None:
+    named = base or adapters.base
+    if named is None:
         raise CheckpointError(
             f"{path} does not say which model its adapters belong to (base_model_name_or_path in "
             "adapter_config.json): name it with --base"
         )
     try:
-        return resolve_source(base or adapters.base)
+        return resolve_source(named)
     except JaxmooError as error:
         raise CheckpointError(
-            f"the adapters in {path} belong to the model {base or adapters.base!r}, which is not "
+            f"the adapters in {path} belong to the model {named!r}, which is not "
             f"to be had: {error}\nIf it has moved, name it with --base."
         ) from error

@@ -13,6 +13,7 @@ from jaxmoo.data import Corpus, LanguageBatches, Tokenized, load_corpus, shares,
 from jaxmoo.data.clock import at_date, reads_clock
 from jaxmoo.data.notes import notes
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.bundled import find_config
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_tokenizer
 
@@ -162,7 +163,7 @@ def read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        text = typed_path(path).read_text(encoding="utf-8-sig")
+        text = find_config(typed_path(path)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template: cannot read {path} ({error}). Expected a text file with a Jinja "

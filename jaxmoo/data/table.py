@@ -1,8 +1,12 @@
-"""Aligned text tables, readable in a terminal and valid Markdown."""
+"""Text tables, readable in a terminal and valid Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from tabulate import tabulate
+
+__all__ = ["text_table"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -22,13 +26,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
       | en       | 12 |
       | fa       |  7 |
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(2, *(len(row[i]) for row in cells)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = zip(row, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]) + " |"
-
-    first, *rest = widths
-    rule = "|:" + "-" * (first + 1) + "|" + "".join("-" * (width + 1) + ":|" for width in rest)
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+    table = tabulate(
+        [[str(cell) for cell in row] for row in (header, *rows)],
+        tablefmt="pipe",
+        colalign=["left", *["right"] * (len(header) - 1)],
+        disable_numparse=True,
+    )
+    # Given as one more row, the header is no wider than its text; then it is below the rule.
+    rule, names, *others = table.splitlines()
+    return "\n".join([names, rule, *others])

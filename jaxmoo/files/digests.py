@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -216,6 +216,7 @@ def read_checked(
     large = {name: d for name, d in files.items() if name not in small}
     _agree(damaged_files(root, _share(small)), says, advice)
     failure: CheckpointError | None = None
+    result: T | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         found = background.submit(damaged_files, root, _share(large))
         try:
@@ -232,7 +233,7 @@ def read_checked(
     if failure is not None:
         raise _damaged(problems, says, advice) if problems else failure
     _agree(problems, says, advice)
-    return result
+    return cast("T", result)
 
 
 @contextlib.contextmanager

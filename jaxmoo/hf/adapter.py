@@ -143,8 +143,9 @@ def describe_adapter(path: Path) -> Adapters:
     config = read_json(path / _CONFIG_FILE)
     rank, alpha = _rank_and_alpha(config, path)
     with _opened(path) as handle:
-        found = [_PLACE.fullmatch(name) for name in handle.keys()]  # noqa: SIM118 -- no mapping
-    if not found or None in found:
+        names = list(handle.keys())
+    found = [match for name in names if (match := _PLACE.fullmatch(name))]
+    if not found or len(found) < len(names):
         raise CheckpointError(
             f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such as "
             f"{peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
@@ -257,12 +258,13 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
         raise CheckpointError(
             f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
     try:
-        LoRA(rank, alpha)  # type and range of both
+        lora = LoRA(**given)  # type and range of both
     except ConfigError as error:
         raise CheckpointError(
-            f"the adapters in {path} have rank {shown(rank)} and alpha {shown(alpha)}: {error}"
+            f"the adapters in {path} have rank {shown(given['rank'])} and alpha "
+            f"{shown(given['alpha'])}: {error}"
         ) from error
     rooted = config.get("use_rslora", False)
     if not isinstance(rooted, bool):
@@ -270,7 +272,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
             f"{path / _CONFIG_FILE}: use_rslora must be true or false, found {shown(rooted)}"
         )
     # Ours is divided by the rank, theirs then by its root.
-    return rank, alpha * rank**0.5 if rooted else alpha
+    return lora.rank, lora.alpha * lora.rank**0.5 if rooted else lora.alpha
 
 
 def _check_like(lora: LoRA, path: Path) -> None:

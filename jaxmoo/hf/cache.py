@@ -40,7 +40,7 @@ def cache_directory(cache_dir: Path | None, kind: str) -> Path:
 
 
 def check_sha256(file: Path, sha256: str) -> None:
-    """Raise unless a file has a checksum; remove a download (``.part``) that has another.
+    """Raise unless a file has a checksum.
 
     Args:
       file: the file.
@@ -51,13 +51,8 @@ def check_sha256(file: Path, sha256: str) -> None:
     """
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found == sha256:
-        return
-    size = file.stat().st_size
-    if file.suffix == ".part":
-        file.unlink()
-        raise DownloadError(f"what arrived ({size} bytes) has sha256 {found}, expected {sha256}")
-    raise DownloadError(
-        f"{file} ({size} bytes) has sha256 {found}, expected {sha256}: it is truncated or another "
-        "file. Remove it to have it fetched again."
-    )
+    if found != sha256:
+        raise DownloadError(
+            f"{file} ({file.stat().st_size} bytes) has sha256 {found}, expected {sha256}: it is "
+            "truncated or another file. Remove it to have it fetched again."
+        )

@@ -198,7 +198,9 @@ def _shortest(value: float) -> float:
 
 def _tensor(tensor: Any, config: dict[str, Any], file: Path) -> Tensor:
     """A tensor of the GGUF file under its Hugging Face name."""
-    layer, part, leaf = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name).groups()
+    match = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name)
+    assert match is not None  # it fits any text
+    layer, part, leaf = match.groups()
     known = _PREFIXES if layer is None else _LAYER_PARTS
     if part not in known or leaf not in (".weight", ".bias"):
         raise CheckpointError(

@@ -141,6 +141,7 @@ def _built(
             config[f"{name}_token"] = tokens[number]
     if fields.flag("tokenizer.ggml.add_bos_token", rules.begins):
         number = fields.token("tokenizer.ggml.bos_token_id", tokens)
+        assert number is not None
         first = tokens[number]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{first} $A",

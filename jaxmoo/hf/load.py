@@ -326,7 +326,7 @@ def _place(
 ) -> jax.Array:
     """Put a tensor on its devices, each slice read by itself."""
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # a slice per axis
         if tensor.transposed:
             return _transposed(weights.read(tensor.name, index[::-1]), dtype)
         return weights.read(tensor.name, index).astype(dtype, copy=False)

@@ -63,7 +63,7 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         raise ConfigError(
             f"{path} is a GGUF file: make a Hugging Face directory of it first, with "
-            f"`python scripts/convert.py from-gguf {path} DIRECTORY`"
+            f"`jaxmoo convert from-gguf {path} DIRECTORY`"
         )
     raise ConfigError(
         f"no model {shown(name)}: it is not a directory, not org/model on a hub, and not one of "

@@ -311,7 +311,8 @@ def language_cosines(
       DataError: no row has a matrix of that size.
     """
     count = len(languages)
-    used = [row for row in rows if np.shape(row.get("cosine")) == (count, count)]
+    shape = (count, count)
+    used = [row for row in rows if "cosine" in row and np.shape(row["cosine"]) == shape]
     if not used or count < 2:
         raise DataError(f"There are no rows with cosines between {count} languages to plot.")
     window = max(1, len(used) // 10)
@@ -328,9 +329,10 @@ def language_cosines(
             "cosine between the gradients of two languages, mean over blocks",
         )
         grid = figure.subplots(1, len(means), sharey=True, squeeze=False)[0]
+        images = []  # of one colour scale
         for axes, mean, part in zip(grid, means, windows, strict=True):
             shown = np.ma.masked_where(~off_diagonal | ~np.isfinite(mean), mean)
-            image = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            images.append(axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto"))
             matrix_axes(axes, languages, cell=72 * side / count)
             first, last = part[0]["step"], part[-1]["step"]
             steps = f"step {first}" if first == last else f"steps {first} to {last}"
@@ -338,7 +340,7 @@ def language_cosines(
             axes.set_title(f"{steps} (mean {overall})")
             if count <= 16:
                 _annotate(axes, mean, limit)
-        bar = figure.colorbar(image, ax=list(grid), pad=0.015, aspect=22)
+        bar = figure.colorbar(images[-1], ax=list(grid), pad=0.015, aspect=22)
         bar.set_label("cosine (red: conflict)")
         bar.outline.set_visible(False)
         return figure

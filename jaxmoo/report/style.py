@@ -33,7 +33,7 @@ _DASHES = ("-", (0, (4, 1.5)))
 SEEN, UNSEEN = "#0072B2", "#D55E00"
 INK, FAINT = "#222222", "#8A8A8A"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#555555",
     "axes.grid": False,

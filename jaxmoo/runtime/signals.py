@@ -13,23 +13,10 @@ from types import FrameType, TracebackType
 
 import jax
 
-from jaxmoo.errors import JaxmooError
+from jaxmoo.errors import InterruptedRunError
 from jaxmoo.runtime.processes import Agreement
 
-__all__ = ["InterruptedRunError", "StopRequest"]
-
-
-class InterruptedRunError(JaxmooError):
-    """The run was asked to stop; it saved what it had and can be resumed.
-
-    Attributes:
-      signal: what asked it.
-    """
-
-    def __init__(self, message: str, number: signal.Signals) -> None:
-        super().__init__(message)
-        self.signal = number
-        self.exit_code = 128 + number
+__all__ = ["StopRequest"]
 
 
 class StopRequest:

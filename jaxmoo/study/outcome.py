@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.evaluate.measures import MEASURES, summarise_measures
@@ -45,7 +45,7 @@ class Arm(NamedTuple):
         return {seed: row["languages"][code][self.part][measure] for seed, row in self.rows.items()}
 
 
-def summary(row: Row, part: str) -> dict[str, dict[str, float]]:
+def summary(row: Row, part: str) -> dict[str, dict[str, Any]]:
     """Return the means over languages of a row's scores on a part of the held-out examples.
 
     Args:

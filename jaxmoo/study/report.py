@@ -220,9 +220,9 @@ def _costs(arms: Mapping[str, Arm]) -> str:
     for name, arm in arms.items():
         rows = list(arm.rows.values())
 
-        def mean(field: str, rows: Sequence[Row] = rows) -> float | None:
+        def mean(field: str, rows: Sequence[Row] = rows) -> float:
             known = [row[field] for row in rows if row.get(field) is not None]
-            return math.fsum(known) / len(known) if known else None
+            return math.fsum(known) / len(known) if known else math.nan
 
         values = [
             f"{mean('steps'):.0f}",
@@ -232,7 +232,7 @@ def _costs(arms: Mapping[str, Arm]) -> str:
         ]
         for field in ("conflict_share", "update_norm", "norm_ratio"):
             value = mean(field)
-            values.append("" if value is None else f"{value:.3g}")
+            values.append("" if math.isnan(value) else f"{value:.3g}")
         table.append([name, *values])
     header = ["arm", "steps", "tokens", "s/step", "min/run", "conflict", "update norm", "/ mean's"]
     return (

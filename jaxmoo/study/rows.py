@@ -140,9 +140,9 @@ def check_rows(cells: Sequence[Cell], rows: Sequence[Row], path: Path) -> None:
                 + "\nGo on with those settings, remove the row, or start a new study with "
                 "output=..."
             )
-    base = base_row(rows)
-    first = base or next(iter(found.values()), None)
+    first = base_row(rows)
     for key, row in found.items():
+        first = first or row
         other = [code for code in row["data"] if row["data"][code] != first["data"].get(code)]
         if other:
             raise DataError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from tabulate import tabulate
 
 from jaxmoo import mesh
 from jaxmoo.config.training import Config
@@ -131,11 +133,11 @@ class Plan:
         shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
         lines = [f"{math.prod(self.axes.values())} devices ({shape}), {self.blocks} blocks", ""]
         memory = {**self.memory, "total": self.total}
-        lines += _rows("memory per device", memory)
+        lines += [_rows("memory per device", memory)]
         if self.late:
-            lines += ["", *_rows("resolved after the backward pass", self.late)]
+            lines += ["", _rows("resolved after the backward pass", self.late)]
         sent = {**self.collectives, "total": sum(self.collectives.values())}
-        lines += ["", *_rows("sent per device and step", sent)]
+        lines += ["", _rows("sent per device and step", sent)]
         lines += ["", f"{self.flops / 1e12:,.2f} TFLOP per device and step"]
         lines += [
             f"compiled in {self.compile_seconds:.0f} s for CPUs: elsewhere temporaries of bfloat16 "
@@ -349,9 +351,7 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
     return products * 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
 
-def _rows(title: str, items: dict[str, int]) -> list[str]:
-    width = max(map(len, (*items, title)))
-    return [
-        title,
-        *(f"  {name:<{width}}  {format_size(count):>12}" for name, count in items.items()),
-    ]
+def _rows(title: str, items: dict[str, int]) -> str:
+    rows = [[name, format_size(count)] for name, count in items.items()]
+    table = tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
+    return f"{title}\n{textwrap.indent(table, '  ')}"

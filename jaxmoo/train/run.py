@@ -89,7 +89,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
 
 
 _LESS_MEMORY = (
-    "scripts/plan.py shows what a step needs, and of what it is made. Use more train.microbatches, "
+    "`jaxmoo plan` shows what a step needs, and of what it is made. Use more train.microbatches, "
     "a smaller data.batch_size or data.sequence_length, or more devices."
 )
 

@@ -1,4 +1,4 @@
-"""scripts/data.py: what a run will be trained on, without its weights."""
+"""``jaxmoo data``: what a run will be trained on, without its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``scripts/evaluate.py`` from its command line to its files, against transformers."""
+"""``jaxmoo evaluate`` from its command line to its files, against transformers."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_a_directory_of_adapters_is_the_model_they_belong_to(name, request, tmp_
     expected = case.reload(case.adapter).merge_and_unload().state_dict()
     for tensor, value in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert relative_error(value, expected[tensor].numpy()) < 1e-6, tensor
-    assert "rank    4" in describe(named)
+    assert "rank  4" in describe(named)
 
 
 def test_a_tokenizer_beside_adapters_goes_with_the_merged_model(everywhere: Case, tmp_path: Path):

@@ -20,7 +20,10 @@ COMMANDS = (
     "jaxmoo.commands.study",
     "jaxmoo.commands.train",
     "jaxmoo.commands.data",
-    "scripts.plan",
+    "jaxmoo.commands.plan",
+    "jaxmoo.commands.methods",
+    "jaxmoo.commands.configs",
+    "jaxmoo.commands.main",
 )
 
 

@@ -1,4 +1,4 @@
-"""``scripts/study.py`` from its command line to its tables."""
+"""``jaxmoo study`` from its command line to its tables."""
 
 from __future__ import annotations
 
