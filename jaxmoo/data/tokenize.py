@@ -13,7 +13,7 @@ import numpy as np
 from jaxmoo.data.chat import Conversation, Turn, locate, no_end, not_a_prefix
 from jaxmoo.data.encode import Encoded, Encoder, given, lost
 from jaxmoo.data.example import MARK, Example
-from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.records import Malformed
 from jaxmoo.data.template import ChatTemplate
 from jaxmoo.errors import DataError
 

@@ -151,7 +151,7 @@ def test_two_processes_hold_the_stream_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        ({"languages": ("en", "fs")}, ConfigError, "language 'fs'.*Did you mean 'fa'"),
+        ({"languages": ("en", "fs")}, ConfigError, "language 'fs'.* there are en, fa, zh"),
         ({"batch_size": 0}, ConfigError, "batch_size is a positive number, found 0"),
     ],
 )

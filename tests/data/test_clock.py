@@ -6,7 +6,7 @@ import datetime
 
 import pytest
 
-from jaxmoo.data.clock import at_date, reads_clock
+from jaxmoo.data.tokenizer import at_date, reads_clock
 
 DAY = datetime.date(2020, 2, 3)
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoo.data.corpus import load_corpus
-from jaxmoo.data.sources import load_examples
+from data.tables import load_corpus, load_examples
 from jaxmoo.errors import ConfigError, DataError
 
 
@@ -188,7 +187,7 @@ def test_a_language_too_small_to_split_is_named(folder, tokenizer):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"unseen": ["de", "fa"]}, "both seen and unseen: fa"),
+        ({"unseen": ["de", "fa"]}, "fa in both data.seen and data.unseen"),
         ({"sequence_length": 513}, "sequence_length is 513; expected at least 2 and at most 512"),
         ({"sequence_length": 1}, "sequence_length is 1"),
         ({"max_held_out": 0}, "max_held_out is a positive number or null, found 0"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoo.data.ending import ending_token
+from jaxmoo.data.tokenizer import ending_token
 from tiny_tokenizer import bytes_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "chat_templates"
