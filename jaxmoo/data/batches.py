@@ -89,8 +89,8 @@ class LanguageBatches:
             self.mixture = Mixture(weights, per_step, _derived_seed(seed, "/mixture"))
         self.rows: dict[str, ShuffledRows | StreamedRows] = {}
         for language in languages:
-            examples, options = tokenized[language], {"packing": packing}
-            options["seed"] = _derived_seed(seed, language)
+            examples = tokenized[language]
+            options: dict[str, Any] = {"packing": packing, "seed": _derived_seed(seed, language)}
             if isinstance(examples, ExampleStream):
                 self.rows[language] = StreamedRows(examples, sequence_length, **options)
             else:

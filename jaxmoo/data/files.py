@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import functools
 import gzip
 import io
 import json
@@ -13,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from jaxmoo.data.records import Record, RecordStream, SequenceStream, parse_json
 from jaxmoo.errors import DataError
@@ -95,7 +94,15 @@ def damaged(what: str, error: Exception) -> Exception:
 
 
 def _opened(path: Path) -> BinaryIO:
-    return _COMPRESSIONS.get(path.suffix.lower(), functools.partial(open, mode="rb"))(path)
+    return _COMPRESSIONS.get(path.suffix.lower(), _open_plain)(path)
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _open_gzip(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path))  # all that is asked of one
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -105,7 +112,7 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
-_COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {".gz": gzip.open, ".zst": _open_zstd}
+_COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _open_gzip, ".zst": _open_zstd}
 
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv")  # of files, without compression
@@ -208,7 +215,7 @@ class ParquetStream(Iterator[Record]):
             ) from None
         self._number += 1
         place = f"{self._path}: row {self._number}"
-        return place, _not_utf8(place, values) if isinstance(values, UnicodeError) else values
+        return place, _not_utf8(place, values) if isinstance(values, UnicodeDecodeError) else values
 
     def position(self) -> list[int]:
         """Return how many rows come before the next."""
@@ -219,7 +226,7 @@ class ParquetStream(Iterator[Record]):
         self._number = position[0] if position else 0
         self._rows = self._from(self._number)
 
-    def _from(self, first: int) -> Iterator[Mapping[str, Any] | UnicodeError]:
+    def _from(self, first: int) -> Iterator[Mapping[str, Any] | UnicodeDecodeError]:
         for group in range(self._file.num_row_groups):
             size = self._file.metadata.row_group(group).num_rows
             if first >= size:
@@ -243,7 +250,7 @@ def _decoded(number: int, line: bytes, errors: str = "strict") -> str:
     return line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
 
 
-def _not_utf8(place: str, error: UnicodeError) -> DataError:
+def _not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{place}: not UTF-8 text ({error.reason}). Convert the file to UTF-8.")
 
 

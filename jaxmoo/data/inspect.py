@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.corpus import Corpus
-from jaxmoo.data.packing import plan_rows
+from jaxmoo.data.packing import ShuffledRows, plan_rows
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized
 
@@ -54,7 +54,10 @@ def describe(corpus: Corpus, batches: LanguageBatches, steps: int) -> dict[str, 
     for number, language in enumerate(batches.languages):
         examples = train[language]
         kept = [len(example.tokens) for example in examples]
-        rows, tokens = len(batches.rows[language]), sum(kept)
+        order = batches.rows[language]
+        if not isinstance(order, ShuffledRows):
+            raise TypeError("expected batches of examples in memory, as of Corpus.at_hand()")
+        rows, tokens = len(order), sum(kept)
         packed = rows if batches.packing else len(plan_rows(kept, length))
         languages[language] |= {
             "rows": rows,
@@ -136,7 +139,7 @@ def marked(example: Tokenized, tokenizer: PreTrainedTokenizerFast, *, colour: bo
     edges = np.flatnonzero(np.diff(example.loss_mask)) + 1
     parts = []
     for span in np.split(np.arange(len(example.tokens)), edges):
-        text = _shown(tokenizer.decode(example.tokens[span]))
+        text = _shown(str(tokenizer.decode(example.tokens[span])))
         parts.append(f"{before}{text}{after}" if example.loss_mask[span[0]] else text)
     return "".join(parts)
 

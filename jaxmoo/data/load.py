@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxmoo.config.training import Config
 from jaxmoo.data.batches import LanguageBatches
@@ -63,7 +63,8 @@ def load_data(
     say(corpus.table())
     for note in notes(_kept(corpus), "data.sequence_length"):
         say(f"Note: {note}")
-    batches = make_batches(config, corpus, tokenizer.pad_token_id or 0)
+    pad: Any = tokenizer.pad_token_id
+    batches = make_batches(config, corpus, pad or 0)
     return RunData(tokenizer, corpus, batches, date)
 
 
@@ -103,5 +104,6 @@ def _shares(config: Config, corpus: Corpus) -> dict[str, float] | None:
     if sampling.weights is not None:
         return {code: sampling.weights.get(code, 1.0) for code in seen}
     if sampling.temperature is not None:
-        return shares({code: len(corpus.train[code]) for code in seen}, sampling.temperature)
+        train = corpus.at_hand()
+        return shares({code: len(train[code]) for code in seen}, sampling.temperature)
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
@@ -145,7 +145,8 @@ def ending_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
       template renders not even a question and its answer.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.eos_token_id
+        eos: Any = tokenizer.eos_token_id
+        return eos
     for messages in _PROBES:
         try:
             result = tokenize(Example.from_messages("", messages), tokenizer, 10**9)
