@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.tables import load_corpus, load_examples
+from jaxmoo.data import template
 from jaxmoo.errors import ConfigError, DataError
 
 
@@ -126,11 +127,17 @@ def test_what_a_template_cannot_render_is_malformed(folder, make_tokenizer):
     assert "en.jsonl:8" in corpus.complaints[0] and corpus.complaints[0] in corpus.table()
 
 
-def test_too_many_failures_of_a_template_end_reading_before_the_last(folder, make_tokenizer):
-    # Each takes a second.
-    slow = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+def test_too_many_failures_of_a_template_end_reading_before_the_last(
+    folder, make_tokenizer, monkeypatch
+):
+    monkeypatch.setattr("jaxmoo.data.template.MOST_PASSES", 100)
+    failures = []
+    failed = template._failed
+    monkeypatch.setattr(template, "_failed", lambda *a: failures.append(a) or failed(*a))
+    endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="malformed are 2 of the 60"):
-        load(folder, make_tokenizer(slow + PICKY), max_malformed=0.02)
+        load(folder, make_tokenizer(endless + PICKY), max_malformed=0.02)
+    assert len(failures) == 2
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -118,23 +119,27 @@ def test_the_hash_never_changes():
     assert 0.99 < max(map(hash_fraction, map(str, range(1000)))) < 1
 
 
+SPLIT = """
+from jaxmoo.data.example import Example
+from jaxmoo.data.split import split_examples
+examples = [Example.from_pair("fa", f"q{i % 40}", f"r{i % 70}") for i in range(120)]
+held_out = [e.reply for e in split_examples(examples, 0.3, disjoint_replies=True)[1]]
+"""
+
+
 def test_every_process_splits_alike():
-    program = (
-        "from jaxmoo.data import Example, split_examples\n"
-        "examples = [Example.from_pair('fa', f'q{i % 40}', f'r{i % 70}') for i in range(120)]\n"
-        "print([e.reply for e in split_examples(examples, 0.3, disjoint_replies=True)[1]])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(outputs) == 1
+    # Another hash of texts than here, where it is any.
+    seed = next(seed for seed in ("0", "1") if seed != os.environ.get("PYTHONHASHSEED"))
+    other = subprocess.run(
+        [sys.executable, "-c", f"{SPLIT}print(held_out)"],
+        env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {}
+    exec(SPLIT, found)
+    assert other.strip() == str(found["held_out"])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, 15])
