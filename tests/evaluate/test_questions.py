@@ -75,9 +75,8 @@ def test_a_column_may_hold_each_records_choices(tmp_path):
     record = {"prompt": "1 + 1", "completion": "2", "options": ["1", "2", " 3 "]}
     (tmp_path / "en.jsonl").write_text(json.dumps(record))
     source = str(tmp_path / "{language}.jsonl")
-    (found,) = load_examples(data, ["en"], choices="options")[
-        "en"
-    ]
+    data = DataConfig(source=source, seen=["en"])
+    (found,) = load_examples(data, ["en"], choices="options")["en"]
     assert (found.reply, found.choices) == ("2", ("1", "2", " 3 "))
     (tmp_path / "en.jsonl").write_text(json.dumps(record | {"options": "1, 2"}))
     with pytest.raises(DataError, match=r"en.jsonl:1: expected a list of choices, found str"):
