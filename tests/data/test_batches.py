@@ -106,7 +106,9 @@ def test_epochs_counts_what_was_shown(data):
 
 MADE = """
 import numpy as np
-from jaxmoo.data import LanguageBatches, Tokenized
+from jaxmoo.data import Example, LanguageBatches, Tokenized, split_examples
+examples = [Example.from_pair("fa", f"q{i % 40}", f"r{i % 70}") for i in range(120)]
+held_out = [e.reply for e in split_examples(examples, 0.3, disjoint_replies=True)[1]]
 e = [Tokenized(np.full(n := 2 + i % 7, i, np.int32), np.ones(n, bool), n, n) for i in range(50)]
 seen = ["en", "fa", "zh"]
 shares = {"en": 3, "fa": 2, "zh": 1}
@@ -123,7 +125,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 from jaxmoo.mesh import batch_sharding, make_mesh
 from jaxmoo.runtime.processes import place
 sharding = batch_sharding(make_mesh(2, language=2, fsdp=2, data=2))
-found = {}
+found = {"held_out": held_out}
 for step in (0, 40):
     batch = place(batches.batch(step), sharding)
     for name, x in batch.items():
@@ -134,7 +136,7 @@ np.savez(out, **found)
 """
 
 
-def test_two_processes_hold_the_stream_of_one(tmp_path):
+def test_two_processes_hold_the_stream_of_one_and_split_alike(tmp_path):
     address = f"localhost:{free_port()}"
 
     def run(number):
@@ -147,6 +149,7 @@ def test_two_processes_hold_the_stream_of_one(tmp_path):
         both = [np.load(out) for out in pool.map(run, range(2))]
     alone = {}
     exec(MADE, alone)
+    assert all(found["held_out"].tolist() == alone["held_out"] for found in both)
     for step in (0, 40):
         for name, x in alone["batches"].batch(step).items():
             assert all((found[f"{step}/{name}"] == x).all() for found in both), (step, name)

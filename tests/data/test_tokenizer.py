@@ -22,8 +22,14 @@ USES = [
 ]
 
 
-@pytest.mark.parametrize("start", ["", "\n", "\n\n  ", "  ", "{# a note #}\n  ", "x\n"])
-@pytest.mark.parametrize("first", [0, 1])
+# The first of them strips the white space before it, whatever it is.
+@pytest.mark.parametrize(
+    ("first", "start"),
+    [
+        *((0, start) for start in ("", "\n\n  ", "x\n")),
+        *((1, start) for start in ("", "\n", "\n\n  ", "  ", "{# a note #}\n  ", "x\n")),
+    ],
+)
 def test_a_template_writes_on_any_day_what_it_writes_on_that_one(
     first, start, make_tokenizer, monkeypatch
 ):
