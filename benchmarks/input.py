@@ -23,7 +23,7 @@ from common import Pages, environment, markdown, seconds
 from jaxmoo import mesh
 from jaxmoo.config.training import load_config
 from jaxmoo.data import count_tokens
-from jaxmoo.data.run_data import load_data
+from jaxmoo.data.load import load_data
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
 from jaxmoo.runtime.processes import place
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     flags = parser.parse_args()
     config = load_config(flags.config, flags.overrides)
-    packages = ["jax", "grain", "tokenizers", "transformers"]
+    packages = ["jax", "tokenizers", "transformers"]
     pages = Pages(flags.json, environment(os.cpu_count() or 1, packages))
 
     source = resolve_source(config.model.source)

@@ -26,7 +26,7 @@ from jaxmoo.analysis.section import Section
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch
 from jaxmoo.config.training import Config, load_config
 from jaxmoo.convert.models import open_model
-from jaxmoo.data.run_data import load_data
+from jaxmoo.data.load import load_data
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable

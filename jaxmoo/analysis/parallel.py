@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxmoo.data.languages import nearest_language
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import ConfigError, DataError, did_you_mean
 from jaxmoo.files.outputs import typed_path
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _lines(pattern: str, name: str) -> list[str]:
         )
         raise DataError(
             f"{pattern} has no language {name!r}: there is no {path}. Available: "
-            f"{', '.join(there) or 'none'}.{nearest_language(name, there)}"
+            f"{', '.join(there) or 'none'}.{did_you_mean(name, there)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config.training import Config, load_config
-from jaxmoo.data.describe import describe, epochs_table, marked, sample
-from jaxmoo.data.languages import nearest_language
-from jaxmoo.data.run_data import RunData, load_data, make_batches
-from jaxmoo.errors import ConfigError
+from jaxmoo.data.inspect import describe, epochs_table, marked, sample
+from jaxmoo.data.load import RunData, load_data, make_batches
+from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
@@ -82,7 +81,7 @@ def _languages(config: Config, wanted: str | None) -> list[str]:
         if code not in known:
             raise ConfigError(
                 f"--languages: {code!r} is not in the run; there are {', '.join(known)}."
-                f"{nearest_language(code, known)}"
+                f"{did_you_mean(code, known)}"
             )
     return chosen
 

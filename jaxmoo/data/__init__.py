@@ -3,30 +3,34 @@
 from jaxmoo.data.batches import LanguageBatches, batch_spec, count_tokens
 from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
-from jaxmoo.data.languages import LANGUAGE_NAMES, language_name
+from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.mixture import shares
-from jaxmoo.data.sources import load_examples
+from jaxmoo.data.records import RecordStream, SequenceStream
+from jaxmoo.data.sources import Source, load_examples, open_source
 from jaxmoo.data.split import deduplicate, split_examples
-from jaxmoo.data.stream_corpus import stream_corpus
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized, tokenize, tokenize_all
 
 __all__ = [
-    "LANGUAGE_NAMES",
     "Corpus",
     "Example",
     "LanguageBatches",
     "LanguageReport",
+    "RecordStream",
+    "RunData",
+    "SequenceStream",
+    "Source",
     "Tokenized",
     "batch_spec",
     "count_tokens",
     "deduplicate",
-    "language_name",
     "load_corpus",
+    "load_data",
     "load_examples",
+    "make_batches",
+    "open_source",
     "shares",
     "split_examples",
-    "stream_corpus",
     "text_table",
     "tokenize",
     "tokenize_all",

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.mixture import Mixture
-from jaxmoo.data.order import ShuffledRows, StreamedRows
+from jaxmoo.data.packing import ShuffledRows, StreamedRows
 from jaxmoo.data.streaming import ExampleStream
 from jaxmoo.data.tokenize import Tokenized
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 
 class LanguageBatches:
@@ -77,7 +76,7 @@ class LanguageBatches:
             if language not in tokenized:
                 raise ConfigError(
                     f"No examples of language {language!r} were given; there are "
-                    f"{', '.join(tokenized)}.{nearest_language(language, tokenized)}"
+                    f"{', '.join(tokenized)}.{did_you_mean(language, tokenized)}"
                 )
         self.languages = tuple(languages)
         self.batch_size = batch_size
@@ -90,8 +89,8 @@ class LanguageBatches:
             self.mixture = Mixture(weights, per_step, _derived_seed(seed, "/mixture"))
         self.rows: dict[str, ShuffledRows | StreamedRows] = {}
         for language in languages:
-            examples, options = tokenized[language], {"packing": packing}
-            options["seed"] = _derived_seed(seed, language)
+            examples = tokenized[language]
+            options: dict[str, Any] = {"packing": packing, "seed": _derived_seed(seed, language)}
             if isinstance(examples, ExampleStream):
                 self.rows[language] = StreamedRows(examples, sequence_length, **options)
             else:

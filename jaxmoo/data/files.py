@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import functools
 import gzip
 import io
 import json
@@ -13,16 +12,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from jaxmoo.data.records import Record, RecordStream, SequenceStream, parse_json
 from jaxmoo.errors import DataError
-
-# Where a record was found, "data/en.jsonl:12" or "data/en.parquet: row 12", and the record, or what
-# is wrong with it.
-Record = tuple[str, Mapping[str, Any] | DataError]
 
 LONGEST_LINE = 2**26  # bytes; what is longer is passed over without being held
 _PART = 2**20
+_ROWS = 1000  # of a Parquet file, decoded at a time
 
 
 class Lines(Iterator[bytes]):
@@ -97,7 +94,15 @@ def damaged(what: str, error: Exception) -> Exception:
 
 
 def _opened(path: Path) -> BinaryIO:
-    return _COMPRESSIONS.get(path.suffix.lower(), functools.partial(open, mode="rb"))(path)
+    return _COMPRESSIONS.get(path.suffix.lower(), _open_plain)(path)
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _open_gzip(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path))  # all that is asked of one
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -107,7 +112,20 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
-_COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {".gz": gzip.open, ".zst": _open_zstd}
+_COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _open_gzip, ".zst": _open_zstd}
+
+
+KINDS = (".jsonl", ".json", ".parquet", ".csv")  # of files, without compression
+STREAMED = (".jsonl", ".parquet", ".csv")  # those that need not be read whole
+_ALL_KINDS = {
+    *KINDS,
+    *(kind + end for end in _COMPRESSIONS for kind in KINDS if kind != ".parquet"),
+}
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file is one of those that are read, by its name."""
+    return kind_of(path) in _ALL_KINDS
 
 
 def kind_of(path: Path) -> str:
@@ -118,43 +136,113 @@ def kind_of(path: Path) -> str:
       ('.jsonl.gz', '.csv', '.txt')
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((kind for n in (2, 1) if (kind := "".join(suffixes[-n:])) in READERS), path.suffix)
+    return next(
+        (kind for n in (2, 1) if (kind := "".join(suffixes[-n:])) in _ALL_KINDS), path.suffix
+    )
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of one local file.
+def open_file(path: Path) -> RecordStream:
+    """Open the records of one local file.
 
     JSON Lines, JSON (a list of objects) and CSV (with a header), compressed or not, are parsed
-    here, so that a malformed record is reported by file and line; Parquet is read by ``datasets``,
-    which keeps it on disk in its cache.
+    here, so that a malformed record is reported by file and line. A list of JSON is read whole.
 
     Args:
-      path: a file whose name ends in one of `READERS`.
+      path: a file whose name ends in one of `KINDS`, or such a one compressed.
 
-    Yields:
-      Pairs of a place ("file:line") and a record, or a `DataError` in the place of one that is not
-      an object of its own.
-
-    Raises:
-      DataError: the file is not what its suffix says, and reading cannot go on.
-    """
-    return READERS[kind_of(path)](path)
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON.
+    Returns:
+      Its records, with a `DataError` in the place of one that is not an object of its own.
 
     Raises:
-      DataError: it is none, whose cause says where, or nothing that Python holds.
+      DataError: the file is not what its suffix says.
     """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"invalid JSON ({error.msg} at column {error.colno})") from error
-    except ValueError:  # Python's limit of whole numbers
-        raise DataError("a number of thousands of digits") from None
-    except RecursionError:
-        raise DataError("lists or objects nested too deep") from None
+    kind = kind_of(path)
+    if kind.startswith(".parquet"):
+        return ParquetStream(path)
+    if kind.startswith(".json") and not kind.startswith(".jsonl"):
+        return SequenceStream(str(path), _read_json(path), "record")
+    return TextStream(path)
+
+
+class TextStream(Iterator[Record]):
+    """The records of a file of lines, found again by the number of a byte."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = _read_jsonl if kind_of(path).startswith(".jsonl") else _read_csv
+        self._lines = Lines(path)
+        self._records = self._read(path, self._lines)
+
+    def __next__(self) -> Record:
+        return next(self._records)
+
+    def position(self) -> list[int]:
+        """Return how many lines and bytes come before the next record."""
+        return [self._lines.number, self._lines.byte]
+
+    def seek(self, position: list[int] | None) -> None:
+        """Go to a byte where a record began."""
+        self._lines.close()
+        self._lines = Lines(self._path, *(position or ()))
+        self._records = self._read(self._path, self._lines)
+
+
+class ParquetStream(Iterator[Record]):
+    """The rows of a Parquet file, found again by their number."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._path = path
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise damaged(f"{path}: not a readable Parquet file", error) from None
+        self.seek(None)
+
+    def __next__(self) -> Record:
+        import pyarrow
+
+        try:
+            values = next(self._rows)
+        except (pyarrow.ArrowException, OSError) as error:
+            # What fails to be read at all is no fault of the data, and passed on as it is.
+            if not is_damage(error):
+                raise
+            raise DataError(
+                f"{self._path}: cannot be read on after row {self._number} ({error})"
+            ) from None
+        self._number += 1
+        place = f"{self._path}: row {self._number}"
+        return place, _not_utf8(place, values) if isinstance(values, UnicodeDecodeError) else values
+
+    def position(self) -> list[int]:
+        """Return how many rows come before the next."""
+        return [self._number]
+
+    def seek(self, position: list[Any] | None) -> None:
+        """Go to the row behind so many."""
+        self._number = position[0] if position else 0
+        self._rows = self._from(self._number)
+
+    def _from(self, first: int) -> Iterator[Mapping[str, Any] | UnicodeDecodeError]:
+        for group in range(self._file.num_row_groups):
+            size = self._file.metadata.row_group(group).num_rows
+            if first >= size:
+                first -= size
+                continue
+            for batch in self._file.iter_batches(_ROWS, row_groups=[group]):
+                here, first = batch.slice(min(first, len(batch))), max(first - len(batch), 0)
+                try:
+                    yield from here.to_pylist()
+                except UnicodeDecodeError:
+                    # One by one, which is slower, all but the bad ones can be read.
+                    for row in range(len(here)):
+                        try:
+                            yield here.slice(row, 1).to_pylist()[0]
+                        except UnicodeDecodeError as error:
+                            yield error
 
 
 def _decoded(number: int, line: bytes, errors: str = "strict") -> str:
@@ -162,7 +250,7 @@ def _decoded(number: int, line: bytes, errors: str = "strict") -> str:
     return line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
 
 
-def _not_utf8(place: str, error: UnicodeError) -> DataError:
+def _not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{place}: not UTF-8 text ({error.reason}). Convert the file to UTF-8.")
 
 
@@ -172,15 +260,9 @@ def _too_long(place: str, line: bytes) -> DataError:
     )
 
 
-def read_jsonl(path: Path, lines: Lines | None = None) -> Iterator[Record]:
-    """Yield the records of a file of JSON Lines, as `read_records` does.
-
-    Args:
-      path: the file.
-      lines: its lines, from where to begin; all of them by default. Between two records they stand
-        behind the one and before the other.
-    """
-    with contextlib.closing(lines or Lines(path)) as lines:
+def _read_jsonl(path: Path, lines: Lines) -> Iterator[Record]:
+    """Yield the records of a file of JSON Lines; between two, the lines stand between them, too."""
+    with contextlib.closing(lines) as lines:
         for line in lines:
             number = lines.number
             if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -210,7 +292,7 @@ def _parsed_line(path: Path, lines: Lines, line: bytes) -> Mapping[str, Any]:
     return record
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path) -> list[Mapping[str, Any] | DataError]:
     with contextlib.closing(_opened(path)) as file:
         try:
             content = file.read()
@@ -231,28 +313,22 @@ def _read_json(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}:{cause.lineno}: invalid JSON ({cause.msg}).{hint}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a JSON list of objects, found {type(records).__name__}")
-    for number, record in enumerate(records, start=1):
-        place = f"{path}: record {number}"
-        if isinstance(record, dict):
-            yield place, record
-        else:
-            found = type(record).__name__
-            yield place, DataError(f"{place}: expected a JSON object, found {found}")
+    return [
+        record
+        if isinstance(record, dict)
+        else DataError(
+            f"{path}: record {number}: expected a JSON object, found {type(record).__name__}"
+        )
+        for number, record in enumerate(records, start=1)
+    ]
 
 
-def read_csv(path: Path, lines: Lines | None = None) -> Iterator[Record]:
-    """Yield the records of a CSV file with a header, as `read_records` does.
-
-    Args:
-      path: the file.
-      lines: as in `read_jsonl`; they begin with the header or with a record.
-    """
+def _read_csv(path: Path, lines: Lines) -> Iterator[Record]:
+    """Yield the records of a CSV file with a header; the lines begin with that or with a record."""
     # One field may hold a whole document; the module's own limit is 128 KiB.
     csv.field_size_limit(2**31 - 1)
     header: list[str] = []
-    if lines is None:
-        lines = Lines(path)
-    elif lines.byte:
+    if lines.byte:
         header = next(csv.reader(_csv_lines(path, Lines(path)), strict=True))
     reader = csv.reader(_csv_lines(path, lines), strict=True)
     while True:
@@ -295,43 +371,3 @@ def _csv_lines(path: Path, lines: Lines) -> Iterator[str]:
                 raise _too_long(f"{path}:{lines.number}", line)
             # A byte that is no UTF-8 spoils its record, not those behind it.
             yield _decoded(lines.number, line, "surrogateescape")
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import datasets
-    import pyarrow
-
-    try:
-        table = datasets.Dataset.from_parquet(str(path))
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError) as error:
-        cause = error.__cause__ or error
-        raise damaged(f"{path}: not a readable Parquet file", cause) from None
-    read = 0
-    try:
-        for record in table:
-            read += 1
-            yield f"{path}: row {read}", record
-    except UnicodeDecodeError:
-        # One by one, which is slower, all but the bad ones can be read.
-        for row in range(read, len(table)):
-            place = f"{path}: row {row + 1}"
-            try:
-                record = table[row]
-            except UnicodeDecodeError as error:
-                record = _not_utf8(place, error)
-            yield place, record
-
-
-READERS: dict[str, Callable[..., Iterator[Record]]] = {
-    ".jsonl": read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": read_csv,
-}
-KINDS = tuple(READERS)  # of files, without compression
-READERS |= {
-    kind + compression: READERS[kind]
-    for compression in _COMPRESSIONS
-    for kind in KINDS
-    if kind != ".parquet"
-}

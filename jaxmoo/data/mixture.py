@@ -126,11 +126,11 @@ def inclusion_probabilities(weights: Sequence[float], k: int) -> np.ndarray:
       >>> inclusion_probabilities([8.0, 1.0, 1.0], 2).tolist()
       [1.0, 0.5, 0.5]
     """
-    weights = np.asarray(weights, np.float64)
-    certain = np.zeros(len(weights), bool)
+    given = np.asarray(weights, np.float64)
+    certain = np.zeros(len(given), bool)
     while True:
-        rest = weights[~certain]
-        scaled = np.where(certain, 1.0, weights * ((k - certain.sum()) / max(rest.sum(), 1e-300)))
+        rest = given[~certain]
+        scaled = np.where(certain, 1.0, given * ((k - certain.sum()) / max(rest.sum(), 1e-300)))
         above = ~certain & (scaled >= 1)
         if not above.any():
             return scaled

@@ -1,40 +1,157 @@
-"""What a record of a source holds, by its columns: an example, and its language."""
+"""Records: streams of them, what one holds by its columns, and those that are malformed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+from jaxmoo.config.data_section import ColumnsConfig
 from jaxmoo.data.example import Example, checked_text, identifier, listed
-from jaxmoo.data.files import Record, parse_json
 from jaxmoo.errors import ConfigError, DataError, did_you_mean, shown
 
+# Where a record was found, "data/en.jsonl:12" or "data/en.parquet: row 12", and the record, or what
+# is wrong with it; None for what the source is known to have that is no record.
+Record = tuple[str, Mapping[str, Any] | DataError | None]
+
+# Where the next record is, as JSON holds it; None is the beginning.
+Position = Any
+
 # What a record's content may be.
-CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
-COLUMN_KEYS = ("prompt", "completion", "messages", "text", "group", "choices")
+_CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
 
 
-def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
-    """Return the columns that are named.
+class RecordStream(Iterator[Record], Protocol):
+    """Records in their order, of which one is in memory at a time, or a block of the file.
+
+    Reading raises `DataError` where the data cannot be read on, `OSError` where the device or the
+    network fails.
+    """
+
+    def position(self) -> Position:
+        """Return where the next record is."""
+        ...
+
+    def seek(self, position: Position) -> None:
+        """Go to where the next record was at another time, perhaps in another process."""
+        ...
+
+
+class SequenceStream(Iterator[Record]):
+    """Records at hand, as a stream.
+
+    Args:
+      name: where they are from, for errors.
+      rows: the records, or a `DataError` in the place of one.
+      kind: what one is called, for errors.
+
+    Example:
+      >>> stream = SequenceStream("sums", [{"prompt": "1 + 1", "completion": "2"}])
+      >>> next(stream)
+      ('sums: row 1', {'prompt': '1 + 1', 'completion': '2'})
+      >>> stream.position()
+      1
+    """
+
+    def __init__(
+        self, name: str, rows: Iterable[Mapping[str, Any] | DataError | None], kind: str = "row"
+    ) -> None:
+        self._name, self._all, self._kind = name, rows, kind
+        self.seek(None)
+
+    def __next__(self) -> Record:
+        values = next(self._rows)
+        self._number += 1
+        return f"{self._name}: {self._kind} {self._number}", values
+
+    def position(self) -> int:
+        """Return how many records were read."""
+        return self._number
+
+    def seek(self, position: int | None) -> None:
+        """Go to the record behind so many."""
+        self._number = position or 0
+        self._rows = itertools.islice(self._all, self._number, None)
+
+
+class Malformed:
+    """The malformed records of a part of a source.
+
+    Args:
+      part: what they are a part of, for the error.
+      limit: the largest share of all records that may be malformed; at 0 the first is an error.
+      before: malformed records found earlier, of a source that is read in pieces, or in another
+        way.
+      total: how many records there are, if it is known: then the first one too many is an error.
+
+    Attributes:
+      complaints: what is wrong with each, with file and line.
+
+    Example:
+      >>> malformed = Malformed("language 'en'", 0.1)
+      >>> malformed.add(DataError("en.jsonl:7: expected text, found NoneType"))
+      >>> malformed.check(good=99)
+      >>> len(malformed.complaints)
+      1
+    """
+
+    def __init__(self, part: str, limit: float, before: int = 0, total: int | None = None):
+        self._part, self._limit, self._before = part, limit, before
+        self._total = total
+        self.complaints: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """Note a malformed record.
+
+        Raises:
+          DataError: this one, where none is allowed; or there are too many.
+        """
+        if not self._limit:
+            raise error
+        self.complaints.append(str(error))
+        bad = self._before + len(self.complaints)
+        if self._total is not None and bad > self._limit * self._total:
+            self.check(self._total - bad)
+
+    def check(self, good: int) -> None:
+        """Compare their number with the limit, once all records, or a piece's, were read.
+
+        Args:
+          good: how many records are well formed, those of earlier pieces included.
+
+        Raises:
+          DataError: too many are not.
+        """
+        bad = self._before + len(self.complaints)
+        if self.complaints and bad > self._limit * (bad + good):
+            raise DataError(
+                f"{self.complaints[0]}\nSo or otherwise malformed are {bad:,} of the "
+                f"{bad + good:,} records of {self._part}; max_malformed allows a share of "
+                f"{self._limit:g}."
+            )
+
+
+def named_columns(columns: ColumnsConfig, choices: str | None = None) -> dict[str, str]:
+    """Return the columns that are named, by what they hold.
+
+    Args:
+      columns: the settings.
+      choices: the column of texts that a reply is chosen from, for an evaluation.
 
     Raises:
-      ConfigError: a key is unknown, or they are of several kinds.
+      ConfigError: they are of several kinds.
     """
-    columns = {key: name for key, name in (columns or {}).items() if name is not None}
-    for key in columns:
-        if key not in COLUMN_KEYS:
-            raise ConfigError(
-                f"Unknown key {key!r} in columns; expected {', '.join(COLUMN_KEYS)}."
-                f"{did_you_mean(key, COLUMN_KEYS)}"
-            )
-    kinds = [kind for kind in CONTENTS if set(kind) & set(columns)]
+    every = dataclasses.asdict(columns) | {"choices": choices}
+    named = {key: name for key, name in every.items() if name is not None}
+    kinds = [kind for kind in _CONTENTS if set(kind) & set(named)]
     if len(kinds) > 1:
         raise ConfigError(
             "Columns take either messages, or prompt and completion, or text, not both "
             f"{' and '.join(kinds[0])} and {' and '.join(kinds[1])}."
         )
-    return columns
+    return named
 
 
 def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
@@ -43,7 +160,7 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
     Args:
       record: where it was found, and its columns or what is wrong with it.
       language: the record's language.
-      columns: as in `read_examples`.
+      columns: from `named_columns`.
 
     Returns:
       The example.
@@ -55,6 +172,8 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
     place, values = record
     if isinstance(values, DataError):
         raise values
+    if values is None:
+        raise DataError(f"{place}: no record")
 
     def column(key: str) -> Any:
         advice = " Name the right ones in `columns`."
@@ -130,9 +249,82 @@ def language_of(record: Record, column: str) -> str:
     if isinstance(values, DataError):
         raise values
     try:
-        language = _named("language", _column(values, column, "language"))
+        language = _named("language", _column(values or {}, column, "language"))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     if language is None:
         raise DataError(f"{place}: no language in column {column!r}")
     return language
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+      DataError: it is none, whose cause says where, or nothing that Python holds.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"invalid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError:  # Python's limit of whole numbers
+        raise DataError("a number of thousands of digits") from None
+    except RecursionError:
+        raise DataError("lists or objects nested too deep") from None
+
+
+class Taken(NamedTuple):
+    """What consecutive records hold.
+
+    Attributes:
+      examples: in their order, duplicates included.
+      passed: records read in all, those of other languages and malformed ones included.
+      known: how many were known to be none.
+      ended: whether there are no more.
+    """
+
+    examples: list[Example]
+    passed: int
+    known: int
+    ended: bool
+
+
+def take_examples(
+    records: Iterator[Record],
+    language: str,
+    columns: Mapping[str, str],
+    malformed: Malformed,
+    *,
+    size: int | None = None,
+    most: int | None = None,
+    belongs: Callable[[Record], bool] = lambda record: True,
+) -> Taken:
+    """Read examples of a language.
+
+    Args:
+      records: where they are taken from.
+      language: their language.
+      columns: from `named_columns`.
+      malformed: notes what is wrong with each that is left out.
+      size: examples to read at most.
+      most: records to read at most.
+      belongs: whether a record is of the language.
+
+    Raises:
+      DataError: a record is malformed and none may be, or the source cannot be read.
+    """
+    examples: list[Example] = []
+    passed = known = 0
+    while len(examples) != size and passed != most:
+        record = next(records, None)
+        if record is None:
+            return Taken(examples, passed, known, True)
+        passed += 1
+        try:
+            if record[1] is None:
+                known += 1
+            elif belongs(record):
+                examples.append(to_example(record, language, columns))
+        except DataError as error:
+            malformed.add(error)
+    return Taken(examples, passed, known, False)

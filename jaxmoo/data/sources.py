@@ -1,25 +1,293 @@
-"""Where examples come from: the built-in corpus, local files or a hub dataset."""
+"""Where records come from: the built-in corpus, local files, a hub dataset, or a `Source` of one's
+own."""
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from jaxmoo.data.chatterbot import read_chatterbot
+from jaxmoo.config.data_section import DataConfig
+from jaxmoo.data.chatterbot import BUILT_IN, Chatterbot
 from jaxmoo.data.example import Example, listed
-from jaxmoo.data.files import KINDS, READERS, Record, kind_of, read_records
-from jaxmoo.data.languages import nearest_language
-from jaxmoo.data.malformed import Malformed
-from jaxmoo.data.records import check_columns, language_of, to_example
+from jaxmoo.data.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
+from jaxmoo.data.records import (
+    Malformed,
+    Record,
+    RecordStream,
+    SequenceStream,
+    language_of,
+    named_columns,
+    take_examples,
+)
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 from jaxmoo.files.outputs import typed_path
 
-BUILT_IN = "chatterbot"
+__all__ = [
+    "FilesSource",
+    "HubSource",
+    "Loaded",
+    "Reading",
+    "Source",
+    "TableSource",
+    "load_examples",
+    "open_source",
+    "read_examples",
+]
+
+
+class Source(Protocol):
+    """Opens the records of every language.
+
+    Attributes:
+      column: the column that names a record's language, where every stream has the records of all
+        languages; None where a stream has those of its own language alone.
+    """
+
+    column: str | None
+
+    def open(self, language: str) -> RecordStream:
+        """Return a new stream of a language's records, at the beginning.
+
+        Args:
+          language: the run's code of the language.
+
+        Raises:
+          DataError: there is no such language, or it cannot be read.
+        """
+        ...
+
+
+class FilesSource:
+    """One file per language.
+
+    Args:
+      source: a path with ``{language}`` in it, such as ``"data/{language}.jsonl"``, or a directory
+        of files named by language.
+      data: the settings.
+    """
+
+    column: str | None = None
+
+    def __init__(self, source: str, data: DataConfig) -> None:
+        self._source, self._data = source, data
+        self._files = _language_files(source, STREAMED if data.streaming else KINDS)
+
+    def open(self, language: str) -> RecordStream:
+        """Return a new stream of a language's records."""
+        name = self._data.codes.get(language, language)
+        files = self._files.get(name)
+        if not files:
+            raise _missing_language(self._source, name, self._files)
+        if len(files) > 1:
+            raise DataError(
+                f"{self._source}: several files for language {name!r}: "
+                f"{', '.join(file.name for file in files)}. Keep one, or give a pattern "
+                "such as 'data/{language}.jsonl'."
+            )
+        return _opened(files[0], self._data)
+
+
+class TableSource:
+    """One file of all languages, told apart by a column.
+
+    Args:
+      path: the file.
+      data: the settings.
+    """
+
+    def __init__(self, path: Path, data: DataConfig) -> None:
+        if not is_data(path):
+            raise DataError(_unknown_kind(path, path, STREAMED if data.streaming else KINDS))
+        if data.language_column is None:
+            raise ConfigError(
+                f"{path} is one file: say which column names the language (language_column), or "
+                "give one file per language, 'data/{language}.jsonl'."
+            )
+        self.column: str | None = data.language_column
+        self._path, self._data = path, data
+
+    def open(self, language: str) -> RecordStream:
+        """Return a new stream of all languages' records."""
+        return _opened(self._path, self._data)
+
+
+class HubSource:
+    """A hub dataset whose languages are subsets, splits or values of a column.
+
+    Args:
+      dataset: its id, or a directory laid out as a hub dataset.
+      data: the settings.
+    """
+
+    def __init__(self, dataset: str, data: DataConfig) -> None:
+        self._dataset, self._data = dataset, data
+        self.column: str | None = data.language_column
+
+    def open(self, language: str) -> RecordStream:
+        """Return a new stream of a language's records; with a column, of all languages'."""
+        import datasets
+
+        data, subset, split = self._data, self._data.subset, self._data.split
+        if self.column is None:
+            name = data.codes.get(language, language)
+            if subset is None and "{language}" not in split:
+                subset = "{language}"
+            if subset is not None and "{language}" in subset:
+                if subset.replace("{language}", name) not in self._subsets:
+                    raise DataError(
+                        f"{_missing_language(self._dataset, name, self._subsets)} If its languages "
+                        "are told apart by a column, name it in language_column."
+                    )
+                subset = subset.replace("{language}", name)
+            split = split.replace("{language}", name)
+        options = {"split": split, "streaming": data.streaming}
+        table = self._call(datasets.load_dataset, self._dataset, subset, **options)
+        name = f"{self._dataset} ({subset or 'default'}, {split})"
+        return _HubStream(name, table) if data.streaming else SequenceStream(name, table)
+
+    @functools.cached_property
+    def _subsets(self) -> list[str]:
+        import datasets
+
+        return self._call(datasets.get_dataset_config_names, self._dataset)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return function(*arguments, **options)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(
+                f"Cannot load {self._dataset!r} from the Hugging Face hub ({error}). Expected a "
+                "hub dataset id, or local files such as 'data/{language}.jsonl'."
+            ) from error
+
+
+class _HubStream(Iterator[Record]):
+    """A streamed hub dataset, found again by the state that `datasets` keeps of it."""
+
+    def __init__(self, name: str, table: Any) -> None:
+        self._name, self._table = name, table
+        self._beginning = table.state_dict()
+        self.seek(None)
+
+    def __next__(self) -> Record:
+        import pyarrow
+        from datasets.exceptions import DatasetsError
+
+        try:
+            values = next(self._rows)
+        except (ValueError, OSError, pyarrow.ArrowException, DatasetsError) as error:
+            # A connection that breaks is no fault of the data, and passed on as it is.
+            if not is_damage(error):
+                raise
+            raise DataError(
+                f"{self._name}: cannot be read on after row {self._number} "
+                f"({error.__cause__ or error})"
+            ) from None
+        self._number += 1
+        return f"{self._name}: row {self._number}", values
+
+    def position(self) -> list[Any]:
+        return [self._number, self._table.state_dict()]
+
+    def seek(self, position: Sequence[Any] | None) -> None:
+        self._number, state = position or (0, self._beginning)
+        self._table.load_state_dict(state)
+        self._rows = iter(self._table)
+
+
+def open_source(data: DataConfig) -> Source:
+    """Return the source that the settings name.
+
+    Args:
+      data: the settings. ``data.source`` is one of
+
+        - ``"chatterbot"``, the built-in corpus;
+        - a path with ``{language}`` in it, such as ``"data/{language}.jsonl"`` (also ``.json``,
+          ``.parquet``, ``.csv``, and those of text compressed, ``.jsonl.gz``, ``.csv.zst``);
+        - a directory of files named by language, such as ``en.jsonl``;
+        - one such file of all languages, told apart by ``data.language_column``;
+        - the id of a hub dataset, ``"owner/name"``.
+
+    Raises:
+      ConfigError: the source need not or cannot be streamed, or settings contradict each other.
+      DataError: it is nothing of these.
+    """
+    source, path = data.source, typed_path(data.source)
+    if source == BUILT_IN:
+        if data.streaming:
+            raise ConfigError(
+                f"data.streaming is for data that memory does not hold; {BUILT_IN!r} is small. Set "
+                "data.streaming=false."
+            )
+        return Chatterbot()
+    if "{language}" in source or path.is_dir():
+        return FilesSource(source, data)
+    if path.is_file():
+        return TableSource(path, data)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not is_data(Path(source)):
+        return HubSource(source, data)
+    if "/" in source or is_data(Path(source)):
+        raise DataError(f"No file or directory {source!r}.")
+    built_in = [] if data.streaming else [BUILT_IN]
+    raise DataError(
+        f"Unknown data source {source!r}.{did_you_mean(source, built_in)} Expected "
+        f"{''.join(f'{name!r}, ' for name in built_in)}a path such as 'data/{{language}}.jsonl', a "
+        "directory, or a hub dataset 'owner/name'."
+    )
+
+
+def _missing_language(source: str | Path, name: str, available: Iterable[str]) -> DataError:
+    """Return the error that a source has no such language."""
+    available = sorted(available)
+    return DataError(
+        f"{source} has no language {name!r}. Available: {listed(available) or 'none'}."
+        f"{did_you_mean(name, available)}"
+    )
+
+
+def _language_files(source: str, kinds: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each language, by the source's name of it."""
+    path = typed_path(source)
+    found: dict[str, list[Path]] = {}
+    if path.is_dir() and "{language}" not in source:
+        for file in sorted(path.iterdir()):
+            if is_data(file):
+                found.setdefault(file.name[: -len(kind_of(file))], []).append(file)
+        return found
+    if not is_data(path):
+        raise DataError(_unknown_kind(source, path, kinds))
+    # The name between the braces may occur several times, "data/{language}/{language}.csv".
+    first, *rest = re.escape(str(path)).split(re.escape("{language}"))
+    pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
+    wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
+    for file in sorted(glob.glob(wildcard)):
+        if match := pattern.fullmatch(file):
+            found.setdefault(match[1], []).append(Path(file))
+    return found
+
+
+def _opened(path: Path, data: DataConfig) -> RecordStream:
+    if data.streaming and not kind_of(path).startswith(STREAMED):
+        raise ConfigError(
+            f"{path}: a JSON list is read whole and cannot be streamed. Write it as JSON Lines "
+            f"({', '.join(STREAMED)} can be streamed), or set data.streaming=false."
+        )
+    return open_file(path)
+
+
+def _unknown_kind(source: str | Path, path: Path, kinds: Sequence[str]) -> str:
+    return (
+        f"{source}: expected a file name ending in {', '.join(kinds)}, found "
+        f"{path.suffix or 'no suffix'!r}. Files of text may also be compressed (.gz, .zst)."
+    )
 
 
 class Loaded(NamedTuple):
@@ -48,16 +316,11 @@ class Reading(NamedTuple):
 
 
 def load_examples(
-    source: str,
+    data: DataConfig,
     languages: Sequence[str],
     *,
-    columns: Mapping[str, str | None] | None = None,
-    codes: Mapping[str, str] | None = None,
-    language_column: str | None = None,
-    subset: str | None = None,
-    split: str = "train",
-    max_malformed: float = 0.0,
-    cache_dir: Path | None = None,
+    choices: str | None = None,
+    source: Source | None = None,
 ) -> dict[str, list[Example]]:
     """Load each language's examples, without duplicates.
 
@@ -68,204 +331,70 @@ def load_examples(
       Per language its distinct examples, in the order of the source.
 
     Raises:
-      ConfigError: arguments that contradict each other.
+      ConfigError: settings that contradict each other.
       DataError: the source, a language of it or a record cannot be used.
     """
-    loaded = read_examples(
-        source,
-        languages,
-        columns=columns,
-        codes=codes,
-        language_column=language_column,
-        subset=subset,
-        split=split,
-        max_malformed=max_malformed,
-        cache_dir=cache_dir,
-    )
-    return {language: deduplicate(found.examples) for language, found in loaded.languages.items()}
+    reading = read_examples(data, languages, choices=choices, source=source)
+    return {language: deduplicate(found.examples) for language, found in reading.languages.items()}
 
 
 def read_examples(
-    source: str,
+    data: DataConfig,
     languages: Sequence[str],
     *,
-    columns: Mapping[str, str | None] | None = None,
-    codes: Mapping[str, str] | None = None,
-    language_column: str | None = None,
-    subset: str | None = None,
-    split: str = "train",
-    max_malformed: float = 0.0,
-    cache_dir: Path | None = None,
+    choices: str | None = None,
+    source: Source | None = None,
 ) -> Reading:
-    """Read each language's examples as the source holds them.
+    """Read each language's examples to the end of the source.
 
     Args:
-      source: one of
-
-        - ``"chatterbot"``, the built-in corpus;
-        - a path with ``{language}`` in it, such as ``"data/{language}.jsonl"`` (also ``.json``,
-          ``.parquet``, ``.csv``, and those of text compressed, ``.jsonl.gz``, ``.csv.zst``);
-        - a directory of files named by language, such as ``en.jsonl``;
-        - one such file of all languages, told apart by `language_column`;
-        - the id of a hub dataset, ``"owner/name"``.
-      languages: the codes to load.
-      columns: which column of a record holds what. Keys: ``prompt`` and ``completion``, or
-        ``messages`` (a list of ``{"role", "content"}``), or ``text``; and ``group`` and ``choices``
-        (a list of texts; see `Example`). By default ``messages`` where a record has it, else
-        ``prompt`` and ``completion``, else ``text``.
-      codes: the source's own names of languages, ``{"pt": "por_Latn"}``; the code itself where
-        absent.
-      language_column: the column that names a record's language.
-      subset: a hub dataset's subset (configuration); ``{language}`` stands for the language.
-        Default: the one named as the language is, unless `language_column` or `split` tell
-        languages apart.
-      split: a hub dataset's split; ``{language}`` stands for the language.
-      max_malformed: the largest share of a language's records that may be malformed; they are
-        left out. By default the first one is an error.
-      cache_dir: where the built-in corpus is kept.
+      data: the settings: the source, its columns and its names of languages.
+      languages: the codes to read.
+      choices: the column with a list of texts that the reply is chosen from; see `Example`.
+      source: where the records come from, if not from ``data.source``.
 
     Returns:
       Per language, in the order of `languages`, its examples, and what is wrong with the records
       left out. The known faults of the built-in corpus are left out in any case.
 
     Raises:
-      ConfigError: arguments that contradict each other.
+      ConfigError: settings that contradict each other.
       DataError: the source, a language of it or a record cannot be used.
     """
-    languages = _check_languages(languages)
-    columns = check_columns(columns)
-    names = {language: (codes or {}).get(language, language) for language in languages}
-    path = typed_path(source)
-    complaints: list[str] = []
-
-    if source == BUILT_IN:
-        loaded = {
-            language: Loaded(*found)
-            for language, found in read_chatterbot(languages, cache_dir=cache_dir).items()
-        }
-    else:
-        if "{language}" in source or path.is_dir():
-            files = language_files(source, names)
-            records = {language: read_records(file) for language, file in files.items()}
-        else:
-            stray = Malformed(source, max_malformed)
-            if path.is_file():
-                column = check_one_file(path, language_column)
-                records = _by_column(path, read_records(path), names, column, stray)
-            else:
-                records = hub_records(
-                    check_hub_id(source), names, subset, split, language_column, stray
-                )
-            complaints += stray.complaints
-        loaded = {}
-        for language, found in records.items():
-            malformed = Malformed(f"language {language!r}", max_malformed)
-            examples = []
-            for record in found:
-                try:
-                    examples.append(to_example(record, language, columns))
-                except DataError as error:
-                    malformed.add(error)
-            malformed.check(len(examples))
-            loaded[language] = Loaded(examples, len(malformed.complaints))
-            complaints += malformed.complaints
-    for language, found in loaded.items():
-        if not found.examples:
-            raise DataError(f"{source}: language {language!r} has no examples.")
-    return Reading(loaded, complaints)
-
-
-def _check_languages(languages: Sequence[str]) -> list[str]:
     if isinstance(languages, str) or not languages:
         raise ConfigError(f"Expected a list of language codes, found {languages!r}.")
     repeated = [language for language, count in Counter(languages).items() if count > 1]
     if repeated:
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
-    return list(languages)
-
-
-def check_hub_id(source: str, *, streaming: bool = False) -> str:
-    """Return the id of a hub dataset.
-
-    Args:
-      source: the id.
-      streaming: whether it is to be streamed, as the built-in corpus cannot be.
-
-    Raises:
-      DataError: it is no such id, and nothing else either.
-    """
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and kind_of(Path(source)) not in READERS:
-        return source
-    if "/" in source or kind_of(Path(source)) in READERS:
-        raise DataError(f"No file or directory {source!r}.")
-    built_in = [] if streaming else [BUILT_IN]
-    raise DataError(
-        f"Unknown data source {source!r}.{did_you_mean(source, built_in)} Expected "
-        f"{''.join(f'{name!r}, ' for name in built_in)}a path such as 'data/{{language}}.jsonl', a "
-        "directory, or a hub dataset 'owner/name'."
-    )
-
-
-def _missing_language(source: str | Path, name: str, available: Iterable[str]) -> DataError:
-    available = sorted(available)
-    return DataError(
-        f"{source} has no language {name!r}. Available: {listed(available) or 'none'}."
-        f"{nearest_language(name, available)}"
-    )
-
-
-def language_files(
-    source: str, names: Mapping[str, str], kinds: Sequence[str] = KINDS
-) -> dict[str, Path]:
-    """Find one file per language.
-
-    Args:
-      source: a path with ``{language}`` in it, or a directory of files named by language.
-      names: per language the source's name of it.
-      kinds: what files can be, for the error.
-
-    Returns:
-      Per language its file.
-
-    Raises:
-      DataError: a language has none, or several.
-    """
-    path = typed_path(source)
-    found: dict[str, list[Path]] = {}
-    if path.is_dir() and "{language}" not in source:
-        for file in sorted(path.iterdir()):
-            if (kind := kind_of(file)) in READERS:
-                found.setdefault(file.name[: -len(kind)], []).append(file)
+    columns = named_columns(data.columns, choices)
+    source = open_source(data) if source is None else source
+    stray = Malformed(data.source, data.max_malformed)
+    streams: Mapping[str, Iterator[Record]]
+    if source.column is None:
+        streams = {language: source.open(language) for language in languages}
     else:
-        if kind_of(path) not in READERS:
-            raise DataError(_unknown_kind(source, path, kinds))
-        # The name between the braces may occur several times, "data/{language}/{language}.csv".
-        first, *rest = re.escape(str(path)).split(re.escape("{language}"))
-        pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
-        wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
-        for file in sorted(glob.glob(wildcard)):
-            if match := pattern.fullmatch(file):
-                found.setdefault(match[1], []).append(Path(file))
-    for name in names.values():
-        if name not in found:
-            raise _missing_language(source, name, found)
-        if len(found[name]) > 1:
-            raise DataError(
-                f"{source}: several files for language {name!r}: "
-                f"{', '.join(file.name for file in found[name])}. Keep one, or give a pattern "
-                "such as 'data/{language}.jsonl'."
-            )
-    return {language: found[name][0] for language, name in names.items()}
+        streams = _sorted(source.open(languages[0]), languages, source.column, data, stray)
+    complaints, loaded = list(stray.complaints), {}
+    for language, records in streams.items():
+        malformed = Malformed(f"language {language!r}", data.max_malformed)
+        taken = take_examples(records, language, columns, malformed)
+        malformed.check(len(taken.examples))
+        if not taken.examples:
+            raise DataError(f"{data.source}: language {language!r} has no examples.")
+        loaded[language] = Loaded(taken.examples, len(malformed.complaints) + taken.known)
+        complaints += malformed.complaints
+    return Reading(loaded, complaints)
 
 
-def _by_column(
-    source: str | Path,
+def _sorted(
     records: Iterable[Record],
-    names: Mapping[str, str],
+    languages: Sequence[str],
     column: str,
+    data: DataConfig,
     stray: Malformed,
-) -> dict[str, list[Record]]:
+) -> dict[str, Iterator[Record]]:
     """Records of one table, sorted into languages by a column."""
+    names = {language: data.codes.get(language, language) for language in languages}
     table: dict[str, list[Record]] = {name: [] for name in names.values()}
     available = set()
     count = 0
@@ -282,126 +411,5 @@ def _by_column(
     stray.check(count)
     for name, found in table.items():
         if not found:
-            raise _missing_language(source, name, available)
-    return {language: table[name] for language, name in names.items()}
-
-
-def _unknown_kind(source: str | Path, path: Path, kinds: Sequence[str]) -> str:
-    return (
-        f"{source}: expected a file name ending in {', '.join(kinds)}, found "
-        f"{path.suffix or 'no suffix'!r}. Files of text may also be compressed (.gz, .zst)."
-    )
-
-
-def check_one_file(path: Path, language_column: str | None, kinds: Sequence[str] = KINDS) -> str:
-    """Return the column that tells apart the languages of one file.
-
-    Args:
-      path: the file.
-      language_column: as in `read_examples`.
-      kinds: what it can be, for the error.
-
-    Raises:
-      DataError: the file is of no known kind.
-      ConfigError: no column is named.
-    """
-    if kind_of(path) not in READERS:
-        raise DataError(_unknown_kind(path, path, kinds))
-    if language_column is None:
-        raise ConfigError(
-            f"{path} is one file: say which column names the language (language_column), or give "
-            "one file per language, 'data/{language}.jsonl'."
-        )
-    return language_column
-
-
-def hub_records(
-    dataset: str,
-    names: Mapping[str, str],
-    subset: str | None,
-    split: str,
-    language_column: str | None,
-    stray: Malformed,
-) -> dict[str, Iterable[Record]]:
-    """Read a hub dataset whose languages are subsets, splits or values of a column.
-
-    Args:
-      dataset: its id, or a directory laid out as a hub dataset.
-      names: per language the dataset's name of it.
-      subset: as in `read_examples`, and so are `split` and `language_column`.
-      split: the split.
-      language_column: the column of the language.
-      stray: notes records without that column.
-
-    Returns:
-      Per language its records.
-
-    Raises:
-      DataError: the dataset cannot be loaded, or has no such language.
-    """
-
-    def rows(subset: str | None, split: str) -> Iterator[Record]:
-        for number, values in enumerate(load_hub(dataset, subset, split), start=1):
-            yield f"{dataset} ({subset or 'default'}, {split}): row {number}", values
-
-    if language_column is not None:
-        return _by_column(dataset, rows(subset, split), names, language_column, stray)
-    return {
-        language: rows(*part) for language, part in hub_parts(dataset, names, subset, split).items()
-    }
-
-
-def hub_parts(
-    dataset: str, names: Mapping[str, str], subset: str | None, split: str
-) -> dict[str, tuple[str | None, str]]:
-    """Return the subset and split of every language of a hub dataset.
-
-    Args:
-      dataset: as in `hub_records`, and so are the others.
-
-    Raises:
-      DataError: the dataset cannot be read, or has no such language.
-    """
-    import datasets
-
-    if subset is None and "{language}" not in split:
-        subset = "{language}"
-    if subset is not None and "{language}" in subset:
-        available = _call_hub(dataset, datasets.get_dataset_config_names, dataset)
-        for name in names.values():
-            if subset.replace("{language}", name) not in available:
-                raise DataError(
-                    f"{_missing_language(dataset, name, available)} If its languages are told "
-                    "apart by a column, name it in language_column."
-                )
-    return {
-        language: (
-            subset and subset.replace("{language}", name),
-            split.replace("{language}", name),
-        )
-        for language, name in names.items()
-    }
-
-
-def load_hub(dataset: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
-    """Open a hub dataset, or one laid out like it.
-
-    Raises:
-      DataError: it cannot be loaded.
-    """
-    import datasets
-
-    options = {"split": split, "streaming": streaming}
-    return _call_hub(dataset, datasets.load_dataset, dataset, subset, **options)
-
-
-def _call_hub(dataset: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    import datasets
-
-    try:
-        return function(*arguments, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"Cannot load {dataset!r} from the Hugging Face hub ({error}). Expected a hub "
-            "dataset id, or local files such as 'data/{language}.jsonl'."
-        ) from error
+            raise _missing_language(data.source, name, available)
+    return {language: iter(table[name]) for language, name in names.items()}

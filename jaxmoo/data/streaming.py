@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
-from jaxmoo.data.malformed import Malformed
-from jaxmoo.data.records import language_of, to_example
+from jaxmoo.data.records import (
+    Malformed,
+    Position,
+    Record,
+    RecordStream,
+    language_of,
+    named_columns,
+    take_examples,
+)
 from jaxmoo.data.split import deduplicate, hash_fraction, side_key
-from jaxmoo.data.streams import Position, RecordStream
 from jaxmoo.data.tokenize import Tokenized, tokenize_good
-from jaxmoo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,15 +74,9 @@ class ExampleStream:
     Args:
       language: its code.
       records: its source; nothing else reads from it.
-      columns: as in :func:`~jaxmoo.data.sources.read_examples`.
+      data: the settings; ``shuffle_buffer`` well-formed records are a piece.
       tokenizer: a fast tokenizer.
-      sequence_length: the most tokens of an example.
-      held_out: the fraction to hold out.
-      size: well-formed records of a piece.
-      name: of the language in the source, where records are told apart by `column`.
       column: the column of the language; None where all records are of this one.
-      max_malformed: the largest share of the records read so far that may be malformed.
-      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
       say: called with lines about malformed records.
     """
 
@@ -84,24 +84,17 @@ class ExampleStream:
         self,
         language: str,
         records: RecordStream,
-        *,
-        columns: Mapping[str, str],
+        data: DataConfig,
         tokenizer: PreTrainedTokenizerFast,
-        sequence_length: int,
-        held_out: float,
-        size: int,
-        name: str | None = None,
+        *,
         column: str | None = None,
-        max_malformed: float = 0.0,
-        special_tokens: str = "text",
         say: Callable[[str], None] = print,
     ) -> None:
-        self.language, self.size = language, size
-        self._records, self._columns = records, columns
-        self._tokenizer, self._length = tokenizer, sequence_length
-        self._held_out, self._name, self._column = held_out, name, column
-        self._max_malformed, self._say = max_malformed, say
-        self._special_tokens = special_tokens
+        self.language = language
+        self._records, self._data, self._tokenizer = records, data, tokenizer
+        self._columns = named_columns(data.columns)
+        self._name, self._column = data.codes.get(language, language), column
+        self._say = say
         self._scanned = self._said = 0
 
     def read(self, place: Place, most: int | None = None) -> Piece:
@@ -116,44 +109,48 @@ class ExampleStream:
         """
         if place.position is None or place.position != self._records.position():
             self._records.seek(place.position)
-        malformed = Malformed(f"language {self.language!r}", self._max_malformed, place.bad)
-        examples: list[Example] = []
-        passed, ended = 0, False
-        while len(examples) < self.size and passed != most:
-            record = next(self._records, None)
-            if record is None:
-                ended = True
-                break
-            passed += 1
-            try:
-                if self._column is None or language_of(record, self._column) == self._name:
-                    examples.append(to_example(record, self.language, self._columns))
-            except DataError as error:
-                malformed.add(error)
-        position = None if ended else self._records.position()
+        data = self._data
+        malformed = Malformed(f"language {self.language!r}", data.max_malformed, place.bad)
+        taken = take_examples(
+            self._records,
+            self.language,
+            self._columns,
+            malformed,
+            size=data.shuffle_buffer,
+            most=most,
+            belongs=self._belongs,
+        )
+        examples, position = taken.examples, None if taken.ended else self._records.position()
         distinct = deduplicate(examples)
         good, tokens = tokenize_good(
-            distinct, self._tokenizer, self._length, malformed, special_tokens=self._special_tokens
+            distinct,
+            self._tokenizer,
+            data.sequence_length,
+            malformed,
+            special_tokens=data.special_tokens,
         )
         records = len(examples) - (len(distinct) - len(good))
         malformed.check(place.good + records)
         train, held = [], []
         for one in zip(good, tokens, strict=True):
-            (held if hash_fraction(side_key(one[0])) < self._held_out else train).append(one)
+            (held if hash_fraction(side_key(one[0])) < data.held_out else train).append(one)
         return Piece(
             train,
             held,
             records,
-            passed,
+            taken.passed,
             malformed.complaints,
             len(examples) - len(distinct),
-            ended,
+            taken.ended,
             Place(
                 position,
                 place.good + records,
                 place.bad + len(malformed.complaints),
             ),
         )
+
+    def _belongs(self, record: Record) -> bool:
+        return self._column is None or language_of(record, self._column) == self._name
 
     def training(self, piece: Piece) -> list[Tokenized]:
         """Return what of a piece can be trained on."""

@@ -122,7 +122,7 @@ def _sources(template: Any) -> tuple[str, str]:
                 "(data.chat_template)."
             )
         return template["default"], template.get("tool_use", template["default"])
-    if not template:
+    if not isinstance(template, str) or not template:
         raise DataError(
             "The tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or "
             "give a template (data.chat_template, tokenizer.chat_template)."
@@ -270,7 +270,7 @@ def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 class _Counting(NodeTransformer):
     """Lets loops and macros count their passes, and texts that are joined their sizes."""
 
-    def _count(self, node: nodes.Node) -> nodes.Node:
+    def _count(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
         count = nodes.Call(nodes.EnvironmentAttribute("count_pass"), [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))
@@ -425,8 +425,8 @@ class _Namespace(Namespace):
     """``namespace``, whose attributes are no internals."""
 
     def __init__(*arguments: Any, **named: Any) -> None:  # as Jinja's own, which takes any name
-        self, *arguments = arguments
-        attributes = dict(*arguments, **named)
+        self, *given = arguments
+        attributes = dict(*given, **named)
         for name in attributes:
             _check_attribute(name)
         Namespace.__init__(self, attributes)

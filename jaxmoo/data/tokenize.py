@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.data.chat import Conversation, Turn, locate, no_end, not_a_prefix
 from jaxmoo.data.encode import Encoded, Encoder, given, lost
 from jaxmoo.data.example import MARK, Example
-from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.records import Malformed
 from jaxmoo.data.template import ChatTemplate
 from jaxmoo.errors import DataError
 
@@ -200,7 +200,7 @@ class _Read(NamedTuple):
 def _plain(
     examples: Sequence[Example], encoder: Encoder, malformed: Malformed
 ) -> list[_Read | None]:
-    eos = encoder.tokenizer.eos_token_id
+    eos: Any = encoder.tokenizer.eos_token_id
     results: list[_Read | None] = []
     texts = [example.reply for example in examples]
     for example, encoded in zip(examples, encoder.encode(texts, plain=True), strict=True):
@@ -222,7 +222,7 @@ def _plain(
 
 def _check_known(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise where a tokenizer has no tokens for most of what is to be learnt."""
-    unknown = tokenizer.unk_token_id
+    unknown: Any = tokenizer.unk_token_id
     characters = missing = 0
     for one in examples:
         spans = [(turn.text_start, turn.text_end) for turn in one.turns]
@@ -263,7 +263,9 @@ def reply_prompts(
       DataError: as `tokenize_all`.
     """
     found = _chats(examples, Encoder(tokenizer, special_tokens), Malformed("the examples", 0.0))
-    return [np.asarray(one.encoded.ids[: one.turns[-1].begin], np.int32) for one in found]
+    # None is left out where none may be malformed.
+    read = [one for one in found if one is not None]
+    return [np.asarray(one.encoded.ids[: one.turns[-1].begin], np.int32) for one in read]
 
 
 def tokenize_choices(
@@ -348,8 +350,9 @@ def _chats(
     for (number, one), encoded in zip(located, texts, strict=True):
         some = [next(prompts) for _ in one.turns]
         try:
-            turns = _turns(one, given(encoded), some, encoder.special)
-            found[number] = _Read(examples[number], encoded, turns, one.ignored)
+            tokens = given(encoded)
+            turns = _turns(one, tokens, some, encoder.special)
+            found[number] = _Read(examples[number], tokens, turns, one.ignored)
         except DataError as error:
             malformed.add(examples[number].error(error))
     return found
@@ -413,7 +416,7 @@ def _turn_of_tokens(
     return found
 
 
-def _as_marked(rendered: Encoded, turns: list[_Turn], marks: Sequence[int]) -> list[_Turn]:
+def _as_marked(rendered: Encoded, turns: list[_Turn], marks: np.ndarray) -> list[_Turn]:
     """Leave out what a template does not mark before a reply's text, if it marks every reply.
 
     The end of a turn is learnt whether marked or not: a model has to learn to stop.

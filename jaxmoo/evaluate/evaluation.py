@@ -15,10 +15,9 @@ from jaxmoo.config.data_section import DataConfig, is_date
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
-from jaxmoo.data.ending import NO_ENDING, ending_token
-from jaxmoo.data.notes import notes
-from jaxmoo.data.run_data import chat_tokenizer
+from jaxmoo.data.inspect import notes
 from jaxmoo.data.split import split_languages
+from jaxmoo.data.tokenizer import NO_ENDING, chat_tokenizer, ending_token
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
@@ -231,19 +230,13 @@ def _examples(settings: Evaluation) -> dict[str, list[Example]]:
     data, wanted = settings.data, [*settings.seen, *settings.unseen]
     # What a run holds out of one language depends on what it learns in the others.
     trained = data.seen if settings.held_out else []
-    columns = dataclasses.asdict(data.columns)
     choices = settings.choices or ""
-    if choices.startswith(COLUMN):
-        columns["choices"] = choices.removeprefix(COLUMN)
+    column = choices.removeprefix(COLUMN) if choices.startswith(COLUMN) else None
+    # Everything is read, also of what a run streams.
     examples = load_examples(
-        data.source,
+        dataclasses.replace(data, streaming=False),
         list(dict.fromkeys([*wanted, *trained])),
-        columns=columns,
-        codes=data.codes,
-        language_column=data.language_column,
-        subset=data.subset,
-        split=data.split,
-        max_malformed=data.max_malformed,
+        choices=column,
     )
     if not settings.held_out:
         return {code: choose_some(examples[code], settings.max_examples) for code in wanted}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxmoo.data.ending import ending_token
 from jaxmoo.data.example import normalise
+from jaxmoo.data.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.generation import stop_tokens as model_stop_tokens
 

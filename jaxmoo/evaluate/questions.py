@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxmoo.data.example import Example
-from jaxmoo.data.malformed import Malformed
+from jaxmoo.data.records import Malformed
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.data.tokenize import Tokenized, reply_prompts, tokenize_choices, tokenize_good
 from jaxmoo.errors import ConfigError, DataError

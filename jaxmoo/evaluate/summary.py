@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.table import text_table
-from jaxmoo.errors import ConfigError
+from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.evaluate.nll import LanguageScore
 
 
@@ -63,7 +62,7 @@ def summarise(
         raise ConfigError("A summary needs at least one seen language.")
     for language in (*seen, *unseen):
         if language not in scores:
-            raise ConfigError(f"No score of {language!r}.{nearest_language(language, scores)}")
+            raise ConfigError(f"No score of {language!r}.{did_you_mean(language, scores)}")
 
     def mean(languages: Sequence[str], field: str) -> float | None:
         values = [getattr(scores[language], field) for language in languages]

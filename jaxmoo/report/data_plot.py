@@ -21,7 +21,7 @@ def lengths_and_shares(description: Mapping[str, Any], path: str | Path) -> Figu
     """Plot token lengths and shares of all languages.
 
     Args:
-      description: from :func:`jaxmoo.data.describe`.
+      description: from :func:`jaxmoo.data.inspect.describe`.
       path: the image to write.
 
     Returns:

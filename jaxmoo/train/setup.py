@@ -18,8 +18,8 @@ from jaxmoo import mesh
 from jaxmoo.config.lora_section import lora_of
 from jaxmoo.config.training import Config, DataConfig
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
-from jaxmoo.data.ending import ending_token
-from jaxmoo.data.run_data import load_data
+from jaxmoo.data.load import load_data
+from jaxmoo.data.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_adapter, load_model, resolve_source

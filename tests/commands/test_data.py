@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoo.commands.data import main
 from jaxmoo.config.training import load_config
-from jaxmoo.data.run_data import load_data
+from jaxmoo.data.load import load_data
 from jaxmoo.hf import load_tokenizer
 
 

@@ -24,19 +24,21 @@ CHATML = (
 def make_tokenizer():
     """A function that makes a tokenizer with a given chat template."""
 
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT, trainer)
+    trained = bpe.to_str()
+
     def make(chat_template: str | None = CHATML, **options) -> PreTrainedTokenizerFast:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=300,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            show_progress=False,
-        )
-        bpe.train_from_iterator(TEXT, trainer)
         return PreTrainedTokenizerFast(
-            tokenizer_object=bpe,
+            tokenizer_object=Tokenizer.from_str(trained),
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
             chat_template=chat_template,

@@ -1,13 +1,15 @@
-"""Small tables of two languages, and files of every kind that hold them."""
+"""Small tables of two languages, files of every kind that hold them, and how they are read."""
 
 from __future__ import annotations
 
 import csv
 import json
 
-import datasets
 import pyarrow
+import pyarrow.parquet
 
+from jaxmoo.config.data_section import ColumnsConfig, DataConfig
+from jaxmoo.data import corpus, sources
 from jaxmoo.data.example import Example
 
 ROWS = {
@@ -18,6 +20,24 @@ ROWS = {
     "fa": [{"prompt": "سلام", "completion": "خوبم"}],
 }
 GOOD = '{"prompt": "a", "completion": "b"}\n'  # a line
+
+
+def settings(source, *, columns=None, **options):
+    """Settings of a source, by default of one seen language."""
+    columns = ColumnsConfig(**(columns or {}))
+    return DataConfig(**({"source": str(source), "seen": ["en"], "columns": columns} | options))
+
+
+def load_examples(source, languages, **options):
+    return sources.load_examples(settings(source, **options), languages)
+
+
+def read_examples(source, languages, **options):
+    return sources.read_examples(settings(source, **options), languages)
+
+
+def load_corpus(source, tokenizer, say=print, **options):
+    return corpus.load_corpus(settings(source, **options), tokenizer, say=say)
 
 
 def expected(language):
@@ -42,4 +62,4 @@ def write(path, rows):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

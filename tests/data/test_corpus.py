@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoo.data.corpus import load_corpus
-from jaxmoo.data.sources import load_examples
+from data.tables import load_corpus, load_examples
+from jaxmoo.data import template
 from jaxmoo.errors import ConfigError, DataError
 
 
@@ -127,11 +127,17 @@ def test_what_a_template_cannot_render_is_malformed(folder, make_tokenizer):
     assert "en.jsonl:8" in corpus.complaints[0] and corpus.complaints[0] in corpus.table()
 
 
-def test_too_many_failures_of_a_template_end_reading_before_the_last(folder, make_tokenizer):
-    # Each takes a second.
-    slow = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+def test_too_many_failures_of_a_template_end_reading_before_the_last(
+    folder, make_tokenizer, monkeypatch
+):
+    monkeypatch.setattr("jaxmoo.data.template.MOST_PASSES", 100)
+    failures = []
+    failed = template._failed
+    monkeypatch.setattr(template, "_failed", lambda *a: failures.append(a) or failed(*a))
+    endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="malformed are 2 of the 60"):
-        load(folder, make_tokenizer(slow + PICKY), max_malformed=0.02)
+        load(folder, make_tokenizer(endless + PICKY), max_malformed=0.02)
+    assert len(failures) == 2
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens"])
@@ -188,7 +194,7 @@ def test_a_language_too_small_to_split_is_named(folder, tokenizer):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"unseen": ["de", "fa"]}, "both seen and unseen: fa"),
+        ({"unseen": ["de", "fa"]}, "fa in both data.seen and data.unseen"),
         ({"sequence_length": 513}, "sequence_length is 513; expected at least 2 and at most 512"),
         ({"sequence_length": 1}, "sequence_length is 1"),
         ({"max_held_out": 0}, "max_held_out is a positive number or null, found 0"),

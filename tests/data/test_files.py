@@ -8,10 +8,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.tables import GOOD, ROWS, compress, expected, write
-from jaxmoo.data import stream_corpus
-from jaxmoo.data.files import LONGEST_LINE, read_records
-from jaxmoo.data.sources import load_examples, read_examples
+from data.tables import (
+    GOOD,
+    ROWS,
+    compress,
+    expected,
+    load_corpus,
+    load_examples,
+    read_examples,
+    write,
+)
+from jaxmoo.data.files import LONGEST_LINE, open_file
 from jaxmoo.errors import DataError
 
 
@@ -69,7 +76,7 @@ def test_compressed_files_are_read_as_they_are(suffix, compression, tmp_path):
     assert load_examples(str(tmp_path), ["en", "fa"]) == wanted
     source = f"{tmp_path}/{{language}}{suffix}{compression}"
     assert load_examples(source, ["en", "fa"]) == wanted
-    place = next(read_records(tmp_path / f"en{suffix}{compression}"))[0]
+    place = next(open_file(tmp_path / f"en{suffix}{compression}"))[0]
     assert place.startswith(f"{tmp_path}/en{suffix}{compression}:")
 
 
@@ -129,9 +136,7 @@ def test_damaged_parquet_is_named(streaming, tmp_path, tokenizer):
             DataError, match=r"en\.parquet: (not a readable Parq|cannot be read on)"
         ):
             if streaming:
-                stream_corpus(
-                    str(tmp_path), tokenizer, seen=["en"], sequence_length=64, max_held_out=300
-                )
+                load_corpus(tmp_path, tokenizer, streaming=True, max_held_out=300)
             else:
                 load_examples(str(tmp_path), ["en"])
 
@@ -143,4 +148,4 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
 
 def test_long_csv_fields_are_read(tmp_path):
     write(tmp_path / "en.csv", [{"prompt": "x " * 100_000, "completion": "y"}])
-    assert len(next(read_records(tmp_path / "en.csv"))[1]["prompt"]) == 200_000
+    assert len(next(open_file(tmp_path / "en.csv"))[1]["prompt"]) == 200_000

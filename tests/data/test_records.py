@@ -9,9 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.tables import GOOD, write
-from jaxmoo.data.malformed import Malformed
-from jaxmoo.data.sources import load_examples, read_examples
+from data.tables import GOOD, load_examples, read_examples, write
+from jaxmoo.data.records import Malformed
 from jaxmoo.data.tokenize import tokenize_good
 from jaxmoo.errors import DataError
 

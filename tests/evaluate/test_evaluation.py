@@ -306,7 +306,7 @@ def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--languages", "en", "jp"], "has no language 'jp'.*Did you mean 'ja'"),
+        (["--languages", "en", "jp"], "has no language 'jp'. Available: .*ja"),
         (["--languages", "en", "en"], "named more than once: en"),
         (["--columns", "prompt=txt", "completion=topic"], "no column 'txt'.*Did you mean 'text'"),
         (["--columns", "text=text"], "data of en, ja, uk is plain text"),

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data import Example, load_examples
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
 from jaxmoo.evaluate.measures import score
@@ -74,11 +75,12 @@ def test_a_column_may_hold_each_records_choices(tmp_path):
     record = {"prompt": "1 + 1", "completion": "2", "options": ["1", "2", " 3 "]}
     (tmp_path / "en.jsonl").write_text(json.dumps(record))
     source = str(tmp_path / "{language}.jsonl")
-    (found,) = load_examples(source, ["en"], columns={"choices": "options"})["en"]
+    data = DataConfig(source=source, seen=["en"])
+    (found,) = load_examples(data, ["en"], choices="options")["en"]
     assert (found.reply, found.choices) == ("2", ("1", "2", " 3 "))
     (tmp_path / "en.jsonl").write_text(json.dumps(record | {"options": "1, 2"}))
     with pytest.raises(DataError, match=r"en.jsonl:1: expected a list of choices, found str"):
-        load_examples(source, ["en"], columns={"choices": "options"})
+        load_examples(data, ["en"], choices="options")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxmoo.config.training import load_config
-from jaxmoo.data.run_data import load_data
+from jaxmoo.data.load import load_data
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.train.plan import plan, shape_of
 from jaxmoo.train.setup import prepare

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxmoo.data.example import Example
-from jaxmoo.data.notes import notes
+from jaxmoo.data.inspect import notes
 from jaxmoo.data.tokenize import tokenize_all
 
 PLAIN = (

@@ -1,16 +1,16 @@
-"""What a run's data looks like: numbers per language, and examples with what is learnt marked."""
+"""What a run's data looks like: numbers, notes, and examples with what is learnt marked."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.corpus import Corpus
-from jaxmoo.data.packing import plan_rows
+from jaxmoo.data.packing import ShuffledRows, plan_rows
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenize import Tokenized
 
@@ -44,16 +44,20 @@ def describe(corpus: Corpus, batches: LanguageBatches, steps: int) -> dict[str, 
     taken = [steps] * len(batches.languages)
     if batches.mixture is not None:
         taken = batches.mixture.taken(steps).tolist()
+    train = corpus.at_hand()
     languages: dict[str, dict[str, Any]] = {}
     for language, report in corpus.report.items():
-        examples = corpus.train.get(language) or corpus.held_out[language]
+        examples = train.get(language) or corpus.held_out[language]
         lengths = np.array([example.length for example in examples])
         quantiles = {str(q): float(np.percentile(lengths, q)) for q in _QUANTILES}
         languages[language] = report.to_dict() | {"length_quantiles": quantiles}
     for number, language in enumerate(batches.languages):
-        examples = corpus.train[language]
+        examples = train[language]
         kept = [len(example.tokens) for example in examples]
-        rows, tokens = len(batches.rows[language]), sum(kept)
+        order = batches.rows[language]
+        if not isinstance(order, ShuffledRows):
+            raise TypeError("expected batches of examples in memory, as of Corpus.at_hand()")
+        rows, tokens = len(order), sum(kept)
         packed = rows if batches.packing else len(plan_rows(kept, length))
         languages[language] |= {
             "rows": rows,
@@ -135,7 +139,7 @@ def marked(example: Tokenized, tokenizer: PreTrainedTokenizerFast, *, colour: bo
     edges = np.flatnonzero(np.diff(example.loss_mask)) + 1
     parts = []
     for span in np.split(np.arange(len(example.tokens)), edges):
-        text = _shown(tokenizer.decode(example.tokens[span]))
+        text = _shown(str(tokenizer.decode(example.tokens[span])))
         parts.append(f"{before}{text}{after}" if example.loss_mask[span[0]] else text)
     return "".join(parts)
 
@@ -144,6 +148,61 @@ def sample(examples: Sequence[Tokenized], count: int) -> list[Tokenized]:
     """Return a few examples from all over a list, the same ones every time."""
     places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
     return [examples[place] for place in places]
+
+
+def notes(tokenized: Mapping[str, Sequence[Tokenized]], limit: str) -> list[str]:
+    """Say what a chat template or a short limit makes of examples.
+
+    Args:
+      tokenized: per language its examples.
+      limit: what the setting of the most tokens is called.
+
+    Example:
+      >>> import numpy as np
+      >>> cut = Tokenized(np.array([5, 6]), np.array([False, True]), 1, length=9)
+      >>> notes({"en": [cut]}, "--max-length")
+      ['All examples of en lose their end, the longest of 9 tokens: no end of a reply is learnt or \
+scored. Raise --max-length.']
+    """
+
+    def some(flag: Callable[[Tokenized], bool]) -> dict[str, int]:
+        found = {code: sum(map(flag, part)) for code, part in tokenized.items()}
+        return {code: number for code, number in found.items() if number}
+
+    def counted(found: Mapping[str, int]) -> str:
+        return ", ".join(f"{code}: {n} of {len(tokenized[code])}" for code, n in found.items())
+
+    lines = []
+    unended = some(lambda one: not one.ended)
+    if unended:
+        lines.append(
+            f"The chat template ends no reply with a special token ({counted(unended)} examples): "
+            "nothing tells a model where to stop, and what it generates goes on to the limit. Give "
+            "a template that ends replies (data.chat_template)."
+        )
+    uneven = some(lambda one: one.uneven)
+    if uneven:
+        lines.append(
+            "The chat template renders replies within a conversation otherwise than at its end, as "
+            f"those do that drop thoughts there ({counted(uneven)} examples). They are learnt and "
+            "scored as they stand there, not as the model would be prompted to give them. Divide "
+            "conversations so that each reply comes last, or give another template "
+            "(data.chat_template)."
+        )
+    for key in sorted({key for part in tokenized.values() for one in part for key in one.ignored}):
+        having = some(lambda one, key=key: key in one.ignored)
+        lines.append(
+            f"The chat template shows nothing of {key!r}, which messages have beside their text "
+            f"({counted(having)} examples): it is ignored."
+        )
+    cut = some(lambda one: one.truncated)
+    for code in [code for code, number in cut.items() if number == len(tokenized[code])]:
+        longest = max(one.length for one in tokenized[code])
+        lines.append(
+            f"All examples of {code} lose their end, the longest of {longest:,} tokens: no end of "
+            f"a reply is learnt or scored. Raise {limit}."
+        )
+    return lines
 
 
 def _shown(text: str) -> str:
