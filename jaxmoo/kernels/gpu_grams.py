@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,7 +101,9 @@ def _in_kernel(arrays: Sequence[jax.Array], interpret: bool) -> list[jax.Array]:
         **options,
     )(*(x.reshape(k, -1) for x in arrays))
     # Only the products of tiles with themselves.
-    parts = sum(parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
+    parts = functools.reduce(
+        operator.add, (parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
+    )
     return [
         parts[s.first : s.first + s.sections * s.programs]
         .reshape(s.sections, s.programs, k, k)

@@ -10,7 +10,7 @@ import pytest
 from aggregators.families import LABELS, STACK, families, quick_jit, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
-from jaxmoo.aggregators.fair import fair_shares
+from jaxmoo.aggregators.solvers.fair import fair_shares
 from jaxmoo.errors import ConfigError
 
 STATIONARY = ("low-rank", "imbalanced low-rank", "opposed", "all-zero")
