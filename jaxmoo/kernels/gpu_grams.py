@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.kernels.cpu_grams import cross_grams
+from jaxmoo.kernels.contraction import cross_grams
 
 __all__ = ["grams_in_one_kernel"]
 

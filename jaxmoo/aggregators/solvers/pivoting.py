@@ -34,7 +34,9 @@ _UNROLLED = 8  # the largest K whose elimination is written out: fast to run, sl
 _LARGEST = 1e3
 
 
-class _Guess(NamedTuple):
+class Guess(NamedTuple):
+    """Where a batch of problems stands."""
+
     positive: jax.Array  # bool [K, N], which z are positive
     fewest: jax.Array  # int32 [N], wrong signs so far
     chances: jax.Array  # int32 [N], that are left
@@ -67,12 +69,26 @@ def pivot(cosine: jax.Array, lower: jax.Array, magnitude: float | jax.Array = 1.
 
 @custom_vmap
 def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
+    return exchange(c_KKN, b_KN, magnitude_N).found
+
+
+def exchange(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Guess:
+    """Exchange signs until every problem of a batch is solved or given up.
+
+    Args:
+      c_KKN: cosines of every problem.
+      b_KN: bounds.
+      magnitude_N: as for :func:`pivot`.
+
+    Returns:
+      The last guess, with the best points and the number of systems that were solved.
+    """
     k, n = b_KN.shape
 
-    def hopeful(guess: _Guess) -> jax.Array:
+    def hopeful(guess: Guess) -> jax.Array:
         return (guess.found.residual > tolerance(b_KN.dtype)) & (guess.chances >= 0)
 
-    def step(guess: _Guess) -> _Guess:
+    def step(guess: Guess) -> Guess:
         positive = guess.positive
         z = _solve_some(c_KKN, b_KN, positive)
         s = jnp.sum(c_KKN * z, 1) - b_KN
@@ -86,7 +102,7 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
         better = hopeful(guess) & (residual < guess.found.residual)
         better &= total <= _LARGEST * jnp.maximum(magnitude_N, jnp.sum(jnp.abs(b_KN), 0))
         count = jnp.sum(wrong, 0, jnp.int32)
-        return _Guess(
+        return Guess(
             positive=positive ^ wrong,
             fewest=jnp.minimum(guess.fewest, count),
             chances=jnp.where(count < guess.fewest, _CHANCES, guess.chances - 1),
@@ -97,17 +113,17 @@ def _pivot(c_KKN: jax.Array, b_KN: jax.Array, magnitude_N: jax.Array) -> Found:
             steps=guess.steps + 1,
         )
 
-    def unfinished(guess: _Guess) -> jax.Array:
+    def unfinished(guess: Guess) -> jax.Array:
         return jnp.any(hopeful(guess)) & (guess.steps < _MAX_STEPS)
 
-    first = _Guess(
+    first = Guess(
         positive=b_KN > 0,
         fewest=jnp.full(n, k + 1, jnp.int32),
         chances=jnp.full(n, _CHANCES, jnp.int32),
         found=Found(jnp.zeros((k, n), b_KN.dtype), jnp.full(n, jnp.inf, b_KN.dtype)),
         steps=jnp.zeros((), jnp.int32),
     )
-    return lax.while_loop(unfinished, step, varying(first, b_KN)).found
+    return lax.while_loop(unfinished, step, varying(first, b_KN))
 
 
 @_pivot.def_vmap
