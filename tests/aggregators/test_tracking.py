@@ -30,7 +30,7 @@ def program(make):
 
     @quick_jit
     def scan(parameters, products, active):
-        method = make(*parameters)
+        method = make(**parameters)
 
         def step(state, now):
             products, active = now
@@ -61,14 +61,13 @@ def weigh(method, gram, state, active=EVERYONE):
     return weigh_block(method, gram, state=state, active=active)
 
 
-def smoothed(momentum):
-    return aggregators.cr_mogm("mgda", momentum=momentum)
+smoothed = functools.partial(aggregators.cr_mogm, "mgda")
 
 
 def test_cr_mogm_is_a_debiased_running_mean():
     """The first step is that of the method itself."""
     matrices = [J * np.array([[s], [1], [1]]) for s in (1, 2, 0.5, 3)]
-    found, _ = run(smoothed, (0.5,), np.stack([j @ j.T for j in matrices]))
+    found, _ = run(smoothed, {"momentum": 0.5}, np.stack([j @ j.T for j in matrices]))
     singles = np.stack([oracles.min_norm(j) for j in matrices])
     for t, weights in enumerate(found, start=1):
         past = 0.5 ** np.arange(t)[::-1]
@@ -76,14 +75,14 @@ def test_cr_mogm_is_a_debiased_running_mean():
 
 
 def test_cr_mogm_without_momentum_is_the_method_itself():
-    weights, _ = run(smoothed, (0.0,), again(4))
+    weights, _ = run(smoothed, {"momentum": 0.0}, again(4))
     np.testing.assert_allclose(weights[3], MGDA, rtol=1e-5)
 
 
 def test_cr_mogm_of_an_absent_objective():
     active = np.ones((4, 3), bool)
     active[1:, 2] = False
-    weights, states = run(smoothed, (0.5,), again(4), active)
+    weights, states = run(smoothed, {"momentum": 0.5}, again(4), active)
     assert weights[1, 2] == 0 and weights[1].sum() == pytest.approx(1, abs=1e-5)
     assert states.average[1, 2] == states.average[0, 2]
 
@@ -92,7 +91,7 @@ def test_cr_mogm_starts_from_given_weights():
     """``w_1 = m w_0 + (1 - m) w(G_1)``, as published."""
     expected = initial = np.array([0.7, 0.2, 0.1])
     make = functools.partial(aggregators.cr_mogm, "mgda", initial=initial)
-    weights, _ = run(lambda momentum: make(momentum=momentum), (0.8,), again(3))
+    weights, _ = run(make, {"momentum": 0.8}, again(3))
     for found in weights:
         expected = 0.8 * expected + 0.2 * MGDA
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -113,7 +112,7 @@ def test_excess_mtl_is_the_papers_recursion(eta, warmup):
     make = functools.partial(aggregators.excess_mtl, warmup=warmup)
     for scale in (1.0, 3e-6):
         squares, risks, w = np.zeros(3), [], np.full(3, 1 / 3)
-        weights, _ = run(make, (eta,), np.square(lengths * scale)[:, :, None] * np.eye(3))
+        weights, _ = run(make, {"eta": eta}, np.square(lengths * scale)[:, :, None] * np.eye(3))
         for length, found in zip(lengths * scale, weights, strict=True):
             squares = squares + length**2
             risks.append(length**2 / squares**0.5)
@@ -127,19 +126,14 @@ def test_excess_mtl_never_loses_an_objective():
     """Its weight may become too small for a number; when its turn comes it grows again."""
     lengths = [(1.0, 1.0, 1.0)] + [(1.0, 0.01, 0.01)] * 5 + [(0.001, 1.0, 0.001)] * 40
     products = np.square(lengths)[:, :, None] * np.eye(3)
-    weights, _ = run(aggregators.excess_mtl, (50.0,), products)
+    weights, _ = run(aggregators.excess_mtl, {"eta": 50.0}, products)
     assert np.isfinite(weights).all() and weights[-1, 1] > 0.9
 
 
-def tracked(gamma, rho):
-    return aggregators.moco(gamma=gamma, rho=rho)
-
-
-def one_step(gamma):
-    return aggregators.modo(gamma=gamma)
-
-
-@pytest.mark.parametrize(("make", "parameters"), [(tracked, (0.5, 0.0)), (one_step, (0.5,))])
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [(aggregators.moco, {"gamma": 0.5, "rho": 0.0}), (aggregators.modo, {"gamma": 0.5})],
+)
 def test_tracked_weights_converge_to_mgda(make, parameters):
     weights, _ = run(make, parameters, again(400))
     np.testing.assert_allclose(weights[-1], MGDA, atol=2e-3)
@@ -147,13 +141,16 @@ def test_tracked_weights_converge_to_mgda(make, parameters):
 
 
 def test_regularisation_pulls_tracked_weights_together():
-    spread = [np.ptp(run(tracked, (0.2, rho), again(400))[0][300]) for rho in (0.0, 4.0)]
+    spread = [
+        np.ptp(run(aggregators.moco, {"gamma": 0.2, "rho": rho}, again(400))[0][300])
+        for rho in (0.0, 4.0)
+    ]
     assert spread[1] < 0.3 * spread[0]
 
 
 def test_sdmgrad_solves_its_regularised_problem():
     g, p, lam = J @ J.T, np.full(3, 1 / 3), 0.3
-    weights, _ = run(functools.partial(aggregators.sdmgrad, gamma=0.5), (lam,), again(100))
+    weights, _ = run(aggregators.sdmgrad, {"lambda_": lam, "gamma": 0.5}, again(100))
     exact = minimize(
         lambda w: (w + lam * p) @ g @ (w + lam * p),
         p,
@@ -170,7 +167,7 @@ def test_sdmgrad_has_momentum_within_a_step():
     products = products / np.abs(products).max()
     w = p
     make = functools.partial(aggregators.sdmgrad, gamma=0.2, iterations=4, momentum=0.5)
-    weights, _ = run(make, (lam,), again(3))
+    weights, _ = run(make, {"lambda_": lam}, again(3))
     for found in weights:  # the weights are kept from one to the next, the speed is not
         velocity = 0
         for _ in range(4):
