@@ -121,6 +121,11 @@ def in_batches(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)[:count]
 
 
+def filled(product: np.ndarray) -> jax.Array:
+    """A Gram matrix with the absent objectives of those that are compiled, for the same draws."""
+    return jnp.asarray(np.pad(product, (0, _MOST - len(product))), jnp.float32)
+
+
 def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
     """Float64 has to be asked for."""
     return jax.enable_x64(jnp.dtype(dtype) == np.float64)

@@ -159,7 +159,9 @@ def test_rows_may_be_permuted(name, dtype):
         error = np.abs(resolve(name, dtype, stack[:, order]) - updates).max(1) / size
         for kind, rows, value in zip(kinds, np.any(stack, axis=2).sum(1), error, strict=True):
             # Without a common direction the bargain has no solution and the best worst case many.
-            if name in ("nash_mtl", "fairgrad", "cagrad") and kind == "only_weakly_stationary":
+            # Of those cagrad may find any; that they oppose nobody is tested above.
+            undecided = name in ("nash_mtl", "fairgrad") or name.startswith("cagrad")
+            if undecided and kind == "only_weakly_stationary":
                 continue
             if name == "krum" and rows < 5:  # ties go to the first
                 continue

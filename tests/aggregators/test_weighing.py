@@ -216,8 +216,8 @@ def test_scan_and_grad_free_use():
 )
 def test_parameters_may_be_traced(factory, variant, value, other):
     """So a schedule can change them inside a compiled step."""
-    block = aggregators.gram(jnp.asarray(STACK[0], jnp.float32))
-    traced = quick_jit(lambda v: weigh_block(factory(v), block, key=KEY)[0])
+    block = families.filled(STACK[0] @ STACK[0].T)
+    traced = quick_jit(lambda v: weigh_block(factory(v), block, key=KEY)[0][:K])
     fixed, _ = resolve(variant, STACK)
     np.testing.assert_allclose(traced(value), fixed[0], rtol=1e-4, atol=1e-6)
     if other is not None:  # the others show on other gradients, or from the second step on
