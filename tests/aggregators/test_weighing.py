@@ -95,15 +95,19 @@ def test_methods_that_do_not_need_the_gram_matrix_notice_the_same_rows(name):
     equal, unheard = jnp.ones(3), jnp.array([1.0, 0.0, 2.0])
     for j, preference in itertools.product((clean, late, zero, nan, inf), (equal, unheard)):
         for active in (None, jnp.array([True, True, False])):
-            rest = {"key": KEY, "active": active, "preference": preference}
-            weights, _ = weigh_block(method, aggregators.gram(jnp.asarray(j)), **rest)
+            rest = {"key": KEY, "preference": preference}
+            heard = np.any(j != 0, axis=1) if active is None else active
+            gram = aggregators.gram(jnp.asarray(j))
+            weights, _ = weigh_block(method, gram, active=heard, **rest)
             expected = aggregators.combine_rows(jnp.asarray(j), weights)
-            found = aggregate(method, j, **rest)
+            found = aggregate(method, j, active=active, **rest)
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_everything_failed_gives_zero():
-    np.testing.assert_array_equal(aggregate("mgda", jnp.full((3, 3), jnp.nan)), jnp.zeros(3))
+    np.testing.assert_array_equal(
+        aggregate("mgda", jnp.full((3, 3), jnp.nan, jnp.float32)), jnp.zeros(3)
+    )
 
 
 def test_preferences_are_relative_and_renormalised():
@@ -166,7 +170,8 @@ def test_state_has_a_leading_block_axis_and_is_kept_per_block():
 
 
 def test_a_block_without_gradient_leaves_its_state():
-    for name in ("gradvac", "cr_mogm", "excess_mtl", "moco", "modo", "sdmgrad"):
+    smoothed = aggregators.cr_mogm("unit_mean")
+    for name in ("gradvac", smoothed, "excess_mtl", "moco", "modo", "sdmgrad"):
         method = aggregators.get(name)
         _, state = weigh_block(method, aggregators.gram(PAIR), key=KEY)
         _, after = weigh_block(method, jnp.zeros((2, 2)), state=state, key=KEY)
