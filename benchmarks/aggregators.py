@@ -31,15 +31,15 @@ import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import torch
 from common import environment, prepare
 from contestants import METHODS, Method
 
 import jaxmoo
+import report
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.pcgrad import random_orders
+from jaxmoo.aggregators.methods.pcgrad import random_orders
 
 SECTIONS = ("accuracy", "matrix", "blocks", "solves")
 

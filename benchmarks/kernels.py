@@ -23,7 +23,7 @@ import running
 from common import Pages, environment, markdown, scientific
 
 from jaxmoo import aggregators
-from jaxmoo.aggregators.launch import solving_on
+from jaxmoo.kernels.launch import solving_on
 
 METHODS = ("cagrad", "mgda", "dualproj", "upgrad", "nash_mtl", "fairgrad")
 # Of the largest gradient. Fair bargaining has no solution for rank-deficient and opposed gradients,

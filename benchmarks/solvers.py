@@ -26,7 +26,7 @@ import qpax
 from common import bullets, environment, markdown, milliseconds, prepare, scientific
 
 from jaxmoo.aggregators import solvers
-from jaxmoo.aggregators.linear import matvec
+from jaxmoo.kernels.linear import matvec
 
 PACKAGES = ("jax", "optax", "optimistix", "qpax", "numpy")
 

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
-from jaxmoo.aggregators.launch import solving_on
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.launch import solving_on
 from jaxmoo.kernels.reductions import (
     cross_grams,
     grams_in_range,

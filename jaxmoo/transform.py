@@ -13,7 +13,7 @@ import optax
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.base import in_types_of
+from jaxmoo.aggregators.weighing import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError

@@ -2,76 +2,46 @@
 
 Every method is a factory that returns an :class:`Aggregator`; ``get`` finds one by name. By
 default K equal gradients g give g, so a learning rate carries over from ordinary training.
+
+A method is one file in ``methods``, whose factory is decorated with ``@register``, and one line
+below. The order of the lines is that of :func:`names`.
 """
 
-from jaxmoo.aggregators.aggregate import aggregate, combine_rows, cross_gram, gram
-from jaxmoo.aggregators.aligned_mtl import aligned_mtl
-from jaxmoo.aggregators.base import (
-    Aggregator,
-    combine_block,
-    init_blocks,
-    weigh_block,
-    weigh_blocks,
-)
-from jaxmoo.aggregators.cagrad import cagrad
-from jaxmoo.aggregators.conflict_free import config
-from jaxmoo.aggregators.constant import constant
-from jaxmoo.aggregators.cr_mogm import cr_mogm
-from jaxmoo.aggregators.dualproj import dualproj
-from jaxmoo.aggregators.excess_mtl import excess_mtl
-from jaxmoo.aggregators.fairgrad import fairgrad
-from jaxmoo.aggregators.graddrop import graddrop
-from jaxmoo.aggregators.gradvac import gradvac
-from jaxmoo.aggregators.imtl_g import imtl_g
-from jaxmoo.aggregators.krum import krum
-from jaxmoo.aggregators.mean import mean, sum
-from jaxmoo.aggregators.mgda import mgda
-from jaxmoo.aggregators.moco import moco, track_gradients
-from jaxmoo.aggregators.modo import modo
-from jaxmoo.aggregators.nash_mtl import nash_mtl
-from jaxmoo.aggregators.pcgrad import pcgrad
-from jaxmoo.aggregators.random_weights import random
-from jaxmoo.aggregators.registry import get, names
-from jaxmoo.aggregators.sdmgrad import sdmgrad
-from jaxmoo.aggregators.trimmed_mean import trimmed_mean
-from jaxmoo.aggregators.unit_mean import unit_mean
-from jaxmoo.aggregators.upgrad import upgrad
+from jaxmoo.aggregators.aggregate import aggregate as aggregate
+from jaxmoo.aggregators.aggregate import combine_rows as combine_rows
+from jaxmoo.aggregators.aggregate import cross_gram as cross_gram
+from jaxmoo.aggregators.aggregate import gram as gram
+from jaxmoo.aggregators.aggregator import Aggregator as Aggregator
+from jaxmoo.aggregators.aggregator import get as get
+from jaxmoo.aggregators.aggregator import names as names
+from jaxmoo.aggregators.weighing import combine_block as combine_block
+from jaxmoo.aggregators.weighing import init_blocks as init_blocks
+from jaxmoo.aggregators.weighing import weigh_block as weigh_block
+from jaxmoo.aggregators.weighing import weigh_blocks as weigh_blocks
 
-__all__ = [
-    "Aggregator",
-    "aggregate",
-    "aligned_mtl",
-    "cagrad",
-    "combine_block",
-    "combine_rows",
-    "config",
-    "constant",
-    "cr_mogm",
-    "cross_gram",
-    "dualproj",
-    "excess_mtl",
-    "fairgrad",
-    "get",
-    "graddrop",
-    "gradvac",
-    "gram",
-    "imtl_g",
-    "init_blocks",
-    "krum",
-    "mean",
-    "mgda",
-    "moco",
-    "modo",
-    "names",
-    "nash_mtl",
-    "pcgrad",
-    "random",
-    "sdmgrad",
-    "sum",
-    "track_gradients",
-    "trimmed_mean",
-    "unit_mean",
-    "upgrad",
-    "weigh_block",
-    "weigh_blocks",
-]
+# isort: off
+from jaxmoo.aggregators.methods.mean import mean as mean
+from jaxmoo.aggregators.methods.mean import sum as sum
+from jaxmoo.aggregators.methods.constant import constant as constant
+from jaxmoo.aggregators.methods.random_weights import random as random
+from jaxmoo.aggregators.methods.unit_mean import unit_mean as unit_mean
+from jaxmoo.aggregators.methods.mgda import mgda as mgda
+from jaxmoo.aggregators.methods.cagrad import cagrad as cagrad
+from jaxmoo.aggregators.methods.pcgrad import pcgrad as pcgrad
+from jaxmoo.aggregators.methods.gradvac import gradvac as gradvac
+from jaxmoo.aggregators.methods.upgrad import upgrad as upgrad
+from jaxmoo.aggregators.methods.dualproj import dualproj as dualproj
+from jaxmoo.aggregators.methods.imtl_g import imtl_g as imtl_g
+from jaxmoo.aggregators.methods.aligned_mtl import aligned_mtl as aligned_mtl
+from jaxmoo.aggregators.methods.conflict_free import config as config
+from jaxmoo.aggregators.methods.nash_mtl import nash_mtl as nash_mtl
+from jaxmoo.aggregators.methods.fairgrad import fairgrad as fairgrad
+from jaxmoo.aggregators.methods.sdmgrad import sdmgrad as sdmgrad
+from jaxmoo.aggregators.methods.modo import modo as modo
+from jaxmoo.aggregators.methods.moco import moco as moco
+from jaxmoo.aggregators.methods.moco import track_gradients as track_gradients
+from jaxmoo.aggregators.methods.cr_mogm import cr_mogm as cr_mogm
+from jaxmoo.aggregators.methods.excess_mtl import excess_mtl as excess_mtl
+from jaxmoo.aggregators.methods.graddrop import graddrop as graddrop
+from jaxmoo.aggregators.methods.trimmed_mean import trimmed_mean as trimmed_mean
+from jaxmoo.aggregators.methods.krum import krum as krum

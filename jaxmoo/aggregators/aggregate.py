@@ -8,21 +8,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from jaxmoo.aggregators.base import (
-    Aggregator,
-    State,
-    combine_block,
-    compiled,
-    largest_entries,
-    missing_key,
-    weigh_block,
-)
-from jaxmoo.aggregators.parameters import check_choice
-from jaxmoo.aggregators.registry import get
+from jaxmoo.aggregators.aggregator import Aggregator, State, get, missing_key
+from jaxmoo.aggregators.weighing import combine_block, compiled, largest_entries, weigh_block
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.kernels.reductions import cross_grams, section_grams, weighted_sum
+from jaxmoo.parameters import check_choice
 from jaxmoo.sharding import automatic, spec_of, varying
 
 _START = 4096  # columns looked at to tell that a row is not zero
@@ -124,7 +117,7 @@ def aggregate(
                 f"aggregate: expected {name} of shape ({k},), one entry per objective; found "
                 f"shape {np.shape(vector)}."
             )
-    if preference is not None and not isinstance(preference, jax.core.Tracer):
+    if preference is not None and not isinstance(preference, Tracer):
         values = np.asarray(preference)
         if not (np.all(np.isfinite(values)) and np.all(values >= 0) and np.any(values > 0)):
             raise ConfigError(
@@ -209,7 +202,7 @@ def cross_gram(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _refuse_nonfinite(jacobian: jax.Array, active: jax.Array | None) -> None:
-    if isinstance(jacobian, jax.core.Tracer):
+    if isinstance(jacobian, Tracer):
         raise ConfigError(
             "aggregate: nonfinite='raise' cannot raise from compiled code. Call it outside jit, "
             "or skip and look at the weights: a skipped objective has weight 0."

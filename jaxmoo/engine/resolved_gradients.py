@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.base import in_types_of
+from jaxmoo.aggregators.weighing import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology

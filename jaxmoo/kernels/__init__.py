@@ -1,1 +1,11 @@
-"""Products and sums as each platform does them best."""
+"""Products and sums as each platform does them best.
+
+What serves one platform alone says so in its name: ``cpu_`` is XLA's CPU backend, ``gpu_`` NVIDIA
+GPUs; ``benchmarks/cpu_kernels.py`` and ``benchmarks/kernels.py`` measure whether it pays. The other
+modules choose between them:
+
+- ``reductions``: the two passes over the gradients, Gram matrices and weighted sums;
+- ``product``: activations times weights;
+- ``cross_entropy``: the loss over a large vocabulary, chunk by chunk;
+- ``launch``, ``linear``: solvers of small problems as one kernel on a GPU.
+"""

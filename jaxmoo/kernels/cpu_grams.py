@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from jaxmoo.dtypes import at_least_float32
+from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.sharding import varying
 
 # Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to
@@ -81,30 +82,6 @@ def _differential(primals, tangents):
     (arrays,), (changes,) = primals, tangents
     halves = [cross_grams(x, dx) for x, dx in zip(arrays, changes, strict=True)]
     return grams_by_slices(arrays), [half + half.mT for half in halves]
-
-
-def cross_grams(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Products of the rows of two arrays of gradients, per section, in one contraction.
-
-    Args:
-      x: [K, S, ...].
-      y: [K, S, ...].
-
-    Returns:
-      [S, K, K], float32 or, of float64 gradients, float64.
-
-    Example:
-      >>> cross_grams(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 4.0]]]))
-      Array([[[11.]]], dtype=float32)
-    """
-    contracted = tuple(range(2, x.ndim))
-    return lax.dot_general(
-        x,
-        y,
-        ((contracted, contracted), ((1,), (1,))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=at_least_float32(jnp.result_type(x, y)),
-    )
 
 
 def _per_section(x: jax.Array) -> tuple[int, int]:

@@ -136,9 +136,12 @@ def table_gradient(
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         start = i * chunk
         h_BCD = _take(h_BTD, start, chunk)
-        pieces = (_take(x, start, chunk) for x in (targets_BT, lse_BT, cotangent_BT))
+        targets, lse, cotangent = (
+            _take(x, start, chunk) for x in (targets_BT, lse_BT, cotangent_BT)
+        )
         logits = _logits(h_BCD, table_VD)
-        dlogits = _logit_gradient(logits, *pieces, first_token).astype(h_BTD.dtype)
+        dlogits = _logit_gradient(logits, targets, lse, cotangent, first_token)
+        dlogits = dlogits.astype(h_BTD.dtype)
         # As a product of plain matrices: the compiler's CPU backend has no others of bfloat16 with
         # a float32 result.
         h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.kernels.cpu_grams import cross_grams
+from jaxmoo.kernels.contraction import cross_grams
 
 __all__ = ["grams_in_one_kernel"]
 
@@ -100,7 +101,9 @@ def _in_kernel(arrays: Sequence[jax.Array], interpret: bool) -> list[jax.Array]:
         **options,
     )(*(x.reshape(k, -1) for x in arrays))
     # Only the products of tiles with themselves.
-    parts = sum(parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
+    parts = functools.reduce(
+        operator.add, (parts[:, i : i + k, i : i + k] for i in range(0, rows, height))
+    )
     return [
         parts[s.first : s.first + s.sections * s.programs]
         .reshape(s.sections, s.programs, k, k)

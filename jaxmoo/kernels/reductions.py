@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.kernels.cpu_grams import cross_grams, grams_by_slices
+from jaxmoo.kernels.contraction import cross_grams
+from jaxmoo.kernels.cpu_grams import grams_by_slices
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
 from jaxmoo.sharding import varying
 

@@ -12,21 +12,14 @@ multiply every objective's loss (or row of the stacked gradients) by its weight.
 1 over the objectives present, so a learning rate carries over. They carry no gradient.
 """
 
-from jaxmoo.weighting.base import Weighting
-from jaxmoo.weighting.dwa import dwa
-from jaxmoo.weighting.famo import famo
-from jaxmoo.weighting.learned import imtl_l, uw
-from jaxmoo.weighting.registry import get, names
-from jaxmoo.weighting.static import static, temperature
+from jaxmoo.weighting.weighting import Weighting as Weighting
+from jaxmoo.weighting.weighting import get as get
+from jaxmoo.weighting.weighting import names as names
 
-__all__ = [
-    "Weighting",
-    "dwa",
-    "famo",
-    "get",
-    "imtl_l",
-    "names",
-    "static",
-    "temperature",
-    "uw",
-]
+# isort: off
+from jaxmoo.weighting.static import static as static
+from jaxmoo.weighting.static import temperature as temperature
+from jaxmoo.weighting.famo import famo as famo
+from jaxmoo.weighting.uw import uw as uw
+from jaxmoo.weighting.dwa import dwa as dwa
+from jaxmoo.weighting.imtl_l import imtl_l as imtl_l

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoo.aggregators.parameters import check_number
-from jaxmoo.weighting.base import Weighting, present, unit_mean
+from jaxmoo.parameters import check_number
+from jaxmoo.weighting.weighting import Weighting, present, register, unit_mean
 
 
 class DwaState(NamedTuple):
@@ -16,11 +16,12 @@ class DwaState(NamedTuple):
 
     step: jax.Array  # int32 []
     total: jax.Array  # [K] sum of the losses of the current period
-    count: jax.Array  # [K] losses in it
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # [K] losses in it
     last: jax.Array  # [K] mean loss of the period before; NaN when there is none
     earlier: jax.Array  # [K] mean loss of the period before that
 
 
+@register
 def dwa(temperature: float = 2.0, *, period: int = 1) -> Weighting:
     """Dynamic weight average.
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmoo.aggregators.parameters import check_number
-from jaxmoo.weighting.base import Weighting, present, unit_mean
+from jaxmoo.parameters import check_number
+from jaxmoo.weighting.weighting import Weighting, present, register, unit_mean
 
 _SMALL = 1e-8
 
@@ -23,6 +23,7 @@ class FamoState(NamedTuple):
     optimizer: Any
 
 
+@register
 def famo(
     learning_rate: float = 0.025, *, gamma: float = 1e-3, lower_bound: float = 0.0
 ) -> Weighting:

@@ -1,4 +1,4 @@
-"""Weights learned by descent together with the model: uncertainty weighting and IMTL-L."""
+"""Weights learned by descent together with the model, which two papers arrive at."""
 
 from __future__ import annotations
 
@@ -9,89 +9,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmoo.aggregators.parameters import check_number
-from jaxmoo.weighting.base import Weighting, present, unit_mean
+from jaxmoo.parameters import check_number
+from jaxmoo.weighting.weighting import Weighting, present, unit_mean
 
 
 class LearnedState(NamedTuple):
-    """State of :func:`uw` and :func:`imtl_l`."""
+    """State of :func:`~jaxmoo.weighting.uw` and :func:`~jaxmoo.weighting.imtl_l`."""
 
     logs: jax.Array  # [K] logarithms of the weights
     optimizer: Any
 
 
-def uw(learning_rate: float = 0.01, *, normalise: bool = True) -> Weighting:
-    """Uncertainty weighting.
-
-    Adam minimises ``sum_k L_k exp(-s_k) + s_k`` over the log-variances s; the weights are
-    ``exp(-s_k)`` and tend to ``1 / L_k``.
-
-    Departures: the paper trains s with the model's optimiser, here it has its own; weights are
-    scaled to mean 1, so that the learning rate carries over, unless ``normalise`` is False.
+def learned(name: str, learning_rate: float, normalise: bool) -> Weighting:
+    """Weights ``exp(s)`` for the s at which ``sum_k exp(s_k) L_k - s_k`` is least, by Adam.
 
     Args:
-      learning_rate: Adam's learning rate of s.
+      name: the weighting's name, for messages.
+      learning_rate: Adam's, at least 0.
       normalise: whether to scale the weights to mean 1.
 
     Returns:
-      The weighting. It keeps K numbers with Adam's state.
+      The weighting.
 
     Raises:
-      ConfigError: if a parameter is out of range.
-
-    References:
-      Kendall, Gal and Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene
-      Geometry and Semantics*, CVPR 2018, `arXiv:1705.07115 <https://arxiv.org/abs/1705.07115>`_.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> weighting = uw()
-      >>> state = weighting.init(2)
-      >>> for _ in range(400):
-      ...     weights, state = weighting.update(jnp.array([1.0, 3.0]), state)
-      >>> [round(float(w), 2) for w in weights]
-      [1.5, 0.5]
+      ConfigError: if the learning rate is out of range.
     """
-    # In logs = -s the objective is exp(logs) L - logs, which is IMTL-L's.
-    return _learned("uw", learning_rate, normalise)
-
-
-def imtl_l(learning_rate: float = 0.01, *, normalise: bool = True) -> Weighting:
-    """Impartial multi-task learning, loss balance.
-
-    Adam minimises ``sum_k exp(s_k) L_k - s_k``; the weights are ``exp(s_k)``, under which all
-    weighted losses tend to 1.
-
-    Departures: the paper trains s with the model's optimiser, here it has its own; weights are
-    scaled to mean 1, so that the learning rate carries over, unless ``normalise`` is False.
-
-    Args:
-      learning_rate: Adam's learning rate of s.
-      normalise: whether to scale the weights to mean 1.
-
-    Returns:
-      The weighting. It keeps K numbers with Adam's state.
-
-    Raises:
-      ConfigError: if a parameter is out of range.
-
-    References:
-      Liu et al., *Towards Impartial Multi-task Learning*, ICLR 2021,
-      `OpenReview <https://openreview.net/forum?id=IMPnRXEWpvr>`_.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> weighting = imtl_l(normalise=False)
-      >>> state = weighting.init(2)
-      >>> for _ in range(400):
-      ...     weights, state = weighting.update(jnp.array([1.0, 2.0]), state)
-      >>> [round(float(w), 2) for w in weights]
-      [1.0, 0.5]
-    """
-    return _learned("imtl_l", learning_rate, normalise)
-
-
-def _learned(name: str, learning_rate: float, normalise: bool) -> Weighting:
     check_number(name, "learning_rate", learning_rate, low=0)
     adam = optax.adam(learning_rate)
     scale: Callable[..., jax.Array] = unit_mean if normalise else _masked

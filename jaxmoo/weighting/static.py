@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoo.aggregators.parameters import check_number
 from jaxmoo.errors import ConfigError
-from jaxmoo.weighting.base import Weighting, present, unit_mean
+from jaxmoo.parameters import check_number
+from jaxmoo.weighting.weighting import Weighting, present, register, unit_mean
 
 
+@register
 def static(weights: Sequence[float]) -> Weighting:
     """Fixed weights, scaled to a mean of 1 over the objectives present.
 
@@ -33,6 +34,7 @@ def static(weights: Sequence[float]) -> Weighting:
     return _fixed("static", weights)
 
 
+@register
 def temperature(sizes: Sequence[float], temperature: float = 1.0) -> Weighting:
     """Weights by data size, flattened by a temperature.
 

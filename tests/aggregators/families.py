@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo import aggregators
-from jaxmoo.aggregators import Aggregator
+from jaxmoo.aggregators import Aggregator, combine_block
 
 K, N = 6, 16
 KEY = jax.random.key(7)
@@ -75,11 +78,17 @@ VARIANTS: dict[str, Aggregator] = {
 # The suite compiles some fifty small programs and runs each for milliseconds.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# Matrices per call, and objectives of each. What is smaller is filled up with empty blocks and
+# absent objectives, so that every method is compiled once for each precision.
+_AT_ONCE, _MOST = 30, 9
+
 
 @functools.cache
-def compiled(name: str | Aggregator):
-    """``(grams [M, K, K], active [M, K], preference [K], key) -> weights``, compiled once."""
-    method = VARIANTS[name] if isinstance(name, str) else name
+def compiled(method: Aggregator, dtype: str):
+    """``(grams [M, K, K], active [M, K], preference [K], key) -> weights``."""
+    if method.importance is not None:
+        fill = (0.0,) * (_MOST - len(method.importance))
+        method = dataclasses.replace(method, importance=method.importance + fill)
 
     @quick_jit
     def weigh(grams, active, preference, key):
@@ -90,8 +99,60 @@ def compiled(name: str | Aggregator):
     return weigh
 
 
-grams = jax.jit(jax.vmap(aggregators.gram))
-combine = jax.jit(jax.vmap(aggregators.combine_rows))
+@functools.cache
+def compiled_rule(method: Aggregator):
+    """``(stack [M, K, N], active [M, K]) -> updates`` of a coordinate-wise rule."""
+    return quick_jit(jax.vmap(lambda j, active: combine_block(method, j, key=KEY, active=active)))
+
+
+grams = quick_jit(jax.vmap(aggregators.gram))
+combine = quick_jit(jax.vmap(aggregators.combine_rows))
+
+
+def in_batches(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+    """A function of batches of one size, applied to as many matrices as there are."""
+    count = len(arrays[0])
+    pieces = []
+    for start in range(0, count, _AT_ONCE):
+        batch = [x[start : start + _AT_ONCE] for x in arrays]
+        fill = _AT_ONCE - len(batch[0])
+        batch = [np.pad(x, [(0, fill), *[(0, 0)] * (x.ndim - 1)]) for x in batch]
+        pieces.append(np.asarray(function(*batch)))
+    return np.concatenate(pieces)[:count]
+
+
+def filled(product: np.ndarray) -> jax.Array:
+    """A Gram matrix with the absent objectives of those that are compiled, for the same draws."""
+    return jnp.asarray(np.pad(product, (0, _MOST - len(product))), jnp.float32)
+
+
+def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
+    """Float64 has to be asked for."""
+    return jax.enable_x64(jnp.dtype(dtype) == np.float64)
+
+
+def weigh(
+    name: str | Aggregator,
+    products: np.ndarray,
+    active: np.ndarray,
+    preference: np.ndarray | None = None,
+    dtype: Any = np.float32,
+) -> np.ndarray:
+    """Weights ``[M, K]``, float64, of Gram matrices ``[M, K, K]``."""
+    method = VARIANTS[name] if isinstance(name, str) else name
+    dtype = jnp.dtype(dtype)
+    program = compiled(method, dtype.name)
+    count = products.shape[1]
+    fill = (0, _MOST - count)
+    share = np.pad(np.ones(count) if preference is None else preference, fill)
+    with precision(dtype):
+        weights = in_batches(
+            lambda g, a: program(g, a, jnp.asarray(share, dtype), KEY),
+            np.pad(np.asarray(products, dtype), ((0, 0), fill, fill)),
+            np.pad(active, ((0, 0), fill)),
+        )
+    assert weights.dtype == dtype
+    return weights[:, :count].astype(np.float64)
 
 
 def resolve(
@@ -100,23 +161,56 @@ def resolve(
     *,
     active: np.ndarray | None = None,
     preference: np.ndarray | None = None,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights ``[M, K]`` (float64) and updates ``[M, N]`` of many matrices.
+    """Weights ``[M, K]`` and updates ``[M, N]`` of many matrices, float64.
 
     Without ``active``, a zero row is absent, as for a matrix on its own. Updates are formed in
     float64 from the weights, so that only the weights' errors show.
     """
-    stack = np.asarray(stack, np.float64)
-    j = jnp.asarray(stack, dtype)
+    dtype = jnp.dtype(dtype)
+    if stack is STACK and active is None and preference is None:
+        return _of_families(name, dtype)
+    return _resolve(name, np.asarray(stack, np.float64), active, preference, dtype)
+
+
+@functools.cache
+def _of_families(name: str | Aggregator, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What most tests ask for; not to be written to."""
+    found = _resolve(name, STACK, None, None, dtype)
+    for x in found:
+        x.flags.writeable = False
+    return found
+
+
+def _resolve(
+    name: str | Aggregator,
+    stack: np.ndarray,
+    active: np.ndarray | None,
+    preference: np.ndarray | None,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
     if active is None:
         active = np.any(stack != 0, axis=2)
-    share = jnp.asarray(np.ones(stack.shape[1]) if preference is None else preference, jnp.float32)
-    weights = compiled(name)(grams(j), jnp.asarray(active), share, KEY)
-    weights = np.asarray(weights, np.float64)
-    rounded = np.asarray(j.astype(jnp.float32), np.float64)
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    with precision(dtype):
+        j = jnp.asarray(stack, dtype)
+        rounded = np.asarray(j.astype(wide), np.float64)
+        products = in_batches(grams, np.asarray(j))
+    weights = weigh(name, products, active, preference, wide)
     kept = np.where(weights[:, :, None] != 0, rounded, 0.0)
     return weights, np.einsum("mk,mkn->mn", weights, kept)
+
+
+def apply_rule(
+    method: Aggregator, stack: np.ndarray, active: np.ndarray | None = None, dtype: Any = np.float32
+) -> np.ndarray:
+    """Updates ``[M, N]`` of a coordinate-wise rule, in the gradients' type."""
+    dtype = jnp.dtype(dtype)
+    if active is None:
+        active = np.any(stack != 0, axis=2)
+    with precision(dtype):
+        return in_batches(compiled_rule(method), np.asarray(jnp.asarray(stack, dtype)), active)
 
 
 Resolve = Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]  # of a method and a stack
@@ -142,11 +236,8 @@ def rotation_errors(resolve: Resolve, name: str) -> np.ndarray:
 
 
 def resolve_each(name: str | Aggregator, matrices: list[np.ndarray]) -> list[np.ndarray]:
-    """Updates of single matrices of any size up to ``[K, N]``.
-
-    Padded with absent objectives and empty columns to the one shape that is compiled.
-    """
-    stack = np.zeros_like(STACK)
+    """Updates of single matrices of any size up to ``[9, 16]``."""
+    stack = np.zeros((len(matrices), _MOST, N))
     for i, matrix in enumerate(matrices):
         stack[i, : matrix.shape[0], : matrix.shape[1]] = matrix
     _, updates = resolve(name, stack)

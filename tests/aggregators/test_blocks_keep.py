@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import families, quick_jit
+from aggregators.families import families, weigh
 from jaxmoo import aggregators
 
 RNG = np.random.default_rng(0)
 J = families(4, 32, 5)["random"] + 0.3 * RNG.standard_normal(32)
 
 
-MOST_BLOCKS, MOST_OBJECTIVES = 64, 8
-
-
-@functools.cache
-def compiled(name: str):
-    method = aggregators.get(name)
-    return quick_jit(
-        lambda grams, active: aggregators.weigh_blocks(method, grams, active=active)[0]
-    )
-
-
 def by_blocks(name: str, j: np.ndarray, blocks: int) -> np.ndarray:
-    """Each block of equally many columns resolved on its own, put together again.
-
-    Padded with absent objectives and empty blocks to one shape, so each method compiles once.
-    """
+    """Each block of equally many columns resolved on its own, put together again."""
     pieces = np.stack(np.split(j, blocks, axis=1)).astype(np.float32)
-    grams = np.zeros((MOST_BLOCKS, MOST_OBJECTIVES, MOST_OBJECTIVES), np.float32)
-    grams[:blocks, : len(j), : len(j)] = np.einsum("bkn,bln->bkl", pieces, pieces)
-    weights = compiled(name)(grams, jnp.arange(MOST_OBJECTIVES) < len(j))
-    weights = np.asarray(weights, np.float64)[:blocks, : len(j)]
+    grams = np.einsum("bkn,bln->bkl", pieces, pieces)
+    weights = weigh(name, grams, np.ones(grams.shape[:2], bool))
     return np.einsum("bk,bkn->bn", weights, pieces).reshape(-1)
 
 

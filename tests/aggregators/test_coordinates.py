@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import KEY, LABELS, STACK, K, quick_jit, resolve
+from aggregators.families import KEY, LABELS, STACK, K, apply_rule, resolve
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, combine_block
 from jaxmoo.errors import ConfigError
@@ -21,21 +20,7 @@ RULES = {
 
 
 def apply(name: str, stack: np.ndarray, active: np.ndarray | None = None, dtype=jnp.float32):
-    if active is None:
-        active = np.any(stack != 0, axis=2)
-    return np.asarray(
-        _compiled(name)(jnp.asarray(stack, dtype), jnp.asarray(active)).astype(jnp.float32),
-        np.float64,
-    )
-
-
-def _compiled(name, made={}):  # noqa: B006 - one program per rule
-    if name not in made:
-        rule = RULES[name]
-        made[name] = quick_jit(
-            jax.vmap(lambda j, active: combine_block(rule, j, key=KEY, active=active))
-        )
-    return made[name]
+    return apply_rule(RULES[name], stack, active, dtype).astype(np.float64)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aggregators.families import families
-from jaxmoo.aggregators.eigen import eigh_graded, pseudo_solve
+from jaxmoo.aggregators.solvers.eigen import eigh_graded, pseudo_solve
 
 DECOMPOSE = jax.jit(eigh_graded)
 SOLVE = jax.jit(pseudo_solve)

@@ -46,17 +46,7 @@ def float64():
         yield
 
 
-@functools.cache
-def compiled(name: str):
-    return families.compiled.__wrapped__(name)  # apart from what is compiled for float32
-
-
-def resolve(name: str, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    grams = jnp.asarray(np.einsum("mkn,mln->mkl", stack, stack))
-    active = jnp.asarray(np.any(stack != 0, axis=2))
-    weights = compiled(name)(grams, active, jnp.ones(K), KEY)
-    assert weights.dtype == jnp.float64
-    return np.asarray(weights), np.einsum("mk,mkn->mn", weights, stack)
+resolve = functools.partial(families.resolve, dtype=jnp.float64)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name in ORACLES])
@@ -122,7 +112,7 @@ def test_a_matrix_of_float64_is_never_rounded_to_float32(name):
         "mgda": lambda j: oracles.min_norm(j) @ j,
         "trimmed_mean": lambda j: np.sort(j, axis=0)[1:-1].mean(0),
     }.get(name, lambda j: j.mean(0))
-    for n in (7, 1000):
+    for n in (7, 1000) if method.reads_gram and method.combine is None else (1000,):
         j = np.random.default_rng(0).standard_normal((4, n))
         update = aggregate(method, jnp.asarray(j * 1e100), key=KEY)
         np.testing.assert_allclose(update / 1e100, exact(j), rtol=1e-12, atol=1e-14)

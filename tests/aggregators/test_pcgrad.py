@@ -12,8 +12,8 @@ from scipy.stats import chisquare
 from aggregators import oracles
 from aggregators.families import STACK, families, quick_jit
 from jaxmoo import aggregators
-from jaxmoo.aggregators.gradvac import vaccinate
-from jaxmoo.aggregators.pcgrad import project_conflicts, random_orders
+from jaxmoo.aggregators.methods.gradvac import vaccinate
+from jaxmoo.aggregators.methods.pcgrad import project_conflicts, random_orders
 from jaxmoo.aggregators.solvers import equilibrate
 
 CONFLICTING = np.array([[1.0, 0.2, -0.5, 0.0], [-0.9, 1.0, 0.3, 0.1], [0.1, -0.8, -0.7, 2.0]])

@@ -16,7 +16,7 @@ from aggregators.families import (
     assert_scaling_is_exact,
     combine,
     compiled,
-    grams,
+    filled,
     mean_size,
     quick_jit,
     resolve,
@@ -214,7 +214,7 @@ def test_an_absent_or_failed_objective_does_not_matter(name, garbage):
 def test_the_second_call_compiles_nothing(name):
     resolve(name, STACK)
     resolve(name, STACK[::-1])
-    assert compiled(name)._cache_size() == 1
+    assert compiled(VARIANTS[name], "float32")._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["mgda", "cagrad", "upgrad", "fairgrad", "gradvac", "random"])
@@ -228,13 +228,13 @@ def test_a_batch_of_blocks_equals_one_at_a_time(name):
         return weights
 
     weights, updates = resolve(name, STACK)
+    products = np.einsum("mkn,mln->mkl", STACK, STACK).astype(np.float32)
     for block in range(len(NAMES)):
         matrix = STACK[block]
-        w = one(
-            grams(jnp.asarray(STACK, jnp.float32))[block],
-            jnp.asarray(np.any(matrix != 0, 1)),
-            block,
-        )
+        gram, active = products[block], np.any(matrix != 0, 1)
+        if name == "gradvac":  # draws as many orders as there are rows
+            gram, active = filled(gram), np.pad(active, (0, len(filled(gram)) - K))
+        w = one(gram, active, block)[:K]
         d = np.asarray(w, np.float64) @ matrix
         scale = size(weights, STACK)[block] + mean_size(STACK)[block]
         assert np.linalg.norm(d - updates[block]) <= ROUNDING * scale, NAMES[block]

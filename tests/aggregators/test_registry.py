@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
 from jaxmoo import aggregators
+from jaxmoo.aggregators import methods
 from jaxmoo.errors import ConfigError
 
 
@@ -13,6 +16,15 @@ def test_every_name_is_a_factory_of_the_package():
         assert getattr(aggregators, name).__name__ == name
         options = {"weights": [1.0, 2.0]} if name == "constant" else {}
         assert aggregators.get(name, **options).name == name
+
+
+def test_every_file_of_the_methods_has_its_line_in_the_package():
+    """Without it the file would be there and its method not be found."""
+    files = {module.name for module in pkgutil.iter_modules(methods.__path__)}
+    found = {
+        getattr(aggregators, name).__module__.rpartition(".")[2] for name in aggregators.names()
+    }
+    assert found == files
 
 
 def test_an_aggregator_is_passed_through():

@@ -10,23 +10,19 @@ directions vanishes at the first only, that of ``mgda`` at both.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import quick_jit
+from aggregators import families
+from aggregators.families import VARIANTS, apply_rule, combine, in_batches
 from jaxmoo import aggregators
-from jaxmoo.aggregators import combine_block, combine_rows, gram, weigh_block
 
 SHAPES = ((1, 1, 1), (4, 3, 1), (4, 3, 2), (4, 3, 3), (9, 11, 5), (9, 11, 9))  # rows, columns, rank
 STATIONARY_SHAPES = ((5, 3, 3), (9, 11, 6), (7, 13, 2))
 SCALES = (0.0, 1e-10, 1e3, 1e5, 1e10, 1e15)
 K, N = 9, 13
-KEY = jax.random.key(5)
 SEEDS = range(4)
 
 
@@ -84,7 +80,7 @@ def typical(dtype: str) -> tuple[list[str], np.ndarray]:
 
 
 METHODS = {
-    **{name: aggregators.get(name) for name in aggregators.names() if name != "constant"},
+    **{name: VARIANTS[name] for name in aggregators.names()},
     "constant": aggregators.constant(np.arange(1.0, K + 1)),
     "cagrad 2": aggregators.cagrad(2.0),
 }
@@ -102,31 +98,23 @@ CASES = [
 ]
 
 
-@functools.cache
-def compiled(name: str, dtype: str):
-    method = METHODS[name]
-
-    def resolve(j, active):
-        if method.combine is not None:
-            return combine_block(method, j, key=KEY, active=active), active
-        weights = weigh_block(method, gram(j), key=KEY, active=active)[0]
-        return combine_rows(j, weights), weights
-
-    return quick_jit(jax.vmap(resolve))
-
-
 def resolve(name: str, dtype: str, stack: np.ndarray) -> np.ndarray:
     """Updates ``[M, N]``; rows of zeros are absent."""
     return both(name, dtype, stack)[0]
 
 
 def both(name: str, dtype: str, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Updates ``[M, N]`` and weights ``[M, K]``."""
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
-        active = jnp.asarray(np.any(stack != 0, axis=2))
-        updates, weights = compiled(name, dtype)(jnp.asarray(stack, dtype), active)
-        assert updates.dtype == dtype
-        return np.asarray(updates, np.float64), np.asarray(weights, np.float64)
+    """Updates ``[M, N]``, formed in the gradients' precision, and weights ``[M, K]``."""
+    method = METHODS[name]
+    if method.combine is not None:
+        weights = np.full(stack.shape[:2], np.nan)
+        updates = apply_rule(method, stack, dtype=dtype)
+    else:
+        weights, _ = families.resolve(method, stack, dtype=dtype)
+        with families.precision(dtype):
+            updates = in_batches(combine, stack.astype(dtype), weights.astype(dtype))
+    assert updates.dtype == dtype
+    return updates.astype(np.float64), weights
 
 
 def worst_loss(updates: np.ndarray, stack: np.ndarray) -> np.ndarray:
@@ -171,7 +159,9 @@ def test_rows_may_be_permuted(name, dtype):
         error = np.abs(resolve(name, dtype, stack[:, order]) - updates).max(1) / size
         for kind, rows, value in zip(kinds, np.any(stack, axis=2).sum(1), error, strict=True):
             # Without a common direction the bargain has no solution and the best worst case many.
-            if name in ("nash_mtl", "fairgrad", "cagrad") and kind == "only_weakly_stationary":
+            # Of those cagrad may find any; that they oppose nobody is tested above.
+            undecided = name in ("nash_mtl", "fairgrad") or name.startswith("cagrad")
+            if undecided and kind == "only_weakly_stationary":
                 continue
             if name == "krum" and rows < 5:  # ties go to the first
                 continue

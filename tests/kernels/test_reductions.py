@@ -1,5 +1,7 @@
 """The two passes over the gradients agree with float64 NumPy, without copies of the gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +14,33 @@ SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5
 
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_both_forms_equal_float64(shape, dtype, partitioned):
-    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
-    weights = jax.random.uniform(jax.random.key(1), (shape[1], shape[0]))
-    exact = np.asarray(x, np.float64).reshape(*shape[:2], -1)
-    grams = np.einsum("ksn,jsn->skj", exact, exact)
-    found = section_grams([x], partitioned=partitioned)[0]
-    np.testing.assert_allclose(found, grams, rtol=1e-5, atol=1e-5 * np.abs(grams).max())
-    total = np.einsum("sk,ksn->sn", np.asarray(weights, np.float64), exact).reshape(shape[1:])
-    result = weighted_sum(x, weights, partitioned=partitioned)
-    assert result.dtype == dtype
+def test_both_forms_equal_float64(dtype, partitioned):
+    """Over all shapes, one compiled function for all of them."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in SHAPES]
+    weights = [rng.uniform(size=shape[1::-1]).astype(np.float32) for shape in SHAPES]
+
+    @jax.jit
+    def both(arrays, weights):
+        grams = [section_grams([x], partitioned=partitioned)[0] for x in arrays]
+        sums = map(functools.partial(weighted_sum, partitioned=partitioned), arrays, weights)
+        return grams, list(sums)
+
     precision = 1e-6 if dtype == jnp.float32 else 2**-8
-    np.testing.assert_allclose(
-        np.asarray(result, np.float64), total, rtol=precision, atol=precision
-    )
+    for x, w, found, result in zip(arrays, weights, *both(arrays, weights), strict=True):
+        exact = np.asarray(x, np.float64).reshape(*x.shape[:2], -1)
+        grams = np.einsum("ksn,jsn->skj", exact, exact)
+        atol = 1e-5 * np.abs(grams).max()
+        np.testing.assert_allclose(found, grams, rtol=1e-5, atol=atol, err_msg=str(x.shape))
+        total = np.einsum("sk,ksn->sn", np.float64(w), exact).reshape(x.shape[1:])
+        assert result.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(result, np.float64),
+            total,
+            rtol=precision,
+            atol=precision,
+            err_msg=str(x.shape),
+        )
 
 
 @pytest.mark.parametrize("partitioned", [False, True])

@@ -1,0 +1,1 @@
+"""The methods, one a file: each holds its mathematics and nothing else."""

@@ -1,0 +1,136 @@
+"""The linear algebra of small matrices that solvers are made of.
+
+Every function has two forms: the library's, and one of elementary operations on whole [K, K]
+tiles, for kernels, which know neither factorisations nor single entries. See
+:mod:`~jaxmoo.kernels.launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import cho_solve
+
+_elementary: contextvars.ContextVar[bool] = contextvars.ContextVar("elementary", default=False)
+
+
+@contextlib.contextmanager
+def elementary() -> Iterator[None]:
+    """Within it, only elementary operations are used."""
+    token = _elementary.set(True)
+    try:
+        yield
+    finally:
+        _elementary.reset(token)
+
+
+def in_kernel() -> bool:
+    """Whether only elementary operations may be used."""
+    return _elementary.get()
+
+
+def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Matrix times vector without the reduced precision accelerators default to."""
+    if in_kernel():
+        return jnp.sum(matrix * vector[None, :], axis=1)
+    return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner product of vectors."""
+    return jnp.sum(a * b) if in_kernel() else jnp.dot(a, b)
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """Diagonal of a matrix, [K]."""
+    if in_kernel():
+        return jnp.sum(jnp.where(_on_diagonal(matrix.shape[0]), matrix, 0.0), axis=1)
+    return jnp.diagonal(matrix)
+
+
+def diagonal_matrix(vector: jax.Array) -> jax.Array:
+    """Matrix [K, K] with a diagonal."""
+    if in_kernel():
+        return jnp.where(_on_diagonal(vector.shape[0]), vector[:, None], 0.0)
+    return jnp.diag(vector)
+
+
+def identity(k: int, dtype: Any) -> jax.Array:
+    """Identity matrix [K, K]; may be bool."""
+    if in_kernel():
+        return _on_diagonal(k).astype(dtype)
+    return jnp.eye(k, dtype=dtype)
+
+
+def any_of(x: jax.Array) -> jax.Array:
+    """Whether any entry of a bool vector is true."""
+    return jnp.max(x.astype(jnp.float32)) > 0 if in_kernel() else jnp.any(x)
+
+
+def all_of(x: jax.Array) -> jax.Array:
+    """Whether all entries of a bool vector are true."""
+    return jnp.min(x.astype(jnp.float32)) > 0 if in_kernel() else jnp.all(x)
+
+
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether all entries of a vector are finite."""
+    return all_of(jnp.abs(x) < jnp.inf)
+
+
+class Factor(NamedTuple):
+    """A positive definite matrix, ready for solving."""
+
+    matrix: jax.Array
+    factor: jax.Array  # Cholesky's; in a kernel the inverse
+
+
+def factorise(matrix: jax.Array) -> Factor:
+    """Prepare for :func:`solve` with a positive definite matrix.
+
+    Args:
+      matrix: ``[K, K]``; only its lower triangle counts.
+
+    Returns:
+      The factor; not finite where the matrix is not positive definite to within rounding.
+    """
+    if in_kernel():
+        return Factor(matrix, _inverse(matrix))
+    return Factor(matrix, jnp.linalg.cholesky(matrix, symmetrize_input=False))
+
+
+def solve(factor: Factor, right: jax.Array) -> jax.Array:
+    """Solve ``matrix @ x = right``, [K]."""
+    if in_kernel():
+        x = matvec(factor.factor, right)
+        # One step of refinement makes it as accurate as two triangular solves.
+        return x + matvec(factor.factor, right - matvec(factor.matrix, x))
+    return cho_solve((factor.factor, True), right)
+
+
+def _on_diagonal(k: int) -> jax.Array:
+    row, column = (lax.broadcasted_iota(jnp.int32, (k, k), axis) for axis in (0, 1))
+    return row == column
+
+
+def _inverse(matrix: jax.Array) -> jax.Array:
+    """Gauss and Jordan's, without pivoting, which a positive definite matrix does not need."""
+    k = matrix.shape[0]
+    rows, columns = (lax.broadcasted_iota(jnp.int32, (k, k), axis) for axis in (0, 1))
+
+    def eliminate(j: jax.Array, a: jax.Array) -> jax.Array:
+        in_row, in_column = rows == j, columns == j
+        row = jnp.sum(jnp.where(in_row, a, 0.0), axis=0)
+        column = jnp.sum(jnp.where(in_column, a, 0.0), axis=1)
+        scale = 1.0 / jnp.sum(jnp.where(in_row & in_column, a, 0.0))
+        new = a - (column * scale)[:, None] * row[None, :]
+        new = jnp.where(in_row, (row * scale)[None, :], new)
+        new = jnp.where(in_column, -(column * scale)[:, None], new)
+        return jnp.where(in_row & in_column, scale, new)
+
+    return lax.fori_loop(0, k, eliminate, matrix)

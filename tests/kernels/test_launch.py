@@ -1,0 +1,84 @@
+"""A solve as one kernel, interpreted on the CPU, finds what XLA's form of the same solver finds."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aggregators.families import families
+from jaxmoo import aggregators
+from jaxmoo.kernels.launch import solving_on
+
+METHODS = ("cagrad", "mgda", "dualproj", "upgrad", "nash_mtl", "fairgrad")
+
+
+FAMILIES = ("random", "imbalanced", "correlated", "imbalanced low-rank", "zero-row", "opposed")
+
+
+def problems(k: int, names: Sequence[str] = FAMILIES) -> np.ndarray:
+    """Gram matrices of gradients of several families."""
+    drawn = families(k, 3 * k)
+    return np.asarray([drawn[name] @ drawn[name].T for name in names], np.float32)
+
+
+@functools.cache
+def program(name: str, form: str | None):
+    @jax.jit
+    def solve(grams: jax.Array, active: jax.Array) -> jax.Array:
+        with solving_on(form):
+            return aggregators.weigh_blocks(aggregators.get(name), grams, active=active)[0]
+
+    return solve
+
+
+def weigh(name: str, grams: np.ndarray, form: str | None, absent: tuple[int, ...] = ()):
+    active = np.ones(grams.shape[1], bool)
+    active[list(absent)] = False
+    return np.asarray(program(name, form)(grams, active), np.float64)
+
+
+@pytest.mark.parametrize(("name", "k"), list(zip(METHODS, (5, 8, 4, 3, 4, 6), strict=True)))
+def test_a_kernel_finds_what_the_compilers_form_finds(name, k):
+    # Fair bargaining has no solution for dependent gradients.
+    grams = problems(k, FAMILIES[:3] if name in ("nash_mtl", "fairgrad") else FAMILIES)
+    gap = weigh(name, grams, "interpret") - weigh(name, grams, None)
+    square = np.einsum("bi,bij,bj->b", gap, grams.astype(np.float64), gap)
+    largest = np.diagonal(grams, axis1=1, axis2=2).max(1)
+    assert np.sqrt(np.maximum(square, 0) / largest).max() < 1e-4
+
+
+def test_an_absent_objective_changes_nothing_in_a_kernel():
+    grams = problems(5)
+    rest = np.delete(np.delete(grams, 2, axis=1), 2, axis=2)
+    found = weigh("cagrad", grams, "interpret", absent=(2,))
+    assert (found[:, 2] == 0).all()
+    expected = weigh("cagrad", rest, None)
+    np.testing.assert_allclose(np.delete(found, 2, axis=1)[0], expected[0], atol=1e-5)
+
+
+def test_a_kernel_is_asked_for_where_solvers_are_traced():
+    """Once for all blocks, and nowhere else."""
+    grams = jnp.asarray(problems(4))
+    for form, kernels in (("interpret", 1), (None, 0), ("tpu", 0)):
+
+        def solve(grams, form=form):
+            with solving_on(form):
+                return aggregators.weigh_blocks(aggregators.get("cagrad"), grams)[0]
+
+        assert str(jax.make_jaxpr(solve)(grams)).count("pallas_call[") == kernels
+
+
+def test_float64_is_left_to_the_compiler():
+    with jax.enable_x64(True):
+        grams = jnp.asarray(problems(3), jnp.float64)
+
+        def solve(grams):
+            with solving_on("interpret"):
+                return aggregators.weigh_blocks(aggregators.get("mgda"), grams)[0]
+
+        jaxpr = jax.make_jaxpr(solve)(grams)
+    assert "pallas_call[" not in str(jaxpr)
+    assert jaxpr.out_avals[0].dtype == jnp.float64
