@@ -14,12 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.base import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
@@ -28,16 +26,16 @@ from jaxmoo.engine.tables import Rules, Tables
 from jaxmoo.engine.usage import Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
-from jaxmoo.resolve import conflict_share, group_blocks
-from jaxmoo.sharding import automatic, spec_of
-from jaxmoo.stacked import num_objectives as objectives_of
-from jaxmoo.transform import (
+from jaxmoo.resolve import group_blocks
+from jaxmoo.resolver_state import (
     ResolveConflictsState,
     new_state,
+    next_state,
     normalised,
-    raise_nonfinite,
     step_key,
 )
+from jaxmoo.sharding import automatic, spec_of
+from jaxmoo.stacked import num_objectives as objectives_of
 
 __all__ = ["ResolvedGradients", "resolved_value_and_grad"]
 
@@ -390,24 +388,19 @@ class ResolvedGradients:
 
     def _next_state(self, state: ResolveConflictsState, tables: Tables) -> ResolveConflictsState:
         report = {name: x[:-1] for name, x in tables.report.items()}
-        nonfinite = report["nonfinite"].any(0)
-        if self.nonfinite == "raise":
-            jax.debug.callback(raise_nonfinite, nonfinite)
-        after = ResolveConflictsState(
-            step=optax.safe_increment(state.step),
-            key=state.key,
+        return next_state(
+            state,
             aggregator=tuple(
                 jax.tree.map(operator.itemgetter(np.asarray(group.blocks)), s)
                 for group, s in zip(self.rules.groups or (), tables.state, strict=True)
             ),
             gram=report["gram"],
             weights=report["weights"],
-            conflict=conflict_share(report["gram"]),
             update_norm=report["update_norm"],
             mean_norm=report["mean_norm"],
-            skipped=state.skipped + nonfinite,
+            nonfinite=report["nonfinite"],
+            stop=self.nonfinite == "raise",
         )
-        return in_types_of(state, after)
 
 
 def _layouts(
