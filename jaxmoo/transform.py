@@ -16,13 +16,7 @@ from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
 from jaxmoo.resolve import Group, group_blocks, resolve
-from jaxmoo.resolver_state import (
-    ResolveConflictsState,
-    new_state,
-    next_state,
-    normalised,
-    step_key,
-)
+from jaxmoo.resolver_state import new_state, next_state, normalised, step_key
 
 __all__ = ["freeze", "resolve_conflicts"]
 
@@ -69,7 +63,10 @@ def resolve_conflicts(
       seed: seed of aggregators that draw random numbers.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with state :class:`ResolveConflictsState`.
+      An ``optax.GradientTransformationExtraArgs`` with state
+      :class:`~jaxmoo.ResolveConflictsState`; where optax has it, of its subclass
+      ``optax.experimental.aggregating.Aggregator``, for transformations ``[K, *params] ->
+      [*params]``.
 
     Raises:
       ConfigError: an option is unknown or contradicts another; a pattern matches no block; or, on
@@ -114,19 +111,19 @@ def resolve_conflicts(
             part = partition(rule, tree, stacked=stacked)
         return part, group_blocks(part, choices)
 
-    def init(params: Any) -> ResolveConflictsState:
+    def init(params: Any) -> Any:  # a ResolveConflictsState
         part, groups = cut(params)
         return new_state(len(part), groups, num_objectives, seed)
 
     def update(
         updates: Any,
-        state: ResolveConflictsState,
+        state: Any,
         params: Any = None,
         *,
         active: jax.Array | None = None,
         second: Any = None,
         **extra_args: Any,
-    ) -> tuple[Any, ResolveConflictsState]:
+    ) -> tuple[Any, Any]:
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         idle = state._replace(step=optax.safe_increment(state.step))
@@ -176,10 +173,10 @@ def resolve_conflicts(
         )
         return jax.tree.unflatten(treedef, resolved.updates), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _aggregator(init, update)
 
 
-def freeze() -> optax.GradientTransformation:
+def freeze() -> optax.GradientTransformationExtraArgs:
     """Leave parameters as they are: zero updates, without the objective axis of the gradients.
 
     For the parts of an ``optax.partition`` that are not trained. ``optax.set_to_zero`` gives zeros
@@ -187,7 +184,7 @@ def freeze() -> optax.GradientTransformation:
     ``optax.apply_updates`` would then add to the parameters as if they were K models.
 
     Returns:
-      An ``optax.GradientTransformation`` without state.
+      An ``optax.GradientTransformationExtraArgs`` without state.
 
     Example:
       >>> params = {"trunk": jnp.zeros(2), "embedding": jnp.ones(3)}
@@ -201,11 +198,18 @@ def freeze() -> optax.GradientTransformation:
       {'embedding': (3,), 'trunk': (2,)}
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del params, extra_args
         return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return _aggregator(optax.init_empty_state, update)
+
+
+def _aggregator(init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation ``[K, *params] -> [*params]``, of the type that optax has for these."""
+    aggregating = getattr(getattr(optax, "experimental", None), "aggregating", None)
+    plain = optax.GradientTransformationExtraArgs
+    return getattr(aggregating, "Aggregator", plain)(init, update)
 
 
 def _check_options(num_objectives: Any, match_norm: Any, nonfinite: Any) -> None:
