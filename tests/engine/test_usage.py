@@ -18,39 +18,39 @@ ALL = {"embed.embedding", "head.kernel", "head.scale"} | {
 }
 
 
-def tapped(toy, blocks="layer", **options):
+def deferred(toy, blocks="layer", **options):
     """Paths of the arrays that are resolved after the pass."""
     made = engine(toy, K, blocks=blocks, aggregator="mean", **options)
     paths = [path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(toy.params)]
-    return {paths[i] for i in made.tapped(made.usage(toy.params, BATCH))}
+    return {paths[i] for i in made.deferred(made.usage(toy.params, BATCH))}
 
 
 @pytest.mark.parametrize("blocks", ["layer", "module", "leaf"])
 @pytest.mark.parametrize("form", ["scan", "loop", "list"])
 def test_blocks_that_one_call_sees_are_resolved_within_the_pass(form, blocks):
-    assert not tapped(Toy(form=form), blocks)
+    assert not deferred(Toy(form=form), blocks)
 
 
 @pytest.mark.parametrize("form", ["scan", "loop"])
 def test_a_parameter_used_twice_is_resolved_when_both_uses_are_known(form):
-    assert tapped(Toy(tied=True, form=form)) == {"embed.embedding"}
-    assert tapped(Toy(shared=True, form=form)) == {"shared.kernel"}
+    assert deferred(Toy(tied=True, form=form)) == {"embed.embedding"}
+    assert deferred(Toy(shared=True, form=form)) == {"shared.kernel"}
 
 
 def test_blocks_that_span_calls_are_resolved_after_the_pass():
-    assert tapped(Toy(), "whole") == ALL
-    assert tapped(Toy(), lambda path: "edge" if "layers" not in path else path) == {
+    assert deferred(Toy(), "whole") == ALL
+    assert deferred(Toy(), lambda path: "edge" if "layers" not in path else path) == {
         "embed.embedding",
         "head.kernel",
         "head.scale",
     }
     # Of a stack, one layer that shares its block with another array takes the others with it.
     rule = lambda path: "odd" if path in ("layers.0.mlp.bias", "head.scale") else path  # noqa: E731
-    assert tapped(Toy(), rule) == {"layers.mlp.bias", "head.scale"}
+    assert deferred(Toy(), rule) == {"layers.mlp.bias", "head.scale"}
 
 
 def test_accumulated_gradients_are_resolved_after_the_pass():
-    assert tapped(Toy(), microbatches=2, accumulation="accumulate_first") == ALL
+    assert deferred(Toy(), microbatches=2, accumulation="accumulate_first") == ALL
 
 
 def test_examples_may_be_mapped():
@@ -64,7 +64,8 @@ def test_examples_may_be_mapped():
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(K, K, 3)), jnp.float32)
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
     _, found, _ = quick_jit(made)(params, batch, made.init())
-    _, gradients = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / K)(params, batch)
+    stacked = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / K)
+    _, gradients = quick_jit(stacked)(params, batch)
     tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
     expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5)
@@ -116,9 +117,8 @@ def test_flax_modules_of_ones_own_are_blocks(remat):
 
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
     losses, found, state = quick_jit(made)(params, batch, made.init())
-    wanted_losses, gradients = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / 6)(
-        params, batch
-    )
+    stacked = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / 6)
+    wanted_losses, gradients = quick_jit(stacked)(params, batch)
     tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
     expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
