@@ -103,24 +103,37 @@ def classifier_loss(model, batch, remat="full"):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], -1).sum()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
-def test_flax_modules_of_ones_own_are_blocks(remat):
+@pytest.fixture(scope="module")
+def classified():
+    """A model's graph, parameters and batch, and what stacked gradients give."""
     graph, params = nnx.split(Classifier(nnx.Rngs(0)))
     draw = np.random.default_rng(0)
     batch = {
         "x": jnp.asarray(draw.normal(size=(K, 6, D)), jnp.float32),
         "y": jnp.asarray(draw.integers(0, 4, (K, 6))),
     }
+    tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
+
+    @quick_jit
+    def oracle(params):
+        stacked = jaxmoo.stacked_value_and_grad(
+            lambda p, b: classifier_loss(nnx.merge(graph, p), b) / 6
+        )
+        losses, gradients = stacked(params, batch)
+        return losses, tx.update(gradients, tx.init(params))[0]
+
+    return graph, params, batch, oracle(params)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_flax_modules_of_ones_own_are_blocks(remat, classified):
+    graph, params, batch, (wanted_losses, expected) = classified
 
     def loss(params, batch):
         return classifier_loss(nnx.merge(graph, params), batch, remat)
 
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
     losses, found, state = quick_jit(made)(params, batch, made.init())
-    stacked = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / 6)
-    wanted_losses, gradients = quick_jit(stacked)(params, batch)
-    tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
-    expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -180,6 +193,6 @@ def test_a_loss_that_jax_has_traced_is_the_same_before_within_and_after_any_engi
             loss, params, num_objectives=2, aggregator=aggregator, blocks="layer",
             stacked=r"^layers\.",
         )  # fmt: skip
-        losses, _, _ = engine(params, batch, engine.init())
+        losses, _, _ = quick_jit(engine)(params, batch, engine.init())
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
         np.testing.assert_allclose(outside(), expected, rtol=1e-6)
