@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from jaxmoo import aggregators, blocks, errors
     from jaxmoo.aggregators import Aggregator, aggregate
     from jaxmoo.engine import ResolvedGradients, block, resolved_value_and_grad
+    from jaxmoo.resolver_state import ResolveConflictsState
     from jaxmoo.stacked import stacked_value_and_grad
-    from jaxmoo.transform import ResolveConflictsState, freeze, resolve_conflicts
+    from jaxmoo.transform import freeze, resolve_conflicts
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOMES = {
     "block": "engine",
     "resolved_value_and_grad": "engine",
     "stacked_value_and_grad": "stacked",
-    "ResolveConflictsState": "transform",
+    "ResolveConflictsState": "resolver_state",
     "freeze": "transform",
     "resolve_conflicts": "transform",
 }

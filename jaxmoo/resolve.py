@@ -45,7 +45,7 @@ class Group(NamedTuple):
     """Blocks that share an aggregator, and so are solved as one batch."""
 
     aggregator: Aggregator
-    blocks: Sequence[int]  # which of the blocks at hand are solved with it
+    blocks: Sequence[int] | np.ndarray  # which of the blocks at hand are solved with it
     member: jax.Array | None = None  # bool, one per entry of blocks; None: all are members
 
 
@@ -172,16 +172,10 @@ def resolve(
             updates[i] = update.reshape(leaves[i].shape[1:])
         return resolved._replace(updates=updates)
 
-    specs = Resolution(
-        updates=[P(*spec_of(x)[1:]) for x in leaves],
-        state=P(),
-        gram=P(),
-        weights=P(),
-        update_norm=P(),
-        mean_norm=P(),
-        nonfinite=P(),
-    )
-    return automatic(compute, (leaves, second, state, key, active, preference), specs)
+    specs: dict[str, Any] = dict.fromkeys(Resolution._fields, P())
+    specs["updates"] = [P(*spec_of(x)[1:]) for x in leaves]
+    arguments = (leaves, second, state, key, active, preference)
+    return automatic(compute, arguments, Resolution(**specs))
 
 
 def resolve_sections(

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.weighing import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
-from jaxmoo.resolve import Group, conflict_share, group_blocks, resolve
+from jaxmoo.resolve import Group, group_blocks, resolve
+from jaxmoo.resolver_state import new_state, next_state, normalised, step_key
 
-__all__ = ["ResolveConflictsState", "freeze", "resolve_conflicts"]
-
-
-class ResolveConflictsState(NamedTuple):
-    """State and last diagnostics of :func:`resolve_conflicts`; read them with ``optax.tree.get``.
-
-    B blocks, K objectives. ``gram``, ``weights`` and ``skipped`` are None unless
-    ``num_objectives`` was given.
-    """
-
-    step: jax.Array  # int32 []: updates so far
-    key: jax.Array  # raw data of a PRNG key; step t uses fold_in(key, t)
-    aggregator: Any  # one pytree per distinct aggregator, leaves [its blocks, ...]
-    # float32 [B, K, K]: inner products of the objectives' gradients; infinite or 0 beyond its range
-    gram: jax.Array | None
-    weights: jax.Array | None  # float32 [B, K]: weight given to each objective
-    conflict: jax.Array  # float32 [B]: share of pairs of objectives with negative inner product
-    update_norm: jax.Array  # float32 [B]: norm of the resolved gradient
-    mean_norm: jax.Array  # float32 [B]: norm of the objectives' (preference-weighted) mean
-    skipped: jax.Array | None  # int32 [K]: steps in which the objective was non-finite somewhere
+__all__ = ["freeze", "resolve_conflicts"]
 
 
 def resolve_conflicts(
@@ -83,7 +63,10 @@ def resolve_conflicts(
       seed: seed of aggregators that draw random numbers.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with state :class:`ResolveConflictsState`.
+      An ``optax.GradientTransformationExtraArgs`` with state
+      :class:`~jaxmoo.ResolveConflictsState`; where optax has it, of its subclass
+      ``optax.experimental.aggregating.Aggregator``, for transformations ``[K, *params] ->
+      [*params]``.
 
     Raises:
       ConfigError: an option is unknown or contradicts another; a pattern matches no block; or, on
@@ -128,19 +111,19 @@ def resolve_conflicts(
             part = partition(rule, tree, stacked=stacked)
         return part, group_blocks(part, choices)
 
-    def init(params: Any) -> ResolveConflictsState:
+    def init(params: Any) -> Any:  # a ResolveConflictsState
         part, groups = cut(params)
         return new_state(len(part), groups, num_objectives, seed)
 
     def update(
         updates: Any,
-        state: ResolveConflictsState,
+        state: Any,
         params: Any = None,
         *,
         active: jax.Array | None = None,
         second: Any = None,
         **extra_args: Any,
-    ) -> tuple[Any, ResolveConflictsState]:
+    ) -> tuple[Any, Any]:
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         idle = state._replace(step=optax.safe_increment(state.step))
@@ -178,26 +161,22 @@ def resolve_conflicts(
             match_norm=match_norm,
             second=None if second is None else jax.tree.leaves(second),
         )
-        if nonfinite == "raise":
-            jax.debug.callback(raise_nonfinite, resolved.nonfinite.any(0))
-        keep = num_objectives is not None
-        after = ResolveConflictsState(
-            step=idle.step,
-            key=state.key,
+        after = next_state(
+            state,
             aggregator=resolved.state,
-            gram=resolved.gram if keep else None,
-            weights=resolved.weights if keep else None,
-            conflict=conflict_share(resolved.gram),
+            gram=resolved.gram,
+            weights=resolved.weights,
             update_norm=resolved.update_norm,
             mean_norm=resolved.mean_norm,
-            skipped=state.skipped + resolved.nonfinite.any(0) if keep else None,
+            nonfinite=resolved.nonfinite,
+            stop=nonfinite == "raise",
         )
-        return jax.tree.unflatten(treedef, resolved.updates), in_types_of(state, after)
+        return jax.tree.unflatten(treedef, resolved.updates), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _aggregator(init, update)
 
 
-def freeze() -> optax.GradientTransformation:
+def freeze() -> optax.GradientTransformationExtraArgs:
     """Leave parameters as they are: zero updates, without the objective axis of the gradients.
 
     For the parts of an ``optax.partition`` that are not trained. ``optax.set_to_zero`` gives zeros
@@ -205,7 +184,7 @@ def freeze() -> optax.GradientTransformation:
     ``optax.apply_updates`` would then add to the parameters as if they were K models.
 
     Returns:
-      An ``optax.GradientTransformation`` without state.
+      An ``optax.GradientTransformationExtraArgs`` without state.
 
     Example:
       >>> params = {"trunk": jnp.zeros(2), "embedding": jnp.ones(3)}
@@ -219,84 +198,18 @@ def freeze() -> optax.GradientTransformation:
       {'embedding': (3,), 'trunk': (2,)}
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del params, extra_args
         return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return _aggregator(optax.init_empty_state, update)
 
 
-def new_state(
-    num_blocks: int, groups: Sequence[Group], num_objectives: int | None, seed: int
-) -> ResolveConflictsState:
-    """Return the state before the first step.
-
-    Args:
-      num_blocks: B.
-      groups: blocks by aggregator.
-      num_objectives: K, or None where it is not known.
-      seed: seed of aggregators that draw random numbers.
-    """
-    b, k = num_blocks, num_objectives
-    return ResolveConflictsState(
-        step=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(jax.random.key(seed)),
-        aggregator=tuple(
-            aggregators.init_blocks(group.aggregator, len(group.blocks), k or 0) for group in groups
-        ),
-        gram=None if k is None else jnp.zeros((b, k, k), jnp.float32),
-        weights=None if k is None else jnp.zeros((b, k), jnp.float32),
-        conflict=jnp.zeros(b, jnp.float32),
-        update_norm=jnp.zeros(b, jnp.float32),
-        mean_norm=jnp.zeros(b, jnp.float32),
-        skipped=None if k is None else jnp.zeros(k, jnp.int32),
-    )
-
-
-def step_key(state: ResolveConflictsState) -> jax.Array:
-    """The PRNG key of the step that a state is before."""
-    # Counters and keys of a state that was cast as a whole are integers again.
-    key = jax.random.wrap_key_data(jnp.asarray(state.key).astype(jnp.uint32))
-    return jax.random.fold_in(key, jnp.asarray(state.step).astype(jnp.int32))
-
-
-def normalised(preference: Sequence[float] | jax.Array, k: int | None) -> jax.Array:
-    """Return preferences [K] as weights that sum to 1.
-
-    Args:
-      preference: what was given; of a traced array only the shape is checked.
-      k: K, where it is known.
-
-    Raises:
-      ConfigError: they are not K numbers >= 0 of which one is positive.
-    """
-    wrong = ConfigError(
-        f"preference: expected {'K' if k is None else k} weights >= 0, not all zero; found "
-        f"{preference!r}."
-    )
-    traced = isinstance(preference, jax.core.Tracer)
-    try:
-        share = preference if traced else np.asarray(preference, np.float64)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if share.ndim != 1 or (k is not None and share.shape != (k,)):
-        raise wrong
-    if traced:
-        total = share.sum()
-        return share / jnp.where(total > 0, total, 1)
-    if not (np.isfinite(share).all() and (share >= 0).all() and share.any()):
-        raise wrong
-    share = share / share.max()
-    return jnp.asarray(share / share.sum(), float)
-
-
-def raise_nonfinite(nonfinite: np.ndarray) -> None:
-    """Stop the program if any of the objectives [K] is non-finite."""
-    if nonfinite.any():
-        raise FloatingPointError(
-            f"Non-finite gradient of objective(s) {np.flatnonzero(nonfinite).tolist()}. Lower the "
-            "learning rate, check the data, or leave them out with nonfinite='skip'."
-        )
+def _aggregator(init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation ``[K, *params] -> [*params]``, of the type that optax has for these."""
+    aggregating = getattr(getattr(optax, "experimental", None), "aggregating", None)
+    plain = optax.GradientTransformationExtraArgs
+    return getattr(aggregating, "Aggregator", plain)(init, update)
 
 
 def _check_options(num_objectives: Any, match_norm: Any, nonfinite: Any) -> None:

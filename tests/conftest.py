@@ -21,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
 from jaxmoo.errors import DownloadError
 from small_runs import tiny_model, write_config  # noqa: F401 -- fixtures of every room
 

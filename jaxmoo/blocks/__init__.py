@@ -25,6 +25,7 @@ Rules compose: :func:`choose` takes a rule per part of the model, :func:`interse
 rules at once.
 """
 
+from jaxmoo.blocks.description import describe
 from jaxmoo.blocks.partition import Partition, partition
 from jaxmoo.blocks.piece import Blocks, Piece, path_string
 from jaxmoo.blocks.rules import (
@@ -42,7 +43,6 @@ from jaxmoo.blocks.rules import (
     slices,
     whole,
 )
-from jaxmoo.blocks.table import describe
 
 __all__ = [
     "Blocks",

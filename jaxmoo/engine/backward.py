@@ -10,13 +10,11 @@ The loss is differentiated one objective at a time and the whole is mapped over 
 operation, made with ``custom_vmap``, that under the map sees all of them.
 
 What else enters and leaves the backward pass does so as inputs whose "gradient" is the new value:
-the blocks' diagnostics and the aggregators' states. Each is a table with a row per block, from
-which a call takes its rows.
+the block table, of which a call takes its rows, and deferred arrays' cotangent accumulators.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,60 +24,78 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxmoo.engine.block_rules import BlockRules
+from jaxmoo.engine.block_table import BlockTable
+from jaxmoo.engine.call_blocks import BlockIndices, CallBlocks
 from jaxmoo.engine.layout import Layout, Topology, gather, scatter, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
-from jaxmoo.engine.tables import CallBlocks, Rules, Tables
+from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA
 from jaxmoo.resolve import Group, Resolution, Section, resolve_sections
 
-__all__ = ["GATHERED", "Backward", "Dynamic", "over_objectives"]
+__all__ = ["GATHERED", "Backward", "CallInputs", "StepInputs", "over_objectives"]
 
 # Name under which checkpoint policies know gathered parameters: they are never kept.
 GATHERED = "jaxmoo_gathered"
 
 
-class Dynamic(NamedTuple):
-    """What the resolution reads besides gradients."""
+class StepInputs(NamedTuple):
+    """What the resolution reads besides gradients and states."""
 
     key: jax.Array  # raw PRNG key data
     active: jax.Array  # bool [K]
+
+
+class CallInputs(NamedTuple):
+    """What a call's backward step reads and has no derivative."""
+
+    indices: BlockIndices | None  # None: the call resolves nothing
+    step: StepInputs
+
+
+class CallCotangents(NamedTuple):
+    """What the backward step of a call gives."""
+
+    updates: tuple[jax.Array, ...]  # of the arrays resolved in the pass, this device's pieces
+    accumulators: tuple[jax.Array, ...]  # of deferred arrays, every objective's gradients
+    rows: BlockTable  # new rows of the call's blocks
 
 
 class Backward:
     """One backward pass of one device: what the calls of blocks in a loss function do.
 
     Args:
-      layouts: where every parameter lies, by number.
+      layouts: where every array lies, by number.
       topology: the mesh.
       rules: how blocks are resolved.
-      tapped: numbers of the arrays that are resolved after the pass.
+      deferred: numbers of the arrays that are resolved after the pass.
       tied: numbers of the tables that embed tokens and score them.
-      apart: filled with the blocks that each lie, and are resolved, on one device alone.
-      tables: see the module.
-      dynamic: see :class:`Dynamic`.
+      device_local: filled with the numbers of the device-local blocks.
+      table: the block table.
+      step: see :class:`StepInputs`.
     """
 
     def __init__(
         self,
         layouts: Sequence[Layout],
         topology: Topology,
-        rules: Rules,
+        rules: BlockRules,
         *,
-        tables: Tables,
-        dynamic: Dynamic,
-        tapped: frozenset[int] = frozenset(),
+        table: BlockTable,
+        step: StepInputs,
+        deferred: frozenset[int] = frozenset(),
         tied: frozenset[int] = frozenset(),
-        apart: set[int] | None = None,
+        device_local: set[int] | None = None,
     ) -> None:
         self.layouts = layouts
         self.topology = topology
         self.rules = rules
-        self.tapped = tapped
+        self.deferred = deferred
         self.tied = tied
-        self.apart = set() if apart is None else apart
-        self.tables = tables
-        self.dynamic = dynamic
+        self.device_local = set() if device_local is None else device_local
+        self.table = table
+        self.step = step
 
     def reads(self, leaf: Any) -> bool:
         """Whether a leaf of a block's parameters is one of them."""
@@ -94,10 +110,10 @@ class Backward:
     def use(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
         """Gather parameters that are used together; backward, resolve their blocks."""
         whole: dict[int, jax.Array] = {}
-        trained = []
+        trained: list[int] = []
         for at, parameter in enumerate(parameters):
             layout = self.layouts[parameter.leaf]
-            if layout.labels is None:
+            if not layout.trained:
                 whole[at] = jax.lax.stop_gradient(self.gather(parameter.value, layout))
             else:
                 trained.append(at)
@@ -111,87 +127,88 @@ class Backward:
         return gather(piece.astype(layout.gathered_dtype), layout.axis)
 
     def _use_trained(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
-        in_pass = [p for p in parameters if p.leaf not in self.tapped]
-        call = self.blocks_of([(p.leaf, p.layer) for p in in_pass])
+        in_pass = [p for p in parameters if p.leaf not in self.deferred]
+        deferred = [p for p in parameters if p.leaf in self.deferred]
+        call = self.blocks_of([Use(p.leaf, p.layer) for p in in_pass])
+
+        def gather_all(some: Sequence[Parameter], values: Any) -> tuple[jax.Array, ...]:
+            pairs = zip(some, values, strict=True)
+            return tuple(self.gather(x, self.layouts[p.leaf]) for p, x in pairs)
 
         @jax.custom_vjp
         def jaxmoo_gathered(
-            values: Any, taps: Any, tables: Tables, integers: Any
-        ) -> tuple[jax.Array, ...]:
-            del taps, tables, integers
-            layouts = [self.layouts[p.leaf] for p in parameters]
-            return tuple(map(self.gather, values, layouts))
+            values: Any,
+            deferred_values: Any,
+            accumulators: Any,
+            rows: BlockTable,
+            inputs: CallInputs,
+        ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+            del accumulators, rows, inputs
+            return gather_all(in_pass, values), gather_all(deferred, deferred_values)
 
         # By this name too checkpoint policies know it.
         use = jaxmoo_gathered
 
-        def forward(values: Any, taps: Any, tables: Tables, integers: Any) -> Any:
-            return use(values, taps, tables, integers), (tables.state, integers)
+        def forward(
+            values: Any,
+            deferred_values: Any,
+            accumulators: Any,
+            rows: BlockTable,
+            inputs: CallInputs,
+        ) -> Any:
+            return use(values, deferred_values, accumulators, rows, inputs), (rows.states, inputs)
 
-        def backward(residuals: Any, cotangents: tuple[jax.Array, ...]) -> Any:
-            state, integers = residuals
-            updates, taps, tables = over_objectives(
-                functools.partial(self._resolve_call, parameters, call), self.topology
-            )(cotangents, state, integers)
-            values = tuple(
-                u if u is None else u.astype(p.value.dtype)
-                for u, p in zip(updates, parameters, strict=True)
-            )
-            return values, taps, tables, None
+        def backward(residuals: Any, cotangents: Any) -> Any:
+            states, inputs = residuals
+            resolve = functools.partial(self._resolve_call, in_pass, deferred, call)
+            found = over_objectives(resolve, self.topology)(cotangents, states, inputs)
+            pairs = zip(found.updates, in_pass, strict=True)
+            updates = tuple(u.astype(p.value.dtype) for u, p in pairs)
+            return updates, None, found.accumulators, found.rows, None
 
         use.defvjp(forward, backward)
-        return use(
-            tuple(p.value for p in parameters),
-            tuple(p.tap for p in parameters),
-            call.rows(self.tables),
-            (call.integers, self.dynamic),
+        wholes = use(
+            tuple(p.value for p in in_pass),
+            tuple(p.value for p in deferred),
+            tuple(p.accumulator for p in deferred),
+            call.rows(self.table),
+            CallInputs(call.indices, self.step),
         )
+        first, second = map(iter, wholes)
+        return tuple(next(second if p.leaf in self.deferred else first) for p in parameters)
 
     def _resolve_call(
         self,
-        parameters: Sequence[Parameter],
+        in_pass: Sequence[Parameter],
+        deferred: Sequence[Parameter],
         call: CallBlocks,
-        cotangents: Any,
-        state: Any,
-        ints: Any,
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Tables]:
-        """The backward pass of one call, given the gradients [K / L, ...] of whole arrays."""
-        (layers, labels, numbers, member), dynamic = ints
-        updates: list[Any] = []
-        taps: list[Any] = []
-        sections = []
-        at = 0
-        for parameter, ct in zip(parameters, cotangents, strict=True):
-            layout = self.layouts[parameter.leaf]
-            gradients = self.scatter(ct, layout.axis)
-            if parameter.leaf in self.tapped:
-                taps.append(gradients.astype(parameter.tap.dtype))
-                updates.append(None)
-            elif self.rules.groups is None:
-                taps.append(None)
-                updates.append(gradients[0])
-            else:
-                taps.append(None)
-                updates.append(len(sections))
-                sections.append(
-                    sections_of_piece(
-                        gradients[:, None],
-                        layout,
-                        parameter.leaf,
-                        labels[at][None],
-                        layers[at][None],
-                        self.topology,
-                    )
-                )
-                at += 1
-        if not sections:
-            return tuple(updates), tuple(taps), call.no_rows()
-        resolved = self.resolve(sections, call, numbers, member, state, dynamic)
-        for place, (parameter, update) in enumerate(zip(parameters, updates, strict=True)):
-            if update is not None:
-                shape = self.layouts[parameter.leaf].piece_shape(self.topology.pieces)
-                updates[place] = resolved.updates[update].reshape(shape)
-        return tuple(updates), tuple(taps), call.new_rows(resolved, member)
+        cotangents: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+        states: tuple[Any, ...],
+        inputs: CallInputs,
+    ) -> CallCotangents:
+        """The backward step of one call, given the gradients [K / L, ...] of whole arrays."""
+        layouts = [self.layouts[p.leaf] for p in in_pass]
+        of_in_pass, of_deferred = cotangents
+        gradients = [self.scatter(ct, x.axis) for ct, x in zip(of_in_pass, layouts, strict=True)]
+        accumulators = tuple(
+            self.scatter(ct, self.layouts[p.leaf].axis).astype(p.accumulator.dtype)
+            for ct, p in zip(of_deferred, deferred, strict=True)
+        )
+        indices = inputs.indices
+        if self.rules.groups is None or indices is None or not in_pass:
+            return CallCotangents(tuple(x[0] for x in gradients), accumulators, call.no_rows())
+        sections = [
+            sections_of_piece(x[:, None], layout, p.leaf, label[None], layer[None], self.topology)
+            for x, layout, p, label, layer in zip(
+                gradients, layouts, in_pass, indices.labels, indices.layers, strict=True
+            )
+        ]
+        resolved = self.resolve(sections, call, indices, states, inputs.step)
+        updates = tuple(
+            update.reshape(layout.piece_shape(self.topology.pieces))
+            for update, layout in zip(resolved.updates, layouts, strict=True)
+        )
+        return CallCotangents(updates, accumulators, call.new_rows(resolved, indices.members))
 
     def scatter(self, gradients: jax.Array, axis: int | None) -> jax.Array:
         """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
@@ -204,30 +221,29 @@ class Backward:
         self,
         sections: Sequence[Section],
         call: CallBlocks,
-        numbers: jax.Array,
-        member: Sequence[Any],
-        state: Any,
-        dynamic: Dynamic,
+        indices: BlockIndices,
+        states: tuple[Any, ...],
+        step: StepInputs,
     ) -> Resolution:
         """Resolve blocks of which this device holds its pieces."""
         groups = [
-            Group(aggregator, blocks, m)
-            for (_, aggregator, blocks), m in zip(call.groups, member, strict=True)
+            Group(group.aggregator, group.candidates, member)
+            for group, member in zip(call.groups, indices.members, strict=True)
         ]
         preference = self.rules.preference
         pooled = self.rules.replicas == "pooled_gram"
         resolved = resolve_sections(
             sections,
             groups,
-            numbers,
-            state=state,
-            key=jax.random.wrap_key_data(dynamic.key),
-            active=dynamic.active,
+            indices.numbers,
+            state=states,
+            key=jax.random.wrap_key_data(step.key),
+            active=step.active,
             preference=None if preference is None else jnp.asarray(preference),
             match_norm=self.rules.match_norm,
             partitioned=False,
             platform=self.topology.platform,
-            total=(lambda x: x) if call.apart else self.topology.total,
+            total=(lambda x: x) if call.device_local else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
         )
         if self.rules.replicas == "mean_then_resolve":
@@ -237,67 +253,14 @@ class Backward:
         )
         return shared._replace(nonfinite=shared.nonfinite > 0)
 
-    def resolve_late(
-        self, updates: list[Any], taps: Sequence[Any], tables: Tables
-    ) -> tuple[list[jax.Array], Tables]:
-        """Resolve the blocks whose gradients came out of the pass through taps.
-
-        Args:
-          updates: resolved gradients of the other arrays.
-          taps: per array, the objectives' gradients [layers, K, *piece] or [K, *piece], or None.
-          tables: what the pass gave.
-
-        Returns:
-          The updates of all arrays, and the tables with these blocks' rows.
-        """
-        late = [leaf for leaf, tap in enumerate(taps) if tap is not None]
-        # As if every stack were one array with all its layers' sections.
-        flat = {
-            leaf: dataclasses.replace(
-                self.layouts[leaf], labels=self.layouts[leaf].labels.reshape(1, -1), layers=None
-            )
-            for leaf in late
-        }
-        call = CallBlocks.of(
-            flat, self.rules, [(leaf, None) for leaf in late], self.topology.objectives
-        )
-        _, labels, numbers, member = call.integers
-        sections = []
-        for leaf, label in zip(late, labels, strict=True):
-            layout, tap = self.layouts[leaf], taps[leaf]
-            tap = tap[:, None] if layout.layers is None else jnp.moveaxis(tap, 0, 1)
-            count = tap.shape[1]
-            sections.append(
-                sections_of_piece(
-                    tap, layout, leaf, label.reshape(count, -1), np.arange(count), self.topology
-                )
-            )
-        state = call.rows(self.tables).state
-        resolved = self.resolve(sections, call, numbers, member, state, self.dynamic)
-        updates = list(updates)
-        for leaf, update in zip(late, resolved.updates, strict=True):
-            layout = self.layouts[leaf]
-            lead = () if layout.layers is None else (layout.layers,)
-            shape = (*lead, *layout.piece_shape(self.topology.pieces))
-            updates[leaf] = update.reshape(shape).astype(layout.dtype)
-        rows = call.new_rows(resolved, member)
-        report = {name: t.at[numbers].add(rows.report[name]) for name, t in tables.report.items()}
-        states = list(tables.state)
-        for (group, _, candidates), new in zip(call.groups, rows.state, strict=True):
-            states[group] = jax.tree.map(
-                lambda t, x, c=candidates: t.at[numbers[c]].add(x), states[group], new
-            )
-        return updates, Tables(report, tuple(states))
-
-    def blocks_of(self, uses: Sequence[tuple[int, Any]]) -> CallBlocks:
+    def blocks_of(self, uses: Sequence[Use]) -> CallBlocks:
         """Work out which blocks a call resolves; see :class:`CallBlocks`."""
         if self.rules.groups is None:
             uses = []
-        top = self.topology
-        call = CallBlocks.of(self.layouts, self.rules, uses, top.objectives, top)
-        if call.apart:
-            labels = [self.layouts[leaf].labels for leaf, _ in uses]
-            self.apart.update(int(label) for label in np.concatenate(labels).flat)
+        call = CallBlocks.of(self.layouts, self.rules, uses, self.topology, may_be_local=True)
+        if call.device_local:
+            labels = [self.layouts[use.leaf].block_labels for use in uses]
+            self.device_local.update(int(label) for label in np.concatenate(labels).flat)
         return call
 
 

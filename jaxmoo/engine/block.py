@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxmoo.engine.backward import GATHERED
 from jaxmoo.engine.parameter import Parameter
@@ -186,7 +187,7 @@ def _check_change(module: nnx.Module, path: Any, *, after: nnx.State, before: An
 def _scanned(params: Any) -> bool:
     """Whether parameters are slices of a stack that is being scanned over."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
-    return any(isinstance(x, Parameter) and isinstance(x.layer, jax.core.Tracer) for x in leaves)
+    return any(isinstance(x, Parameter) and isinstance(x.layer, Tracer) for x in leaves)
 
 
 def _whole(engine: Any, params: Any) -> Any:

@@ -216,6 +216,7 @@ class _Program:
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, _Instruction]] = {}
+        mine: dict[str, _Instruction] = {}
         header, *lines = text.splitlines()
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
         self.devices = math.prod(map(int, counts))

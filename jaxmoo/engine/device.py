@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.engine.backward import Backward, Dynamic
+from jaxmoo.engine.backward import Backward, StepInputs
 from jaxmoo.engine.block import running
+from jaxmoo.engine.block_rules import BlockRules
+from jaxmoo.engine.block_table import BlockTable, Diagnostics
+from jaxmoo.engine.deferred import resolve_deferred
 from jaxmoo.engine.layout import Layout, Topology
-from jaxmoo.engine.tables import Rules, Tables, empty_report
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
 from jaxmoo.stacked import watched
 
 __all__ = ["DevicePass"]
+
+
+class PassResult(NamedTuple):
+    """What one forward and backward pass of a device gives; see :class:`DevicePass`."""
+
+    losses: jax.Array  # [K / L]
+    aux: Any  # [K / L, ...]
+    updates: list[jax.Array]  # resolved gradients of the pieces, zero for deferred arrays
+    accumulators: dict[int, jax.Array]  # by number of the deferred array, objectives' gradients
+    table: BlockTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,25 +39,26 @@ class DevicePass:
     """What ``shard_map`` runs on every device.
 
     Attributes:
-      loss: ``(pieces of all arrays, their taps, batch of one objective) -> (sum of losses, aux)``.
+      loss: ``(pieces of all arrays, cotangent accumulators by array, batch of one objective) ->
+        (sum of losses, aux)``.
       weight_fn: see :func:`jaxmoo.resolved_value_and_grad`.
       layouts: where every array lies, the trainable ones first.
       topology: the mesh.
       rules: how blocks are resolved.
       microbatches: parts of the batch, one after the other.
       accumulate: whether the parts' gradients are added up before they are resolved.
-      tapped: numbers of the arrays resolved after the pass.
+      deferred: numbers of the arrays resolved after the pass.
       tied: numbers of the tables that embed tokens and score them.
     """
 
-    loss: Callable[..., jax.Array]
+    loss: Callable[..., tuple[jax.Array, Any]]
     weight_fn: Callable[[Any], jax.Array]
     layouts: Sequence[Layout]
     topology: Topology
-    rules: Rules
+    rules: BlockRules
     microbatches: int
     accumulate: bool
-    tapped: frozenset[int]
+    deferred: frozenset[int]
     tied: frozenset[int]
 
     def __call__(
@@ -54,8 +67,8 @@ class DevicePass:
         frozen: list[jax.Array],
         batch: Any,
         key: jax.Array,
-        state: tuple[Any, ...],
-    ) -> tuple[jax.Array, Any, list[jax.Array], Tables]:
+        states: tuple[Any, ...],
+    ) -> tuple[jax.Array, Any, list[jax.Array], BlockTable]:
         """Compute losses and resolved gradients.
 
         Args:
@@ -63,20 +76,21 @@ class DevicePass:
           frozen: those of the others.
           batch: this device's objectives and examples [K / L, B / (R F), ...], or [K / L].
           key: raw data of the step's PRNG key.
-          state: aggregators' states, a row per block and one to spare.
+          states: aggregators' states, a row per block and one to spare.
 
         Returns:
-          ``(losses [K / L], aux [K / L, ...], resolved gradients of the pieces, tables)``.
+          ``(losses [K / L], aux [K / L, ...], resolved gradients of the pieces, table)``.
         """
         n, top = self.microbatches, self.topology
-        apart: set[int] = set()  # known once a pass is traced
-        one_pass = functools.partial(self._backward, values, frozen, apart=apart)
-        complete = functools.partial(self._complete, apart=apart)
+        device_local: set[int] = set()  # known once a pass is traced
+        one_pass = functools.partial(self._backward, values, frozen, device_local=device_local)
+        complete = functools.partial(self._complete, device_local=device_local)
         weights, active = self._weights(batch)
-        dynamic = Dynamic(key, active)
+        step = StepInputs(key, active)
         if n == 1:
-            losses, aux, updates, taps, tables = one_pass(batch, weights, dynamic, state)
-            return losses, aux, *complete(updates, taps, dynamic, state, tables)
+            found = one_pass(batch, weights, step, states)
+            updates, table = complete(found, step, states)
+            return found.losses, found.aux, updates, table
 
         def cut(x: jax.Array) -> jax.Array:
             if x.ndim == 1:  # of an objective, not of its examples
@@ -84,77 +98,78 @@ class DevicePass:
             return jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0)
 
         parts = jax.tree.map(cut, batch)
+        no_diagnostics = Diagnostics.zeros(self.rules.num_blocks + 1, top.objectives)
         if self.accumulate:
 
             def add(total: Any, part: Any) -> tuple[Any, Any]:
-                losses, aux, _, taps, _ = one_pass(part, weights, dynamic, state)
-                return jax.tree.map(jnp.add, total, (losses, taps)), aux
+                found = one_pass(part, weights, step, states)
+                return jax.tree.map(jnp.add, total, (found.losses, found.accumulators)), found.aux
 
             # Sums of many small numbers: in float32, whatever the gradients are sent in.
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)),
-                (weights, self._taps(values)),
+                (weights, self._accumulators(values)),
             )
-            (losses, taps), aux = jax.lax.scan(add, zeros, parts)
-            none = jax.tree.map(jnp.zeros_like, state)
-            tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), none)
-            return losses, _sum(aux), *complete(values, taps, dynamic, state, tables)
+            (losses, accumulators), aux = jax.lax.scan(add, zeros, parts)
+            table = BlockTable(no_diagnostics, jax.tree.map(jnp.zeros_like, states))
+            found = PassResult(losses, _sum(aux), values, accumulators, table)
+            updates, table = complete(found, step, states)
+            return found.losses, found.aux, updates, table
 
         def each(carry: Any, numbered: Any) -> tuple[Any, Any]:
-            losses, updates, report, state = carry
+            losses, updates, diagnostics, states = carry
             number, part = numbered
             fold = jax.random.fold_in(jax.random.wrap_key_data(key), number)
-            dynamic = Dynamic(jax.random.key_data(fold), active)
+            step = StepInputs(jax.random.key_data(fold), active)
             # As large as a whole batch's: the mean over parts is then over the step's own weights.
-            loss, aux, update, taps, tables = one_pass(part, weights / n, dynamic, state)
-            update, tables = complete(update, taps, dynamic, state, tables)
+            found = one_pass(part, weights / n, step, states)
+            update, table = complete(found, step, states)
             return (
-                losses + loss / n,
+                losses + found.losses / n,
                 jax.tree.map(lambda total, u: total + u / n, updates, update),
-                jax.tree.map(lambda total, x: total + x / n, report, tables.report),
-                tables.state,
-            ), aux
+                jax.tree.map(lambda total, x: total + x / n, diagnostics, table.diagnostics),
+                table.states,
+            ), found.aux
 
         start = (
             jnp.zeros(weights.shape, jnp.float32),
             [jnp.zeros(v.shape, at_least_float32(v.dtype)) for v in values],
-            empty_report(self.rules.num_blocks + 1, top.objectives),
-            state,
+            no_diagnostics,
+            states,
         )
         end, aux = jax.lax.scan(each, start, (jnp.arange(n), parts))
-        losses, updates, report, state = end
+        losses, updates, diagnostics, states = end
         updates = [u.astype(v.dtype) for u, v in zip(updates, values, strict=True)]
-        return losses, _sum(aux), updates, Tables(report, state)
+        return losses, _sum(aux), updates, BlockTable(diagnostics, states)
 
     def _complete(
         self,
-        updates: list[Any],
-        taps: list[Any],
-        dynamic: Dynamic,
-        state: tuple[Any, ...],
-        tables: Tables,
+        found: PassResult,
+        step: StepInputs,
+        states: tuple[Any, ...],
         *,
-        apart: set[int],
-    ) -> tuple[list[jax.Array], Tables]:
+        device_local: set[int],
+    ) -> tuple[list[jax.Array], BlockTable]:
         """Resolve what the backward pass could not, and keep the state of blocks not resolved."""
-        if apart:  # every device has the rows of its own blocks
-            rows = np.array(sorted(apart))
-            tables = jax.tree.map(lambda x: x.at[rows].set(self.topology.total(x[rows])), tables)
-        if any(tap is not None for tap in taps):
+        updates, table = found.updates, found.table
+        if device_local:  # every device has the rows of its own blocks
+            rows = np.array(sorted(device_local))
+            table = jax.tree.map(lambda x: x.at[rows].set(self.topology.total(x[rows])), table)
+        if found.accumulators:
             engine = Backward(
                 self.layouts,
                 self.topology,
                 self.rules,
-                tables=Tables(tables.report, state),
-                dynamic=dynamic,
+                table=BlockTable(table.diagnostics, states),
+                step=step,
             )
-            updates, tables = engine.resolve_late(updates, taps, tables)
-        done = tables.report["resolved"] > 0
+            updates, table = resolve_deferred(engine, updates, found.accumulators, table)
+        done = table.diagnostics.resolved > 0
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-        return updates, Tables(tables.report, jax.tree.map(keep, tables.state, state))
+        return updates, BlockTable(table.diagnostics, jax.tree.map(keep, table.states, states))
 
     def _weights(self, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Weights of this device's objectives [K / L], and which of all K are present."""
@@ -172,15 +187,16 @@ class DevicePass:
             weights = jnp.where(real, weights, 0)
         return weights, present[: top.objectives]
 
-    def _taps(self, values: Sequence[jax.Array]) -> list[Any]:
-        k = self.topology.objectives
-        taps: list[Any] = []
-        for number, value in enumerate(values):
-            lead = int(self.layouts[number].layers is not None)
-            shape = (*value.shape[:lead], k, *value.shape[lead:])
-            dtype = self.layouts[number].gathered_dtype
-            taps.append(jnp.zeros(shape, dtype) if number in self.tapped else None)
-        return taps
+    def _accumulators(self, values: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """Cotangent accumulators of deferred arrays, by number."""
+
+        def zeros(number: int) -> jax.Array:
+            layout, shape = self.layouts[number], values[number].shape
+            lead = int(layout.layers is not None)
+            shape = (*shape[:lead], self.topology.objectives, *shape[lead:])
+            return jnp.zeros(shape, layout.gathered_dtype)
+
+        return {number: zeros(number) for number in sorted(self.deferred)}
 
     def _backward(
         self,
@@ -188,12 +204,12 @@ class DevicePass:
         frozen: list[jax.Array],
         batch: Any,
         weights: jax.Array,
-        dynamic: Dynamic,
-        state: tuple[Any, ...],
+        step: StepInputs,
+        states: tuple[Any, ...],
         *,
-        apart: set[int],
-    ) -> tuple[jax.Array, Any, list[jax.Array], list[Any], Tables]:
-        """One forward and backward pass: losses, aux, gradients of pieces, taps, tables."""
+        device_local: set[int],
+    ) -> PassResult:
+        """One forward and backward pass."""
         top = self.topology
         # Replicas that resolve on their own see their share as if it were everything.
         alone = self.rules.replicas != "mean_then_resolve"
@@ -201,25 +217,24 @@ class DevicePass:
         scale = scale * top.data if alone else scale
 
         def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:
-            values, taps, tables = differentiated
+            values, accumulators, table = differentiated
             engine = Backward(
                 self.layouts,
                 top,
                 self.rules,
-                tapped=self.tapped,
+                deferred=self.deferred,
                 tied=self.tied,
-                apart=apart,
-                tables=tables,
-                dynamic=dynamic,
+                device_local=device_local,
+                table=table,
+                step=step,
             )
-            taps = [*taps, *(None for _ in frozen)]
             with running(engine):
-                value, aux = self.loss([*values, *frozen], taps, batch)
+                value, aux = self.loss([*values, *frozen], accumulators, batch)
             return watched(value) * scale, aux
 
-        tables = Tables(empty_report(self.rules.num_blocks + 1, top.objectives), state)
-        inputs = (values, self._taps(values), tables)
-        (losses, aux), (updates, taps, tables) = jax.vmap(
+        diagnostics = Diagnostics.zeros(self.rules.num_blocks + 1, top.objectives)
+        inputs = (values, self._accumulators(values), BlockTable(diagnostics, states))
+        (losses, aux), (updates, accumulators, table) = jax.vmap(
             jax.value_and_grad(loss, has_aux=True), in_axes=(None, 0, 0), out_axes=(0, None)
         )(inputs, batch, scale)
         losses = jnp.where(scale > 0, losses, 0)
@@ -227,7 +242,7 @@ class DevicePass:
             losses = losses / top.data
         if top.data * top.fsdp > 1:
             losses, aux = jax.lax.psum((losses, aux), (DATA, FSDP))
-        return losses, aux, updates, taps, tables
+        return PassResult(losses, aux, updates, accumulators, table)
 
 
 def _sum(parts: Any) -> Any:

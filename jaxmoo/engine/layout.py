@@ -49,8 +49,8 @@ class Topology:
                 f"mesh: expected axes data, language and fsdp, found {mesh.axis_names}. Make it "
                 "with jaxmoo.mesh.make_mesh."
             )
-        sizes = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
-        return cls(*sizes, objectives, mesh.devices.flat[0].platform)
+        data, language, fsdp = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
+        return cls(data, language, fsdp, objectives, mesh.devices.flat[0].platform)
 
     @property
     def pieces(self) -> int:
@@ -135,6 +135,22 @@ class Layout:
         )
 
     @property
+    def trained(self) -> bool:
+        """Whether it is a trainable array."""
+        return self.labels is not None
+
+    @property
+    def block_labels(self) -> np.ndarray:
+        """The labels of a trainable array.
+
+        Raises:
+          ValueError: it is frozen.
+        """
+        if self.labels is None:
+            raise ValueError(f"{self.path} is frozen: it lies in no block.")
+        return self.labels
+
+    @property
     def spec(self) -> P:
         """Sharding of the stored array."""
         lead = () if self.layers is None else (None,)
@@ -201,7 +217,7 @@ def sections_of_piece(
     layout: Layout,
     leaf: int,
     labels: jax.Array,
-    layers: jax.Array,
+    layers: jax.Array | np.ndarray,
     topology: Topology,
 ) -> Section:
     """Cut one device's per-objective gradients of an array into sections of blocks.

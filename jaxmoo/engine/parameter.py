@@ -23,8 +23,8 @@ class Parameter:
 
     Attributes:
       value: this device's piece.
-      tap: zeros [K, piece] whose cotangent is the objectives' gradients, for a parameter that is
-        resolved after the backward pass; else None.
+      accumulator: zeros [K, piece] whose cotangent is the objectives' gradients, for a deferred
+        parameter; else None.
       layer: number of the layer in its stack, or None.
       leaf: number of the array among all of them.
       path: its path, for messages.
@@ -32,7 +32,7 @@ class Parameter:
     """
 
     value: Any
-    tap: Any
+    accumulator: Any
     layer: Any
     leaf: int = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})

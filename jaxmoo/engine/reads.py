@@ -48,6 +48,22 @@ def mark(values: Sequence[Any], shapes: Sequence[tuple[Any, Any]], number: int) 
     return jax.jit(marked)(tuple(values))
 
 
+class Operation(NamedTuple):
+    """One operation of a program, as far as it tells two programs apart.
+
+    Attributes:
+      name: its primitive's, or that of a block's mark.
+      uses: of a block, the numbers of the arrays that it reads a layer of.
+      literals: constants among its inputs.
+      outputs: shapes and dtypes.
+    """
+
+    name: str
+    uses: tuple[int, ...] = ()
+    literals: tuple[str, ...] = ()
+    outputs: tuple[tuple[tuple[int, ...], Any], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Reads:
     """What was found.
@@ -60,7 +76,7 @@ class Reads:
 
     outside: dict[int, str]
     reached: frozenset[int]
-    program: list[Any]
+    program: list[Operation]
 
 
 class _Origin(NamedTuple):
@@ -122,7 +138,7 @@ class _Follow:
         self.layouts, self.calls, self.one_layer = layouts, calls, one_layer
         self.outside: dict[int, str] = {}
         self.reached: set[int] = set()
-        self.program: list[Any] = []
+        self.program: list[Operation] = []
 
     def run(self, jaxpr: Any, given: Sequence[_Origin]) -> list[_Origin]:
         """Follow a program's inputs to its outputs."""
@@ -170,7 +186,7 @@ class _Follow:
                 uses.append(x.leaf)
             else:  # several layers at once: no layer's block can be resolved there
                 self._read(equation, [x])
-        self.program.append((MARK, uses))
+        self.program.append(Operation(MARK, uses=tuple(uses)))
 
     def _inside(self, equation: Any, inputs: Sequence[_Origin]) -> list[_Origin]:
         loop, found = equation.primitive.name == "scan", []
@@ -227,7 +243,9 @@ class _Follow:
         if all(shape == () and not jax.numpy.issubdtype(d, np.inexact) for shape, d in kinds):
             return  # numbers of layers
         literals = [str(v.val) for v in equation.invars if isinstance(v, core.Literal)]
-        self.program.append((equation.primitive.name, literals, kinds))
+        self.program.append(
+            Operation(equation.primitive.name, literals=tuple(literals), outputs=tuple(kinds))
+        )
 
 
 _NONE = _Origin()

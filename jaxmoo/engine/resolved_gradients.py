@@ -14,30 +14,30 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.aggregators.weighing import in_types_of
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
+from jaxmoo.engine.block_rules import BlockRules
+from jaxmoo.engine.block_table import BlockTable, Diagnostics
 from jaxmoo.engine.device import DevicePass
 from jaxmoo.engine.layout import Layout, Topology
-from jaxmoo.engine.loss import Loss
-from jaxmoo.engine.tables import Rules, Tables
+from jaxmoo.engine.loss_function import LossFunction
 from jaxmoo.engine.usage import Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
-from jaxmoo.resolve import conflict_share, group_blocks
-from jaxmoo.sharding import automatic, spec_of
-from jaxmoo.stacked import num_objectives as objectives_of
-from jaxmoo.transform import (
+from jaxmoo.resolve import group_blocks
+from jaxmoo.resolver_state import (
     ResolveConflictsState,
     new_state,
+    next_state,
     normalised,
-    raise_nonfinite,
     step_key,
 )
+from jaxmoo.sharding import automatic, spec_of
+from jaxmoo.stacked import num_objectives as objectives_of
 
 __all__ = ["ResolvedGradients", "resolved_value_and_grad"]
 
@@ -162,13 +162,13 @@ def resolved_value_and_grad(
                 f"{group.aggregator.name} works coordinate by coordinate and has no Gram matrix to "
                 "pool; use replicas='mean_then_resolve' or 'resolve_then_mean'."
             )
-    if isinstance(preference, jax.core.Tracer):
+    if isinstance(preference, Tracer):
         raise ConfigError(
             "preference: the engine takes numbers that are known when it is made, found a traced "
             "array. Make it outside of jit, or use resolve_conflicts."
         )
     share = None if preference is None else np.asarray(normalised(preference, num_objectives))
-    loss = Loss(
+    loss = LossFunction(
         loss_fn,
         _layouts(params, frozen, part, stacked, topology, dtype),
         num_trained=len(jax.tree.leaves(params)),
@@ -179,7 +179,7 @@ def resolved_value_and_grad(
         loss=loss,
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
-        rules=Rules(groups, len(part), share, match_norm, replicas),
+        rules=BlockRules(groups, len(part), share, match_norm, replicas),
         mesh=mesh,
         topology=topology,
         nonfinite=nonfinite,
@@ -198,10 +198,10 @@ class ResolvedGradients:
       mesh: the devices.
     """
 
-    loss: Loss
+    loss: LossFunction
     weight_fn: Callable[[Any], jax.Array]
     partition: Partition
-    rules: Rules
+    rules: BlockRules
     mesh: Mesh
     topology: Topology
     nonfinite: str
@@ -264,7 +264,7 @@ class ResolvedGradients:
             rules=self.rules,
             microbatches=self.microbatches,
             accumulate=self.accumulate,
-            tapped=self.tapped(usage),
+            deferred=self.deferred(usage),
             tied=usage.tied(),
         )
         losses, aux, updates, state = automatic(
@@ -298,11 +298,11 @@ class ResolvedGradients:
             ),
             check_vma=False,
         )
-        losses, aux, updates, tables = run(
+        losses, aux, updates, table = run(
             leaves, frozen, batch, key, self._expand(state.aggregator)
         )
         losses, aux = jax.tree.map(lambda x: x[:k], (losses, aux))
-        return losses, aux, updates, self._next_state(state, tables)
+        return losses, aux, updates, self._next_state(state, table)
 
     def usage(self, params: Any, batch: Any, frozen: Any = None) -> Usage:
         """Trace the loss function on shapes, to see how it uses the parameters.
@@ -337,9 +337,9 @@ class ResolvedGradients:
             stacklevel=3,
         )
 
-    def tapped(self, usage: Usage) -> frozenset[int]:
+    def deferred(self, usage: Usage) -> frozenset[int]:
         """Numbers of the arrays whose gradients [K, ...] are kept until the end of the pass."""
-        return frozenset(range(self.num_trained)) if self.accumulate else usage.tapped()
+        return frozenset(range(self.num_trained)) if self.accumulate else usage.deferred()
 
     def kept_bytes(self, usage: Usage) -> dict[str, int]:
         """Return what resolving after the backward pass costs.
@@ -349,7 +349,7 @@ class ResolvedGradients:
           and their bytes per device.
         """
         kept = {}
-        for number in sorted(self.tapped(usage)):
+        for number in sorted(self.deferred(usage)):
             layout = self.layouts[number]
             piece = math.prod(layout.piece_shape(self.topology.pieces)) * (layout.layers or 1)
             itemsize = jnp.dtype(layout.gathered_dtype).itemsize
@@ -388,26 +388,21 @@ class ResolvedGradients:
             for group, s in zip(self.rules.groups or (), state, strict=True)
         )
 
-    def _next_state(self, state: ResolveConflictsState, tables: Tables) -> ResolveConflictsState:
-        report = {name: x[:-1] for name, x in tables.report.items()}
-        nonfinite = report["nonfinite"].any(0)
-        if self.nonfinite == "raise":
-            jax.debug.callback(raise_nonfinite, nonfinite)
-        after = ResolveConflictsState(
-            step=optax.safe_increment(state.step),
-            key=state.key,
+    def _next_state(self, state: ResolveConflictsState, table: BlockTable) -> ResolveConflictsState:
+        found = Diagnostics(*(x[:-1] for x in table.diagnostics))
+        return next_state(
+            state,
             aggregator=tuple(
                 jax.tree.map(operator.itemgetter(np.asarray(group.blocks)), s)
-                for group, s in zip(self.rules.groups or (), tables.state, strict=True)
+                for group, s in zip(self.rules.groups or (), table.states, strict=True)
             ),
-            gram=report["gram"],
-            weights=report["weights"],
-            conflict=conflict_share(report["gram"]),
-            update_norm=report["update_norm"],
-            mean_norm=report["mean_norm"],
-            skipped=state.skipped + nonfinite,
+            gram=found.gram,
+            weights=found.weights,
+            update_norm=found.update_norm,
+            mean_norm=found.mean_norm,
+            nonfinite=found.nonfinite,
+            stop=self.nonfinite == "raise",
         )
-        return in_types_of(state, after)
 
 
 def _layouts(

@@ -2,16 +2,16 @@
 
 A block can be resolved inside the backward pass only where one call sees all of its gradients:
 every parameter in it is used by that call alone, once. Tied parameters, blocks that span calls
-and weights shared by the steps of a loop are resolved after the pass instead.
+and weights shared by the steps of a loop are deferred instead: resolved after the pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,20 @@ from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.reads import call_number, mark
 from jaxmoo.errors import ConfigError
 
-__all__ = ["Recorder", "Usage"]
+__all__ = ["Recorder", "Usage", "Use"]
+
+
+class Use(NamedTuple):
+    """One array, or one layer of a stack, that a call reads.
+
+    Attributes:
+      leaf: number of the array.
+      layer: number of the layer, which may be traced; None where the array is no stack, or where
+        the number is not known.
+    """
+
+    leaf: int
+    layer: Any
 
 
 @dataclasses.dataclass
@@ -31,13 +44,13 @@ class Call:
     """One call of a block that the trace met.
 
     Attributes:
-      uses: for each parameter it reads, (number of the array, layer or None for a traced one).
+      uses: what it reads; a traced layer is None.
       shapes: shapes of all its arrays, as it is given them.
       vocabulary: name of the operation on a vocabulary table, or None.
       times: how often a pass executes it.
     """
 
-    uses: list[tuple[int, int | None]]
+    uses: list[Use]
     shapes: tuple[tuple[int, ...], ...]
     vocabulary: str | None = None
     times: float = 0
@@ -76,7 +89,7 @@ class Recorder:
             if isinstance(x, Parameter):
                 layout = self.layouts[x.leaf]
                 self._check(x, layout)
-                uses.append((x.leaf, _number(x.layer)))
+                uses.append(Use(x.leaf, _number(x.layer)))
                 given.append(x.value)
                 seen.append((layout.shape, layout.gathered_dtype))
             else:
@@ -120,74 +133,75 @@ class Usage:
     calls: list[Call]
     outside: Mapping[int, str]
 
-    def tapped(self) -> frozenset[int]:
+    def deferred(self) -> frozenset[int]:
         """Numbers of the arrays whose blocks must be resolved after the backward pass."""
         home = self._homes()
         # Which calls, or none in particular, see the gradients of each block.
-        seen: dict[int, set[Hashable]] = {}
+        seen: dict[int, set[_Home | None]] = {}
         for leaf, layout in self._trainable():
-            for layer, labels in enumerate(layout.labels):
+            for layer, labels in enumerate(layout.block_labels):
                 place = home.get((leaf, layer))
                 for part, label in enumerate(labels):
-                    sliced = isinstance(place, str)  # of a table, one slice is seen at a time
-                    seen.setdefault(int(label), set()).add((place, part) if sliced else place)
+                    if place is not None and place.sliced:
+                        place = place._replace(part=part)
+                    seen.setdefault(int(label), set()).add(place)
         late = {label for label, homes in seen.items() if None in homes or len(homes) > 1}
         late |= {
             int(label)
             for leaf, layout in self._trainable()
             if leaf in self.outside
-            for label in layout.labels.flat
+            for label in layout.block_labels.flat
         }
-        taps: set[int] = set()
+        found: set[int] = set()
         while True:
             more = {
                 leaf
                 for leaf, layout in self._trainable()
-                if leaf not in taps and late & set(layout.labels.flat)
+                if leaf not in found and late & set(layout.block_labels.flat)
             }
             if not more:
-                return frozenset(taps)
-            taps |= more
-            late |= {int(label) for leaf in more for label in self.layouts[leaf].labels.flat}
+                return frozenset(found)
+            found |= more
+            late |= {int(label) for leaf in more for label in self.layouts[leaf].block_labels.flat}
 
     def tied(self) -> frozenset[int]:
         """Tables that embed the tokens and score them."""
         kinds: dict[int, set[str]] = {}
         for call in self.calls:
             if call.vocabulary is not None:
-                kinds.setdefault(call.uses[0][0], set()).add(call.vocabulary)
+                kinds.setdefault(call.uses[0].leaf, set()).add(call.vocabulary)
         return frozenset(leaf for leaf, names in kinds.items() if len(names) > 1)
 
     def largest_call(self) -> tuple[int, str]:
         """Parameters of the largest call whose gradients exist at one time, and its first path."""
         sizes = []
         for call in self.calls:
-            mine = [self.layouts[leaf] for leaf, _ in call.uses]
-            mine = [layout for layout in mine if layout.labels is not None]
-            parts = mine[0].labels.shape[1] if call.vocabulary is not None and mine else 1
+            mine = [self.layouts[use.leaf] for use in call.uses]
+            mine = [layout for layout in mine if layout.trained]
+            parts = mine[0].block_labels.shape[1] if call.vocabulary is not None and mine else 1
             if mine:
                 sizes.append((sum(layout.size for layout in mine) // parts, mine[0].path))
         return max(sizes, default=(0, ""))
 
     def _trainable(self) -> list[tuple[int, Layout]]:
-        return [(i, layout) for i, layout in enumerate(self.layouts) if layout.labels is not None]
+        return [(i, layout) for i, layout in enumerate(self.layouts) if layout.trained]
 
-    def _homes(self) -> dict[tuple[int, int], Hashable]:
+    def _homes(self) -> dict[tuple[int, int], _Home]:
         """The one place in which each (array, layer) is used; those used otherwise are left out."""
-        places: dict[tuple[int, int], set[Hashable]] = {}
-        often: Counter[tuple[int, int]] = Counter()
+        places: dict[tuple[int, int], set[_Home]] = {}
+        often: defaultdict[tuple[int, int], float] = defaultdict(float)
         for number, call in enumerate(self.calls):
             for leaf, layer in call.uses:
                 layers = self.layouts[leaf].layers
                 if call.vocabulary is not None:
                     # Both operations on one table work together, and see one slice at a time.
-                    places.setdefault((leaf, 0), set()).add(f"table {leaf}")
+                    places.setdefault((leaf, 0), set()).add(_Home(leaf, 0, sliced=True))
                     often[leaf, 0] += 1 if (call.times == 1 and layers is None) else math.inf
                     continue
-                whole = layers is not None and layer is None
-                for i in range(layers) if whole else (layer or 0,):
-                    places.setdefault((leaf, i), set()).add((number, i))
-                    often[leaf, i] += call.times / layers if whole else call.times
+                read = [layer or 0] if layers is None or layer is not None else range(layers)
+                for i in read:
+                    places.setdefault((leaf, i), set()).add(_Home(number, i, sliced=False))
+                    often[leaf, i] += call.times / len(read)
         tied = self.tied()
         return {
             use: next(iter(found))
@@ -196,14 +210,28 @@ class Usage:
         }
 
 
+class _Home(NamedTuple):
+    """Who alone sees the gradients of one layer of an array.
+
+    Attributes:
+      number: of the call; or of the array, where it is a vocabulary's table.
+      part: the layer; or the slice of the table, of which one is seen at a time.
+      sliced: whether it is a table.
+    """
+
+    number: int
+    part: int
+    sliced: bool
+
+
 def _number(layer: Any) -> int | None:
     """The layer's number where the program was traced with a certain one."""
     return int(layer) if isinstance(layer, int | np.integer) else None
 
 
-def _executions(jaxpr: Any, times: float = 1) -> Counter[Any]:
+def _executions(jaxpr: Any, times: float = 1) -> dict[int, float]:
     """How often each call runs, by its number."""
-    counts: Counter[Any] = Counter()
+    counts: defaultdict[int, float] = defaultdict(float)
     for equation in jaxpr.eqns:
         call = call_number(equation)
         if call is not None:
@@ -215,5 +243,6 @@ def _executions(jaxpr: Any, times: float = 1) -> Counter[Any]:
         elif equation.primitive.name == "while":
             inner = math.inf
         for sub in inner_jaxprs(equation):
-            counts.update(_executions(sub, inner))
+            for number, count in _executions(sub, inner).items():
+                counts[number] += count
     return counts

@@ -5,9 +5,10 @@ would exceed everything else. Here its gradients are formed, and its blocks reso
 the vocabulary at a time, and nowhere else does an array of K x V exist.
 
 A tied table's gradient has two parts, from the scores at the end of the forward pass and from the
-lookup at its beginning, and a block sees only their sum. The lookup therefore returns a *ticket*
-beside the vectors, zeros that :func:`nll` takes. Its cotangent is what the scores' part is made
-of. So it arrives at the lookup, the last step of the backward pass, which forms both parts.
+lookup at its beginning, and a block sees only their sum. The lookup therefore returns zeros beside
+the vectors, in the form of :class:`HeadResiduals`, which :func:`nll` takes. Their cotangent is what
+the scores' part is made of. So it arrives at the lookup, the last step of the backward pass, which
+forms both parts.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoo.engine.backward import Backward, over_objectives
+from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
 from jaxmoo.engine.block import current
+from jaxmoo.engine.block_table import BlockTable
+from jaxmoo.engine.call_blocks import CallBlocks
 from jaxmoo.engine.layout import Layout, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
-from jaxmoo.engine.tables import CallBlocks, Tables
+from jaxmoo.engine.usage import Use
 from jaxmoo.kernels.cross_entropy import (
     Scores,
     chunked_nll,
@@ -31,7 +34,7 @@ from jaxmoo.kernels.cross_entropy import (
     table_gradient,
 )
 
-__all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
+__all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
 
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
@@ -39,7 +42,7 @@ __all__ = ["Ticket", "logits_at_once", "lookup", "nll"]
 _MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27}
 
 
-class Ticket(NamedTuple):
+class HeadResiduals(NamedTuple):
     """What the table's gradient from the scores is made of. B rows, S positions."""
 
     h: jax.Array  # [B, S, D]
@@ -48,7 +51,23 @@ class Ticket(NamedTuple):
     cotangent: jax.Array  # float32 [B, S]
 
 
-def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket | None]:
+class TableCotangents(NamedTuple):
+    """What a table's gradient is made of; parts that an operation does not have are None."""
+
+    tokens: jax.Array | None  # int32 [B, S] that were looked up
+    vectors: jax.Array | None  # [B, S, D]: cotangents of their vectors
+    head: HeadResiduals | None
+
+
+class TableResult(NamedTuple):
+    """What the backward step of an operation on a table gives; what does not apply is None."""
+
+    update: jax.Array | None  # of the device's piece, where the table is resolved in the pass
+    accumulator: jax.Array | None  # [K, *piece], where it is deferred
+    rows: BlockTable | None  # where it has blocks that are resolved in the pass
+
+
+def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, HeadResiduals | None]:
     """Look up one vector per token.
 
     Args:
@@ -57,8 +76,8 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket
       dtype: dtype of the result.
 
     Returns:
-      ``(vectors [B, S, D], ticket)``; the ticket goes to :func:`nll` when it reads the same table,
-      and is None where none is needed.
+      ``(vectors [B, S, D], residuals)``; the residuals go to :func:`nll` when it reads the same
+      table, and are None where none are needed.
     """
     engine = current()
     if engine is None or not engine.reads(table):
@@ -70,32 +89,36 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, Ticket
 
     call = _Call(engine, table)
     size = engine.layouts[table.leaf].shape[1]
-    ticketed = table.leaf in engine.tied
+    tied = table.leaf in engine.tied
 
     @jax.custom_vjp
-    def embed(value: Any, tap: Any, tables: Tables, integers: Any, tokens: Any) -> Any:
-        del tap, tables, integers
+    def embed(
+        value: Any, accumulator: Any, rows: BlockTable | None, inputs: CallInputs, tokens: jax.Array
+    ) -> tuple[jax.Array, HeadResiduals | None]:
+        del accumulator, rows, inputs
         h = engine.gather(value, call.layout)[tokens].astype(dtype)
         zeros = jnp.zeros(tokens.shape, jnp.float32)
-        ticket = Ticket(jnp.zeros((*tokens.shape, size), dtype), zeros, zeros, zeros)
-        return h, ticket if ticketed else None
+        residuals = HeadResiduals(jnp.zeros((*tokens.shape, size), dtype), zeros, zeros, zeros)
+        return h, residuals if tied else None
 
-    def forward(value: Any, tap: Any, tables: Tables, integers: Any, tokens: Any) -> Any:
-        state = None if tables is None else tables.state
-        return embed(value, tap, tables, integers, tokens), (value, state, integers, tokens)
+    def forward(
+        value: Any, accumulator: Any, rows: BlockTable | None, inputs: CallInputs, tokens: jax.Array
+    ) -> Any:
+        states = None if rows is None else rows.states
+        return embed(value, accumulator, rows, inputs, tokens), (value, states, inputs, tokens)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        value, state, integers, tokens = residuals
-        mapped = (tokens, *cotangents)
-        done = over_objectives(call.resolve, engine.topology)(mapped, value, state, integers)
-        return *done, None, None
+        value, states, inputs, tokens = residuals
+        mapped = TableCotangents(tokens, *cotangents)
+        found = over_objectives(call.resolve, engine.topology)(mapped, value, states, inputs)
+        return found.update, found.accumulator, found.rows, None, None
 
     embed.defvjp(forward, backward)
-    return embed(table.value, table.tap, call.rows(), (call.integers, engine.dynamic), tokens)
+    return embed(table.value, table.accumulator, call.rows(), call.inputs, tokens)
 
 
 def nll(
-    table: Any, h: jax.Array, targets: jax.Array, chunk: int, ticket: Ticket | None
+    table: Any, h: jax.Array, targets: jax.Array, chunk: int, residuals: HeadResiduals | None
 ) -> jax.Array:
     """Negative log-likelihood of targets under the softmax of the table's scores.
 
@@ -104,7 +127,7 @@ def nll(
       h: [B, T, D].
       targets: int32 [B, T], those of each row first; -1 for none.
       chunk: positions per row whose logits exist at one time; a divisor of T.
-      ticket: from :func:`lookup` of the same table, when it is tied.
+      residuals: from :func:`lookup` of the same table, when it is tied.
 
     Returns:
       float32 [B, T]; 0 where there is no target.
@@ -119,40 +142,52 @@ def nll(
         return chunked_nll(h, engine.use([table])[0], targets, chunk)
 
     call = _Call(engine, table)
-    if table.leaf not in engine.tied:
-        ticket = None
+    # A tied table's gradient is formed at the lookup.
+    to_lookup = residuals if table.leaf in engine.tied else None
 
     def score(value: Any, h: jax.Array, targets: jax.Array, *, slopes: bool) -> Scores:
         return scores(h, engine.gather(value, call.layout), targets, chunk, slopes=slopes)
 
     @jax.custom_vjp
-    def scored(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> jax.Array:
-        del rest, integers
+    def scored(
+        value: Any,
+        accumulator: Any,
+        rows: BlockTable | None,
+        to_lookup: HeadResiduals | None,
+        inputs: CallInputs,
+        h: jax.Array,
+        t: jax.Array,
+    ) -> jax.Array:
+        del accumulator, rows, to_lookup, inputs
         return score(value, h, t, slopes=False).nll
 
-    def forward(value: Any, rest: Any, integers: Any, h: jax.Array, t: jax.Array) -> Any:
-        tables = rest[1]
+    def forward(
+        value: Any,
+        accumulator: Any,
+        rows: BlockTable | None,
+        to_lookup: HeadResiduals | None,
+        inputs: CallInputs,
+        h: jax.Array,
+        t: jax.Array,
+    ) -> Any:
+        del accumulator, to_lookup
         found = score(value, h, t, slopes=True)
-        state = None if tables is None else tables.state
-        return found.nll, (value, state, integers, h, t, found.normaliser, found.slope)
+        states = None if rows is None else rows.states
+        return found.nll, (value, states, inputs, h, t, found.normaliser, found.slope)
 
-    def backward(residuals: Any, cotangent: jax.Array) -> Any:
-        value, state, integers, h, t, normaliser, slope = residuals
+    def backward(kept: Any, cotangent: jax.Array) -> Any:
+        value, states, inputs, h, t, normaliser, slope = kept
         dh = hidden_gradient(slope, t, cotangent)
-        mine = Ticket(h, t.astype(jnp.float32), normaliser, cotangent)
-        if ticket is not None:
-            fitted = jax.tree.map(_fit, mine, ticket)
-            return None, (None, None, fitted), None, dh, None
-        mapped = (None, None, mine)
-        update, tap, tables = over_objectives(call.resolve, engine.topology)(
-            mapped, value, state, integers
-        )
-        return update, (tap, tables, None), None, dh, None
+        mine = HeadResiduals(h, t.astype(jnp.float32), normaliser, cotangent)
+        if to_lookup is not None:
+            return None, None, None, jax.tree.map(_fit, mine, to_lookup), None, dh, None
+        mapped = TableCotangents(None, None, mine)
+        found = over_objectives(call.resolve, engine.topology)(mapped, value, states, inputs)
+        return found.update, found.accumulator, found.rows, None, None, dh, None
 
     scored.defvjp(forward, backward)
-    rows, tap = (None, None) if ticket is not None else (call.rows(), table.tap)
-    integers = (call.integers, engine.dynamic)
-    return scored(table.value, (tap, rows, ticket), integers, h, targets)
+    rows, accumulator = (call.rows(), table.accumulator) if to_lookup is None else (None, None)
+    return scored(table.value, accumulator, rows, to_lookup, call.inputs, h, targets)
 
 
 def logits_at_once() -> int:
@@ -170,7 +205,7 @@ def logits_at_once() -> int:
 def _sliced(engine: Any, table: Parameter) -> bool:
     """Whether a table is trained, and cut so that every device has its share of each slice."""
     layout: Layout = engine.layouts[table.leaf]
-    return layout.labels is not None and len(layout.shape) == 2 and layout.axis in (None, 1)
+    return layout.trained and len(layout.shape) == 2 and layout.axis in (None, 1)
 
 
 def _name(engine: Any, table: Any, name: str) -> str | None:
@@ -191,62 +226,55 @@ class _Call:
         self.engine, self.table = engine, table
         self.layout = engine.layouts[table.leaf]
         rows, size = self.layout.shape
-        self.tapped = table.leaf in engine.tapped
-        labels = self.layout.labels
-        # A tapped table's slices are of no consequence but for memory.
-        self.slices = _default_slices(rows) if self.tapped else labels.shape[1]
+        self.deferred = table.leaf in engine.deferred
+        # A deferred table's slices are of no consequence but for memory.
+        labels = None if self.deferred else self.layout.block_labels.reshape(-1, 1)
+        self.slices = _default_slices(rows) if labels is None else len(labels)
         self.stack = dataclasses.replace(
-            self.layout,
-            shape=(rows // self.slices, size),
-            layers=self.slices,
-            labels=None if self.tapped else labels.reshape(-1, 1),
+            self.layout, shape=(rows // self.slices, size), layers=self.slices, labels=labels
         )
-        self.resolves = not self.tapped and engine.rules.groups is not None
+        self.resolves = not self.deferred and engine.rules.groups is not None
         self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
-        self.integers = None if self.blocks is None else self.blocks.integers
+        self.inputs = CallInputs(None if self.blocks is None else self.blocks.indices, engine.step)
 
     def _blocks(self, slice_number: jax.Array) -> CallBlocks:
-        uses = [(self.table.leaf, slice_number)]
-        stack = {self.table.leaf: self.stack}
-        return CallBlocks.of(stack, self.engine.rules, uses, self.engine.topology.objectives)
+        leaf = self.table.leaf
+        uses = [Use(leaf, slice_number)]
+        return CallBlocks.of({leaf: self.stack}, self.engine.rules, uses, self.engine.topology)
 
-    def rows(self) -> Tables | None:
-        """The tables' rows of all slices, [slices, 1, ...]."""
-        return None if self.blocks is None else self.blocks.rows(self.engine.tables)
+    def rows(self) -> BlockTable | None:
+        """The block table's rows of all slices, [slices, 1, ...]."""
+        return None if self.blocks is None else self.blocks.rows(self.engine.table)
 
-    def resolve(self, mapped: Any, value: jax.Array, state: Any, integers: Any) -> Any:
+    def resolve(
+        self, mapped: TableCotangents, value: jax.Array, states: Any, inputs: CallInputs
+    ) -> TableResult:
         """Form the gradients [K / L, ...] slice by slice and resolve each.
 
         Args:
-          mapped: (tokens [K / L, B, S], cotangents of their vectors, ticket's cotangents), or None
-            for what does not occur.
+          mapped: per objective [K / L, ...].
           value: this device's piece of the table.
-          state: aggregators' states of all slices.
-          integers: see :class:`~jaxmoo.engine.tables.CallBlocks`, for all slices; and the
-            engine's ``dynamic``.
-
-        Returns:
-          (update of the piece, cotangent of the tap, new rows).
+          states: aggregators' states of all slices, or None.
+          inputs: of all slices.
         """
         engine, layout = self.engine, self.layout
-        scores = mapped[2]
-        blocks, dynamic = integers
+        head = mapped.head
         count = engine.topology.local_objectives
         height = self.stack.shape[0]
 
         def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            number, state, ints = xs
+            number, states, indices = xs
             first = number * height
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
-            table = None if scores is None else engine.gather(piece, layout)
+            table = None if head is None else engine.gather(piece, layout)
 
             def of_objective(i: jax.Array, place: jax.Array) -> jax.Array:
-                tokens, vectors, scores = jax.tree.map(lambda x: x[i], mapped)
+                mine: TableCotangents = jax.tree.map(lambda x: x[i], mapped)
                 total = jnp.zeros(self.stack.shape, jnp.float32)
-                if scores is not None:
-                    total = _from_scores(scores, table, first, engine.topology.platform)
-                if tokens is not None:
-                    total = _add_lookup(total, tokens, vectors, first)
+                if mine.head is not None and table is not None:
+                    total = _from_scores(mine.head, table, first, engine.topology.platform)
+                if mine.tokens is not None and mine.vectors is not None:
+                    total = _add_lookup(total, mine.tokens, mine.vectors, first)
                 return place.at[i].set(total.astype(place.dtype))
 
             # One objective after the other, so that a sum over all its positions is formed in one
@@ -254,28 +282,28 @@ class _Call:
             place = jax.lax.fori_loop(0, count, of_objective, place)
             gradients = engine.scatter(place, layout.axis)
             if not self.resolves:
-                return place, (gradients if self.tapped else gradients[0], None)
-            _, labels, numbers, member = ints
+                return place, (gradients if self.deferred else gradients[0], None)
             section = sections_of_piece(
                 gradients[:, None],
                 self.stack,
                 self.table.leaf,
-                labels[0][None],
+                indices.labels[0][None],
                 number[None],
                 engine.topology,
             )
             call = self._blocks(number)
-            resolved = engine.resolve([section], call, numbers, member, state, dynamic)
+            resolved = engine.resolve([section], call, indices, states, inputs.step)
             update = resolved.updates[0].reshape(gradients.shape[1:])
-            return place, (update, call.new_rows(resolved, member))
+            return place, (update, call.new_rows(resolved, indices.members))
 
         # The place of the local gradients is handed on, so that it is not cleared for every slice.
         empty = jnp.zeros((count, *self.stack.shape), layout.gathered_dtype)
-        _, (pieces, rows) = jax.lax.scan(one, empty, (jnp.arange(self.slices), state, blocks))
-        if self.tapped:  # [slices, K, rows, size] -> [K, V, size]
-            tap = jnp.moveaxis(pieces, 0, 1).reshape(pieces.shape[1], *value.shape)
-            return None, tap, rows
-        return pieces.reshape(value.shape).astype(value.dtype), None, rows
+        slices = (jnp.arange(self.slices), states, inputs.indices)
+        _, (pieces, rows) = jax.lax.scan(one, empty, slices)
+        if self.deferred:  # [slices, K, rows, size] -> [K, V, size]
+            shape = (pieces.shape[1], *value.shape)
+            return TableResult(None, jnp.moveaxis(pieces, 0, 1).reshape(shape), rows)
+        return TableResult(pieces.reshape(value.shape).astype(value.dtype), None, rows)
 
 
 def _default_slices(rows: int) -> int:
@@ -292,15 +320,17 @@ def _add_lookup(
     return total.at[row].add(vectors.reshape(-1, size).astype(total.dtype), mode="drop")
 
 
-def _from_scores(ticket: Ticket, table: jax.Array, first: jax.Array, platform: str) -> jax.Array:
+def _from_scores(
+    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str
+) -> jax.Array:
     """Gradient of one objective's scores with respect to one slice of the table."""
-    rows, length = ticket.targets.shape
+    rows, length = head.targets.shape
     most = _MOST_LOGITS.get(platform, _MOST_LOGITS["cpu"])
     chunks = -(-length * rows * table.shape[0] // most)
     chunk = -(-length // chunks)  # all of about the same size
     fill = -length % chunk
-    h = jnp.pad(ticket.h, ((0, 0), (0, fill), (0, 0)))
-    targets = jnp.pad(ticket.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
-    normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in ticket[2:])
+    h = jnp.pad(head.h, ((0, 0), (0, fill), (0, 0)))
+    targets = jnp.pad(head.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
+    normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (head.normaliser, head.cotangent))
     skip = platform != "gpu"
     return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip)

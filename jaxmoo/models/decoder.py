@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.block import block, check_remat
-from jaxmoo.engine.vocabulary import Ticket, lookup
+from jaxmoo.engine.vocabulary import HeadResiduals, lookup
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
@@ -128,15 +128,15 @@ class Decoder(nnx.Module):
         Raises:
           ConfigError: when S exceeds the model's longest sequence.
         """
-        return self.hidden_and_ticket(tokens, positions=positions, segment_ids=segment_ids)[0]
+        return self.hidden_and_residuals(tokens, positions=positions, segment_ids=segment_ids)[0]
 
-    def hidden_and_ticket(
+    def hidden_and_residuals(
         self,
         tokens: jax.Array,
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, Ticket | None]:
+    ) -> tuple[jax.Array, HeadResiduals | None]:
         """Compute `hidden`, and what :func:`jaxmoo.engine.vocabulary.nll` needs for a tied head."""
         length = tokens.shape[-1]
         if length > self.config.max_position_embeddings:
@@ -145,10 +145,10 @@ class Decoder(nnx.Module):
                 f"{self.config.max_position_embeddings} (max_position_embeddings)"
             )
         cos, sin = rope_tables(self.config, jnp.arange(length) if positions is None else positions)
-        h_BSD, ticket = lookup(self.embed_tokens.embedding.get_value(), tokens, self.dtype)
+        h_BSD, residuals = lookup(self.embed_tokens.embedding.get_value(), tokens, self.dtype)
         for first in self.segments:
             h_BSD = _scan_layers(self.layers[str(first)], self.remat, h_BSD, cos, sin, segment_ids)
-        return block(self.norm, remat=self.remat)(h_BSD), ticket
+        return block(self.norm, remat=self.remat)(h_BSD), residuals
 
     def __call__(
         self,

@@ -54,11 +54,11 @@ def token_nll(
       ConfigError: when S exceeds the model's longest sequence.
     """
     tokens = batch["tokens"]
-    h_BSD, ticket = model.hidden_and_ticket(
+    h_BSD, residuals = model.hidden_and_residuals(
         tokens, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
     )
     targets = jnp.where(target_mask(batch), tokens, -1)[:, 1:]
-    return jnp.pad(front_nll(model, h_BSD[:, :-1], targets, chunk, ticket), ((0, 0), (1, 0)))
+    return jnp.pad(front_nll(model, h_BSD[:, :-1], targets, chunk, residuals), ((0, 0), (1, 0)))
 
 
 def front_nll(
@@ -66,7 +66,7 @@ def front_nll(
     h_BSD: jax.Array,
     targets: jax.Array,
     chunk: int | None = None,
-    ticket: vocabulary.Ticket | None = None,
+    residuals: vocabulary.HeadResiduals | None = None,
 ) -> jax.Array:
     """Apply the head to the positions that predict a target.
 
@@ -75,7 +75,7 @@ def front_nll(
       h_BSD: hidden states after the final norm.
       targets: int32 [B, S], the token that each of them predicts, or -1.
       chunk: see `token_nll`.
-      ticket: of the tokens' lookup, where the engine made one.
+      residuals: of the tokens' lookup, where the engine made some.
 
     Returns:
       float32 [B, S]: the targets' negative log-likelihood in nats, 0 where there is none.
@@ -94,7 +94,7 @@ def front_nll(
     front_targets = jnp.pad(
         jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, fill)), constant_values=-1
     )
-    front = vocabulary.nll(model.head_table(), front_h, front_targets, chunk, ticket)
+    front = vocabulary.nll(model.head_table(), front_h, front_targets, chunk, residuals)
     front = front[:, :columns]
     return jnp.put_along_axis(jnp.zeros_like(front), order, front, axis=1, inplace=False)
 

@@ -20,8 +20,9 @@ from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
 from jaxmoo.models.paths import STACKED
+from jaxmoo.resolver_state import ResolveConflictsState
 from jaxmoo.stacked import stacked_value_and_grad
-from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+from jaxmoo.transform import resolve_conflicts
 
 __all__ = [
     "GradientSource",

@@ -19,6 +19,7 @@ import optax
 
 from engine.toy import Toy, batches, run_engine, run_oracle
 from jaxmoo import aggregators, blocks
+from jaxmoo.mesh import make_mesh
 
 # One that keeps state and one that draws random numbers. graddrop, in some cases, draws them for
 # every coordinate.
@@ -115,13 +116,23 @@ def outside_of_blocks(params: Any) -> tuple[Any, Any]:
     return {**params, "layers": {**layers, "mlp": mlp}, "head": head}, penalty
 
 
-CASES = {
-    # Each layer has another aggregator.
-    "every aggregator": Case(
-        toy=Toy(layers=len(METHODS)),
-        aggregator={rf"^layers\.{i}$": method(name, 8) for i, name in enumerate(METHODS)}
+def of_aggregators(names: tuple[str, ...]) -> Case:
+    """Each layer has another aggregator."""
+    return Case(
+        toy=Toy(layers=len(names)),
+        aggregator={rf"^layers\.{i}$": method(name, 8) for i, name in enumerate(names)}
         | {".*": "mean"},
-    ),
+    )
+
+
+MESHES = {"2x2": (1, 2, 2), "8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
+
+CASES = {
+    # Together, every aggregator.
+    **{
+        f"aggregators of {mesh}": of_aggregators(METHODS[i :: len(MESHES)])
+        for i, mesh in enumerate(MESHES)
+    },
     # Kinds of blocks.
     "layer": Case(),
     "module": Case(blocks="module"),
@@ -165,16 +176,14 @@ CASES = {
 }
 
 
-MESHES = {"2x2": (1, 2, 2), "8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
-
-# Every aggregator is on every mesh; blocks and models take turns, for the time they take.
+# Aggregators, blocks and models take turns, for the time they take.
 RUNS = {
     "2x2": ["shard", "tied in a loop", "read outside of blocks", "three objectives"],
     "8x1": ["bytes within layers", "tied and shared", "accumulated", "nine objectives"],
     "4x2": ["leaf", "bytes across layers", "tied", "not finite", "five objectives"],
     "2x2x2": ["random", "whole", "separate layers", "absent"],
 }
-RUNS = {mesh: ["every aggregator", *names] for mesh, names in RUNS.items()}
+RUNS = {mesh: [f"aggregators of {mesh}", *names] for mesh, names in RUNS.items()}
 # These run on the last of the meshes; what they give is defined in test_replicas.py.
 REPLICAS = {
     "replicas alone": Case(
@@ -182,6 +191,13 @@ REPLICAS = {
     ),
     "replicas pooled": Case(aggregator="pcgrad", steps=1, only_engine={"replicas": "pooled_gram"}),
 }
+
+
+def on_mesh(mesh: str, name: str) -> dict[str, np.ndarray]:
+    """What a case gives on a mesh of the first of this program's devices."""
+    case, (data, language, fsdp) = (CASES | REPLICAS)[name], MESHES[mesh]
+    devices = jax.devices()[: data * language * fsdp]
+    return case.engine(make_mesh(case.k, data=data, language=language, fsdp=fsdp, devices=devices))
 
 
 def wanted(name: str, pieces: int = 1) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from devices import run_python
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.models import (
     Decoder,
@@ -111,21 +109,16 @@ def one():
     return mesh.make_mesh(LANGUAGES, devices=jax.devices()[:1])
 
 
-def test_the_update_is_that_of_stacked_gradients_on_any_mesh():
+def on_mesh(axis):
+    """The difference on 2 x 2 devices."""
+    sizes = {"language": 2, axis: 2}
+    return difference(mesh.make_mesh(LANGUAGES, devices=jax.devices()[:4], **sizes))
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_the_update_is_that_of_stacked_gradients_on_any_mesh(axis, eight_devices):
     """The rank, 2, divides among the pieces of the second mesh, not of the first."""
-    script = """
-import json, sys
-sys.path.insert(0, "tests/engine"), sys.path.insert(0, "tests")
-from jaxmoo import mesh
-from test_adapters import LANGUAGES, difference
-sizes = [dict(language=2, fsdp=2), dict(language=2, tensor=2)]
-print("RESULT", json.dumps([
-    difference(mesh.make_mesh(LANGUAGES, **size)) for size in sizes
-]))
-"""
-    done = run_python(["-c", script], devices=4)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    assert max(json.loads(line.removeprefix("RESULT"))) < 1e-5
+    assert eight_devices("engine.test_adapters", "on_mesh", axis) < 1e-5
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
@@ -141,6 +134,6 @@ def test_adapters_are_blocks_of_their_own_resolved_inside_the_pass(one, remat):
     for rule, names in blocks.items():
         engine = engine_of(graph, params, frozen, one, aggregator="mgda", blocks=rule)
         usage = engine.usage(params, batch(), frozen)
-        assert engine.tapped(usage) == frozenset()
+        assert engine.deferred(usage) == frozenset()
         assert names is None or list(engine.partition.names) == names
         assert sum(engine.partition.sizes) == sum(x.size for x in jax.tree.leaves(params))

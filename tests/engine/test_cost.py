@@ -2,58 +2,72 @@
 
 from __future__ import annotations
 
-import json
-
 import jax
 import jax.numpy as jnp
 import pytest
-
-from devices import run_python
-from jaxmoo.engine.cost import collective_bytes, flops, memory
-
-# Every kind of communication on 4 x 2 devices, among all of them and among groups, in no loop, in
-# nested loops, and in a loop whose length depends on the data. Prints what each program sends.
-PROGRAM = """
-import json
-import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxmoo.engine.cost import collective_bytes, traced_collective_bytes
 
-mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+from jaxmoo.engine.cost import collective_bytes, flops, memory, traced_collective_bytes
+
 BOTH = ("a", "b")
 
-def gather(x): return jax.lax.all_gather(x, BOTH, tiled=True).sum() * x
-def scatter(x): return jax.lax.psum_scatter(jnp.tile(x, 8), BOTH, tiled=True)
-def exchange(x): return jax.lax.all_to_all(jnp.tile(x, 4), "a", 0, 0, tiled=True)[:3]
-def total(x): return jax.lax.psum(x, "b")
-def shift(x): return jax.lax.ppermute(x, "a", [(0, 1), (1, 2), (2, 3), (3, 0)])
+
+def total(x):
+    return jax.lax.psum(x, "b")
+
+
+def shift(x):
+    return jax.lax.ppermute(x, "a", [(0, 1), (1, 2), (2, 3), (3, 0)])
+
+
 def looped(x):
-    inner = lambda x: jax.lax.scan(lambda x, _: (jnp.sin(total(x)), None), x, length=5)[0]
+    def inner(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(total(x)), None), x, length=5)[0]
+
     return jax.lax.fori_loop(0, 7, lambda _, x: inner(x), shift(x))
-def unknown(x):
-    return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: jnp.sin(total(x)), shift(x))
 
-def moved(axes):  # left to the compiler
-    spread, wanted = (jax.sharding.NamedSharding(mesh, P(a)) for a in (BOTH, axes))
-    x = jax.ShapeDtypeStruct((8 * 3,), jnp.float32, sharding=spread)
-    return collective_bytes(jax.jit(lambda x: x, out_shardings=wanted).lower(x).compile())
 
-def sent(f, x):
-    run = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(BOTH), out_specs=P(BOTH), check_vma=False))
-    traced = traced_collective_bytes(run.trace(x).jaxpr)
-    half = traced_collective_bytes(run.trace(x.update(dtype=jnp.bfloat16)).jaxpr)
-    return collective_bytes(run.lower(x).compile()), traced, half
+# Every kind of communication, among all devices and among groups, in no loop, in nested loops, and
+# in a loop whose length depends on the data.
+PROGRAMS = {
+    "gather": lambda x: jax.lax.all_gather(x, BOTH, tiled=True).sum() * x,
+    "scatter": lambda x: jax.lax.psum_scatter(jnp.tile(x, 8), BOTH, tiled=True),
+    "exchange": lambda x: jax.lax.all_to_all(jnp.tile(x, 4), "a", 0, 0, tiled=True)[:3],
+    "total": total,
+    "shift": shift,
+    "looped": looped,
+    "unknown": lambda x: jax.lax.while_loop(
+        lambda x: x.sum() > 0, lambda x: jnp.sin(total(x)), shift(x)
+    ),
+}
 
-x = jax.ShapeDtypeStruct((8 * 3,), jnp.float32)  # 3 numbers, 12 bytes, on each device
-names = ("gather", "scatter", "exchange", "total", "shift", "looped", "unknown")
-counted = {name: sent(globals()[name], x) for name in names}
-print(json.dumps(counted | {"moved everywhere": [moved(None)], "moved": [moved("a")]}))
-"""
+
+def what_is_sent():
+    """What each program sends on 4 x 2 devices: compiled, traced, and traced in bfloat16."""
+    mesh = jax.make_mesh((4, 2), BOTH, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct((8 * 3,), jnp.float32)  # 3 numbers, 12 bytes, on each device
+
+    def sent(f):
+        run = jax.jit(
+            jax.shard_map(f, mesh=mesh, in_specs=P(BOTH), out_specs=P(BOTH), check_vma=False)
+        )
+        traced = traced_collective_bytes(run.trace(x).jaxpr)
+        half = traced_collective_bytes(run.trace(x.update(dtype=jnp.bfloat16)).jaxpr)
+        return collective_bytes(run.lower(x).compile()), traced, half
+
+    def moved(axes):  # left to the compiler
+        spread, wanted = (NamedSharding(mesh, P(a)) for a in (BOTH, axes))
+        x = jax.ShapeDtypeStruct((8 * 3,), jnp.float32, sharding=spread)
+        return collective_bytes(jax.jit(lambda x: x, out_shardings=wanted).lower(x).compile())
+
+    counted = {name: sent(f) for name, f in PROGRAMS.items()}
+    return counted | {"moved everywhere": [moved(None)], "moved": [moved("a")]}
 
 
 @pytest.fixture(scope="module")
-def sent():
-    return json.loads(run_python(["-c", PROGRAM], devices=8).stdout)
+def sent(eight_devices):
+    return eight_devices("engine.test_cost", "what_is_sent")
 
 
 @pytest.mark.parametrize(

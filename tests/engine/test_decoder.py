@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from devices import run_python
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
 from jaxmoo.models import Decoder, DecoderConfig, language_loss, target_mask, token_nll
@@ -92,18 +89,11 @@ def test_the_update_is_that_of_stacked_gradients(tied, blocks, aggregator, remat
     assert difference(tied, blocks, one, aggregator, remat) < 1e-5
 
 
-def test_any_mesh_gives_the_same_update():
-    script = """
-import json, sys
-sys.path.insert(0, "tests/engine"), sys.path.insert(0, "tests")
-from jaxmoo import mesh
-from test_decoder import LANGUAGES, SLICED, difference
-sizes = [dict(language=2, fsdp=2, data=2), dict(language=2, fsdp=2, tensor=2)]
-print("RESULT", json.dumps([
-    difference(tied, SLICED, mesh.make_mesh(LANGUAGES, **size))
-    for size, tied in zip(sizes, (True, False))
-]))
-"""
-    done = run_python(["-c", script], devices=8)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    assert max(json.loads(line.removeprefix("RESULT"))) < 1e-5
+def on_mesh(tied, axis):
+    """The difference on 2 x 2 x 2 devices."""
+    return difference(tied, SLICED, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, **{axis: 2}))
+
+
+@pytest.mark.parametrize(("tied", "axis"), [(True, "data"), (False, "tensor")])
+def test_any_mesh_gives_the_same_update(tied, axis, eight_devices):
+    assert eight_devices("engine.test_decoder", "on_mesh", tied, axis) < 1e-5

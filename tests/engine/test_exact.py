@@ -29,12 +29,14 @@ def test_the_mesh_does_not_change_the_result(mesh, name, on_mesh):
 
 
 def test_the_cases_hold_every_aggregator_of_one_batch():
+    held = [len(CASES[f"aggregators of {mesh}"].aggregator) - 1 for mesh in MESHES]
+    assert sum(held) == len(METHODS)
     left_out = set(aggregators.names()) - set(METHODS)
     assert all(aggregators.get(name).cross_gram for name in left_out)
 
 
 def test_the_cases_have_conflicts_and_states_that_matter():
-    for name in ("every aggregator", "layer", "tied"):
+    for name in (*(f"aggregators of {mesh}" for mesh in MESHES), "layer", "tied"):
         result = wanted(name)
         first, second = (result[f"step.{i}.1.layers.mix.kernel"] for i in range(2))
         assert all(np.abs(layer).max() > 0 for layer in first)

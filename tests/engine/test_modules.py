@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import jaxmoo
-from devices import run_python
 from engine.toy import quick_jit
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
+from jaxmoo.mesh import batch_sharding, parameter_shardings
 
 K, ROWS, D = 3, 4, 4
 DRAW = np.random.default_rng(0)
@@ -123,65 +124,64 @@ def test_state_of_modules_numbers_per_objective_and_aux_are_as_with_stacked_grad
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
 
 
-PROGRAM = """
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType
+def on_explicit_meshes():
+    """Compare on the meshes that ``jax.make_mesh`` makes."""
+    k, rows_each = 4, 8
+    draw = np.random.default_rng(0)
+    batch = {
+        "x": draw.normal(size=(k, rows_each, 4)).astype(np.float32),
+        "temperature": np.arange(1, k + 1, dtype=np.float32),
+    }
+    params = {"w": draw.normal(size=(4, 4)).astype(np.float32), "b": np.ones(3, np.float32)}
 
-import jaxmoo
-from engine.toy import quick_jit
-from jaxmoo.engine import block, resolved_value_and_grad
-from jaxmoo.mesh import batch_sharding, parameter_shardings
+    def layer(p, x):
+        return jnp.tanh(x @ p["w"])[:, :3] * p["b"]
 
-K, ROWS = 4, 8
-draw = np.random.default_rng(0)
-batch = {
-    "x": draw.normal(size=(K, ROWS, 4)).astype(np.float32),
-    "temperature": np.arange(1, K + 1, dtype=np.float32),
-}
-params = {"w": draw.normal(size=(4, 4)).astype(np.float32), "b": np.ones(3, np.float32)}
+    def loss(params, batch):
+        h = block(layer)(params, batch["x"])
+        penalty = len(h) * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
+        return jnp.sum((h - 1) ** 2 / batch["temperature"]) + penalty, {"positive": (h > 0).sum()}
 
+    def mean(params, batch):
+        value, aux = loss(params, batch)
+        return value / rows_each, aux
 
-def layer(p, x):
-    return jnp.tanh(x @ p["w"])[:, :3] * p["b"]
+    tx = jaxmoo.resolve_conflicts("cagrad", num_objectives=k)
 
+    @quick_jit
+    def oracle(params):
+        result, gradients = jaxmoo.stacked_value_and_grad(mean, has_aux=True)(params, batch)
+        return result, tx.update(gradients, tx.init(params))[0]
 
-def loss(params, batch):
-    h = block(layer)(params, batch["x"])
-    penalty = len(h) * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
-    return jnp.sum((h - 1) ** 2 / batch["temperature"]) + penalty, {"positive": (h > 0).sum()}
+    wanted = oracle(params)
 
-
-def mean(params, batch):
-    value, aux = loss(params, batch)
-    return value / ROWS, aux
-
-
-(values, aux), gradients = jaxmoo.stacked_value_and_grad(mean, has_aux=True)(params, batch)
-tx = jaxmoo.resolve_conflicts("cagrad", num_objectives=K)
-wanted = (values, aux), tx.update(gradients, tx.init(params))[0]
-
-for names, sizes in [(("data", "language", "fsdp"), (1, 2, 2)),
-                     (("data", "language", "fsdp", "tensor"), (1, 2, 1, 2))]:
-    mesh = jax.make_mesh(sizes, names)
-    assert set(mesh.axis_types) == {AxisType.Explicit}
-    with jax.set_mesh(mesh):
-        made = resolved_value_and_grad(
-            loss, params, num_objectives=K, aggregator="cagrad", mesh=mesh, has_aux=True,
-            microbatches=2, accumulation="accumulate_first",
-        )
-        placed = jax.device_put(params, parameter_shardings(mesh, params))
-        rows = jax.device_put(batch["x"], batch_sharding(mesh))
-        step, state = quick_jit(made), made.init()
-        result, update, state = step(placed, batch | {"x": rows}, state)
-        step(placed, batch | {"x": rows}, state)
-    assert jax.typeof(update["w"]).sharding == jax.typeof(placed["w"]).sharding
-    for x, y in zip(jax.tree.leaves((result, update)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
-"""
+    for names, sizes in [
+        (("data", "language", "fsdp"), (1, 2, 2)),
+        (("data", "language", "fsdp", "tensor"), (1, 2, 1, 2)),
+    ]:
+        mesh = jax.make_mesh(sizes, names)
+        assert set(mesh.axis_types) == {AxisType.Explicit}
+        with jax.set_mesh(mesh):
+            made = resolved_value_and_grad(
+                loss,
+                params,
+                num_objectives=k,
+                aggregator="cagrad",
+                mesh=mesh,
+                has_aux=True,
+                microbatches=2,
+                accumulation="accumulate_first",
+            )
+            placed = jax.device_put(params, parameter_shardings(mesh, params))
+            rows = jax.device_put(batch["x"], batch_sharding(mesh))
+            step, state = quick_jit(made), made.init()
+            result, update, state = step(placed, batch | {"x": rows}, state)
+            step(placed, batch | {"x": rows}, state)
+        assert jax.typeof(update["w"]).sharding == jax.typeof(placed["w"]).sharding
+        for x, y in zip(jax.tree.leaves((result, update)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
 
-def test_the_engine_runs_on_explicit_meshes():
+def test_the_engine_runs_on_explicit_meshes(eight_devices):
     """With numbers per objective, aux, microbatches and a penalty outside of blocks."""
-    run_python(["-c", PROGRAM], devices=4, PYTHONPATH="tests")
+    eight_devices("engine.test_modules", "on_explicit_meshes")

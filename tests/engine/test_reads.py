@@ -151,7 +151,7 @@ def test_every_read_outside_of_a_block_is_seen(name):
     made = engine(loss)
     usage = made.usage(PARAMS, BATCH)
     assert paths(usage.outside) == wanted
-    assert paths(made.tapped(usage)) >= wanted
+    assert paths(made.deferred(usage)) >= wanted
 
 
 @pytest.mark.parametrize("name", HANDED_ON)
@@ -161,7 +161,7 @@ def test_parameters_that_are_only_handed_on_are_resolved_within_the_pass(name):
     usage = made.usage(PARAMS, BATCH)
     assert not usage.outside
     # Two branches of a choice are two calls.
-    assert paths(made.tapped(usage)) == (ALL if name == "a choice" else set())
+    assert paths(made.deferred(usage)) == (ALL if name == "a choice" else set())
 
 
 def at_once(params, batch):

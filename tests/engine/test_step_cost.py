@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import json
-
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
-
-from devices import run_python
-
-SCRIPT = """
-import json
-import jax, jax.numpy as jnp, optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from jaxmoo import mesh, resolved_value_and_grad
 from jaxmoo.blocks import choose
 from jaxmoo.engine import cost
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 
-STACKED, LANGUAGES, LAYERS = r"^layers\\.(\\d+)\\.", 8, 24
-config = DecoderConfig(
-    vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=LAYERS,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
+STACKED, LANGUAGES, LAYERS = r"^layers\.(\d+)\.", 8, 24
+CONFIG = DecoderConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=128,
     tie_word_embeddings=True,
 )
-graph, params = nnx.split(Decoder.abstract(config))
-blocks = choose({r"embedding$": "slices:4", ".*": "layer"})
-optimizer = optax.adamw(1e-4)
 
 
 def compiled(objectives, aggregator, device_mesh):
+    """A whole step, compiled for a mesh, and the number of its blocks."""
+    graph, params = nnx.split(Decoder.abstract(CONFIG))
+    optimizer = optax.adamw(1e-4)
     gradients = resolved_value_and_grad(
-        lambda p, b: token_nll(nnx.merge(graph, p), b).sum(), params, mesh=device_mesh,
-        num_objectives=objectives, aggregator=aggregator, blocks=blocks, stacked=STACKED,
+        lambda p, b: token_nll(nnx.merge(graph, p), b).sum(),
+        params,
+        mesh=device_mesh,
+        num_objectives=objectives,
+        aggregator=aggregator,
+        blocks=choose({r"embedding$": "slices:4", ".*": "layer"}),
+        stacked=STACKED,
         weight_fn=lambda b: target_mask(b).sum(),
     )
 
@@ -47,39 +55,38 @@ def compiled(objectives, aggregator, device_mesh):
         )
 
     def everywhere(tree):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(device_mesh, PartitionSpec())), tree)
+        return place(tree, jax.tree.map(lambda _: NamedSharding(device_mesh, P()), tree))
 
     placed = place(params, mesh.parameter_shardings(device_mesh, params, stacked=STACKED))
     adam, *rest = jax.eval_shape(optimizer.init, placed)
     adam = adam._replace(count=everywhere(adam.count), mu=placed, nu=placed)
-    rows = jax.ShapeDtypeStruct(
-        (objectives, LANGUAGES // objectives, 32), jnp.int32,
-        sharding=mesh.batch_sharding(device_mesh))
-    batch = {"tokens": rows, "loss_mask": jax.ShapeDtypeStruct(
-        rows.shape, bool, sharding=rows.sharding)}
+    sharding = mesh.batch_sharding(device_mesh)
+    shape = (objectives, LANGUAGES // objectives, 32)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
+        "loss_mask": jax.ShapeDtypeStruct(shape, bool, sharding=sharding),
+    }
     state = everywhere(jax.eval_shape(gradients.init))
-    program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(
-        placed, (adam, *rest), state, batch).compile()
-    return program, len(gradients.partition)
+    lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(placed, (adam, *rest), state, batch)
+    return lowered.compile(), len(gradients.partition)
 
 
-plain, _ = compiled(1, None, mesh.make_mesh(1))
-resolving, count = compiled(LANGUAGES, "cagrad", mesh.make_mesh(LANGUAGES))
-print("RESULT", json.dumps({
-    "peak": [cost.memory(x)["peak"] for x in (resolving, plain)],
-    "sent": [cost.collective_bytes(x) for x in (resolving, plain)],
-    "blocks": count,
-}))
-"""
+def costs(count):
+    """Peak memory and bytes sent of a step that resolves and a plain one, on some devices."""
+    devices = jax.devices()[:count]
+    resolving, blocks = compiled(LANGUAGES, "cagrad", mesh.make_mesh(LANGUAGES, devices=devices))
+    plain, _ = compiled(1, None, mesh.make_mesh(1, devices=devices))
+    return {
+        "peak": [cost.memory(x)["peak"] for x in (resolving, plain)],
+        "sent": [cost.collective_bytes(x) for x in (resolving, plain)],
+        "blocks": blocks,
+        "devices": count,
+    }
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=["one device", "eight devices"])
-def found(request):
-    done = run_python(["-c", SCRIPT], devices=request.param)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT")) | {"devices": request.param}
+def found(request, eight_devices):
+    return eight_devices("engine.test_step_cost", "costs", request.param)
 
 
 def test_memory_is_near_that_of_plain_fine_tuning(found):

@@ -18,39 +18,39 @@ ALL = {"embed.embedding", "head.kernel", "head.scale"} | {
 }
 
 
-def tapped(toy, blocks="layer", **options):
+def deferred(toy, blocks="layer", **options):
     """Paths of the arrays that are resolved after the pass."""
     made = engine(toy, K, blocks=blocks, aggregator="mean", **options)
     paths = [path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(toy.params)]
-    return {paths[i] for i in made.tapped(made.usage(toy.params, BATCH))}
+    return {paths[i] for i in made.deferred(made.usage(toy.params, BATCH))}
 
 
 @pytest.mark.parametrize("blocks", ["layer", "module", "leaf"])
 @pytest.mark.parametrize("form", ["scan", "loop", "list"])
 def test_blocks_that_one_call_sees_are_resolved_within_the_pass(form, blocks):
-    assert not tapped(Toy(form=form), blocks)
+    assert not deferred(Toy(form=form), blocks)
 
 
 @pytest.mark.parametrize("form", ["scan", "loop"])
 def test_a_parameter_used_twice_is_resolved_when_both_uses_are_known(form):
-    assert tapped(Toy(tied=True, form=form)) == {"embed.embedding"}
-    assert tapped(Toy(shared=True, form=form)) == {"shared.kernel"}
+    assert deferred(Toy(tied=True, form=form)) == {"embed.embedding"}
+    assert deferred(Toy(shared=True, form=form)) == {"shared.kernel"}
 
 
 def test_blocks_that_span_calls_are_resolved_after_the_pass():
-    assert tapped(Toy(), "whole") == ALL
-    assert tapped(Toy(), lambda path: "edge" if "layers" not in path else path) == {
+    assert deferred(Toy(), "whole") == ALL
+    assert deferred(Toy(), lambda path: "edge" if "layers" not in path else path) == {
         "embed.embedding",
         "head.kernel",
         "head.scale",
     }
     # Of a stack, one layer that shares its block with another array takes the others with it.
     rule = lambda path: "odd" if path in ("layers.0.mlp.bias", "head.scale") else path  # noqa: E731
-    assert tapped(Toy(), rule) == {"layers.mlp.bias", "head.scale"}
+    assert deferred(Toy(), rule) == {"layers.mlp.bias", "head.scale"}
 
 
 def test_accumulated_gradients_are_resolved_after_the_pass():
-    assert tapped(Toy(), microbatches=2, accumulation="accumulate_first") == ALL
+    assert deferred(Toy(), microbatches=2, accumulation="accumulate_first") == ALL
 
 
 def test_examples_may_be_mapped():
@@ -64,7 +64,8 @@ def test_examples_may_be_mapped():
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(K, K, 3)), jnp.float32)
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
     _, found, _ = quick_jit(made)(params, batch, made.init())
-    _, gradients = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / K)(params, batch)
+    stacked = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / K)
+    _, gradients = quick_jit(stacked)(params, batch)
     tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
     expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5)
@@ -102,25 +103,37 @@ def classifier_loss(model, batch, remat="full"):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], -1).sum()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
-def test_flax_modules_of_ones_own_are_blocks(remat):
+@pytest.fixture(scope="module")
+def classified():
+    """A model's graph, parameters and batch, and what stacked gradients give."""
     graph, params = nnx.split(Classifier(nnx.Rngs(0)))
     draw = np.random.default_rng(0)
     batch = {
         "x": jnp.asarray(draw.normal(size=(K, 6, D)), jnp.float32),
         "y": jnp.asarray(draw.integers(0, 4, (K, 6))),
     }
+    tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
+
+    @quick_jit
+    def oracle(params):
+        stacked = jaxmoo.stacked_value_and_grad(
+            lambda p, b: classifier_loss(nnx.merge(graph, p), b) / 6
+        )
+        losses, gradients = stacked(params, batch)
+        return losses, tx.update(gradients, tx.init(params))[0]
+
+    return graph, params, batch, oracle(params)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_flax_modules_of_ones_own_are_blocks(remat, classified):
+    graph, params, batch, (wanted_losses, expected) = classified
 
     def loss(params, batch):
         return classifier_loss(nnx.merge(graph, params), batch, remat)
 
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
     losses, found, state = quick_jit(made)(params, batch, made.init())
-    wanted_losses, gradients = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / 6)(
-        params, batch
-    )
-    tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
-    expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -180,6 +193,6 @@ def test_a_loss_that_jax_has_traced_is_the_same_before_within_and_after_any_engi
             loss, params, num_objectives=2, aggregator=aggregator, blocks="layer",
             stacked=r"^layers\.",
         )  # fmt: skip
-        losses, _, _ = engine(params, batch, engine.init())
+        losses, _, _ = quick_jit(engine)(params, batch, engine.init())
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
         np.testing.assert_allclose(outside(), expected, rtol=1e-6)

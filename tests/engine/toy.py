@@ -176,9 +176,10 @@ def run_engine(toy: Toy, data: list[Any], **options: Any) -> dict[str, np.ndarra
     for batch in data:
         losses, updates, state = step(params, jax.tree.map(np.asarray, batch), state)
         results.append((losses, updates))
-    # Every process reads everything.
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(made.mesh, P()))
-    return flatten(*whole((results, state)))
+    if jax.process_count() > 1:  # every process reads everything
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(made.mesh, P()))
+        results, state = whole((results, state))
+    return flatten(results, state)
 
 
 def run_oracle(toy: Toy, data: list[Any], **options: Any) -> dict[str, np.ndarray]:

@@ -296,3 +296,57 @@ def test_patterns_that_match_nothing_or_leave_blocks_out_are_refused(params):
         tx = jaxmoo.resolve_conflicts(mapping, "layer", stacked=STACKED)
         with pytest.raises(ConfigError, match=message):
             tx.init(params)
+
+
+# --- optax.experimental.aggregating --------------------------------------------------------------
+
+aggregating = getattr(getattr(optax, "experimental", None), "aggregating", None)
+needs_aggregating = pytest.mark.skipif(
+    aggregating is None, reason="this optax has no optax.experimental.aggregating"
+)
+
+
+@needs_aggregating
+def test_it_is_an_aggregator_of_optax(params, updates):
+    """``process`` makes an aggregator of one, and passes extra arguments on."""
+    resolver = jaxmoo.resolve_conflicts("mgda", "layer", stacked=STACKED, num_objectives=K)
+    assert isinstance(resolver, aggregating.Aggregator)
+    assert isinstance(jaxmoo.freeze(), aggregating.Aggregator)
+    clip = optax.stateless(
+        lambda gradients, _: jax.vmap(optax.projections.projection_l2_ball)(gradients)
+    )
+    adam = optax.adam(1e-2)
+    tx = aggregating.process(*map(optax.with_extra_args_support, (clip, resolver, adam)))
+    plain = aggregating.process(clip, resolver, adam)
+    assert isinstance(plain, aggregating.Aggregator)
+    active = jnp.array([True, False, True])
+    chain = optax.chain(clip, resolver, adam)
+    wanted, state = compiled_update(chain, updates, params, active=active)
+    found, after = compiled_update(tx, updates, params, active=active)
+    assert_trees_close(found, wanted, atol=1e-7)
+    assert not optax.tree.get(after, "weights")[:, 1].any()
+    np.testing.assert_array_equal(
+        optax.tree.get(after, "conflict"), optax.tree.get(state, "conflict")
+    )
+
+
+@needs_aggregating
+def test_an_aggregator_of_optax_takes_its_place(params, updates):
+    averaged = optax.chain(aggregating.average_per_element_updates(), optax.sgd(1.0))
+    resolved = optax.chain(jaxmoo.resolve_conflicts("mean", "whole"), optax.sgd(1.0))
+    found, _ = compiled_update(averaged, updates, params)
+    wanted, _ = compiled_update(resolved, updates, params)
+    assert_trees_close(found, wanted, atol=1e-6)
+
+
+@needs_aggregating
+def test_resolved_gradients_are_accumulated_before_the_optimiser_runs(params, updates):
+    resolver = jaxmoo.resolve_conflicts("mean", "whole", num_objectives=K)
+    accumulated = optax.chain(resolver, aggregating.accumulate_avg_updates(2))
+    tx = aggregating.process(optax.identity(), aggregating.Aggregator(*accumulated), optax.sgd(1.0))
+    first, state = compiled_update(tx, updates, params)
+    assert all(not np.any(x) for x in jax.tree.leaves(first))
+    tripled = jax.tree.map(lambda x: 3 * x, updates)
+    second, state = compiled_update(tx, tripled, params, state)
+    assert_trees_close(second, jax.tree.map(lambda x: -2 * x.mean(0), updates), atol=1e-5)
+    assert int(optax.tree.get(state, "step")) == 2

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from engine.toy import quick_jit
+
 K = 3
 STACKED = r"^layers\."
 
@@ -10,7 +12,7 @@ STACKED = r"^layers\."
 def compiled_update(tx, updates, params, state=None, **extra):
     """One update, compiled as users compile it."""
     state = tx.init(params) if state is None else state
-    return jax.jit(tx.update)(updates, state, params, **extra)
+    return quick_jit(tx.update)(updates, state, params, **extra)
 
 
 def block_matrices(part, tree):

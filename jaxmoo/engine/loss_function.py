@@ -7,7 +7,8 @@ read. What is read elsewhere too is given as an ordinary array, gathered whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,11 @@ from jaxmoo.engine.reads import Reads, reads_of
 from jaxmoo.engine.usage import Recorder, Usage
 from jaxmoo.errors import ConfigError, JaxmooError
 
-__all__ = ["Loss"]
+__all__ = ["LossFunction"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Loss:
+class LossFunction:
     """A loss function of one objective.
 
     Attributes:
@@ -44,7 +45,7 @@ class Loss:
     def __call__(
         self,
         values: Sequence[Any],
-        taps: Sequence[Any],
+        accumulators: Mapping[int, Any],
         batch: Any,
         *,
         trees: Any,
@@ -54,7 +55,7 @@ class Loss:
 
         Args:
           values: the pieces.
-          taps: see :class:`~jaxmoo.engine.parameter.Parameter`, or None for each.
+          accumulators: the cotangent accumulators of deferred arrays, by number.
           batch: one objective's.
           trees: the structures of both trees of parameters.
           outside: numbers of the parameters that are read outside of blocks.
@@ -62,9 +63,10 @@ class Loss:
         Returns:
           ``(loss, aux)``; aux is None where there is none.
         """
-        given = self._given(values, outside, taps)
+        given = self._given(values, outside, accumulators)
         for number in outside:
-            given[number] = current().whole(self._parameter(number, values[number], taps[number]))
+            parameter = self._parameter(number, values[number], accumulators.get(number))
+            given[number] = current().whole(parameter)
         return self._call(given, batch, trees)
 
     def usage(self, trees: Any, batch: Any, pieces: int) -> Usage:
@@ -109,7 +111,7 @@ class Loss:
         """Trace the function with parameters of which some are given as ordinary arrays."""
         recorder = Recorder(self.layouts, pieces)
 
-        def loss(values: list[Any], batch: Any) -> jax.Array:
+        def loss(values: list[Any], batch: Any) -> tuple[jax.Array, Any]:
             with running(recorder):
                 return self._call(self._given(values, outside), batch, trees)
 
@@ -125,11 +127,14 @@ class Loss:
         return _Traced(recorder, jaxpr, reads)
 
     def _given(
-        self, values: Sequence[Any], outside: frozenset[int], taps: Sequence[Any] | None = None
+        self,
+        values: Sequence[Any],
+        outside: frozenset[int],
+        accumulators: Mapping[int, Any] = MappingProxyType({}),
     ) -> list[Any]:
         """What the loss function gets for each array: it itself, or what only blocks can read."""
         return [
-            value if i in outside else self._parameter(i, value, taps and taps[i])
+            value if i in outside else self._parameter(i, value, accumulators.get(i))
             for i, value in enumerate(values)
         ]
 
@@ -140,10 +145,10 @@ class Loss:
         result = self.function(*arguments, batch)
         return result if self.has_aux else (result, None)
 
-    def _parameter(self, number: int, value: Any, tap: Any) -> Parameter:
+    def _parameter(self, number: int, value: Any, accumulator: Any) -> Parameter:
         layout = self.layouts[number]
         layer = None if layout.layers is None else np.arange(layout.layers, dtype=np.int32)
-        return Parameter(value, tap, layer, number, layout.path, layout.shape)
+        return Parameter(value, accumulator, layer, number, layout.path, layout.shape)
 
 
 class _Traced(NamedTuple):
