@@ -31,12 +31,12 @@ import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import torch
 from common import environment, prepare
 from contestants import METHODS, Method
 
 import jaxmoo
+import report
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.aggregators.pcgrad import random_orders

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kernels
 from common import bullets, gigabytes, markdown, ratio, seconds, step_name
+
+import kernels
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import argparse
 
 import jax
 
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError, JaxmooError, failed
 from jaxmoo.runtime.terminal import forgiving_output
 from jaxmoo.sizes import parse_size
-from jaxmoo.train.plan import plan, shape_of
+from jaxmoo.train.planning import plan, shape_of
 
 MOST_DEVICES = 10_000
 

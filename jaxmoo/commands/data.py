@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxmoo.config.training import Config, load_config
+from jaxmoo.config import Config, load_config
 from jaxmoo.data.describe import describe, epochs_table, marked, sample
 from jaxmoo.data.languages import nearest_language
 from jaxmoo.data.run_data import RunData, load_data, make_batches

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxmoo.config.data_section import DataConfig, is_date
+from jaxmoo import mesh
+from jaxmoo.config import DataConfig, is_date
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
@@ -20,9 +22,9 @@ from jaxmoo.data.notes import notes
 from jaxmoo.data.run_data import chat_tokenizer
 from jaxmoo.data.split import split_languages
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
-from jaxmoo.evaluate.model import Evaluator
 from jaxmoo.evaluate.questions import (
     COLUMN,
     Questions,
@@ -34,6 +36,7 @@ from jaxmoo.evaluate.questions import (
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
+from jaxmoo.models import Decoder
 from jaxmoo.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -150,11 +153,20 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
     if done:
         say(f"Already evaluated: {', '.join(done)}.")
+    graph = nnx.graphdef(
+        Decoder.abstract(
+            opened.model.config,
+            segments=opened.model.segments,
+            dtype=jnp.dtype(settings.dtype),
+        )
+    )
+    parameters = nnx.state(opened.model)
     evaluator = Evaluator(
-        opened.model,
-        tokenizer,
+        lambda parameters: nnx.merge(graph, parameters),
+        mesh.make_mesh(1),
         batch_size=settings.batch_size,
-        dtype=jnp.dtype(settings.dtype),
+        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        tokenizer=tokenizer,
         stop=stop_tokens(source, tokenizer),
         new_tokens=settings.new_tokens,
     )
@@ -164,7 +176,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     with tqdm(total=total, unit="row", disable=None if missing else True) as bar:
         for code, asked in missing.items():
             bar.set_description(code)
-            done[code] = evaluator.answer(asked, bar.update)
+            done[code] = evaluator.answer(parameters, asked, bar.update)
             store.store(code, identities[code], done[code])
 
     results = store.finish(

@@ -6,8 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxmoo.config.lora_section import lora_of
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config, lora_of
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters

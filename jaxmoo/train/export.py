@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config
 from jaxmoo.data.ending import NO_ENDING
 from jaxmoo.data.run_data import read_template
 from jaxmoo.errors import CheckpointError, ConfigError

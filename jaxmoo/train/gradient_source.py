@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxmoo import aggregators, blocks, mesh
 from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import Blocks, Partition, path_string
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config
 from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, target_mask, token_nll

@@ -15,7 +15,7 @@ from data.tables import compress
 from jaxmoo.data import LanguageBatches, load_corpus, stream_corpus
 from jaxmoo.data.streams import hub_streams
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
-from jaxmoo.train.progress import batch_digest, check_data
+from jaxmoo.train.resume import batch_digest, check_data
 
 LENGTH = 64
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from engine.toy import quick_jit
 from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
-from jaxmoo.config.training import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
+from jaxmoo.config import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 from jaxmoo.train.gradient_source import GradientSource, make_gradients, sampled
 from jaxmoo.train.step import TrainState, make_train_step

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from jaxmoo.commands.convert import main as convert
 from jaxmoo.commands.train import main
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.engine import cost
 from jaxmoo.hf import save_adapter
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.train.metrics import read_metrics
-from jaxmoo.train.plan import abstract_step
+from jaxmoo.train.planning import abstract_step
 from jaxmoo.train.setup import prepare
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"

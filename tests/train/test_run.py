@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 from devices import ROOT, run_python
 from jaxmoo.commands.data import main as data_main
 from jaxmoo.commands.train import main
-from jaxmoo.config.data_section import is_date
-from jaxmoo.config.training import load_config
+from jaxmoo.config import is_date, load_config
 from jaxmoo.convert.models import to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.train.metrics import read_metrics

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.runs.checkpoint import STATE
 from jaxmoo.runs.directory import RunDirectory

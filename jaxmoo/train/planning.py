@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmoo import mesh
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config, validate
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
@@ -146,19 +146,29 @@ class Plan:
 
 def plan(
     config: Config,
-    architecture: DecoderConfig,
+    architecture: DecoderConfig | None = None,
     gradients: Callable[..., GradientSource] = make_gradients,
 ) -> Plan:
     """Compile the step of a run and count what it costs.
 
+    It is planned for the devices that JAX has; ``jax.config.update("jax_num_cpu_devices", n)``,
+    before JAX is used, makes as many as one likes.
+
     Args:
       config: the run's settings.
-      architecture: the model's sizes.
+      architecture: the model's sizes; by default those of ``config.model.source``, as
+        :func:`shape_of` finds them.
       gradients: where the step's gradient comes from.
+
+    Returns:
+      What a step needs, per device; :meth:`Plan.table` shows it.
 
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
     """
+    validate(config)
+    if architecture is None:
+        architecture = shape_of(config.model.source)
     step = abstract_step(config, architecture, gradients)
     begun = time.perf_counter()
     traced = step.function.trace(*step.arguments)
