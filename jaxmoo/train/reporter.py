@@ -175,6 +175,11 @@ class Reporter:
             "conflict_share": measured["conflict"].mean(),
             "weights": by_language(measured["weights"].mean(0)),
             "cosine": cosine,
+            **(
+                {"loss_weights": by_language(measured["loss_weights"])}
+                if "loss_weights" in measured
+                else {}
+            ),
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
             **({"malformed": malformed} if (malformed := batches.malformed()) else {}),

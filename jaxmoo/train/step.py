@@ -140,7 +140,8 @@ def make_train_step(
       A function ``(state, frozen, batch) -> (state, metrics)``. Batch arrays are [K, B, ...].
       Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
       ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K],
-      ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K].
+      ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K]; ``loss_weights`` [K]
+      where losses are weighed.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -166,6 +167,8 @@ def make_train_step(
             "gram": resolved.gram,
             "skipped": resolved.skipped,
         }
+        if gradients.loss_weights is not None:
+            metrics["loss_weights"] = gradients.loss_weights(state.resolver)
         return TrainState(state.step + 1, params, resolver, opt_state, average), metrics
 
     return step

@@ -12,7 +12,7 @@ multiply every objective's loss (or row of the stacked gradients) by its weight.
 1 over the objectives present, so a learning rate carries over. They carry no gradient.
 """
 
-from jaxmoo.weighting.base import Weighting
+from jaxmoo.weighting.base import Weighting, initial_weights
 from jaxmoo.weighting.dwa import dwa
 from jaxmoo.weighting.famo import famo
 from jaxmoo.weighting.learned import imtl_l, uw
@@ -25,6 +25,7 @@ __all__ = [
     "famo",
     "get",
     "imtl_l",
+    "initial_weights",
     "names",
     "static",
     "temperature",
