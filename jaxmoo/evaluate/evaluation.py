@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from jaxmoo import mesh
 from jaxmoo.config import DataConfig, is_date
+from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
@@ -37,6 +38,7 @@ from jaxmoo.evaluate.questions import (
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.models import Decoder
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -85,6 +87,34 @@ class Evaluation:
     batch_size: int = 16
     dtype: str = "float32"
     skip_empty: bool = False
+
+    @classmethod
+    def of_run(cls, run: str | Path, **changes: Any) -> Evaluation:
+        """Ask what a training run asks of itself: the replies that it holds out.
+
+        Args:
+          run: its directory.
+          **changes: other values of the attributes. By default the results are written to
+            ``held_out.json`` in that directory.
+
+        Raises:
+          ConfigError: there is no run, or a value is out of range.
+        """
+        directory = RunDirectory(Path(run))
+        data = load_run_config(directory.config).data
+        found: dict[str, Any] = {
+            "name": str(run),
+            "model": directory.path,
+            "output": directory.path / "held_out.json",
+            "data": data,
+            "seen": data.seen,
+            "unseen": data.unseen,
+            "held_out": True,
+            "max_examples": data.max_held_out,
+            "max_length": data.sequence_length,
+            "skip_empty": True,
+        }
+        return cls(**found | changes)
 
     def __post_init__(self) -> None:
         languages = [*self.seen, *self.unseen]

@@ -258,6 +258,7 @@ def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_
         assert four["languages"][code] == pytest.approx(scores, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
     """As the run scores itself: split, order, limit, and unusable examples left out."""
     for language in ("en", "fa"):
