@@ -204,7 +204,10 @@ def values(config: Any) -> dict[str, Any]:
     """Return the value of every setting by its dotted name."""
 
     def get(name: str) -> Any:
-        return functools.reduce(getattr, name.split("."), config)
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
 
     return {name: get(name) for name in leaves(type(config))}
 
@@ -219,7 +222,7 @@ _LARGEST_FLOAT = 3.4e38  # in float32
 
 def check_values(config: Any) -> list[tuple[str, str]]:
     """Return (setting, problem) for every value outside its declared range or choices."""
-    problems = []
+    problems: list[tuple[str, str]] = []
     for name, value in values(config).items():
         leaf = leaves(type(config))[name]
         if value is None and leaf.optional:

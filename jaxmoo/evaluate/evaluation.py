@@ -191,11 +191,12 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         )
     )
     parameters = nnx.state(opened.model)
+    pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     evaluator = Evaluator(
         lambda parameters: nnx.merge(graph, parameters),
         mesh.make_mesh(1),
         batch_size=settings.batch_size,
-        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_id=pad_id,
         tokenizer=tokenizer,
         stop=stop_tokens(source, tokenizer),
         new_tokens=settings.new_tokens,

@@ -222,7 +222,8 @@ class Evaluator:
         ends = np.flatnonzero(np.isin(tokens, self._stop))
         kept = tokens[: ends[0]] if len(ends) else tokens
         assert self._tokenizer is not None, "generated tokens need a tokenizer"
-        return self._tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
+        # Of one sequence it is one text, which the signature does not tell.
+        return str(self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
 
 
 class _Branched(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
 from jaxmoo.models.paths import STACKED
 from jaxmoo.stacked import stacked_value_and_grad
-from jaxmoo.transform import ResolveConflictsState, resolve_conflicts
+from jaxmoo.transform import resolve_conflicts
 from jaxmoo.weighting import Weighting, initial_weights
 
 __all__ = [
@@ -44,7 +44,8 @@ class GradientSource(NamedTuple):
     Attributes:
       init: ``params -> state``.
       compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
-      diagnostics: the resolver's part of the state, for all K languages.
+      diagnostics: the resolver's part of the state, a
+        :class:`~jaxmoo.transform.ResolveConflictsState` with the arrays of all K languages.
       partition: the blocks.
       engine: the in-backward engine, where it is used.
       loss_weights: ``state -> [K]``, what the next step multiplies the languages' losses by, where
@@ -53,7 +54,7 @@ class GradientSource(NamedTuple):
 
     init: Callable[[Any], Any]
     compute: Callable[[Any, Any, Any, Any], tuple[jax.Array, Any, Any]]
-    diagnostics: Callable[[Any], ResolveConflictsState]
+    diagnostics: Callable[[Any], Any]
     partition: Partition
     engine: ResolvedGradients | None
     loss_weights: Callable[[Any], jax.Array] | None = None
@@ -299,7 +300,7 @@ def sampled(source: GradientSource, num_languages: int) -> GradientSource:
             ),
         )
 
-    def diagnostics(state: SampledState) -> ResolveConflictsState:
+    def diagnostics(state: SampledState) -> Any:
         return source.diagnostics(state.resolver)._replace(
             gram=state.gram, weights=state.weights, skipped=state.skipped
         )
@@ -337,9 +338,8 @@ def _stacked(
         losses, gradients = value_and_grad(params, batch)
         gradients = jax.lax.with_sharding_constraint(gradients, per_language)
         present, finite = jax.vmap(target_mask)(batch).any((1, 2)), jnp.isfinite(losses)
-        updates, (tracked, resolved) = resolver.update(
-            gradients, state, params, active=present & finite
-        )
+        updates, after = resolver.update(gradients, state, params, active=present & finite)
+        tracked, resolved = cast(tuple[Any, Any], after)
         state = tracked, resolved._replace(skipped=resolved.skipped + (present & ~finite))
         return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
 

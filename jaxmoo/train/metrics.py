@@ -282,7 +282,7 @@ class Progress:
         step = row["step"]
         losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
         summary = _summary(row, losses)
-        if self._bar is not None:
+        if self._bar is not None and self._losses is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
             self._losses.set_description_str(_compact(losses, self._width - 1), refresh=False)

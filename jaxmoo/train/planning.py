@@ -311,8 +311,8 @@ def bytes_sent(step: AbstractStep, traced: Any, compiled: Any) -> dict[str, int]
       compiled: ``traced.lower().compile()``.
     """
     engine = step.gradients.engine
-    explicit = engine is not None and step.device_mesh.shape[mesh.TENSOR] == 1
-    if explicit and any(layout.gathered_dtype == jnp.bfloat16 for layout in engine.layouts):
+    layouts = () if engine is None or step.device_mesh.shape[mesh.TENSOR] > 1 else engine.layouts
+    if any(layout.gathered_dtype == jnp.bfloat16 for layout in layouts):
         # Programs compiled for the CPU send bfloat16 as float32.
         return cost.traced_collective_bytes(traced.jaxpr)
     return cost.collective_bytes(compiled)

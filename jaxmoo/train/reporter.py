@@ -167,7 +167,7 @@ class Reporter:
             "step": done.step,
             "loss": by_language(measured["loss"]),
             "epochs": batches.epochs(done.step),
-            "learning_rate": float(self._rate(done.step - 1)),
+            "learning_rate": float(np.asarray(self._rate(done.step - 1))),
             "tokens": tokens,
             "language_tokens": dict(zip(here, counts, strict=True)),
             "step_seconds": seconds,

@@ -26,7 +26,7 @@ __all__ = [
 class TrainState(NamedTuple):
     """What a step reads and replaces, and a checkpoint holds."""
 
-    step: jax.Array  # int32 []
+    step: Any  # int32 []
     params: Any  # trainable parameters
     resolver: Any  # of the conflict resolution, with the last step's diagnostics
     opt_state: Any
@@ -94,8 +94,9 @@ def _like_parameters(state: Any, params: Any, everywhere: NamedSharding) -> Any:
         ends = (path[i:] for i in range(len(path) + 1))
         parameter = next((known[end] for end in ends if end in known), None)
         # Factored moments have fewer axes than their parameter.
-        alike = parameter is not None and parameter.shape == x.shape
-        sharding = parameter.sharding if alike else everywhere
+        sharding = everywhere
+        if parameter is not None and parameter.shape == x.shape:
+            sharding = parameter.sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, state)
