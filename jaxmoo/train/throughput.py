@@ -47,6 +47,7 @@ def peak_flops(device: Any) -> float | None:
     """Return the peak of a device of JAX in dense bfloat16 FLOP/s; None where it is not known.
 
     Example:
+      >>> import jax
       >>> peak_flops(jax.devices("cpu")[0]) is None
       True
     """
