@@ -27,7 +27,7 @@ from jaxmoo.data.load import load_data
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import resolve_source
 from jaxmoo.runtime.processes import place
-from jaxmoo.train.plan import abstract_step
+from jaxmoo.train.planning import abstract_step
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from jaxmoo.config.training import (
 )
 from jaxmoo.models import DecoderConfig
 from jaxmoo.train.gradient_source import GradientSource, engine_source, make_gradients
-from jaxmoo.train.plan import AbstractStep, Plan, abstract_step, plan, shape_of
+from jaxmoo.train.planning import AbstractStep, Plan, abstract_step, plan, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmoo.blocks import path_string
 from jaxmoo.engine.cost import memory
-from jaxmoo.train.plan import AbstractStep
+from jaxmoo.train.planning import AbstractStep
 from jaxmoo.train.step import TrainState
 
 

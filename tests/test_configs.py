@@ -28,7 +28,7 @@ PLAN = """
 import json, sys
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.config.training import load_config
-from jaxmoo.train.plan import abstract_step, plan, shape_of
+from jaxmoo.train.planning import abstract_step, plan, shape_of
 largest, *names = sys.argv[1:]
 for name in names:
     config = load_config(f"configs/{name}.yaml")

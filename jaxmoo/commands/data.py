@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxmoo.commands.command import add_settings, command
-from jaxmoo.config.training import Config, load_config
+from jaxmoo.config import Config, load_config
 from jaxmoo.data.inspect import describe, epochs_table, marked, sample
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.errors import ConfigError, did_you_mean

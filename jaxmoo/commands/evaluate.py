@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.commands.command import command
-from jaxmoo.config.training import ColumnsConfig, DataConfig, load_config
+from jaxmoo.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate.compare import compare

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import jax
 
 from jaxmoo.commands.command import add_settings, command
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.sizes import parse_size
-from jaxmoo.train.plan import plan, shape_of
+from jaxmoo.train.planning import plan, shape_of
 
 __all__ = ["main"]
 

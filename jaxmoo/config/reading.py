@@ -97,7 +97,7 @@ def _build(schema: type[T], text: str, overrides: Iterable[str]) -> T:
     ]
     raise_problems(problems)
     try:
-        config = OmegaConf.to_object(tree)
+        config = typing.cast(T, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         key = error.full_key or "a setting"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}.") from error
@@ -187,7 +187,7 @@ def _override(schema: type, text: str, given: dict[str, _Given], problems: list[
     except yaml.YAMLError as error:
         problems.append(f"{where}the value is not YAML: {describe_error(error)}")
         return
-    if owner != name:  # one entry of a mapping, e.g. resolve.options.c
+    if owner is not None and owner != name:  # one entry of a mapping, e.g. resolve.options.c
         before = given[leaf.name].value if leaf.name in given else leaf.default
         value = {**(before if isinstance(before, Mapping) else {}), name[len(owner) + 1 :]: value}
     given[leaf.name] = _Given(value, where)

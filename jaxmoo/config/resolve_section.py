@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxmoo import aggregators, blocks
+from jaxmoo import aggregators, blocks, weighting
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
 
@@ -66,6 +66,17 @@ class ResolveConfig:
         "Weigh each language's loss by its share of the step's target tokens, instead of all "
         "alike. With `aggregator: mean` that is ordinary fine-tuning on one mixed batch.",
     )
+    weighting: str | None = setting(
+        None,
+        "Method that weighs the languages' losses before their gradients are taken: `static`, "
+        "`temperature`, `famo`, `uw`, `dwa` or `imtl_l`. Weights have mean 1 and follow from the "
+        "losses of the steps before. null weighs all alike.",
+    )
+    weighting_options: dict[str, Any] = setting(
+        {},
+        "Options of the weighting, such as `{weights: [1, 2]}` for `static`; numbers of languages "
+        "stand in the order of `data.seen`.",
+    )
     match_norm: bool = setting(
         False,
         "Give every block's resolved gradient the length of its mean gradient, to compare methods "
@@ -108,6 +119,7 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
             blocks.get(resolve.blocks)
     except ConfigError as error:
         problems.append(f"resolve.blocks: {error}")
+    problems += _check_weighting(resolve, len(seen))
     for code, weight in (resolve.preference or {}).items():
         if code not in seen:
             problems.append(
@@ -119,12 +131,35 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     return problems
 
 
+def _check_weighting(resolve: ResolveConfig, languages: int) -> list[str]:
+    if resolve.weighting is None:
+        if resolve.weighting_options:
+            return ["resolve.weighting_options have no effect without resolve.weighting."]
+        return []
+    try:
+        method = weighting.get(resolve.weighting, **resolve.weighting_options)
+        first = weighting.initial_weights(method, languages)
+    except (TypeError, ValueError) as error:
+        return [f"resolve.weighting: {error}"]
+    if not (first > 0).all():
+        return [
+            "resolve.weighting_options: every language needs a weight above 0; leave languages "
+            "without one out of data.seen."
+        ]
+    return []
+
+
 def check_sampled(resolve: ResolveConfig) -> list[str]:
     """Return what the resolver cannot do when each step has other languages."""
     problems = []
     if resolve.preference is not None:
         problems.append(
             "resolve.preference belongs to fixed languages; with data.languages_per_step give "
+            "data.sampling.weights instead."
+        )
+    if resolve.weighting is not None:
+        problems.append(
+            "resolve.weighting follows fixed languages; with data.languages_per_step give "
             "data.sampling.weights instead."
         )
     try:

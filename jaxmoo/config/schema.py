@@ -204,7 +204,10 @@ def values(config: Any) -> dict[str, Any]:
     """Return the value of every setting by its dotted name."""
 
     def get(name: str) -> Any:
-        return functools.reduce(getattr, name.split("."), config)
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
 
     return {name: get(name) for name in leaves(type(config))}
 
@@ -219,10 +222,12 @@ _LARGEST_FLOAT = 3.4e38  # in float32
 
 def check_values(config: Any) -> list[tuple[str, str]]:
     """Return (setting, problem) for every value outside its declared range or choices."""
-    problems = []
-    for name, value in values(config).items():
+    problems: list[tuple[str, str]] = []
+    found = values(config)
+    nulls = {name for name, value in found.items() if value is None}
+    for name, value in found.items():
         leaf = leaves(type(config))[name]
-        if value is None and leaf.optional:
+        if name in nulls and leaf.optional:
             continue
         if value == MISSING:
             problems.append((name, f"{name} is missing ({leaf.summary})."))
@@ -232,8 +237,8 @@ def check_values(config: Any) -> list[tuple[str, str]]:
             or value == ""
         ):
             hint = did_you_mean(value, leaf.choices)
-            found = flow(value, SHOWN)
-            problems.append((name, f"{name} must be {leaf.expected}, found {found}.{hint}"))
+            shown_value = flow(value, SHOWN)
+            problems.append((name, f"{name} must be {leaf.expected}, found {shown_value}.{hint}"))
         elif (fault := _beyond(value, leaf.within)) is not None:
             problems.append((name, f"{name} {fault}."))
     return problems

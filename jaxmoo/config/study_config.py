@@ -114,7 +114,8 @@ def _problems(study: StudyConfig) -> list[str]:
             f"baseline names {study.baseline!r}, which is not in arms."
             f"{did_you_mean(study.baseline, study.arms)} There are {', '.join(study.arms)}."
         )
-    for name, numbers in (("seeds", study.seeds), ("learning_rates", study.learning_rates)):
+    lists: dict[str, list[Any]] = {"seeds": study.seeds, "learning_rates": study.learning_rates}
+    for name, numbers in lists.items():
         if not numbers:
             problems.append(f"{name} is empty: name at least one.")
         twice = sorted({n for n in numbers if numbers.count(n) > 1})

@@ -29,13 +29,13 @@ _DEEPEST = 32
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the rules above."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, stream: str):
         super().__init__(stream)
         self._depth = 0
         # Number of values that a node stands for, anchors written out; none while it is read.
-        self._sizes: dict[yaml.Node, int] = {}
+        self._sizes: dict[yaml.Node | None, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Read a value and those within it; PyYAML calls this for every value."""

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxmoo.config.data_section import DataConfig, is_date
+from jaxmoo import mesh
+from jaxmoo.config import DataConfig, is_date
+from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
@@ -19,9 +22,9 @@ from jaxmoo.data.inspect import notes
 from jaxmoo.data.split import split_languages
 from jaxmoo.data.tokenizer import NO_ENDING, chat_tokenizer, ending_token
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
-from jaxmoo.evaluate.model import Evaluator
 from jaxmoo.evaluate.questions import (
     COLUMN,
     Questions,
@@ -33,6 +36,8 @@ from jaxmoo.evaluate.questions import (
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
+from jaxmoo.models import Decoder
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -81,6 +86,34 @@ class Evaluation:
     batch_size: int = 16
     dtype: str = "float32"
     skip_empty: bool = False
+
+    @classmethod
+    def of_run(cls, run: str | Path, **changes: Any) -> Evaluation:
+        """Ask what a training run asks of itself: the replies that it holds out.
+
+        Args:
+          run: its directory.
+          **changes: other values of the attributes. By default the results are written to
+            ``held_out.json`` in that directory.
+
+        Raises:
+          ConfigError: there is no run, or a value is out of range.
+        """
+        directory = RunDirectory(Path(run))
+        data = load_run_config(directory.config).data
+        found: dict[str, Any] = {
+            "name": str(run),
+            "model": directory.path,
+            "output": directory.path / "held_out.json",
+            "data": data,
+            "seen": data.seen,
+            "unseen": data.unseen,
+            "held_out": True,
+            "max_examples": data.max_held_out,
+            "max_length": data.sequence_length,
+            "skip_empty": True,
+        }
+        return cls(**found | changes)
 
     def __post_init__(self) -> None:
         languages = [*self.seen, *self.unseen]
@@ -149,11 +182,21 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
     if done:
         say(f"Already evaluated: {', '.join(done)}.")
+    graph = nnx.graphdef(
+        Decoder.abstract(
+            opened.model.config,
+            segments=opened.model.segments,
+            dtype=jnp.dtype(settings.dtype),
+        )
+    )
+    parameters = nnx.state(opened.model)
+    pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     evaluator = Evaluator(
-        opened.model,
-        tokenizer,
+        lambda parameters: nnx.merge(graph, parameters),
+        mesh.make_mesh(1),
         batch_size=settings.batch_size,
-        dtype=jnp.dtype(settings.dtype),
+        pad_id=pad_id,
+        tokenizer=tokenizer,
         stop=stop_tokens(source, tokenizer),
         new_tokens=settings.new_tokens,
     )
@@ -163,7 +206,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     with tqdm(total=total, unit="row", disable=None if missing else True) as bar:
         for code, asked in missing.items():
             bar.set_description(code)
-            done[code] = evaluator.answer(asked, bar.update)
+            done[code] = evaluator.answer(parameters, asked, bar.update)
             store.store(code, identities[code], done[code])
 
     results = store.finish(

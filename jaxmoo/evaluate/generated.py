@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmoo.data.example import normalise
 from jaxmoo.data.tokenizer import ending_token
@@ -47,7 +47,7 @@ def score_generated(replies: Sequence[str], references: Sequence[str]) -> Genera
       ([1, 0], [100.0, 26.4])
     """
     check_sacrebleu()
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     metric = CHRF()
     return GeneratedScores(
@@ -83,5 +83,6 @@ def stop_tokens(source: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, 
     Raises:
       CheckpointError: a file of the directory is damaged.
     """
-    stop = {tokenizer.eos_token_id, ending_token(tokenizer), *model_stop_tokens(source)}
+    end: Any = tokenizer.eos_token_id  # a token's number, or None
+    stop = {end, ending_token(tokenizer), *model_stop_tokens(source)}
     return tuple(sorted(int(token) for token in stop if token is not None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -16,6 +16,43 @@ from jaxmoo.runs.scores import LanguageScore
 # Lengths to which batches are padded, so that one program is compiled per length, not per batch.
 # Steps of a third to a half waste about a quarter of the work on the short replies of chat data.
 BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+__all__ = [
+    "BUCKETS",
+    "LanguageScore",
+    "Likelihoods",
+    "evaluate_nll",
+    "likelihoods",
+    "padded_length",
+]
+
+
+class Likelihoods(NamedTuple):
+    """How well a model predicts one language's replies, one by one.
+
+    Attributes:
+      nats: per reply the negative log-likelihood of its target tokens.
+      tokens: per reply the number of those.
+      bytes: per reply its length in UTF-8.
+
+    Example:
+      >>> Likelihoods([2.0, 4.0], [1, 2], [3, 4]).score().nll
+      2.0
+    """
+
+    nats: list[float]
+    tokens: list[int]
+    bytes: list[int]
+
+    def score(self) -> LanguageScore:
+        """Return the score of all replies together."""
+        return LanguageScore.of_sum(
+            # Exactly rounded, so that the order of the batches leaves no trace.
+            nats=math.fsum(self.nats),
+            tokens=sum(self.tokens),
+            bytes=sum(self.bytes),
+            examples=len(self.nats),
+        )
 
 
 def evaluate_nll(
@@ -69,7 +106,7 @@ def evaluate_nll(
         unit="reply",
         disable=None if progress else True,  # None: only on a terminal
     ) as bar:
-        nats = example_nats(
+        found = likelihoods(
             nll_fn,
             tokenized,
             batch_size=batch_size,
@@ -77,19 +114,10 @@ def evaluate_nll(
             buckets=buckets,
             advance=bar.update,
         )
-    return {
-        language: LanguageScore.of_sum(
-            # Exactly rounded, so that the order of the batches leaves no trace.
-            nats=math.fsum(nats[language]),
-            tokens=sum(int(e.scored[1:].sum()) for e in examples),
-            bytes=sum(e.reply_bytes for e in examples),
-            examples=len(examples),
-        )
-        for language, examples in tokenized.items()
-    }
+    return {language: one.score() for language, one in found.items()}
 
 
-def example_nats(
+def likelihoods(
     nll_fn: Callable[[dict[str, np.ndarray]], Any],
     tokenized: Mapping[str, Sequence[Tokenized]],
     *,
@@ -97,15 +125,15 @@ def example_nats(
     pad_id: int = 0,
     buckets: Sequence[int] = BUCKETS,
     advance: Callable[[int], object] = lambda rows: None,
-) -> dict[str, np.ndarray]:
-    """Negative log-likelihood of every example's targets; `evaluate_nll` sums them.
+) -> dict[str, Likelihoods]:
+    """Score every reply by itself; `evaluate_nll` sums them.
 
     Args:
       nll_fn: see `evaluate_nll`, and so are `tokenized`, `batch_size`, `pad_id` and `buckets`.
       advance: called with the number of examples of each batch that is done.
 
     Returns:
-      Per language float64 [N], in nats, in the order of its examples.
+      Per language its replies' likelihoods, in the order of its examples.
 
     Raises:
       ConfigError: `batch_size` is not positive.
@@ -113,8 +141,8 @@ def example_nats(
     Example:
       >>> example = Tokenized(np.array([5, 6, 7]), np.array([False, True, True]), 4, 3)
       >>> coin = lambda batch: np.full(batch["tokens"].shape, np.log(2))
-      >>> example_nats(coin, {"en": [example]}, batch_size=2)["en"].round(3)
-      array([1.386])
+      >>> likelihoods(coin, {"en": [example]}, batch_size=2)["en"]
+      Likelihoods(nats=[1.386...], tokens=[2], bytes=[4])
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is a positive number, found {batch_size}.")
@@ -131,7 +159,14 @@ def example_nats(
         for (language, number), total in zip(rows, sums, strict=False):
             nats[language][number] = total
         advance(len(rows))
-    return nats
+    return {
+        language: Likelihoods(
+            nats=nats[language].tolist(),
+            tokens=[int(e.scored[1:].sum()) for e in examples],
+            bytes=[e.reply_bytes for e in examples],
+        )
+        for language, examples in tokenized.items()
+    }
 
 
 def _length_batches(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jaxmoo.config.data_section import is_date
+from jaxmoo.config import is_date
 from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
 from jaxmoo.files.atomic import replace_text

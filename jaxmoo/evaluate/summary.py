@@ -64,9 +64,9 @@ def summarise(
         if language not in scores:
             raise ConfigError(f"No score of {language!r}.{did_you_mean(language, scores)}")
 
-    def mean(languages: Sequence[str], field: str) -> float | None:
+    def mean(languages: Sequence[str], field: str) -> float:
         values = [getattr(scores[language], field) for language in languages]
-        return sum(values) / len(values) if values else None
+        return sum(values) / len(values)
 
     def worst(field: str) -> tuple[str, float]:
         # Not-a-number is not equal to itself, and sorts above every number here.
@@ -77,8 +77,8 @@ def summarise(
     return Summary(
         mean(seen, "nll"),
         mean(seen, "bits_per_byte"),
-        mean(unseen, "nll"),
-        mean(unseen, "bits_per_byte"),
+        mean(unseen, "nll") if unseen else None,
+        mean(unseen, "bits_per_byte") if unseen else None,
         *worst("nll"),
         *worst("bits_per_byte"),
     )

@@ -43,8 +43,10 @@ __all__ = [
 class Score(Protocol):
     """What the plots need to know of a held-out score."""
 
-    nll: float
-    bits_per_byte: float
+    @property
+    def nll(self) -> float: ...
+    @property
+    def bits_per_byte(self) -> float: ...
 
 
 # --- Training loss ---------------------------------------------------------------------------

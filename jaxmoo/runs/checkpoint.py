@@ -318,7 +318,9 @@ class _NewestAndBest:
         self.scores: dict[int, float] = {}
 
     def best(self, steps: Iterable[int]) -> int | None:
-        return min((s for s in steps if s in self.scores), key=self.scores.get, default=None)
+        return min(
+            (s for s in steps if s in self.scores), key=self.scores.__getitem__, default=None
+        )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         newest = self._newest.should_preserve(checkpoints, context=context)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from filelock import FileLock, Timeout
 
-from jaxmoo.config.training import Config, dated, differences, load_config, to_yaml
+from jaxmoo.config import Config, dated, differences, load_config, to_yaml
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable, typed_path

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmoo.config.training import Config, differences_from_yaml
+from jaxmoo.config import Config, differences_from_yaml
 from jaxmoo.errors import CheckpointError
 from jaxmoo.models import DecoderConfig
 
@@ -49,7 +49,7 @@ def check_settings(described: Mapping[str, Any], step: int, config: Config) -> N
     """Raise unless a checkpoint is of a run with these settings.
 
     Args:
-      described: what is stored beside it (:func:`jaxmoo.train.progress.about`); what is not in it
+      described: what is stored beside it (:func:`jaxmoo.train.resume.about`); what is not in it
         is not checked.
       step: its name.
       config: the settings.
@@ -74,7 +74,7 @@ def check_base(
     """Raise unless a checkpoint is on top of a base model.
 
     Args:
-      described: what is stored beside it (:func:`jaxmoo.train.progress.about`); what is not in it
+      described: what is stored beside it (:func:`jaxmoo.train.resume.about`); what is not in it
         is not checked.
       step: its name.
       model: sizes and constants of the base model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import ModelCard
 from jaxmoo.runs.directory import RunDirectory

@@ -6,8 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxmoo.config.lora_section import lora_of
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config, lora_of
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters
@@ -71,6 +70,8 @@ def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.S
     """
     lora, pattern = lora_of(config.lora), config.model.trainable
     if lora is None:
-        return nnx.split(decoder, trainable_filter(pattern), ...)
+        graph, trained, frozen = nnx.split(decoder, trainable_filter(pattern), ...)
+        return graph, trained, frozen
     add_adapters(decoder, lora, adapted_layers(decoder.config, pattern))
-    return nnx.split(decoder, trainable_filter(ADAPTERS), ...)
+    graph, trained, frozen = nnx.split(decoder, trainable_filter(ADAPTERS), ...)
+    return graph, trained, frozen

@@ -7,6 +7,7 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -42,7 +43,8 @@ def kept_programs(directory: Path) -> Iterator[None]:
       ...     print(jax.jit(lambda x: x + 1)(1))
       2
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # whose names are made when JAX is imported
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         yield
         return
     compilation_cache.reset_cache()

@@ -30,7 +30,7 @@ class HangTimeout:
 
     def progress(self) -> None:
         """Start counting anew."""
-        if self._seconds:
+        if self._seconds and sys.__stderr__ is not None:
             # Not sys.stderr, which may be something without a file below it.
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 

@@ -14,7 +14,7 @@ from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.rows import Row, key_of, rows_of
-from jaxmoo.train.plan import shape_of
+from jaxmoo.train.planning import shape_of
 from jaxmoo.train.throughput import model_flops
 
 __all__ = ["outlook"]

@@ -49,7 +49,9 @@ def examine(tree: Any, everywhere: Sharding) -> dict[str, Condition]:
         if not sizes.ndim:
             found[name] = Condition(float(sizes), int(sums))
             continue
-        start, stop = _LAYERS.search(name).span(1)
+        layers = _LAYERS.search(name)
+        assert layers is not None, "only stacks of layers are looked at one by one"
+        start, stop = layers.span(1)
         for i, (size, checksum) in enumerate(zip(sizes, sums, strict=True), int(name[start:stop])):
             found[f"{name[:start]}{i}{name[stop:]}"] = Condition(float(size), int(checksum))
     return found

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config
 from jaxmoo.data.tokenizer import NO_ENDING, read_template
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.digests import DIGESTS, damaged_files, files_below, read_digests

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxmoo import aggregators, blocks, mesh
+from jaxmoo import aggregators, blocks, mesh, weighting
 from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import Blocks, Partition, path_string
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config
 from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
 from jaxmoo.models.paths import STACKED
-from jaxmoo.resolver_state import ResolveConflictsState
 from jaxmoo.stacked import stacked_value_and_grad
 from jaxmoo.transform import resolve_conflicts
+from jaxmoo.weighting import Weighting, initial_weights
 
 __all__ = [
     "GradientSource",
@@ -32,6 +32,7 @@ __all__ = [
     "make_gradients",
     "sampled",
     "token_mean",
+    "weighted",
 ]
 
 _TABLES = r"(^|\.)embedding$"
@@ -43,16 +44,20 @@ class GradientSource(NamedTuple):
     Attributes:
       init: ``params -> state``.
       compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
-      diagnostics: the resolver's part of the state, for all K languages.
+      diagnostics: the resolver's part of the state, a
+        :class:`~jaxmoo.transform.ResolveConflictsState` with the arrays of all K languages.
       partition: the blocks.
       engine: the in-backward engine, where it is used.
+      loss_weights: ``state -> [K]``, what the next step multiplies the languages' losses by, where
+        they are weighed.
     """
 
     init: Callable[[Any], Any]
     compute: Callable[[Any, Any, Any, Any], tuple[jax.Array, Any, Any]]
-    diagnostics: Callable[[Any], ResolveConflictsState]
+    diagnostics: Callable[[Any], Any]
     partition: Partition
     engine: ResolvedGradients | None
+    loss_weights: Callable[[Any], jax.Array] | None = None
 
 
 def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
@@ -125,6 +130,9 @@ def make_gradients(
         source = _stacked(config, merge, params, device_mesh, common)
     else:
         source = _backward(config, merge, params, frozen, device_mesh, common)
+    if resolution.weighting is not None:
+        method = weighting.get(resolution.weighting, **resolution.weighting_options)
+        source = weighted(source, method, len(seen))
     if resolution.token_mean:
         source = token_mean(source)
     return sampled(source, len(seen)) if config.data.samples else source
@@ -191,6 +199,58 @@ def token_mean(source: GradientSource) -> GradientSource:
     return source._replace(compute=compute)
 
 
+class WeightedState(NamedTuple):
+    """State of :func:`weighted`; K languages."""
+
+    resolver: Any
+    weighting: Any
+    weights: jax.Array  # float32 [K], of the next step
+
+
+def weighted(source: GradientSource, method: Weighting, num_languages: int) -> GradientSource:
+    """Multiply every language's loss by a weight that follows from the losses of earlier steps.
+
+    The weights of a step are known before it, so gradients are those of weighted losses at no
+    further pass. A language that has no target in a step, or whose loss is not finite,
+    keeps its weight. The losses returned stay those of the languages.
+
+    Args:
+      source: for all languages.
+      method: gives the weights.
+      num_languages: K.
+    """
+
+    def init(params: Any) -> WeightedState:
+        first = initial_weights(method, num_languages)
+        return WeightedState(source.init(params), method.init(num_languages), first)
+
+    def compute(
+        params: Any, frozen: Any, batch: Any, state: WeightedState
+    ) -> tuple[jax.Array, Any, WeightedState]:
+        weights = jax.lax.stop_gradient(state.weights)
+        rows = batch["tokens"].shape[:2]
+        scale = jnp.broadcast_to(weights[:, None], rows) * batch.get(SCALE, 1.0)
+        losses, updates, resolver = source.compute(
+            params, frozen, batch | {SCALE: scale}, state.resolver
+        )
+        total = scale[:, 0]  # a weight times a share of the tokens, which may be 0
+        own = losses / jnp.where(total > 0, total, 1)
+        present = jax.vmap(target_mask)(batch).any((1, 2)) & jnp.isfinite(own)
+        new, kept = method.update(own, state.weighting, present)
+        return (
+            losses / jnp.where(weights > 0, weights, 1),
+            updates,
+            WeightedState(resolver, kept, jnp.where(present, new, weights)),
+        )
+
+    return source._replace(
+        init=init,
+        compute=compute,
+        diagnostics=lambda state: source.diagnostics(state.resolver),
+        loss_weights=lambda state: state.weights,
+    )
+
+
 class SampledState(NamedTuple):
     """State of :func:`sampled`; B blocks, K languages."""
 
@@ -240,7 +300,7 @@ def sampled(source: GradientSource, num_languages: int) -> GradientSource:
             ),
         )
 
-    def diagnostics(state: SampledState) -> ResolveConflictsState:
+    def diagnostics(state: SampledState) -> Any:
         return source.diagnostics(state.resolver)._replace(
             gram=state.gram, weights=state.weights, skipped=state.skipped
         )
@@ -278,9 +338,8 @@ def _stacked(
         losses, gradients = value_and_grad(params, batch)
         gradients = jax.lax.with_sharding_constraint(gradients, per_language)
         present, finite = jax.vmap(target_mask)(batch).any((1, 2)), jnp.isfinite(losses)
-        updates, (tracked, resolved) = resolver.update(
-            gradients, state, params, active=present & finite
-        )
+        updates, after = resolver.update(gradients, state, params, active=present & finite)
+        tracked, resolved = cast(tuple[Any, Any], after)
         state = tracked, resolved._replace(skipped=resolved.skipped + (present & ~finite))
         return losses, jax.lax.with_sharding_constraint(updates, per_parameter), state
 

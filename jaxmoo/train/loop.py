@@ -15,11 +15,10 @@ from jaxmoo.runtime.processes import place
 from jaxmoo.runtime.profile import ProfileWindow
 from jaxmoo.runtime.signals import InterruptedRunError
 from jaxmoo.train.condition import Condition, examine, unchanged
-from jaxmoo.train.evaluation import evaluate, stored_scores
+from jaxmoo.train.evaluation import Selection, evaluate, stored_scores
 from jaxmoo.train.job import Job
-from jaxmoo.train.progress import about
 from jaxmoo.train.reporter import Reporter, StepDone
-from jaxmoo.train.selection import Selection
+from jaxmoo.train.resume import about
 from jaxmoo.train.step import TrainState
 
 __all__ = ["Loop"]

@@ -10,6 +10,7 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
      "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
      "weights": {"en": 0.11, ...},          # mean over blocks
+     "loss_weights": {"en": 1.2, ...},      # what resolve.weighting multiplied losses by
      "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
      "skipped": {"en": 0, ...},             # steps so far in which it was not finite somewhere
      "tokens": 4100, "language_tokens": {"en": 512, ...},  # of the step, without padding
@@ -281,7 +282,7 @@ class Progress:
         step = row["step"]
         losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
         summary = _summary(row, losses)
-        if self._bar is not None:
+        if self._bar is not None and self._losses is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
             self._losses.set_description_str(_compact(losses, self._width - 1), refresh=False)

@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxmoo.blocks import path_string
-from jaxmoo.config.training import Config, OptimizerConfig
+from jaxmoo.config import Config, OptimizerConfig
 
 __all__ = ["learning_rate", "make_optimizer"]
 

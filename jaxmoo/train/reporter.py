@@ -167,7 +167,7 @@ class Reporter:
             "step": done.step,
             "loss": by_language(measured["loss"]),
             "epochs": batches.epochs(done.step),
-            "learning_rate": float(self._rate(done.step - 1)),
+            "learning_rate": float(np.asarray(self._rate(done.step - 1))),
             "tokens": tokens,
             "language_tokens": dict(zip(here, counts, strict=True)),
             "step_seconds": seconds,
@@ -175,6 +175,11 @@ class Reporter:
             "conflict_share": measured["conflict"].mean(),
             "weights": by_language(measured["weights"].mean(0)),
             "cosine": cosine,
+            **(
+                {"loss_weights": by_language(measured["loss_weights"])}
+                if "loss_weights" in measured
+                else {}
+            ),
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
             **({"malformed": malformed} if (malformed := batches.malformed()) else {}),

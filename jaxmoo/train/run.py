@@ -9,30 +9,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
-from jaxmoo.config.training import Config, dated, to_yaml
-from jaxmoo.evaluate import LanguageScore
-from jaxmoo.runs.checkpoint import Checkpoints, unchecked
+from jaxmoo.config import Config, dated, to_yaml, validate
+from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
+from jaxmoo.report import write_report
+from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runs.directory import RunDirectory
-from jaxmoo.runs.provenance import check_base, check_settings, versions
+from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import distrust_on_cpus, kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
-from jaxmoo.runtime.processes import check_same, is_first
+from jaxmoo.runtime.processes import barrier, check_same, is_first
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
-from jaxmoo.train.condition import check_finite, examine, largest
+from jaxmoo.train.condition import examine, largest
 from jaxmoo.train.evaluation import evaluate
-from jaxmoo.train.export import check_exports
-from jaxmoo.train.finish import finish
+from jaxmoo.train.export import check_exports, export
 from jaxmoo.train.job import Job
 from jaxmoo.train.loop import Loop
-from jaxmoo.train.metrics import check_packages
-from jaxmoo.train.progress import batch_digest, check_data
+from jaxmoo.train.metrics import check_packages, read_metrics
 from jaxmoo.train.reporter import NonFiniteLossError
+from jaxmoo.train.resume import batch_digest, resume
 from jaxmoo.train.setup import Setup, prepare
-from jaxmoo.train.step import TrainState
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 
@@ -63,6 +61,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
       MemoryFullError: memory has run out; checkpoints stay as they are.
       InterruptedRunError: on SIGINT or SIGTERM, once everything is saved.
     """
+    validate(config)
     say = say if is_first() else _silence
     directory = RunDirectory(config.output)
     with named_when_full(_LESS_MEMORY), StopRequest() as stop:
@@ -99,9 +98,9 @@ def _train(job: Job) -> dict[str, Any]:
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
     with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
-        state, done = _resume(job, checkpoints)
+        state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
-    return finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+    return _finish(job, state.weights, step, before, evaluate(job, step, state.weights))
 
 
 def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
@@ -118,41 +117,6 @@ def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
             f"{largest(found)}. Take its files from their source again; with model.dtype="
             f"{config.model.dtype}, try float32."
         )
-
-
-def _resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """Return the state to begin with and the steps it has behind it."""
-    setup = job.setup
-    state, done = setup.state, checkpoints.latest()
-    if done is None:
-        return state, 0
-    described = checkpoints.about(done)
-    check_settings(described, done, job.config)
-    check_base(described, done, setup.model, setup.base, job.config.model.source)
-    check_data(described, setup)
-    if note := unchecked(job.directory.checkpoints, done, described):
-        job.say(note)
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    # There is not always room for two.
-    jax.tree.map(lambda x: x.delete(), state)
-    state = checkpoints.restore(done, shapes)
-    check_finite(
-        examine(
-            {"weights": state.params, "optimizer": state.opt_state, "ema": state.ema},
-            setup.everywhere,
-        ),
-        f"The checkpoint of step {done} in {job.directory.checkpoints}",
-        "Delete it to go on from the one before.",
-    )
-    job.say(f"Resuming from the checkpoint of step {done}.")
-    changed = {
-        f"{name} {described['versions'].get(name)} -> {version}"
-        for name, version in versions().items()
-        if described["versions"].get(name) != version
-    }
-    if changed:
-        job.say(f"Versions have changed, so numbers may, too: {', '.join(sorted(changed))}.")
-    return state, done
 
 
 def _silence(line: str) -> None:
@@ -187,3 +151,52 @@ def _late(config: Config, setup: Setup) -> str:
         f"{config.train.accumulation}) are resolved: {format_size(sum(kept.values()))} per "
         "device.\n"
     )
+
+
+def _finish(
+    job: Job,
+    params: Any,
+    step: int,
+    before: Mapping[str, LanguageScore],
+    after: Mapping[str, LanguageScore],
+) -> dict[str, Any]:
+    """Export the model, record the results, draw the report and show the table."""
+    config, directory = job.config, job.directory
+    results = _results(config, step, before, after)
+    with job.stop.at_once():
+        export(job, params, step)
+        job.point(step)
+        if is_first():
+            directory.write_results(results)
+            if config.report:
+                write_report(
+                    directory.report,
+                    rows=read_metrics(directory.metrics),
+                    seen=config.data.seen,
+                    unseen=config.data.unseen,
+                    before=before,
+                    after=after,
+                )
+                job.say(f"Report: {directory.report / 'index.html'}")
+    job.say(before_after_table(before, after, config.data.seen, config.data.unseen))
+    # None leaves before the first one is done: it would be waited for in vain.
+    barrier("the run is complete")
+    return results
+
+
+def _results(
+    config: Config,
+    step: int,
+    before: Mapping[str, LanguageScore],
+    after: Mapping[str, LanguageScore],
+) -> dict[str, Any]:
+    seen, unseen = config.data.seen, config.data.unseen
+    return {
+        "aggregator": config.resolve.aggregator,
+        "blocks": config.resolve.blocks,
+        "steps": step,
+        "before": {code: score.to_dict() for code, score in before.items()},
+        "after": {code: score.to_dict() for code, score in after.items()},
+        "summary_before": summarise(before, seen, unseen).to_dict(),
+        "summary_after": summarise(after, seen, unseen).to_dict(),
+    }

@@ -15,16 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.config.lora_section import lora_of
-from jaxmoo.config.training import Config, DataConfig
+from jaxmoo.config import Config, DataConfig, lora_of
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
 from jaxmoo.data.load import load_data
 from jaxmoo.data.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
+from jaxmoo.evaluate import Evaluator
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.models import Decoder, DecoderConfig, token_nll
+from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.models.paths import STACKED
@@ -55,8 +55,7 @@ class Setup:
       frozen: parameters that stay as they are.
       gradients: how a step comes by its gradient.
       step: the compiled training step.
-      nll: compiled ``(params, frozen, batch) -> [B, S]`` per-token negative log-likelihood, which
-        every process can read.
+      evaluator: scores held-out examples by weights ``(params, frozen)``.
       merge: ``(params, frozen) -> Decoder``.
       ending: the token that ends a reply, or None.
       date: the date that the chat template sees; None where it reads no clock.
@@ -68,13 +67,12 @@ class Setup:
     base: str
     corpus: Corpus
     batches: LanguageBatches
-    pad_id: int
     device_mesh: Mesh
     state: TrainState
     frozen: Any
     gradients: GradientSource
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
-    nll: Callable[[Any, Any, Any], jax.Array]
+    evaluator: Evaluator
     merge: Callable[[Any, Any], Decoder]
     ending: int | None
     date: str | None
@@ -187,15 +185,17 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         base=fingerprint(frozen, everywhere),
         corpus=loaded.corpus,
         batches=loaded.batches,
-        pad_id=loaded.batches.pad_id,
         device_mesh=device_mesh,
         state=state,
         frozen=frozen,
         gradients=gradients,
         step=compiled_step(gradients, optimizer, state, device_mesh, ema=config.optimizer.ema),
-        nll=jax.jit(
-            lambda params, frozen, batch: token_nll(merge(params, frozen), batch),
-            out_shardings=everywhere,
+        evaluator=Evaluator(
+            lambda weights: merge(*weights),
+            device_mesh,
+            # About as many rows as a training step has.
+            batch_size=data.batch_size * len(data.seen),
+            pad_id=loaded.batches.pad_id,
         ),
         merge=merge,
         ending=ending_token(loaded.tokenizer),

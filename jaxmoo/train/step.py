@@ -26,7 +26,7 @@ __all__ = [
 class TrainState(NamedTuple):
     """What a step reads and replaces, and a checkpoint holds."""
 
-    step: jax.Array  # int32 []
+    step: Any  # int32 []
     params: Any  # trainable parameters
     resolver: Any  # of the conflict resolution, with the last step's diagnostics
     opt_state: Any
@@ -94,8 +94,9 @@ def _like_parameters(state: Any, params: Any, everywhere: NamedSharding) -> Any:
         ends = (path[i:] for i in range(len(path) + 1))
         parameter = next((known[end] for end in ends if end in known), None)
         # Factored moments have fewer axes than their parameter.
-        alike = parameter is not None and parameter.shape == x.shape
-        sharding = parameter.sharding if alike else everywhere
+        sharding = everywhere
+        if parameter is not None and parameter.shape == x.shape:
+            sharding = parameter.sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, state)
@@ -140,7 +141,8 @@ def make_train_step(
       A function ``(state, frozen, batch) -> (state, metrics)``. Batch arrays are [K, B, ...].
       Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
       ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K],
-      ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K].
+      ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K]; ``loss_weights`` [K]
+      where losses are weighed.
     """
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -166,6 +168,8 @@ def make_train_step(
             "gram": resolved.gram,
             "skipped": resolved.skipped,
         }
+        if gradients.loss_weights is not None:
+            metrics["loss_weights"] = gradients.loss_weights(state.resolver)
         return TrainState(state.step + 1, params, resolver, opt_state, average), metrics
 
     return step

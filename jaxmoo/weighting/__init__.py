@@ -14,6 +14,7 @@ multiply every objective's loss (or row of the stacked gradients) by its weight.
 
 from jaxmoo.weighting.weighting import Weighting as Weighting
 from jaxmoo.weighting.weighting import get as get
+from jaxmoo.weighting.weighting import initial_weights as initial_weights
 from jaxmoo.weighting.weighting import names as names
 
 # isort: off

@@ -97,3 +97,21 @@ def unit_mean(weights: jax.Array, active: jax.Array) -> jax.Array:
     weights = jnp.where(active, weights, 0.0)
     total = jnp.sum(weights)
     return weights * jnp.sum(active) / jnp.where(total > 0, total, 1.0)
+
+
+def initial_weights(weighting: Weighting, num_objectives: int) -> jax.Array:
+    """Weights of a step before which no losses are known: those for equal losses.
+
+    Args:
+      weighting: the weighting.
+      num_objectives: K.
+
+    Returns:
+      ``[K]`` float32.
+
+    Example:
+      >>> from jaxmoo.weighting import static
+      >>> initial_weights(static([1.0, 3.0]), 2).tolist()
+      [0.5, 1.5]
+    """
+    return weighting.update(jnp.ones(num_objectives), weighting.init(num_objectives))[0]

@@ -15,7 +15,7 @@ from data.tables import compress, load_corpus, settings
 from jaxmoo.data import LanguageBatches
 from jaxmoo.data.sources import HubSource
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
-from jaxmoo.train.progress import batch_digest, check_data
+from jaxmoo.train.resume import batch_digest, check_data
 
 LENGTH = 64
 

@@ -247,6 +247,7 @@ def test_adapters_are_scored_on_the_model_they_name(chat_model, topics, tokenize
         assert min(abs(nats - one) for one in sums.values()) < 1e-3
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):
     output = tmp_path / "four.json"
     run_python(["scripts/evaluate.py", *arguments(output)], devices=4, PYTHONPATH=str(ROOT))
@@ -257,6 +258,7 @@ def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_
         assert four["languages"][code] == pytest.approx(scores, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
     """As the run scores itself: split, order, limit, and unusable examples left out."""
     for language in ("en", "fa"):

@@ -151,6 +151,7 @@ def test_the_batch_size_is_positive(tokenized):
         score(tokenized, batch_size=0)
 
 
+@pytest.mark.slow
 def test_the_real_model_agrees_with_transformers(smollm2_dir):
     import torch
     from flax import nnx

@@ -13,7 +13,7 @@ from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data import Example, load_examples
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
 from jaxmoo.evaluate.measures import score
-from jaxmoo.evaluate.nll import example_nats
+from jaxmoo.evaluate.nll import likelihoods
 from jaxmoo.evaluate.questions import (
     check_references,
     choose_some,
@@ -37,10 +37,10 @@ def test_bits_per_byte_count_utf8(tokenizer):
     bits = {"tokens": 7, "bytes": 6}
     assert asked.replies[0].loss_mask.sum() == bits["tokens"]
     assert asked.replies[0].reply_bytes == bits["bytes"]
-    nats = example_nats(
+    columns = likelihoods(
         lambda batch: np.full(batch["tokens"].shape, math.log(2)), {"": asked.replies}, batch_size=2
-    )[""]
-    columns = {"nats": nats.tolist(), "tokens": [7], "bytes": [6]}
+    )[""]._asdict()
+    assert (columns["tokens"], columns["bytes"]) == ([7], [6])
     assert score(columns, "bits_per_byte") == pytest.approx(7 / 6)
     assert score(columns, "nll") == pytest.approx(math.log(2))
 

@@ -9,7 +9,7 @@ import pytest
 
 from damage import damages
 from jaxmoo.commands.train import main
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.directory import RunDirectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf.directory import new_directory

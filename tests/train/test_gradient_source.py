@@ -11,7 +11,7 @@ from flax import nnx
 
 from engine.toy import quick_jit
 from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
-from jaxmoo.config.training import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
+from jaxmoo.config import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 from jaxmoo.train.gradient_source import GradientSource, make_gradients, sampled
 from jaxmoo.train.step import TrainState, make_train_step
@@ -83,6 +83,65 @@ def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine, mi
     expected = token_nll(nnx.merge(graph, params, frozen), one).sum() / target_mask(one).sum()
     assert float(losses[1]) == pytest.approx(float(expected), rel=1e-5)
     assert float(losses[3]) == 0
+
+
+@pytest.mark.parametrize(("engine", "by_token"), [("backward", True), ("stacked", False)])
+def test_with_mean_the_gradient_is_that_of_the_weighted_mean_loss(engine, by_token):
+    given = {"weights": [1.0, 2.0, 3.0, 10.0]}
+    source, (graph, params, frozen) = make_source(
+        engine=engine,
+        token_mean=by_token,
+        weighting="static",
+        weighting_options=given,
+    )
+    batch = make_batch(4, [[12, 12], [5, 5], [9, 9], [3, 3]])
+    losses, gradient, _ = quick_jit(source.compute)(params, frozen, batch, source.init(params))
+    counts = np.asarray(jax.vmap(target_mask)(batch).sum((1, 2)))
+    share = counts / counts.mean() if by_token else np.ones(4)
+    weights = np.array(given["weights"]) / 4
+
+    def own(params, k):
+        one = {name: jnp.asarray(x[k]) for name, x in batch.items()}
+        return token_nll(nnx.merge(graph, params, frozen), one).sum() / target_mask(one).sum()
+
+    def mean(params):
+        return sum(weights[k] * share[k] * own(params, k) for k in range(4)) / 4
+
+    assert largest_error(gradient, quick_jit(jax.grad(mean))(params)) < 1e-5
+    for k in range(4):
+        assert float(losses[k]) == pytest.approx(float(own(params, k)), rel=1e-5)
+
+
+def test_weights_of_a_step_follow_from_the_losses_before_it():
+    """FAMO's recursion in float64 on the losses in the metrics; one language pauses."""
+    rate, gamma = 0.3, 0.01
+    source, (_, params, frozen) = make_source(
+        weighting="famo", weighting_options={"learning_rate": rate, "gamma": gamma}
+    )
+    optimizer = optax.sgd(0.5)
+    step = quick_jit(make_train_step(source, optimizer))
+    state = TrainState(0, params, source.init(params), optimizer.init(params))
+    expected, logits, m, v = np.ones(4), np.zeros(4), np.zeros(4), np.zeros(4)
+    previous, seen, updates = np.ones(4), np.zeros(4, bool), 0
+    for number in range(5):
+        pause = number == 2
+        state, metrics = step(state, frozen, make_batch(4, [12, 6, 8, 0 if pause else 4]))
+        np.testing.assert_allclose(metrics["loss_weights"], expected, rtol=1e-4)
+        here = np.array([True, True, True, not pause])
+        losses = np.where(here, np.asarray(metrics["loss"], np.float64), 1)
+        compared = here & seen
+        if compared.any():
+            updates += 1
+            z = np.exp(logits) / np.exp(logits).sum()
+            fall = np.where(compared, np.log(previous) - np.log(losses), 0)
+            g = z * (fall - z @ fall) + gamma * logits
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            corrected = (m / (1 - 0.9**updates)) / (np.sqrt(v / (1 - 0.999**updates)) + 1e-8)
+            logits = logits - rate * corrected
+        weights = np.where(here, np.exp(logits) / np.exp(logits).sum() / losses, 0)
+        expected = np.where(here, weights * here.sum() / weights.sum(), expected)
+        previous, seen = np.where(here, losses, previous), seen | here
+    assert np.ptp(expected) > 0.1
 
 
 def test_the_norm_in_the_metrics_is_that_of_the_gradient():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from devices import ROOT
-from jaxmoo.config.training import load_config, to_yaml
+from jaxmoo.config import load_config, to_yaml
 from jaxmoo.data import LanguageBatches
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.errors import CheckpointError, ConfigError
@@ -19,7 +19,7 @@ from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import check_settings
 from jaxmoo.runtime.processes import Launch, start
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
-from jaxmoo.train.progress import batch_digest, check_data
+from jaxmoo.train.resume import batch_digest, check_data
 
 
 def test_signals_are_noted_and_obeyed_where_the_work_allows():

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from jaxmoo.commands.convert import main as convert
 from jaxmoo.commands.train import main
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.engine import cost
 from jaxmoo.hf import save_adapter
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.train.metrics import read_metrics
-from jaxmoo.train.plan import abstract_step
+from jaxmoo.train.planning import abstract_step
 from jaxmoo.train.setup import prepare
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -34,7 +34,13 @@ LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"], "ex
 @pytest.fixture
 def config_file(write_config):
     return write_config(
-        lora=LORA, optimizer__learning_rate=1e-2, report=False, tensorboard=False, data__unseen=[]
+        lora=LORA,
+        optimizer__learning_rate=1e-2,
+        report=False,
+        tensorboard=False,
+        data__seen=["it", "pt"],
+        data__unseen=[],
+        resolve__weighting="famo",
     )
 
 
@@ -57,6 +63,7 @@ def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp
     assert results["summary_after"]["seen_nll"] < results["summary_before"]["seen_nll"]
     rows = read_metrics(run / "metrics.jsonl")
     assert set(rows[0]["blocks"]) == {"layers.2", "layers.3"}
+    assert rows[0]["loss_weights"] == {"it": 1, "pt": 1} != rows[1]["loss_weights"]
 
     # The base is as it was but for what the adapters add.
     before, after = load_file(tiny_model / WEIGHTS), load_file(run / "export" / WEIGHTS)
@@ -153,7 +160,7 @@ def test_the_plan_counts_adapters_and_no_gradients_of_what_they_adapt(config_fil
     assert count(frozen) == count(nnx.state(Decoder.abstract(sizes)))
     # Forward, once more in the backward pass, and the inputs' gradients; the fourth product of a
     # layer's parameters, their own gradient, is not formed.
-    tokens, layer = 4 * 2 * 96, 32 * (32 + 2 * 16 + 32) + 3 * 32 * 64
+    tokens, layer = 2 * 2 * 96, 32 * (32 + 2 * 16 + 32) + 3 * 32 * 64
     attention = 4 * 96 * 32
     forward = 4 * tokens * (2 * layer + attention)
     flops = cost.flops(step.function.trace(*step.arguments).jaxpr, 1)["total"]

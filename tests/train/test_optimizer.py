@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 
-from jaxmoo.config.training import Config, OptimizerConfig, TrainConfig
+from jaxmoo.config import Config, OptimizerConfig, TrainConfig
 from jaxmoo.train.optimizer import learning_rate, make_optimizer
 
 STEPS = 4

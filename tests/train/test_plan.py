@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from devices import run_python
-from jaxmoo.config.training import load_config
+from jaxmoo.config import load_config
 from jaxmoo.models import DecoderConfig
-from jaxmoo.train.plan import abstract_step, plan, shape_of
+from jaxmoo.train.planning import abstract_step, plan, shape_of
 from jaxmoo.train.setup import prepare
 
 MODEL = DecoderConfig(

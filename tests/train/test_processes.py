@@ -81,6 +81,7 @@ def losses(run: Path) -> list[dict]:
     return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
     write_config, compiled, tmp_path
 ):

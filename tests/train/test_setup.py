@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
 import pytest
 
-from jaxmoo.config.training import load_config
-from jaxmoo.data.load import load_data
+from jaxmoo.commands.data import main as data_main
+from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError, JaxmooError
-from jaxmoo.train.plan import plan, shape_of
+from jaxmoo.train import plan
 from jaxmoo.train.setup import prepare
 
 
@@ -30,17 +30,15 @@ def test_attention_that_cannot_run_is_refused_before_anything_is_read(write_conf
     ],
 )
 def test_training_plans_and_data_refuse_what_the_model_is_too_small_for(
-    write_config, override, message
+    write_config, override, message, capsys
 ):
-    config = load_config(write_config(), [override, "data.source=no/where"])
-    source = Path(config.model.source)
-    for check in (
-        lambda: prepare(config, lambda _: None),
-        lambda: plan(config, shape_of(str(source))),
-        lambda: load_data(config, source, lambda _: None),
-    ):
+    path, overrides = write_config(), [override, "data.source=no/where"]
+    config = load_config(path, overrides)
+    for check in (lambda: prepare(config, lambda _: None), lambda: plan(config)):
         with pytest.raises(ConfigError, match=message):
             check()
+    assert data_main(["--config", str(path), *overrides]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_attention_that_is_chosen_is_told(write_config):

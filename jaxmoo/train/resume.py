@@ -6,15 +6,21 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
-from jaxmoo.config.training import Config, to_yaml
+from jaxmoo.config import Config, to_yaml
 from jaxmoo.data import LanguageBatches
 from jaxmoo.errors import CheckpointError
-from jaxmoo.runs.provenance import architecture, versions
+from jaxmoo.runs.checkpoint import Checkpoints, unchecked
+from jaxmoo.runs.provenance import architecture, check_base, check_settings, versions
+from jaxmoo.train.condition import check_finite, examine
+from jaxmoo.train.job import Job
 from jaxmoo.train.setup import Setup
+from jaxmoo.train.step import TrainState
 
-__all__ = ["about", "batch_digest", "check_data"]
+__all__ = ["about", "batch_digest", "check_data", "resume"]
 
 
 def batch_digest(batches: LanguageBatches, step: int) -> str:
@@ -62,3 +68,46 @@ def check_data(described: Mapping[str, Any], setup: Setup) -> None:
             f"{step + 1} would be another. Restore the files behind data.source (and the tokenizer "
             "of model.source), or start a new run with output=..."
         )
+
+
+def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """Return the state to begin with and the steps it has behind it.
+
+    Args:
+      job: the run.
+      checkpoints: those of its directory; the newest is restored, if there is one.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or of other settings, another model or other data.
+    """
+    setup = job.setup
+    state, done = setup.state, checkpoints.latest()
+    if done is None:
+        return state, 0
+    described = checkpoints.about(done)
+    check_settings(described, done, job.config)
+    check_base(described, done, setup.model, setup.base, job.config.model.source)
+    check_data(described, setup)
+    if note := unchecked(job.directory.checkpoints, done, described):
+        job.say(note)
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    # There is not always room for two.
+    jax.tree.map(lambda x: x.delete(), state)
+    state = checkpoints.restore(done, shapes)
+    check_finite(
+        examine(
+            {"weights": state.params, "optimizer": state.opt_state, "ema": state.ema},
+            setup.everywhere,
+        ),
+        f"The checkpoint of step {done} in {job.directory.checkpoints}",
+        "Delete it to go on from the one before.",
+    )
+    job.say(f"Resuming from the checkpoint of step {done}.")
+    changed = {
+        f"{name} {described['versions'].get(name)} -> {version}"
+        for name, version in versions().items()
+        if described["versions"].get(name) != version
+    }
+    if changed:
+        job.say(f"Versions have changed, so numbers may, too: {', '.join(sorted(changed))}.")
+    return state, done

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tabulate import tabulate
 
 from jaxmoo import mesh
-from jaxmoo.config.training import Config
+from jaxmoo.config import Config, validate
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
@@ -148,19 +148,29 @@ class Plan:
 
 def plan(
     config: Config,
-    architecture: DecoderConfig,
+    architecture: DecoderConfig | None = None,
     gradients: Callable[..., GradientSource] = make_gradients,
 ) -> Plan:
     """Compile the step of a run and count what it costs.
 
+    It is planned for the devices that JAX has; ``jax.config.update("jax_num_cpu_devices", n)``,
+    before JAX is used, makes as many as one likes.
+
     Args:
       config: the run's settings.
-      architecture: the model's sizes.
+      architecture: the model's sizes; by default those of ``config.model.source``, as
+        :func:`shape_of` finds them.
       gradients: where the step's gradient comes from.
+
+    Returns:
+      What a step needs, per device; :meth:`Plan.table` shows it.
 
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
     """
+    validate(config)
+    if architecture is None:
+        architecture = shape_of(config.model.source)
     step = abstract_step(config, architecture, gradients)
     begun = time.perf_counter()
     traced = step.function.trace(*step.arguments)
@@ -303,8 +313,8 @@ def bytes_sent(step: AbstractStep, traced: Any, compiled: Any) -> dict[str, int]
       compiled: ``traced.lower().compile()``.
     """
     engine = step.gradients.engine
-    explicit = engine is not None and step.device_mesh.shape[mesh.TENSOR] == 1
-    if explicit and any(layout.gathered_dtype == jnp.bfloat16 for layout in engine.layouts):
+    layouts = () if engine is None or step.device_mesh.shape[mesh.TENSOR] > 1 else engine.layouts
+    if any(layout.gathered_dtype == jnp.bfloat16 for layout in layouts):
         # Programs compiled for the CPU send bfloat16 as float32.
         return cost.traced_collective_bytes(traced.jaxpr)
     return cost.collective_bytes(compiled)

@@ -1,26 +1,32 @@
-"""A model that answers: likelihoods and generated replies, in batches over all devices."""
+"""What scores with a model: likelihoods and generated replies, in batches over all devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data.example import Example
 from jaxmoo.data.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
-from jaxmoo.evaluate.nll import example_nats, padded_length
+from jaxmoo.evaluate.nll import (
+    LanguageScore,
+    Likelihoods,
+    evaluate_nll,
+    likelihoods,
+    padded_length,
+)
 from jaxmoo.evaluate.questions import Questions, digest
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.models import Decoder, token_nll
 from jaxmoo.models.branches import branch_nll
 from jaxmoo.models.generate import generate_greedily
+from jaxmoo.runtime.processes import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,63 +38,97 @@ Columns = dict[str, list[Any]]
 
 
 class Evaluator:
-    """Scores one language's questions at a time.
+    """Scores texts with a decoder, in batches whose rows are spread over all devices.
 
-    Parameters stay where they lie; the rows of a batch are spread over all devices.
+    Weights stay where they lie and are given with every call: one evaluator, and what it has
+    compiled, serves a model before, while and after it is trained. In several processes all of
+    them make the same calls.
 
     Args:
-      model: the decoder, with parameters on all devices.
-      tokenizer: its tokenizer.
+      decoder: ``weights -> Decoder``, for any pytree of weights; traced.
+      device_mesh: the devices.
       batch_size: rows at a time; rounded up to a multiple of the number of devices.
-      dtype: dtype of the computation.
+      pad_id: the token to pad with.
+      tokenizer: turns generated tokens into text; needed where replies are generated.
       stop: tokens that end a generated reply.
       new_tokens: the most tokens to generate.
     """
 
     def __init__(
         self,
-        model: Decoder,
-        tokenizer: PreTrainedTokenizerFast,
+        decoder: Callable[[Any], Decoder],
+        device_mesh: Mesh,
         *,
         batch_size: int,
-        dtype: Any = np.float32,
+        pad_id: int = 0,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         stop: Sequence[int] = (),
         new_tokens: int = 0,
     ):
-        devices = mesh.make_mesh(1)
-        self.batch_size = -(-batch_size // devices.size) * devices.size
-        self.tokenizer = tokenizer
-        self.stop = tuple(stop)
-        self.pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._rows = mesh.rows_sharding(devices)
-        self._params = nnx.state(model)
-        abstract = Decoder.abstract(model.config, segments=model.segments, dtype=dtype)
-        graph = nnx.graphdef(abstract)
-        everywhere = NamedSharding(devices, P())
+        self.batch_size = -(-batch_size // device_mesh.size) * device_mesh.size
+        self.pad_id = pad_id
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._rows = mesh.rows_sharding(device_mesh)
+        everywhere = NamedSharding(device_mesh, P())
         self._nll = jax.jit(
-            lambda params, batch: token_nll(nnx.merge(graph, params), batch),
+            lambda weights, batch: token_nll(decoder(weights), batch),
             out_shardings=everywhere,
         )
         self._branches = jax.jit(
-            lambda params, tokens, branch: branch_nll(nnx.merge(graph, params), tokens, branch),
+            lambda weights, tokens, branch: branch_nll(decoder(weights), tokens, branch),
             out_shardings=everywhere,
         )
         self._generate = jax.jit(
-            lambda params, tokens, lengths: generate_greedily(
-                nnx.merge(graph, params),
+            lambda weights, tokens, lengths: generate_greedily(
+                decoder(weights),
                 tokens,
                 lengths,
                 new_tokens=new_tokens,
-                stop=self.stop,
-                pad_id=self.pad_id,
+                stop=self._stop,
+                pad_id=pad_id,
             ),
             out_shardings=everywhere,
         )
 
-    def answer(self, questions: Questions, advance: Callable[[int], object]) -> LanguageResult:
+    def scores(
+        self,
+        weights: Any,
+        tokenized: Mapping[str, Sequence[Tokenized]],
+        *,
+        before_batch: Callable[[], object] = lambda: None,
+        progress: bool = True,
+    ) -> dict[str, LanguageScore]:
+        """Score the likelihood of every language's replies, rows of all languages together.
+
+        Args:
+          weights: what the decoder is made of.
+          tokenized: per language its examples, each with at least one target token.
+          before_batch: called before every batch; what it raises ends the evaluation there.
+          progress: show a progress bar.
+
+        Returns:
+          Per language its score.
+
+        Raises:
+          DataError: a language has no examples, or an example no target tokens.
+        """
+
+        def nll(batch: dict[str, np.ndarray]) -> jax.Array:
+            before_batch()
+            return self._nll(weights, place(batch, self._rows))
+
+        return evaluate_nll(
+            nll, tokenized, batch_size=self.batch_size, pad_id=self.pad_id, progress=progress
+        )
+
+    def answer(
+        self, weights: Any, questions: Questions, advance: Callable[[int], object]
+    ) -> LanguageResult:
         """Score every example by every measure that its questions were prepared for.
 
         Args:
+          weights: what the decoder is made of.
           questions: one language's.
           advance: called with the number of sequences of each batch that is done.
 
@@ -98,32 +138,32 @@ class Evaluator:
         replies = questions.replies
         if questions.choices and all(map(_follows, replies, questions.choices)):
             texts = [[reply, *some] for reply, some in zip(replies, questions.choices, strict=True)]
-            found = self._branch_nats(texts, advance)
+            found = self._branch_nats(weights, texts, advance)
             nats, chosen = [one[0] for one in found], [one[1:] for one in found]
+            own = Likelihoods(
+                nats,
+                tokens=[int(one.scored[1:].sum()) for one in replies],
+                bytes=[one.reply_bytes for one in replies],
+            )
         else:
-            nats = self._nats(replies, advance).tolist()
-            chosen = self._branch_nats(questions.choices, advance)
-        columns: Columns = {
-            "nats": nats,
-            "tokens": [int(one.scored[1:].sum()) for one in replies],
-            "bytes": [one.reply_bytes for one in replies],
-        }
+            own = self._likelihoods(weights, replies, advance)
+            chosen = self._branch_nats(weights, questions.choices, advance)
+        columns: Columns = own._asdict()
         extra = {}
         if questions.choices:
             columns |= _choose(questions.examples, chosen)
         if questions.prompts:
-            found = self._continue(questions.prompts, advance)
-            scores = score_generated(found, [e.reply for e in questions.examples])
-            columns |= {"exact": scores.exact, "chrf": scores.chrf, "generated": found}
+            texts = self._continue(weights, questions.prompts, advance)
+            scores = score_generated(texts, [e.reply for e in questions.examples])
+            columns |= {"exact": scores.exact, "chrf": scores.chrf, "generated": texts}
             extra["corpus_chrf"] = scores.corpus_chrf
         return LanguageResult(digest(questions.examples), questions.units, columns, extra)
 
-    def _nats(self, tokenized: Any, advance: Callable[[int], object]) -> np.ndarray:
-        def nll(batch: dict[str, np.ndarray]) -> jax.Array:
-            return self._nll(self._params, jax.device_put(batch, self._rows))
-
-        return example_nats(
-            nll,
+    def _likelihoods(
+        self, weights: Any, tokenized: Sequence[Tokenized], advance: Callable[[int], object]
+    ) -> Likelihoods:
+        return likelihoods(
+            lambda batch: self._nll(weights, place(batch, self._rows)),
             {"": tokenized},
             batch_size=self.batch_size,
             pad_id=self.pad_id,
@@ -131,7 +171,7 @@ class Evaluator:
         )[""]
 
     def _branch_nats(
-        self, texts: list[list[Tokenized]], advance: Callable[[int], object]
+        self, weights: Any, texts: list[list[Tokenized]], advance: Callable[[int], object]
     ) -> list[list[float]]:
         """Nats of texts, some per example; what those of an example begin with is read once."""
         rows = [_branched(some) for some in texts]
@@ -147,8 +187,8 @@ class Evaluator:
             for row, number in enumerate(chosen):
                 size = len(rows[number].tokens)
                 tokens[row, :size], branch[row, :size] = rows[number].tokens, rows[number].branch
-            placed = jax.device_put((tokens, branch), self._rows)
-            nats = np.asarray(self._branches(self._params, *placed), np.float64)
+            placed = place((tokens, branch), self._rows)
+            nats = np.asarray(self._branches(weights, *placed), np.float64)
             for row, number in enumerate(chosen):
                 one = rows[number]
                 own = np.where(one.scored, nats[row, : len(one.tokens)], 0.0)
@@ -157,7 +197,9 @@ class Evaluator:
             advance(sum(len(texts[number]) for number in chosen))
         return found
 
-    def _continue(self, prompts: list[np.ndarray], advance: Callable[[int], object]) -> list[str]:
+    def _continue(
+        self, weights: Any, prompts: list[np.ndarray], advance: Callable[[int], object]
+    ) -> list[str]:
         texts = [""] * len(prompts)
         # Longest first: what runs out of memory does so at once.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -169,17 +211,19 @@ class Evaluator:
             for row, number in enumerate(chosen):
                 lengths[row] = len(prompts[number])
                 tokens[row, : lengths[row]] = prompts[number]
-            placed = jax.device_put((tokens, lengths), self._rows)
-            found = np.asarray(self._generate(self._params, *placed))
+            placed = place((tokens, lengths), self._rows)
+            found = np.asarray(self._generate(weights, *placed))
             for row, number in enumerate(chosen):
                 texts[number] = self._text(found[row])
             advance(len(chosen))
         return texts
 
     def _text(self, tokens: np.ndarray) -> str:
-        ends = np.flatnonzero(np.isin(tokens, self.stop))
+        ends = np.flatnonzero(np.isin(tokens, self._stop))
         kept = tokens[: ends[0]] if len(ends) else tokens
-        return self.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
+        assert self._tokenizer is not None, "generated tokens need a tokenizer"
+        # Of one sequence it is one text, which the signature does not tell.
+        return str(self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
 
 
 class _Branched(NamedTuple):
