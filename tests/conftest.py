@@ -22,7 +22,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pytest
 
 from jaxmoo.errors import DownloadError
-from small_runs import tiny_model, write_config  # noqa: F401 -- fixtures of every room
+from small_runs import (  # noqa: F401 -- fixtures of every room
+    conversations,
+    tiny_model,
+    write_config,
+)
 
 
 @pytest.fixture(scope="session")

@@ -344,10 +344,10 @@ def test_tokens_that_the_model_does_not_know_are_refused_before_training(
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 49151}))
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
     for command in (main, data_main):
         assert command(["--config", str(write_config(model__source=str(other)))]) == 2
-        assert "tokens up to number 49151" in capsys.readouterr().err
+        assert "tokens up to number 258" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
