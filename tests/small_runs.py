@@ -34,13 +34,13 @@ SIZES = {
     "rope_theta": 1e4,
     "tie_word_embeddings": True,
 }
-# Per language, who does what: each question is one of each, and the reply turns it round.
+# Per language, nouns and verbs. Two short conversations fit into a row of 96 bytes.
 WORDS = {
-    "it": ("il gatto, la luna, mio zio, il treno", "dorme, canta, arriva, ride, cade"),
-    "pt": ("o gato, a lua, meu tio, o trem", "dorme, canta, chega, ri, cai"),
-    "es": ("el gato, la luna, mi tío, el tren", "duerme, canta, llega, ríe, cae"),
-    "fa": ("گربه, ماه, عمو, قطار", "خوابید, خواند, رسید, خندید, افتاد"),
-    "de": ("die Katze, der Mond, mein Onkel, der Zug", "schläft, singt, kommt, lacht, fällt"),
+    "it": ("gatto luna zio treno", "dorme canta arriva ride cade"),
+    "pt": ("gato lua tio trem", "dorme canta chega ri cai"),
+    "es": ("gato luna tío tren", "duerme canta llega ríe cae"),
+    "fa": ("ماه گل آب باد", "رفت شد دید زد بود"),
+    "de": ("Katze Mond Onkel Zug", "ruht singt kommt lacht fällt"),
 }
 
 
@@ -86,11 +86,11 @@ def tiny_model(tmp_path_factory) -> Path:
 def conversations(tmp_path_factory) -> str:
     """The pattern of one file per language of ``WORDS``, each of 60 prompts and replies."""
     path = tmp_path_factory.mktemp("conversations")
-    for language, (who, what) in WORDS.items():
-        pairs = itertools.product(who.split(", "), what.split(", "), (1, 2, 3))
+    for language, (nouns, verbs) in WORDS.items():
+        pairs = itertools.product(nouns.split(), enumerate(verbs.split()), (1, 6, 11))
         rows = [
-            {"prompt": f"{n} {subject} {verb}?", "completion": " ".join([verb] * n + [subject])}
-            for subject, verb, n in pairs
+            {"prompt": f"{n + start} {noun}?", "completion": f"{noun} {verb}"}
+            for noun, (n, verb), start in pairs
         ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (path / f"{language}.jsonl").write_text(lines, "utf-8")

@@ -293,7 +293,7 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(write_con
         ("resolve.aggregator=mgad", "Did you mean 'mgda'"),
         ("resolve.blocks=layers", "Did you mean 'layer'"),
         ("train.steps=many", "train.steps"),
-        ("data.seen=[en, xx]", "xx"),
+        ("data.seen=[it, xx]", "xx"),
         ("data.sequence_length=512", "at most 256"),
         ("model.trainable=^blocks", "match"),
         ("mesh.language=3", "devices"),
