@@ -28,6 +28,9 @@ from small_runs import (  # noqa: F401 -- fixtures of every room
     write_config,
 )
 
+# A script, which needs what the tests do without.
+collect_ignore = ["aggregators/make_goldens.py"]
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
