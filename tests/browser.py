@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 # Appended to a copy of the page: what became of every image and what was asked for, once all of it
@@ -38,13 +41,22 @@ def chromium() -> str | None:
     return next((path for name in _CHROMIUMS if (path := shutil.which(name))), None)
 
 
+# In CI nothing is left out: there they fail without a browser.
+needs_chromium = pytest.mark.skipif(
+    chromium() is None and not os.environ.get("CI"), reason="no Chromium is installed"
+)
+
+
 def look_at(page: Path, scratch: Path) -> Seen:
     """Open a page in headless Chromium."""
+    browser = chromium()
+    if browser is None:
+        raise FileNotFoundError(f"no Chromium is installed: none of {', '.join(_CHROMIUMS)}")
     copy = scratch / "page.html"
     copy.write_text(page.read_text("utf-8") + _PROBE, "utf-8")
     done = subprocess.run(
         [
-            chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--disable-background-networking", "--no-first-run", "--disable-extensions",
             f"--user-data-dir={scratch / 'profile'}", "--enable-logging=stderr", "--v=0",
             "--dump-dom", copy.as_uri(),

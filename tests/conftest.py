@@ -23,7 +23,14 @@ import pytest
 
 from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
 from jaxmoo.errors import DownloadError
-from small_runs import tiny_model, write_config  # noqa: F401 -- fixtures of every room
+from small_runs import (  # noqa: F401 -- fixtures of every room
+    conversations,
+    tiny_model,
+    write_config,
+)
+
+# A script, which needs what the tests do without.
+collect_ignore = ["aggregators/make_goldens.py"]
 
 
 @pytest.fixture(scope="session")

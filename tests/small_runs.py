@@ -1,41 +1,61 @@
-"""A model small enough to train in seconds, with the real tokenizer and real data."""
+"""A model small enough to train in seconds, and conversations in five languages to train it on."""
 
+from __future__ import annotations
+
+import itertools
 import json
-import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
-from safetensors.numpy import save_file
 
-from jaxmoo.hf.names import hf_tensor
-from jaxmoo.models import Decoder, DecoderConfig, logical_paths
-from jaxmoo.models.paths import named_leaves
+from tiny_tokenizer import bytes_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # with SmolLM2's numbers
+SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(SPECIAL) + 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+# Per language, nouns and verbs. Two short conversations fit into a row of 96 bytes.
+WORDS = {
+    "it": ("gatto luna zio treno", "dorme canta arriva ride cade"),
+    "pt": ("gato lua tio trem", "dorme canta chega ri cai"),
+    "es": ("gato luna tío tren", "duerme canta llega ríe cae"),
+    "fa": ("ماه گل آب باد", "رفت شد دید زد بود"),
+    "de": ("Katze Mond Onkel Zug", "ruht singt kommt lacht fällt"),
+}
 
 
-@pytest.fixture(scope="session")
-def tiny_model(smollm2_dir, tmp_path_factory):
-    """A random decoder of four layers that speaks SmolLM2's vocabulary, in HF format."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
+def save_model(path: Path) -> Path:
+    """Save a random decoder of four layers, without a tokenizer, in Hugging Face's format."""
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    from jaxmoo.hf.names import hf_tensor
+    from jaxmoo.models import Decoder, DecoderConfig, logical_paths
+    from jaxmoo.models.paths import named_leaves
+
     path.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "tie_word_embeddings": True,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    state = nnx.state(Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)))
+    (path / "config.json").write_text(json.dumps(SIZES))
+    state = nnx.state(Decoder(DecoderConfig.from_hf(SIZES), rngs=nnx.Rngs(0)))
     weights = {}
     for leaf_path, leaf in named_leaves(state):
         for layer, logical in enumerate(logical_paths(leaf_path, leaf.shape)):
@@ -43,22 +63,50 @@ def tiny_model(smollm2_dir, tmp_path_factory):
             value = np.asarray(leaf[layer] if leaf_path[0] == "layers" else leaf)
             weights[name] = np.ascontiguousarray(value.T if transposed else value)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (smollm2_dir / name).exists():
-            shutil.copy(smollm2_dir / name, path)
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random decoder that reads single bytes, in Hugging Face's format, with ChatML."""
+    path = save_model(tmp_path_factory.mktemp("tiny") / "model")
+    tokenizer = bytes_tokenizer(
+        SPECIAL,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+        model_max_length=256,
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> str:
+    """The pattern of one file per language of ``WORDS``, each of 60 prompts and replies."""
+    path = tmp_path_factory.mktemp("conversations")
+    for language, (nouns, verbs) in WORDS.items():
+        pairs = itertools.product(nouns.split(), enumerate(verbs.split()), (1, 6, 11))
+        rows = [
+            {"prompt": f"{n + start} {noun}?", "completion": f"{noun} {verb}"}
+            for noun, (n, verb), start in pairs
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (path / f"{language}.jsonl").write_text(lines, "utf-8")
+    return str(path / "{language}.jsonl")
+
+
 @pytest.fixture
-def write_config(tiny_model, tmp_path):
+def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
     """Write a config of a short run of the tiny model, with changes; return its path."""
 
-    def write(**changes):
+    def write(**changes: Any) -> Path:
         config = {
             "output": str(tmp_path / "run"),
             "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
             "data": {
-                "source": "chatterbot",
+                "source": conversations,
                 "seen": ["it", "pt", "es", "fa"],
                 "unseen": ["de"],
                 "batch_size": 2,

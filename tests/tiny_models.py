@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 from jaxmoo.models import logical_paths, named_leaves
+
+if TYPE_CHECKING:  # seconds of importing, which only those pay for who make a model
+    import torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -48,11 +48,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A randomly initialised transformers model; norms and biases are random too."""
+    import torch
+    import transformers
+
     model_type = variant.split("_")[0].replace("llama3", "llama")
     settings = {**SIZES, **VARIANTS[variant], **overrides}
     config = transformers.AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -62,8 +65,8 @@ def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     return model.eval()
 
 
-def save(variant: str, path: Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    """Make a model, save it as a Hugging Face directory, return it."""
+def save(variant: str, path: Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """Make a model, save it as a Hugging Face directory in float32 or another type, return it."""
     model = make(variant, **kwargs).to(dtype)
     model.save_pretrained(path)
     return model

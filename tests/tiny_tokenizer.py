@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def bytes_tokenizer(special: list[str], **options: Any) -> PreTrainedTokenizerFast:
@@ -15,6 +17,8 @@ def bytes_tokenizer(special: list[str], **options: Any) -> PreTrainedTokenizerFa
       special: special tokens, which come before the 256 bytes.
       options: those of `PreTrainedTokenizerFast`, such as which special token is which.
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     bpe = Tokenizer(models.BPE(vocabulary, []))

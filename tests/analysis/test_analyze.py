@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from browser import chromium, look_at
+from browser import look_at, needs_chromium
 from jaxmoo.commands.analyze import main
 from jaxmoo.runs.gram_log import read_grams
 
@@ -103,7 +103,7 @@ def test_the_page_explains_itself(report, numbers):
         assert numbers["settings"][name] == value
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+@needs_chromium
 def test_the_page_in_a_browser(report, tmp_path):
     seen = look_at(report / "index.html", tmp_path)
     assert seen.console == []
@@ -112,7 +112,7 @@ def test_the_page_in_a_browser(report, tmp_path):
     assert all(name and width > 500 and height > 200 for name, width, height in seen.images)
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+@needs_chromium
 def test_the_browser_sees_what_a_page_does_wrong(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(

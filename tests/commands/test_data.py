@@ -14,15 +14,20 @@ from jaxmoo.data.load import load_data
 from jaxmoo.hf import load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def no_weights(tiny_model, tmp_path_factory):
-    """The tiny model's directory without its weights."""
-    path = tmp_path_factory.mktemp("no_weights") / "model"
-    shutil.copytree(tiny_model, path, ignore=shutil.ignore_patterns("*.safetensors"))
+def without_weights(model, path):
+    """A copy of a model's directory, which no weights are in."""
+    shutil.copytree(model, path, ignore=shutil.ignore_patterns("*.safetensors"))
     return path
 
 
-def test_the_quick_starts_data_is_shown(no_weights, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def no_weights(tiny_model, tmp_path_factory):
+    """The tiny model's directory without its weights."""
+    return without_weights(tiny_model, tmp_path_factory.mktemp("no_weights") / "model")
+
+
+def test_the_quick_starts_data_is_shown(smollm2_dir, tmp_path, capsys):
+    no_weights = without_weights(smollm2_dir, tmp_path / "model")
     arguments = ["--config", "configs/quickstart.yaml", "--out", str(tmp_path / "out")]
     arguments += ["--languages", "fa,de", f"model.source={no_weights}", "data.max_held_out=5"]
     assert main(arguments) == 0

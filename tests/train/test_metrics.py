@@ -279,7 +279,6 @@ def test_many_languages_fit_one_line_of_a_terminal(terminal):
 
 def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
     """Without a connection they are kept in a file."""
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
