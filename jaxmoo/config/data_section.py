@@ -20,8 +20,7 @@ _FRACTION = Range(least=0, below=1)
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Columns of the data, if they are not called `messages`, or `prompt` and `completion`, or
-    `text`."""
+    """Columns with names other than `messages`, `prompt` and `completion`, or `text`."""
 
     messages: str | None = setting(
         None, "Column with the conversation, a list of `{role, content}`."

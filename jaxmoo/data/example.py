@@ -219,7 +219,8 @@ class Example:
         Args:
           language: the language's code.
           text: the text.
-          group: see the class, and `place`.
+          group: what it belongs to; see the class.
+          place: where it comes from, for errors.
 
         Returns:
           The example.
@@ -248,7 +249,8 @@ class Example:
           language: the language's code.
           prompt: the user's text.
           reply: the assistant's text.
-          group: see the class, and `place`.
+          group: what it belongs to; see the class.
+          place: where it comes from, for errors.
 
         Returns:
           The example.
@@ -282,7 +284,9 @@ class Example:
           messages: mappings with ``role``, ``content`` (a text, or parts of type ``text``, which
             are joined) and whatever else the chat template reads; a key whose value is null or an
             empty list or mapping is as absent. A turn with ``tool_calls`` needs no content.
-          group: see the class, and so are `tools` and `place`.
+          group: what it belongs to; see the class.
+          tools: what the assistant may call, as the chat template reads it.
+          place: where it comes from, for errors.
 
         Returns:
           The example.

@@ -1,5 +1,4 @@
-"""Where records come from: the built-in corpus, local files, a hub dataset, or a `Source` of one's
-own."""
+"""Where records come from: the built-in corpus, files, a hub data set, or one's own `Source`."""
 
 from __future__ import annotations
 

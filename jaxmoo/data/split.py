@@ -130,7 +130,8 @@ def split_languages(
     Args:
       examples: per language its distinct examples.
       seen: the languages to train on; of the others everything is held out.
-      held_out: see `split_examples`, and so is `disjoint_replies`.
+      held_out: see `split_examples`.
+      disjoint_replies: see `split_examples`.
 
     Returns:
       Per language its parts, held-out examples in the order of `split_examples`.

@@ -162,8 +162,11 @@ def tokenize_good(
     """As `tokenize_all`, without the examples that the template cannot render.
 
     Args:
-      examples: as in `tokenize_all`, and so are the others.
+      examples: as in `tokenize_all`.
+      tokenizer: as in `tokenize_all`.
+      max_length: as in `tokenize_all`.
       malformed: notes what is wrong with each that is left out.
+      special_tokens: as in `tokenize_all`.
 
     Returns:
       The examples that are left, and one `Tokenized` for each.

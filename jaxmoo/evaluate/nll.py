@@ -129,7 +129,11 @@ def likelihoods(
     """Score every reply by itself; `evaluate_nll` sums them.
 
     Args:
-      nll_fn: see `evaluate_nll`, and so are `tokenized`, `batch_size`, `pad_id` and `buckets`.
+      nll_fn: see `evaluate_nll`.
+      tokenized: see `evaluate_nll`.
+      batch_size: see `evaluate_nll`.
+      pad_id: see `evaluate_nll`.
+      buckets: see `evaluate_nll`.
       advance: called with the number of examples of each batch that is done.
 
     Returns:

@@ -300,7 +300,7 @@ def _qwen_window(config: Mapping[str, Any]) -> int | None:
         first = config.get("max_window_layers", 28)
         if first != 0 and not _is_size(first):
             raise ConfigError(f"max_window_layers must be a number of layers, got {shown(first)}")
-        some, all_ = not _is_size(layers) or first < layers, first == 0
+        some, all_ = layers is None or not _is_size(layers) or first < layers, first == 0
     if some and not all_:
         raise ConfigError(
             f"{config.get('model_type')} with a sliding window in some layers only "

@@ -164,8 +164,8 @@ def _fused(
         return vjp(*args)[0]
 
     def gradients(*args: Any) -> Any:
-        *args, g = args
-        return vjp(*args)[1](g)
+        *primals, g = args
+        return vjp(*primals)[1](g)
 
     folded, folded_forward, folded_gradients = (
         _folded(wrap(function)) for function in (kernel, forward, gradients)
@@ -278,13 +278,14 @@ def _splash_kernel(length: int, window: int | None, interpret: bool) -> Any:
     length += -length % _LANES
     size = max(n for n in (4 * _LANES, 2 * _LANES, _LANES) if length % n == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": size for name in names}
     if window is None:
         mask = splash.CausalMask((length, length))
     else:
         mask = splash.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask]),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -105,7 +105,7 @@ def generate_greedily(
     return jax.lax.while_loop(goes_on, step, start)[1]
 
 
-def _empty_cache(model: Decoder, slots: _Slots) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _empty_cache(model: Decoder, slots: _Slots) -> dict[str, tuple[jax.Array, ...]]:
     """Keys and values [L, B, T, G, H] of every segment."""
     config = model.config
     heads = (config.num_key_value_heads, config.head_dim)

@@ -94,6 +94,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map the last axis: ``[..., in] -> [..., out]``."""
         y = product(x, self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -115,6 +116,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((*stack, size), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis; the shape stays."""
         x = x.astype(at_least_float32(x.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale[...].astype(x.dtype)).astype(self.dtype)
@@ -137,10 +139,12 @@ class Attention(nnx.Module):
         self.window = config.sliding_window
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        kw_in = dict(stack=stack, bias=config.attention_bias, rngs=rngs, **kw)
-        self.q_proj = Linear(config.hidden_size, width, **kw_in)
-        self.k_proj = Linear(config.hidden_size, kv_width, **kw_in)
-        self.v_proj = Linear(config.hidden_size, kv_width, **kw_in)
+        projection = partial(
+            Linear, config.hidden_size, stack=stack, bias=config.attention_bias, rngs=rngs, **kw
+        )
+        self.q_proj = projection(width)
+        self.k_proj = projection(kv_width)
+        self.v_proj = projection(kv_width)
         self.o_proj = Linear(width, config.hidden_size, stack=stack, rngs=rngs, **kw)
         norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps, stack=stack, **kw)
         self.q_norm = norm() if config.qk_norm else None
@@ -153,6 +157,7 @@ class Attention(nnx.Module):
         sin: jax.Array,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
+        """Attend within each row, ``[B, S, D] -> [B, S, D]``; see `attend`."""
         q_BSNH, k_BSGH, v_BSGH = self.project(x_BSD, cos, sin)
         out_BSNH = attend(
             q_BSNH,
@@ -190,6 +195,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kw)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """Map every position by itself, ``[B, S, D] -> [B, S, D]``."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
 
 

@@ -128,6 +128,7 @@ class AdaptedLinear(Linear):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map the last axis by the kernel and add what the adapter says: ``[..., out]``."""
         return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
 
     def merged(self) -> Linear:

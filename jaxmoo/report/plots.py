@@ -44,9 +44,14 @@ class Score(Protocol):
     """What the plots need to know of a held-out score."""
 
     @property
-    def nll(self) -> float: ...
+    def nll(self) -> float:
+        """Nats per token."""
+        ...
+
     @property
-    def bits_per_byte(self) -> float: ...
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text."""
+        ...
 
 
 # --- Training loss ---------------------------------------------------------------------------

@@ -89,11 +89,13 @@ def title(figure: Figure, heading: str, explanation: str) -> None:
 
 
 def whole_numbers(count: int) -> MaxNLocator:
+    """Return ticks of an axis at about so many whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
 
 
 def line_styles() -> Iterator[dict[str, Any]]:
+    """Yield line styles that can be told apart, the first ones by colour alone."""
     for dash, colour in itertools.product(_DASHES, COLOURS):
         yield {"color": colour, "linestyle": dash}
