@@ -81,20 +81,20 @@ TOUCH: Mapping[str, Sequence[Sequence[Touch]]] = {
     ],
     "data source": [
         [
-            Touch("jaxmoo/data/sources.py", r"^def open_source\("),
+            Touch("jaxmoo/data/sources/source.py", r"^def open_source\("),
             Touch("jaxmoo/config/data_section.py", r"Where the examples come from"),
             Touch("docs/data.md", r"^\| `chatterbot`"),
         ],
         [
             Touch("jaxmoo/data/NEW.py"),
-            Touch("jaxmoo/data/sources.py", r"^def read_examples\("),
+            Touch("jaxmoo/data/sources/source.py", r"^def read_examples\("),
             Touch("jaxmoo/data/streams.py", r"^def open_streams\("),
             Touch("jaxmoo/config/data_section.py", r"Where the examples come from"),
             Touch("docs/data.md", r"^\| `chatterbot`"),
         ],
         [
             Touch("jaxmoo/data/NEW.py"),
-            Touch("jaxmoo/data/sources.py", r"^def read_examples\("),
+            Touch("jaxmoo/data/sources/source.py", r"^def read_examples\("),
             Touch("jaxmoo/data/streams.py", r"^def open_streams\("),
             Touch("jaxmoo/train/data_config.py", r"Where the examples come from"),
             Touch("docs/data.md", r"^\| `chatterbot`"),
@@ -143,7 +143,7 @@ def room_of(module: str) -> str:
     """The room of a module.
 
     Example:
-      >>> room_of("jaxmoo.data.files"), room_of("jaxmoo.mesh"), room_of("jaxmoo")
+      >>> room_of("jaxmoo.data.sources.files"), room_of("jaxmoo.mesh"), room_of("jaxmoo")
       ('data', 'mesh', '(top)')
     """
     parts = module.split(".")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from devices import run_python
-from jaxmoo.data.tokenizer import read_template
+from jaxmoo.data.tokenization.tokenizer import read_template
 from jaxmoo.hf import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ from jaxmoo import mesh
 from jaxmoo.aggregators.solvers import min_norm
 from jaxmoo.analysis.conflict import cosines
 from jaxmoo.config.training import Config
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
 from jaxmoo.errors import DataError
 from jaxmoo.models import Decoder, target_mask, token_nll, trainable_filter

@@ -27,7 +27,12 @@ from jaxmoo.config.training import Config
 from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.convert.kinds import CHECKPOINT_FILE, base_of, kind_of, tokenizer_of
 from jaxmoo.convert.params import restore_params, save_params, spread
-from jaxmoo.data.tokenizer import NO_ENDING, chat_tokenizer, ending_token, read_template
+from jaxmoo.data.tokenization.tokenizer import (
+    NO_ENDING,
+    chat_tokenizer,
+    ending_token,
+    read_template,
+)
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.adapter import describe_adapter, load_adapter, save_adapter
 from jaxmoo.hf.card import ModelCard

@@ -5,11 +5,11 @@ from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.mixture import shares
-from jaxmoo.data.records import RecordStream, SequenceStream
-from jaxmoo.data.sources import Source, load_examples, open_source
+from jaxmoo.data.sources.records import RecordStream, SequenceStream
+from jaxmoo.data.sources.source import Source, load_examples, open_source
 from jaxmoo.data.split import deduplicate, split_examples
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenize import Tokenized, tokenize, tokenize_all
+from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize, tokenize_all
 
 __all__ = [
     "Corpus",

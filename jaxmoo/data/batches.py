@@ -11,7 +11,7 @@ import numpy as np
 from jaxmoo.data.mixture import Mixture
 from jaxmoo.data.packing import ShuffledRows, StreamedRows
 from jaxmoo.data.streaming import ExampleStream
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from jaxmoo.config.data_section import DataConfig, check_data
 from jaxmoo.data.example import Example, normalise
-from jaxmoo.data.records import Malformed
-from jaxmoo.data.sources import Source, open_source, read_examples
+from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.sources.source import Source, open_source, read_examples
 from jaxmoo.data.split import deduplicate, split_languages
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenize import Tokenized, tokenize_good
+from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
 from jaxmoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

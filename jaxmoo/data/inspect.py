@@ -12,7 +12,7 @@ from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.corpus import Corpus
 from jaxmoo.data.packing import ShuffledRows, plan_rows
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

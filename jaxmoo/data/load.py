@@ -12,9 +12,9 @@ from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.corpus import Corpus, load_corpus
 from jaxmoo.data.inspect import notes
 from jaxmoo.data.mixture import shares
-from jaxmoo.data.sources import Source
-from jaxmoo.data.tokenize import Tokenized
-from jaxmoo.data.tokenizer import chat_tokenizer
+from jaxmoo.data.sources.source import Source
+from jaxmoo.data.tokenization.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenizer import chat_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

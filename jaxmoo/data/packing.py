@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmoo.data.shuffle import epoch_order
 from jaxmoo.data.streaming import ExampleStream, Place
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 
 __all__ = ["Rows", "ShuffledRows", "StreamedRows", "plan_rows"]

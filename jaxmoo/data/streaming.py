@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
-from jaxmoo.data.records import (
+from jaxmoo.data.sources.records import (
     Malformed,
     Position,
     Record,
@@ -17,7 +17,7 @@ from jaxmoo.data.records import (
     take_examples,
 )
 from jaxmoo.data.split import deduplicate, hash_fraction, side_key
-from jaxmoo.data.tokenize import Tokenized, tokenize_good
+from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,7 +20,7 @@ from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.inspect import notes
 from jaxmoo.data.split import split_languages
-from jaxmoo.data.tokenizer import NO_ENDING, chat_tokenizer, ending_token
+from jaxmoo.data.tokenization.tokenizer import NO_ENDING, chat_tokenizer, ending_token
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.data.example import Example
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
 from jaxmoo.evaluate.nll import (
     LanguageScore,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxmoo.data.example import normalise
-from jaxmoo.data.tokenizer import ending_token
+from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.generation import stop_tokens as model_stop_tokens
 

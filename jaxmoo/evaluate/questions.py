@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxmoo.data.example import Example
-from jaxmoo.data.records import Malformed
+from jaxmoo.data.sources.records import Malformed
 from jaxmoo.data.split import hash_fraction
-from jaxmoo.data.tokenize import Tokenized, reply_prompts, tokenize_choices, tokenize_good
+from jaxmoo.data.tokenization.tokenize import (
+    Tokenized,
+    reply_prompts,
+    tokenize_choices,
+    tokenize_good,
+)
 from jaxmoo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -207,7 +212,7 @@ def prepare_questions(
       drop_unusable: leave out examples whose reply is empty or begins beyond `max_length`.
       max_malformed: the largest share of examples that the template may fail to render; they are
         left out.
-      special_tokens: as in :func:`~jaxmoo.data.tokenize.tokenize_all`.
+      special_tokens: as in :func:`~jaxmoo.data.tokenization.tokenize.tokenize_all`.
 
     Raises:
       DataError: a reply begins beyond `max_length`, no example is left, or a prompt leaves no room

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoo.config import Config
-from jaxmoo.data.tokenizer import NO_ENDING, read_template
+from jaxmoo.data.tokenization.tokenizer import NO_ENDING, read_template
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.digests import DIGESTS, damaged_files, files_below, read_digests
 from jaxmoo.hf import save_adapter, save_model

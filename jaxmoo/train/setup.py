@@ -18,7 +18,7 @@ from jaxmoo import mesh
 from jaxmoo.config import Config, DataConfig, lora_of
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
 from jaxmoo.data.load import load_data
-from jaxmoo.data.tokenizer import ending_token
+from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate import Evaluator
 from jaxmoo.files.outputs import typed_path

@@ -13,7 +13,7 @@ from jaxmoo import stacked_value_and_grad
 from jaxmoo.analysis.conflict import layer_of, together
 from jaxmoo.analysis.stationarity import measure_grams, paired_batch, shortest, stationarity
 from jaxmoo.config.training import load_config
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model

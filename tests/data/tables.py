@@ -9,8 +9,9 @@ import pyarrow
 import pyarrow.parquet
 
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig
-from jaxmoo.data import corpus, sources
+from jaxmoo.data import corpus
 from jaxmoo.data.example import Example
+from jaxmoo.data.sources import source as sources
 
 ROWS = {
     "en": [

@@ -11,7 +11,7 @@ import pytest
 
 from devices import run_python
 from jaxmoo.data.batches import LanguageBatches
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 
 LENGTH = 8

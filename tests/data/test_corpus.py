@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data.tables import load_corpus, load_examples
-from jaxmoo.data import template
+from jaxmoo.data.tokenization import template
 from jaxmoo.errors import ConfigError, DataError
 
 
@@ -130,7 +130,7 @@ def test_what_a_template_cannot_render_is_malformed(folder, make_tokenizer):
 def test_too_many_failures_of_a_template_end_reading_before_the_last(
     folder, make_tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("jaxmoo.data.template.MOST_PASSES", 100)
+    monkeypatch.setattr("jaxmoo.data.tokenization.template.MOST_PASSES", 100)
     failures = []
     failed = template._failed
     monkeypatch.setattr(template, "_failed", lambda *a: failures.append(a) or failed(*a))

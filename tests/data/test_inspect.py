@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxmoo.data.example import Example
 from jaxmoo.data.inspect import notes
-from jaxmoo.data.tokenize import tokenize_all
+from jaxmoo.data.tokenization.tokenize import tokenize_all
 
 PLAIN = (
     "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.mixture import Mixture, inclusion_probabilities, shares
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError
 
 

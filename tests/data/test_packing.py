@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxmoo.data.batches import LanguageBatches, count_tokens
 from jaxmoo.data.packing import Rows, plan_rows
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 
 CAPACITY = 16

@@ -13,7 +13,7 @@ import pytest
 
 from data.tables import compress, load_corpus, settings
 from jaxmoo.data import LanguageBatches
-from jaxmoo.data.sources import HubSource
+from jaxmoo.data.sources.source import HubSource
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
 from jaxmoo.train.resume import batch_digest, check_data
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoo.data.tokenize import Tokenized, tokenize_all
+from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_all
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate import LanguageScore, evaluate_nll
 

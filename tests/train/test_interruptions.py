@@ -13,7 +13,7 @@ import pytest
 from devices import ROOT
 from jaxmoo.config import load_config, to_yaml
 from jaxmoo.data import LanguageBatches
-from jaxmoo.data.tokenize import Tokenized
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import check_settings

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from data.tables import GOOD, load_examples, read_examples, write
-from jaxmoo.data.records import Malformed
-from jaxmoo.data.tokenize import tokenize_good
+from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.tokenization.tokenize import tokenize_good
 from jaxmoo.errors import DataError
 
 NESTED, NUMBER = "[" * 100_000, "9" * 5000

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from jaxmoo.data.example import Example, says
-from jaxmoo.data.template import ChatTemplate
+from jaxmoo.data.tokenization.template import ChatTemplate
 from jaxmoo.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]

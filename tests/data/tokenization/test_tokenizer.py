@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoo.data.tokenizer import at_date, ending_token, reads_clock
+from jaxmoo.data.tokenization.tokenizer import at_date, ending_token, reads_clock
 from tiny_tokenizer import bytes_tokenizer
 
 DAY = datetime.date(2020, 2, 3)
@@ -57,7 +57,7 @@ def test_other_templates_stay_as_they_are():
     assert at_date(template, DAY) is template and not reads_clock(template)
 
 
-SHIPPED = Path(__file__).parents[2] / "configs" / "chat_templates"
+SHIPPED = Path(__file__).parents[3] / "configs" / "chat_templates"
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 CHATML = (SHIPPED / "chatml.jinja").read_text()
 STRICT = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system?') }}{% endif %}"

@@ -11,7 +11,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from jaxmoo.data.example import MARK, Example
-from jaxmoo.data.tokenize import reply_prompts, tokenize, tokenize_all, tokenize_choices
+from jaxmoo.data.tokenization.tokenize import (
+    reply_prompts,
+    tokenize,
+    tokenize_all,
+    tokenize_choices,
+)
 from jaxmoo.errors import DataError
 from tiny_tokenizer import bytes_tokenizer
 

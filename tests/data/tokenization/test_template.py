@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxmoo.data.example import Example
-from jaxmoo.data.template import MOST_CHARACTERS, ChatTemplate
-from jaxmoo.data.tokenize import tokenize
+from jaxmoo.data.tokenization.template import MOST_CHARACTERS, ChatTemplate
+from jaxmoo.data.tokenization.tokenize import tokenize
 from jaxmoo.errors import DataError
 from tiny_tokenizer import chat_tokenizer
 
@@ -16,7 +16,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHIPPED = Path(__file__).parents[2] / "configs" / "chat_templates"
+SHIPPED = Path(__file__).parents[3] / "configs" / "chat_templates"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 MESSAGES = [
     {"role": "system", "content": "Sii breve.\n"},

@@ -10,9 +10,10 @@ import pytest
 from data.tables import ROWS, expected, load_examples, read_examples, settings, write
 from jaxmoo.config.data_section import ColumnsConfig
 from jaxmoo.config.training import Config
-from jaxmoo.data import LanguageBatches, SequenceStream, load_corpus, load_data, sources
+from jaxmoo.data import LanguageBatches, SequenceStream, load_corpus, load_data
 from jaxmoo.data.example import Example
-from jaxmoo.data.sources import HubSource
+from jaxmoo.data.sources import source as sources
+from jaxmoo.data.sources.source import HubSource
 from jaxmoo.errors import ConfigError, DataError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data.tables import read_examples
-from jaxmoo.data.chatterbot import FOLDERS
+from jaxmoo.data.sources.chatterbot import FOLDERS
 from jaxmoo.data.split import deduplicate
 
 # Prompts and replies, entries skipped, distinct prompts and replies.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
-from jaxmoo.data.tokenize import tokenize
+from jaxmoo.data.tokenization.tokenize import tokenize
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.bundled import find_config
 from jaxmoo.files.outputs import typed_path

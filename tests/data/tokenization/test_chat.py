@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxmoo.data.chat import locate
 from jaxmoo.data.example import Example
-from jaxmoo.data.template import ChatTemplate
-from jaxmoo.data.tokenize import reply_prompts, tokenize, tokenize_choices
+from jaxmoo.data.tokenization.chat import locate
+from jaxmoo.data.tokenization.template import ChatTemplate
+from jaxmoo.data.tokenization.tokenize import reply_prompts, tokenize, tokenize_choices
 from jaxmoo.errors import DataError
 from tiny_tokenizer import bytes_tokenizer
 

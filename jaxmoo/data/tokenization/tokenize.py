@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxmoo.data.chat import Conversation, Turn, locate, no_end, not_a_prefix
-from jaxmoo.data.encode import Encoded, Encoder, given, lost
 from jaxmoo.data.example import MARK, Example
-from jaxmoo.data.records import Malformed
-from jaxmoo.data.template import ChatTemplate
+from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.tokenization.chat import Conversation, Turn, locate, no_end, not_a_prefix
+from jaxmoo.data.tokenization.encode import Encoded, Encoder, given, lost
+from jaxmoo.data.tokenization.template import ChatTemplate
 from jaxmoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def tokenize_all(
 
     The template decides everything around the text, a default system prompt included, because
     that is what the model will be prompted with later. Every assistant turn that follows another
-    message is learnt: from where the generation prompt ends (`jaxmoo.data.chat.locate`) up to the
+    message is learnt: from where the generation prompt ends (`chat.locate`) up to the
     first special token behind the reply's text, its end-of-turn token, or to the end of the turn's
     rendering when the template ends turns without one. So is what the template puts between the
     prompt and the reply, such as empty thoughts, for the model will have to say it; but it is not

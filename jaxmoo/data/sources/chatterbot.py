@@ -17,7 +17,7 @@ import zipfile
 
 import yaml
 
-from jaxmoo.data.records import SequenceStream
+from jaxmoo.data.sources.records import SequenceStream
 from jaxmoo.errors import DataError, did_you_mean
 
 BUILT_IN = "chatterbot"  # its name as a source
@@ -61,7 +61,7 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Chatterbot:
-    """The built-in corpus as a :class:`~jaxmoo.data.sources.Source`.
+    """The built-in corpus as a :class:`~jaxmoo.data.sources.source.Source`.
 
     Its wheel (346 kB) is downloaded once, to the user's cache directory.
     """

@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from jaxmoo.data.example import Example
-from jaxmoo.data.tokenize import tokenize, tokenize_all
+from jaxmoo.data.tokenization.tokenize import tokenize, tokenize_all
 from jaxmoo.errors import DataError
 
 EXAMPLES = [

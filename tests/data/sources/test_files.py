@@ -18,7 +18,7 @@ from data.tables import (
     read_examples,
     write,
 )
-from jaxmoo.data.files import LONGEST_LINE, open_file
+from jaxmoo.data.sources.files import LONGEST_LINE, open_file
 from jaxmoo.errors import DataError
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from jaxmoo.config.data_section import DataConfig
-from jaxmoo.data.chatterbot import BUILT_IN, Chatterbot
 from jaxmoo.data.example import Example, listed
-from jaxmoo.data.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
-from jaxmoo.data.records import (
+from jaxmoo.data.sources.chatterbot import BUILT_IN, Chatterbot
+from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
+from jaxmoo.data.sources.records import (
     Malformed,
     Record,
     RecordStream,

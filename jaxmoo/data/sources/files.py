@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jaxmoo.data.records import Record, RecordStream, SequenceStream, parse_json
+from jaxmoo.data.sources.records import Record, RecordStream, SequenceStream, parse_json
 from jaxmoo.errors import DataError
 
 LONGEST_LINE = 2**26  # bytes; what is longer is passed over without being held

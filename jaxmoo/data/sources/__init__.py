@@ -1,0 +1,1 @@
+"""Where records come from: the built-in corpus, files, hub data sets, or one's own `Source`."""

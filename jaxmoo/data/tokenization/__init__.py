@@ -1,0 +1,1 @@
+"""From examples to tokens: chat templates, what is learnt of a conversation, special tokens."""
