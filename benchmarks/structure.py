@@ -87,14 +87,7 @@ TOUCH: Mapping[str, Sequence[Sequence[Touch]]] = {
         ],
         [
             Touch("jaxmoo/data/NEW.py"),
-            Touch("jaxmoo/data/sources/source.py", r"^def read_examples\("),
-            Touch("jaxmoo/data/streams.py", r"^def open_streams\("),
-            Touch("jaxmoo/config/data_section.py", r"Where the examples come from"),
-            Touch("docs/data.md", r"^\| `chatterbot`"),
-        ],
-        [
-            Touch("jaxmoo/data/NEW.py"),
-            Touch("jaxmoo/data/sources/source.py", r"^def read_examples\("),
+            Touch("jaxmoo/data/sources.py", r"^def read_examples\("),
             Touch("jaxmoo/data/streams.py", r"^def open_streams\("),
             Touch("jaxmoo/train/data_config.py", r"Where the examples come from"),
             Touch("docs/data.md", r"^\| `chatterbot`"),

@@ -57,9 +57,9 @@ def test_faults_are_found(structure, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     found = structure.imports(tmp_path)
-    up = [("jaxmoo.errors", "jaxmoo.data.sources.files")]
+    up = [("jaxmoo.errors", "jaxmoo.data.files")]
     assert structure.upward(found, structure.ROOMS) == up
-    assert structure.circles(found) == [["jaxmoo.data.sources.files", "jaxmoo.errors"]]
+    assert structure.circles(found) == [["jaxmoo.data.files", "jaxmoo.errors"]]
     numbers = structure.measure(tmp_path, quick=True)
     assert numbers["imports that run up"] == "1 of 2"
     assert numbers["circles of modules (modules in them)"] == "1 (2)"
