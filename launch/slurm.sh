@@ -30,7 +30,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 trap : TERM
 
 # --kill-on-bad-exit: when one process dies, Slurm ends the others without waiting for JAX to notice.
-srun --kill-on-bad-exit=1 "$PYTHON" scripts/train.py --config "$@"
+srun --kill-on-bad-exit=1 "$PYTHON" -m jaxmoo train --config "$@"
 code=$?
 
 # 143: stopped by SIGTERM, everything saved; the same command goes on from there. Any other code

@@ -31,7 +31,7 @@ case $action in
   train)
     # --distributed: on a TPU VM only the metadata server knows the other hosts; JAX asks it.
     # exec and the file of its number: so that `stop` reaches this run and no other.
-    everywhere "cd $DIRECTORY && echo \$\$ > .run.pid && exec $PYTHON scripts/train.py --distributed --config $(printf '%q ' "$@")"
+    everywhere "cd $DIRECTORY && echo \$\$ > .run.pid && exec $PYTHON -m jaxmoo train --distributed --config $(printf '%q ' "$@")"
     ;;
   stop)
     everywhere "kill -TERM \$(cat $DIRECTORY/.run.pid)"

@@ -138,7 +138,7 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
 
     # The container's command and environment from the JobSet: once to go on, once from the start.
     command, variables = container()
-    assert command[:3] == ["python", "scripts/train.py", "--config"]
+    assert command[:5] == ["python", "-m", "jaxmoo", "train", "--config"]
     arguments.append(f"train.steps={step + 3}")
 
     def pods(output: Path) -> str:
@@ -146,7 +146,7 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
         environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
         processes = [
             subprocess.Popen(
-                [sys.executable, command[1], *arguments, f"output={output}"],
+                [sys.executable, *command[1:4], *arguments, f"output={output}"],
                 cwd=ROOT,
                 env=environment | {"JAX_PROCESS_ID": str(index)},
                 stdout=subprocess.PIPE,
@@ -215,9 +215,10 @@ def test_the_tpu_recipe_starts_and_stops_every_worker(tmp_path):
     """What reaches a worker's shell is the command that was meant, with its quoting."""
     program = "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True); time.sleep(60)"
     for worker in (0, 1):
-        scripts = tmp_path / str(worker) / "jaxmoo" / "scripts"
-        scripts.mkdir(parents=True)
-        (scripts / "train.py").write_text(program)
+        package = tmp_path / str(worker) / "jaxmoo" / "jaxmoo"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(program)
     stub(tmp_path / "bin", "gcloud", GCLOUD)
     logs = [tmp_path / f"{worker}.log" for worker in (0, 1)]
     environment = os.environ | {"PYTHON": sys.executable, "HOSTS": str(tmp_path)}
@@ -231,7 +232,7 @@ def test_the_tpu_recipe_starts_and_stops_every_worker(tmp_path):
         assert train.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     for log in logs:
-        assert json.loads(log.read_text()) == ["--distributed", "--config", *arguments]
+        assert json.loads(log.read_text()) == ["train", "--distributed", "--config", *arguments]
     subprocess.run([*recipe, "stop"], env=environment, check=True)
     train.wait(timeout=30)
 
