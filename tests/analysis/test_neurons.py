@@ -1,9 +1,12 @@
 """LAPE against a direct computation, and planted neurons are found."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import tiny_models
 from jaxmoo.analysis.neurons import overlap, specific, thresholds
@@ -11,6 +14,9 @@ from jaxmoo.analysis.parallel import Sentence
 from jaxmoo.analysis.representations import represent
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_model
+
+if TYPE_CHECKING:  # seconds of importing, which collecting does without
+    import torch
 
 LANGUAGES = ("aa", "bb", "cc")
 VOCABULARY = 131
@@ -38,6 +44,8 @@ def planted(tmp_path_factory):
     Three coordinates of the residual stream, which attention and MLPs leave alone, say what
     language a token is of; the gates of a few neurons read them.
     """
+    import torch
+
     path = tmp_path_factory.mktemp("planted") / "model"
     model = tiny_models.make("llama", seed=1)
     neurons = {k: [(layer, 7 * k + 3 * layer + i) for layer in range(3) for i in range(2)]
@@ -67,6 +75,8 @@ def planted(tmp_path_factory):
 def gates_of_transformers(model, text: dict[str, list[Sentence]]) -> tuple[np.ndarray, np.ndarray]:
     """Activation probabilities [K, L, F] and pooled hidden states [L, K, N, D], sentence by
     sentence, with hooks."""
+    import torch
+
     gates: dict[int, torch.Tensor] = {}
     hooks = [
         layer.mlp.gate_proj.register_forward_hook(

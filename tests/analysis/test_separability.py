@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import silhouette_score
 
 from jaxmoo.analysis.separability import METRICS, distances, retrieval, separability, silhouettes
 
@@ -17,6 +16,8 @@ def points(languages: int, count: int, *, apart: float, seed: int = 0) -> np.nda
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("apart", [0.0, 0.7, 3.0])
 def test_the_silhouette_is_that_of_scikit_learn(metric, apart):
+    from sklearn.metrics import silhouette_score
+
     x = points(4, 15, apart=apart)
     labels = np.repeat(np.arange(4), 15)
     expected = silhouette_score(x.reshape(60, -1), labels, metric=metric)
@@ -33,6 +34,8 @@ def test_drawing_a_part_of_the_sentences_is_measuring_that_part():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_bootstrap_samples_are_not_better_or_worse_separated_than_the_data(metric):
+    from sklearn.metrics import silhouette_score
+
     count, samples = 15, 400
     x = points(4, count, apart=0.7)
     rng = np.random.default_rng(1)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy.optimize import minimize
 
 from jaxmoo import stacked_value_and_grad
 from jaxmoo.analysis.conflict import layer_of, together
@@ -41,6 +40,8 @@ def exact(gram: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_minimal_norm_is_that_of_the_exact_quadratic_program(seed):
+    from scipy.optimize import minimize
+
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(5, 40)) * 10 ** rng.uniform(-1, 1, (5, 1)) + 0.6 * rng.normal(size=40)
     if seed >= 4:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import datasets
+from typing import TYPE_CHECKING
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # seconds of importing, which collecting does without
+    from transformers import PreTrainedTokenizerFast
 
 TEXT = ["Hello, how are you?", "Ciao, come stai?", "سلام، حال شما چطور است؟", "你好吗", "0123 456"]
 
@@ -23,6 +26,7 @@ CHATML = (
 @pytest.fixture(scope="session")
 def make_tokenizer():
     """A function that makes a tokenizer with a given chat template."""
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,4 +61,4 @@ def tokenizer(make_tokenizer):
 @pytest.fixture(autouse=True)
 def dataset_cache(tmp_path, monkeypatch):
     """Keep what `datasets` caches inside the test's own directory."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".datasets")

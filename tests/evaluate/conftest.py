@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from tiny_tokenizer import bytes_tokenizer
+
+if TYPE_CHECKING:  # seconds of importing, which collecting does without
+    from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,6 +42,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def chat_model(tokenizer, tmp_path_factory) -> Path:
     """A directory as exported, with weights of a spread that makes choices differ."""
+    import torch
+
     path = tmp_path_factory.mktemp("chat") / "model"
     model = tiny_models.make(
         "llama",

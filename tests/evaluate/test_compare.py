@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from jaxmoo.commands.evaluate import main
 from jaxmoo.errors import CheckpointError, DataError
@@ -58,6 +57,8 @@ def test_results_of_different_dates_are_compared_with_a_word_on_it(pair):
 
 
 def test_intervals_are_those_of_scipy(pair):
+    from scipy.stats import bootstrap
+
     found = compare(*pair, resamples=4000)
     for code in ("en", "uk"):
         a, b = (np.array(one.languages[code].columns["nats"]) for one in pair)
@@ -66,7 +67,7 @@ def test_intervals_are_those_of_scipy(pair):
         def difference(a, b, tokens, axis=-1):
             return (b.sum(axis) - a.sum(axis)) / tokens.sum(axis)
 
-        expected = scipy.stats.bootstrap(
+        expected = bootstrap(
             (a, b, tokens), difference, paired=True, vectorized=True, n_resamples=4000,
             method="percentile", rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip

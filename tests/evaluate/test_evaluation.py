@@ -10,10 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from devices import ROOT, run_python
 from jaxmoo.commands.evaluate import main
@@ -44,6 +41,9 @@ def results(arguments, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle(chat_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
 
 
@@ -58,6 +58,8 @@ def prompt(text):
 
 def log_likelihoods(oracle, tokenizer, before, after):
     """Of every token of a text, given those before it."""
+    import torch
+
     ids = tokenizer(before + after, return_tensors="pt")["input_ids"]
     start = len(tokenizer(before)["input_ids"])
     with torch.no_grad():
@@ -218,6 +220,10 @@ def test_a_stored_date_that_is_none_is_damage(dated, capsys):
 
 
 def test_adapters_are_scored_on_the_model_they_name(chat_model, topics, tokenizer, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))

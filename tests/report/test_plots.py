@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.report import (
@@ -69,6 +68,8 @@ def texts(axes) -> list[str]:
 
 
 def test_loss_curves_label_every_line_without_overlap(tmp_path):
+    from matplotlib.text import Text
+
     figure = loss_curves(make_rows(), SEEN, tmp_path / "loss.png")
     assert png_size(tmp_path / "loss.png") == (1275, 720)
     (axes,) = figure.axes

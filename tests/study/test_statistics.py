@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.study.grid import Key
@@ -16,6 +15,8 @@ from jaxmoo.study.statistics import holm, mean_interval, paired_difference
 
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_intervals_and_p_values_are_those_of_scipy(n):
+    from scipy import stats
+
     rng = np.random.default_rng(n)
     a, b = rng.normal(1.0, 0.3, n), rng.normal(1.2, 0.3, n)
     found = mean_interval(list(a))

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from jaxmoo.data.example import MARK, Example
 from jaxmoo.data.tokenization.tokenize import (
@@ -134,6 +133,8 @@ def test_the_mark_is_no_text(tokenizer):
 
 def words(vocabulary, **options):
     """A tokenizer of words, which knows no others."""
+    from transformers import PreTrainedTokenizerFast
+
     model = models.WordLevel({"<pad>": 0, "</s>": 1, **vocabulary}, **options)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -147,11 +148,11 @@ def words(vocabulary, **options):
 
 
 @pytest.mark.parametrize(
-    "tokenizer",
+    "make",
     [
-        words({"<unk>": 2}, unk_token="<unk>"),
-        words({"<unk>": 2, "Ciao": 3}, unk_token="<unk>"),
-        bytes_tokenizer(
+        lambda: words({"<unk>": 2}, unk_token="<unk>"),
+        lambda: words({"<unk>": 2, "Ciao": 3}, unk_token="<unk>"),
+        lambda: bytes_tokenizer(
             ["</s>"],
             eos_token="</s>",
             chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}",
@@ -160,7 +161,8 @@ def words(vocabulary, **options):
     ids=["all unknown", "most unknown", "no tokens"],
 )
 @pytest.mark.parametrize("text", [True, False])
-def test_a_tokenizer_that_loses_the_text_is_refused(tokenizer, text):
+def test_a_tokenizer_that_loses_the_text_is_refused(make, text):
+    tokenizer = make()
     if tokenizer.unk_token is None:
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\w"), "")
     replies = ["Ciao", "Dove vai", "Non lo so"]
