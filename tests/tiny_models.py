@@ -85,7 +85,7 @@ def by_logical_path(state: Any, *, leading: int = 0) -> dict[str, np.ndarray]:
     """Arrays of a state by logical path; each has so many axes before those of the parameter."""
     arrays = {}
     for path, leaf in named_leaves(state):
-        shape = leaf.shape[leading:]
-        for i, name in enumerate(logical_paths(path, shape)):
-            arrays[name] = np.asarray(leaf.take(i, leading) if path[0] == "layers" else leaf)
+        value = np.asarray(leaf)
+        for i, name in enumerate(logical_paths(path, leaf.shape[leading:])):
+            arrays[name] = value.take(i, leading) if path[0] == "layers" else value
     return arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,18 @@ from jaxmoo.errors import CheckpointError
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model that no test changes."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny_models.save("llama", directory)
+    return directory
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
+def pair(model: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The same model twice."""
-    for name in "ab":
-        tiny_models.save("llama", tmp_path / name)
-    return tmp_path / "a", tmp_path / "b"
+    return tuple(shutil.copytree(model, tmp_path / name) for name in "ab")
 
 
 def edited(directory: Path, edit) -> None:

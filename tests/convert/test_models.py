@@ -7,18 +7,30 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-import torch
+from flax import nnx
 from safetensors.numpy import load_file
 
 import tiny_models
 from devices import run_python
+from jaxmoo import mesh
 from jaxmoo.commands.convert import main
+from jaxmoo.config.training import load_config
 from jaxmoo.convert.models import from_hf, open_model, to_hf
 from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.evaluate import LanguageScore
 from jaxmoo.files.digests import DIGESTS
+from jaxmoo.hf import load_model
+from jaxmoo.hf.load import load_config as model_config
+from jaxmoo.models import segments_for, trainable_filter
+from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.checkpoint import Checkpoints
+from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.train.step import TrainState
 from tiny_tokenizer import bytes_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -32,26 +44,28 @@ def quiet(_: str) -> None:
 def source(tmp_path_factory) -> Path:
     """A model that no test changes."""
     path = tmp_path_factory.mktemp("model") / "source"
-    tiny_models.save("llama", path, dtype=torch.bfloat16)
+    tiny_models.make("llama").bfloat16().save_pretrained(path)
     return path
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype", "overrides"),
     [
-        ("llama", torch.bfloat16, {}),
-        ("llama_tied", torch.float32, {}),
-        ("mistral", torch.float16, {}),
-        ("qwen2", torch.bfloat16, {}),
-        ("qwen2", torch.float16, {"tie_word_embeddings": False}),
-        ("qwen3", torch.bfloat16, {}),
-        ("qwen3", torch.float32, {"tie_word_embeddings": True}),
+        ("llama", "bfloat16", {}),
+        ("llama_tied", "float32", {}),
+        ("mistral", "float16", {}),
+        ("qwen2", "bfloat16", {}),
+        ("qwen2", "float16", {"tie_word_embeddings": False}),
+        ("qwen3", "bfloat16", {}),
+        ("qwen3", "float32", {"tie_word_embeddings": True}),
     ],
     ids=str,
 )
 def test_there_and_back_every_file_is_the_same(tmp_path: Path, variant, dtype, overrides):
+    import torch
+
     source, checkpoint, out = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "out"
-    tiny_models.save(variant, source, dtype=dtype, **overrides)
+    tiny_models.save(variant, source, dtype=getattr(torch, dtype), **overrides)
     from_hf(source, checkpoint, say=quiet)
     shutil.move(source, tmp_path / "moved")  # the way back does not need it
     to_hf(checkpoint, out, say=quiet)
@@ -63,8 +77,8 @@ def test_there_and_back_every_file_is_the_same(tmp_path: Path, variant, dtype, o
 
 def test_a_stack_of_layers_of_different_dtypes_comes_back_as_it_was(tmp_path: Path):
     source = tmp_path / "source"
-    model = tiny_models.make("llama").to(torch.bfloat16)
-    model.model.layers[1].mlp.up_proj.to(torch.float16)
+    model = tiny_models.make("llama").bfloat16()
+    model.model.layers[1].mlp.up_proj.half()
     model.model.norm.float()
     model.save_pretrained(source)
     from_hf(source, tmp_path / "checkpoint", say=quiet)
@@ -113,45 +127,28 @@ def test_inspect_lists_sizes_tensors_and_files(tmp_path: Path, source: Path, cap
         assert "config.json" in shown
 
 
-# On eight devices as 4 x 2, a run's directory as training leaves it: steps 2 and 5, in which
-# everything trained was raised by the step.
-RUN = """
-import sys
-from pathlib import Path
-import jax, jax.numpy as jnp, optax, yaml
-from flax import nnx
-from jaxmoo import mesh
-from jaxmoo.evaluate import LanguageScore
-from jaxmoo.hf import load_model
-from jaxmoo.hf.load import load_config as model_config
-from jaxmoo.models import segments_for, trainable_filter
-from jaxmoo.runs.checkpoint import Checkpoints
-from jaxmoo.config.training import load_config
-from jaxmoo.runs.directory import RunDirectory
-from jaxmoo.models.paths import STACKED
-from jaxmoo.train.step import TrainState
-
-source, path = Path(sys.argv[1]), Path(sys.argv[2])
-config = load_config(sys.argv[3])
-pattern = config.model.trainable
-model = load_model(source, segments=segments_for(model_config(source), pattern))
-_, params, _ = nnx.split(model, trainable_filter(pattern), ...)
-grid = mesh.make_mesh(4, language=4, fsdp=2)
-params = jax.device_put(params, mesh.parameter_shardings(grid, params, stacked=STACKED))
-run = RunDirectory(path)
-with run.claim(config):
-    for step, nll in ((0, 3.0), (5, 2.5)):
-        run.store_scores(step, {"ja": LanguageScore(nll, 1.0, 10, 30, 2)})
-    with Checkpoints(run.checkpoints, keep=2) as checkpoints:
-        for step in (2, 5):
-            raised = jax.tree.map(lambda x: x + step, params)
-            moments = jax.jit(optax.adamw(1e-3).init)(raised)
-            checkpoints.save(step, TrainState(jnp.int32(step), raised, {"w": jnp.ones(3)}, moments))
-"""
+def leave_a_run(source: Path, path: Path, config_file: Path) -> None:
+    """A run's directory as training leaves it: steps 2 and 5, by which all trained was raised."""
+    config = load_config(config_file)
+    pattern = config.model.trainable
+    model = load_model(source, segments=segments_for(model_config(source), pattern))
+    _, params, _ = nnx.split(model, trainable_filter(pattern), ...)
+    grid = mesh.make_mesh(4, language=4, fsdp=2)
+    params = jax.device_put(params, mesh.parameter_shardings(grid, params, stacked=STACKED))
+    run = RunDirectory(path)
+    with run.claim(config):
+        for step, nll in ((0, 3.0), (5, 2.5)):
+            run.store_scores(step, {"ja": LanguageScore(nll, 1.0, 10, 30, 2)})
+        with Checkpoints(run.checkpoints, keep=2) as checkpoints:
+            for step in (2, 5):
+                raised = jax.tree.map(lambda x, step=step: x + step, params)
+                moments = jax.jit(optax.adamw(1e-3).init)(raised)
+                state = TrainState(jnp.int32(step), raised, {"w": jnp.ones(3)}, moments)
+                checkpoints.save(step, state)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, Path]:
+def run(tmp_path_factory, eight_devices) -> tuple[Path, Path]:
     """A run and the model it began with."""
     directory = tmp_path_factory.mktemp("training")
     source, path = directory / "model", directory / "run"
@@ -164,7 +161,7 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
         "train": {"steps": 5},
     }
     (directory / "config.yaml").write_text(json.dumps(config))
-    run_python(["-c", RUN, source, path, directory / "config.yaml"], devices=8)
+    eight_devices("convert.test_models", "leave_a_run", source, path, directory / "config.yaml")
     return path, source
 
 

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
@@ -55,6 +53,9 @@ class Case:
     """
 
     def __init__(self, directory: Path, variant: str, **settings):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
         self.variant = variant
         self.base, self.adapter = directory / "base", directory / "adapter"
         tiny_models.save(variant, self.base)
@@ -71,6 +72,8 @@ class Case:
 
     def reload(self, adapter: Path):
         """The base model with adapters from files, by peft."""
+        from peft import PeftModel
+
         return PeftModel.from_pretrained(tiny_models.make(self.variant), adapter).eval()
 
 
@@ -107,6 +110,8 @@ SOME = LoRA(rank=4, alpha=12, targets=("q_proj", "o_proj", "down_proj"))  # 6 x 
 def test_logits_gradients_and_merged_weights_equal_pefts(
     name, lora, layers, segments, request, tmp_path: Path
 ):
+    import torch
+
     case = request.getfixturevalue(name)
     graph, abstract, frozen = with_adapters(case.base, lora, layers, segments)
     params = load_adapter(case.adapter, abstract, lora)
@@ -160,6 +165,8 @@ def test_logits_gradients_and_merged_weights_equal_pefts(
 def test_what_we_write_peft_loads_with_equal_logits(
     name, lora, layers, segments, request, tmp_path: Path
 ):
+    import torch
+
     case = request.getfixturevalue(name)
     graph, abstract, frozen = with_adapters(case.base, lora, layers, segments)
     model = nnx.merge(graph, load_adapter(case.adapter, abstract, lora), frozen)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import regex
-from transformers import AutoTokenizer
 
 import tiny_models
 from jaxmoo.convert import from_hf
@@ -87,17 +86,24 @@ def reference(smollm2_dir: Path) -> Reference:
     return Reference(smollm2_dir / "tokenizer.json")
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained])
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_is_split_and_merged_as_the_model_was_trained(smollm2_dir, reference, load, text):
-    tokenizer = load(smollm2_dir)
-    ids = tokenizer(text)["input_ids"]
-    assert ids == reference.encode(text)
-    assert tokenizer.decode(ids) == text
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_dir: Path):
+    return load_tokenizer(smollm2_dir)
 
 
-def test_known_tokens(smollm2_dir: Path):
-    tokenizer = load_tokenizer(smollm2_dir)
+def test_text_is_split_and_merged_as_the_model_was_trained(smollm2_dir, tokenizer, reference):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(smollm2_dir)
+    for text in TEXTS:
+        expected = reference.encode(text)
+        for one in (tokenizer, theirs):
+            ids = one(text)["input_ids"]
+            assert ids == expected, text
+            assert one.decode(ids) == text
+
+
+def test_known_tokens(tokenizer):
     assert tokenizer("Hello world 12")["input_ids"] == [19556, 905, 216, 33, 34]
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == [
         "<|endoftext|>",
@@ -108,13 +114,13 @@ def test_known_tokens(smollm2_dir: Path):
     assert len(tokenizer) == 49152
 
 
-def test_the_chat_template_is_chatml(smollm2_dir: Path):
+def test_the_chat_template_is_chatml(tokenizer):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},
     ]
-    text = load_tokenizer(smollm2_dir).apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello<|im_end|>\n"

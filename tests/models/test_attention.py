@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from closeness import relative_error
-from devices import run_python
+from jaxmoo import mesh
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, language_loss
 from jaxmoo.models.attention import attend, choose_attention
@@ -53,23 +53,37 @@ def value_and_gradients(function, q, k, v, segments, weight, in_axes=0):
     return jax.tree.leaves(jax.jit(mapped)(q, k, v, segments, weight))
 
 
-# On a CPU the TPU's kernel is interpreted.
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("window", [None, 37])
-def test_values_and_gradients_of_packed_rows_are_those_of_the_definition(
-    inputs, implementation, window
-):
+WINDOWS = (None, 37)
+
+
+def for_every_window(function, inputs):
+    """Values and gradients where a token sees all before it, and where it sees 37."""
+    return [
+        value_and_gradients(lambda *a, w=window: function(*a, w), *inputs) for window in WINDOWS
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(inputs):
     with jax.enable_x64(True):
         double = [x.astype(np.float64) if x.dtype == np.float32 else x for x in inputs]
-        expected = value_and_gradients(lambda *a: by_definition(*a, window), *double)
-    found = value_and_gradients(
-        lambda q, k, v, s: attend(
+        return for_every_window(by_definition, double)
+
+
+# On a CPU the TPU's kernel is interpreted.
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_values_and_gradients_of_packed_rows_are_those_of_the_definition(
+    inputs, expected, implementation
+):
+    found = for_every_window(
+        lambda q, k, v, s, window: attend(
             q, k, v, segment_ids=s, window=window, implementation=implementation
         ),
-        *inputs,
+        inputs,
     )
-    for x, y in zip(found, expected, strict=True):
-        assert relative_error(x, y) < 3e-6
+    for window, ours, wanted in zip(WINDOWS, found, expected, strict=True):
+        for x, y in zip(ours, wanted, strict=True):
+            assert relative_error(x, y) < 3e-6, window
 
 
 def test_what_vmap_leaves_unmapped_may_be_anything_also_the_cotangent(inputs):
@@ -159,31 +173,31 @@ def test_compilers_do_not_keep_a_mask_per_language_and_head():
         assert np.prod([int(n) for n in shape.split(",")]) <= 256 * 256, shape
 
 
-def test_rows_are_divided_over_devices_without_communication():
-    program = """
-import jax, jax.numpy as jnp, numpy as np
-from jaxmoo import mesh
-from jaxmoo.models.attention import attend
+def on_eight_devices() -> str:
+    """Compare attention of rows that lie on eight devices with the same on one; the program."""
+    rows = mesh.rows_sharding(mesh.make_mesh(8))
+    rng = np.random.default_rng(0)
+    q, kv = (rng.normal(size=(8, 60, n, 16)).astype("f4") for n in (4, 2))
+    segments = np.sort(rng.integers(0, 3, (8, 60)), -1).astype("i4")
 
-rows = mesh.rows_sharding(mesh.make_mesh(4))
-rng = np.random.default_rng(0)
-q, kv = (rng.normal(size=(8, 60, n, 16)).astype("f4") for n in (4, 2))
-segments = np.sort(rng.integers(0, 3, (8, 60)), -1).astype("i4")
+    def function(implementation):
+        def loss(q, k, v, s):
+            out = attend(q, k, v, segment_ids=s, implementation=implementation)
+            return (out**2).sum((1, 2, 3))
 
-def function(implementation):
-    def loss(q, k, v, s):
-        return (attend(q, k, v, segment_ids=s, implementation=implementation) ** 2).sum((1, 2, 3))
-    return jax.jit(lambda *a: jax.vjp(lambda *qkv: loss(*qkv, a[3]), *a[:3])[1](jnp.ones(8)))
+        return jax.jit(lambda *a: jax.vjp(lambda *qkv: loss(*qkv, a[3]), *a[:3])[1](jnp.ones(8)))
 
-expected = function("xla")(q, kv, kv, segments)
-placed = jax.device_put((q, kv, kv, segments), rows)
-compiled = function("tpu").lower(*placed).compile()
-for x, y in zip(compiled(*placed), expected, strict=True):
-    assert x.sharding.is_equivalent_to(rows, x.ndim)
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-assert "all-gather" not in compiled.as_text()
-"""
-    run_python(["-c", program], devices=4)
+    expected = function("xla")(q, kv, kv, segments)
+    placed = jax.device_put((q, kv, kv, segments), rows)
+    compiled = function("tpu").lower(*placed).compile()
+    for x, y in zip(compiled(*placed), expected, strict=True):
+        assert x.sharding.is_equivalent_to(rows, x.ndim)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    return compiled.as_text()
+
+
+def test_rows_are_divided_over_devices_without_communication(eight_devices):
+    assert "all-gather" not in eight_devices("models.test_attention", "on_eight_devices")
 
 
 def test_without_an_accelerator_the_others_say_why_they_cannot_run():

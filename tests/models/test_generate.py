@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import tiny_models
 from jaxmoo.errors import ConfigError
@@ -29,6 +28,8 @@ def prompts(pad):
 
 def expected(oracle, tokens, stop):
     """One prompt at a time, so that nothing is padded."""
+    import torch
+
     rows = np.full((len(LENGTHS), NEW), 2, np.int32)
     for row, length in enumerate(LENGTHS):
         ids = torch.tensor(tokens[row : row + 1, :length].astype(np.int64))
@@ -52,7 +53,7 @@ def generate(model, tokens, stop):
     )
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("variant", ["mistral", "qwen3"])
 def test_the_tokens_are_those_of_transformers(variant, tmp_path):
     oracle = tiny_models.save(variant, tmp_path)
     oracle.generation_config.eos_token_id = None

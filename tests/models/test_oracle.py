@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from transformers import AutoModelForCausalLM
 
 import tiny_models
 from closeness import relative_error
@@ -38,6 +36,8 @@ class Results(NamedTuple):
 
 def oracle_results(model, tokens: np.ndarray, mask: np.ndarray) -> Results:
     """Transformers' logits, mean NLL of the target tokens and its gradients."""
+    import torch
+
     # A padding token's embedding would get no gradient from its use as an input.
     model.model.embed_tokens.padding_idx = None
     ids, targets = torch.tensor(tokens).long(), torch.tensor(mask)[:, 1:].flatten()
@@ -73,10 +73,13 @@ def worst_gradient_error(found: Results, expected: Results) -> float:
     return max(relative_error(found.gradients[n], g) for n, g in expected.gradients.items())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Of the others, a tied head is qwen2's as well, and all that qwen3 has is in qwen3_window.
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("llama_tied", "qwen3")])
 def test_logits_loss_every_gradient_and_greedy_tokens_equal_transformers(
     variant: str, tmp_path: Path
 ):
+    import torch
+
     oracle = tiny_models.save(variant, tmp_path)
     prompts = torch.tensor(tokens_and_mask(oracle.config.vocab_size, (3, 9))[0]).long()
     tokens = oracle.generate(
@@ -104,6 +107,9 @@ def test_the_real_model_equals_transformers(smollm2_dir: Path, monkeypatch):
     The real model's activations reach 1e4, so that in float32 rounding alone moves some gradients
     by more than the tolerance, in transformers as well. What is computed is compared in float64.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     tokens, mask = tokens_and_mask(49152, (1, 24))
 
     def oracle(dtype):
@@ -130,6 +136,8 @@ def test_the_real_model_equals_transformers(smollm2_dir: Path, monkeypatch):
 
 
 def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
+    import torch
+
     rope = tiny_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
     oracle = tiny_models.save(
         "llama3_rope", tmp_path, max_position_embeddings=16384, rope_parameters=rope
@@ -145,8 +153,11 @@ def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
     assert relative_error(found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3"])
+# A llama with biases and one with norms of queries and keys.
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(variant: str, tmp_path: Path):
+    import torch
+
     oracle = tiny_models.save(variant, tmp_path)
     tokens, _ = tokens_and_mask(oracle.config.vocab_size, (2, 41))
     with torch.no_grad():
@@ -163,10 +174,13 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(variant: str, tmp_pat
 
 
 def test_padding_on_the_right_changes_nothing_before_it(tmp_path: Path):
+    import torch
+
     oracle = tiny_models.save("llama", tmp_path)
     model = load_model(tmp_path)
     tokens, _ = tokens_and_mask(oracle.config.vocab_size, (2, 20))
     padded = np.pad(tokens, ((0, 0), (0, 13)), constant_values=7)
-    call = jax.jit(model.__call__)
-    found, expected = call(jnp.asarray(padded))[:, :20], call(jnp.asarray(tokens))
+    with torch.no_grad():
+        expected = oracle(torch.tensor(tokens).long()).logits.numpy()
+    found = jax.jit(model.__call__)(padded)[:, :20]
     assert relative_error(found, expected) < TOLERANCE
