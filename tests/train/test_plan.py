@@ -78,12 +78,14 @@ def test_flops_are_three_or_four_products_per_parameter_and_token(small):
     assert 3 * forward + head <= small().flops <= 4.1 * forward + head
 
 
+@pytest.mark.slow
 def test_a_frozen_model_needs_no_optimiser(small):
     found = small(r"model.trainable=^layers\.3\.")
     assert found.memory["optimiser state"] < 8.1 * PARAMETERS / 4
     assert found.flops < small().flops / 2
 
 
+@pytest.mark.slow
 def test_blocks_resolved_after_the_pass_are_named_with_their_cost(small):
     assert small().late == {}
     found = small("resolve.blocks=whole")
@@ -93,6 +95,7 @@ def test_blocks_resolved_after_the_pass_are_named_with_their_cost(small):
     assert "layers.0.mlp.up_proj.kernel" in found.table()
 
 
+@pytest.mark.slow
 def test_stacked_gradients_are_the_largest_part_and_the_advice_says_so(small):
     found = small("resolve.engine=stacked", "data.sequence_length=2", "data.batch_size=1")
     assert found.memory["per-language gradients of everything"] == 4 * 4 * PARAMETERS
@@ -120,21 +123,43 @@ def test_the_plan_is_of_the_step_that_the_trainer_runs(write_config):
 # --- The command ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(tmp_path, config_file):
-    """Run scripts/plan.py with the small model."""
-    model = tmp_path / "model"
-    model.mkdir()
+# Every command is given as many virtual devices as if it were the first one of its process.
+ALL_OF_THEM = """
+import contextlib, io, json, sys
+import jax.extend
+from jaxmoo.commands.plan import main
+
+found = []
+for arguments in json.loads(sys.argv[1]):
+    jax.extend.backend.clear_backends()
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    found.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
+"""
+COMMANDS = {
+    "eight devices": ["--devices", "8", "--device-memory", "1GB", "data.batch_size=8"],
+    "too large": ["--device-memory", "1MB", "resolve.blocks=whole"],
+    "three devices": ["--devices", "3", "mesh.language=2"],
+    "ten billion devices": ["--devices", "10000000000"],
+    "too few examples": ["--devices", "8", "data.batch_size=3"],
+    "no size": ["--device-memory", "lots"],
+    "no model": ["--model", "Qwen3-9B"],
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory, config_file):
+    """Exit code, output and errors of ``jaxmoo plan`` with the small model, for all of COMMANDS."""
+    model = tmp_path_factory.mktemp("model")
     sizes = {k: v for k, v in dataclasses.asdict(MODEL).items() if k != "rope_scaling"}
     (model / "config.json").write_text(
         json.dumps({**sizes, "model_type": "llama", "attention_bias": False})
     )
-
-    def run(*arguments, model=model):
-        given = ["scripts/plan.py", "--config", config_file, "--model", model, *arguments]
-        return run_python(given, check=False)
-
-    return run
+    begin = ["--config", str(config_file), "--model", str(model)]
+    done = run_python(["-c", ALL_OF_THEM, json.dumps([begin + x for x in COMMANDS.values()])])
+    return dict(zip(COMMANDS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -145,40 +170,38 @@ def number(text: str, name: str) -> float:
     return float(found[1].replace(",", "")) * UNITS[found[2]]
 
 
-def test_the_command_plans_for_devices_that_are_not_there(command):
-    done = command("--devices", "8", "--device-memory", "1GB", "data.batch_size=8")
-    assert done.returncode == 0, done.stderr
-    assert "8 devices (data 1 x language 4 x fsdp 2" in done.stdout
-    assert done.stdout.rstrip().endswith("of 1.00 GB per device.")
-    assert number(done.stdout, "parameters") == pytest.approx(4 * PARAMETERS / 8, rel=0.01)
+@pytest.mark.slow
+def test_the_command_plans_for_devices_that_are_not_there(planned):
+    code, out, err = planned["eight devices"]
+    assert code == 0, err
+    assert "8 devices (data 1 x language 4 x fsdp 2" in out
+    assert out.rstrip().endswith("of 1.00 GB per device.")
+    assert number(out, "parameters") == pytest.approx(4 * PARAMETERS / 8, rel=0.01)
     # Each device sends what fully sharded data parallelism sends, 7/8 of the gradient.
-    sent = number(done.stdout, "reduce-scatter") + number(done.stdout, "all-to-all")
+    sent = number(out, "reduce-scatter") + number(out, "all-to-all")
     assert sent == pytest.approx(7 / 8 * 4 * PARAMETERS, rel=0.01)
 
 
-def test_the_command_says_what_to_change_when_it_does_not_fit(command):
-    done = command("--device-memory", "1MB", "resolve.blocks=whole")
-    assert done.returncode == 1
-    assert "Does not fit" in done.stdout
-    assert "resolve.blocks=layer" in done.stdout
+@pytest.mark.slow
+def test_the_command_says_what_to_change_when_it_does_not_fit(planned):
+    code, out, _ = planned["too large"]
+    assert code == 1
+    assert "Does not fit" in out
+    assert "resolve.blocks=layer" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "message"),
     [
-        (["--devices", "3", "mesh.language=2"], "but there are 3 devices"),
-        (["--devices", "10000000000"], "--devices takes 1 to 10000, found 10000000000"),
-        (["--devices", "8", "data.batch_size=3"], "data.batch_size"),
-        (["--device-memory", "lots"], "such as 80GB"),
+        ("three devices", "but there are 3 devices"),
+        ("ten billion devices", "--devices takes 1 to 10000, found 10000000000"),
+        ("too few examples", "data.batch_size"),
+        ("no size", "such as 80GB"),
+        ("no model", "Did you mean 'Qwen3-8B'?"),
     ],
 )
-def test_what_cannot_be_planned_is_said_clearly(command, arguments, message):
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-
-
-def test_an_unknown_model_gets_the_nearest(command):
-    done = command(model="Qwen3-9B")
-    assert done.returncode == 2
-    assert "Did you mean 'Qwen3-8B'?" in done.stderr
+def test_what_cannot_be_planned_is_said_clearly(name, message, planned):
+    code, _, err = planned[name]
+    assert code == 2
+    assert message in err
