@@ -6,12 +6,17 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # The suite's time is the compiler's, much of it spent on machine code that runs once. The passes
 # over whole programs, which decide memory and traffic, are not affected. Set before JAX is imported
 # and inherited by every process that a test starts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Machine code by the shorter way, in one piece. An XLA that knows no such flag would stop.
+if version("jaxlib").startswith("0.10."):
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 # All those processes, and pytest's workers, compile a program once between them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmoo-tests-")

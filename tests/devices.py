@@ -52,7 +52,7 @@ def eight_devices():
 
 
 def _variables(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     if devices > 1:
         # Read from a cache, a CPU's program does not keep the order of its collective operations.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import special  # scipy.stats takes seconds to import
 
 __all__ = ["Estimate", "holm", "mean_interval", "paired_difference"]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block
 
@@ -74,9 +75,6 @@ VARIANTS: dict[str, Aggregator] = {
     "krum 2": aggregators.krum(n_byzantine=0, n_selected=2),
 }
 
-
-# The suite compiles some fifty small programs and runs each for milliseconds.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Matrices per call, and objectives of each. What is smaller is filled up with empty blocks and
 # absent objectives, so that every method is compiled once for each precision.

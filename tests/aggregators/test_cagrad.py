@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from aggregators.families import LABELS, STACK, quick_jit, resolve
+from aggregators.families import LABELS, STACK, resolve
+from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 

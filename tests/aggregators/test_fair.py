@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aggregators.families import LABELS, STACK, families, quick_jit, resolve
+from aggregators.families import LABELS, STACK, families, resolve
+from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 from jaxmoo.aggregators.solvers.fair import fair_shares

@@ -29,6 +29,7 @@ from aggregators.families import (
 )
 from aggregators.test_exact_methods import ORACLES, formula_errors
 from aggregators.test_properties import NON_CONFLICTING, projections
+from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 
@@ -114,7 +115,8 @@ def test_a_matrix_of_float64_is_never_rounded_to_float32(name):
     }.get(name, lambda j: j.mean(0))
     for n in (7, 1000) if method.reads_gram and method.combine is None else (1000,):
         j = np.random.default_rng(0).standard_normal((4, n))
-        update = aggregate(method, jnp.asarray(j * 1e100), key=KEY)
+        resolve = quick_jit(lambda j: aggregate(method, j, key=KEY))
+        update = resolve(j * 1e100)
         np.testing.assert_allclose(update / 1e100, exact(j), rtol=1e-12, atol=1e-14)
 
 
@@ -175,12 +177,16 @@ def test_traced_parameters_may_be_of_another_type(make, dtype):
 
 def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
     method = aggregators.cr_mogm("mgda", momentum=0.5)
-    state, singles = None, []
+
+    @quick_jit
+    def step(gram, state):
+        return weigh_block(method, gram, state=state), weigh_block(aggregators.mgda(), gram)[0]
+
+    state, singles = method.init(K), []
     for t, factor in enumerate((1.0, 2.0, 0.5), start=1):
-        gram = STACK[0] @ STACK[0].T * factor ** (np.arange(K) == 0)[:, None]
-        gram = gram * factor ** (np.arange(K) == 0)
-        weights, state = weigh_block(method, jnp.asarray(gram), state=state)
-        singles.append(np.asarray(weigh_block(aggregators.mgda(), jnp.asarray(gram))[0]))
+        rows = STACK[0] * np.where(np.arange(K) == 0, factor, 1.0)[:, None]
+        (weights, state), single = step(rows @ rows.T, state)
+        singles.append(np.asarray(single))
         past = 0.5 ** np.arange(t)[::-1]
         np.testing.assert_allclose(weights, past / past.sum() @ np.stack(singles), rtol=1e-12)
 
@@ -196,7 +202,7 @@ def test_the_transformation_keeps_float64_and_its_states_types(method):
         method, blocks="whole", num_objectives=4, preference=preference, match_norm=method != "mgda"
     )
 
-    @families.quick_jit
+    @quick_jit
     def train(gradients):
         def step(state, _):
             return tx.update(gradients, state)[::-1]

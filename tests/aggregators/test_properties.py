@@ -18,11 +18,11 @@ from aggregators.families import (
     compiled,
     filled,
     mean_size,
-    quick_jit,
     resolve,
     rotation_errors,
     size,
 )
+from compiling import quick_jit
 from jaxmoo import aggregators
 
 WEIGHED = tuple(name for name, method in VARIANTS.items() if method.combine is None)

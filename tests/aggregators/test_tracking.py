@@ -12,7 +12,8 @@ import pytest
 from scipy.optimize import minimize
 
 from aggregators import oracles
-from aggregators.families import STACK, quick_jit
+from aggregators.families import STACK
+from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import cross_gram, gram, weigh_block
 from jaxmoo.errors import ConfigError

@@ -19,24 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmoo
+from compiling import quick_jit
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.mesh import parameter_shardings
-
-
-def quick_jit(function: Any) -> Any:
-    """``jax.jit`` for programs that run for milliseconds: what takes time is compiling them."""
-    return jax.jit(function, compiler_options=_quick_options())
-
-
-@functools.cache
-def _quick_options() -> dict[str, Any]:
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options)(0)
-    except RuntimeError:  # not every version of XLA knows the second
-        options.pop("xla_cpu_use_fusion_emitters")
-    return options
-
 
 V, D, H, TOKENS, ROWS = 32, 16, 8, 5, 8  # vocabulary, widths, sequence length, examples
 

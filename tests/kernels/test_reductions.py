@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from jaxmoo.kernels.reductions import scaled_grams, section_grams, section_sizes, weighted_sum
 
 SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
@@ -20,7 +21,7 @@ def test_both_forms_equal_float64(dtype, partitioned):
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in SHAPES]
     weights = [rng.uniform(size=shape[1::-1]).astype(np.float32) for shape in SHAPES]
 
-    @jax.jit
+    @quick_jit
     def both(arrays, weights):
         grams = [section_grams([x], partitioned=partitioned)[0] for x in arrays]
         sums = map(functools.partial(weighted_sum, partitioned=partitioned), arrays, weights)

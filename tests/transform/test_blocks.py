@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 
 import jaxmoo
-from engine.toy import quick_jit
+from compiling import quick_jit
 from jaxmoo import blocks
 from jaxmoo.errors import ConfigError
 from jaxmoo.resolve import conflict_share
-from transform.trees import STACKED, K, assert_trees_close, block_matrices, compiled_update
+from transform.trees import (
+    STACKED,
+    K,
+    assert_trees_close,
+    block_matrices,
+    compiled_update,
+    resolver,
+)
 
 METHODS = ["mean", "sum", "mgda", "cagrad", "pcgrad"]
 BLOCKS = ["whole", "layer", "module", "leaf", "bytes:60", "random:4"]
@@ -35,16 +42,16 @@ def resolve_by_hand(part, tree, aggregate):
     return [r.reshape(x.shape[1:]) for r, x in zip(result, leaves, strict=True)]
 
 
-def dealt(part):
+def dealt(part, methods):
     """The methods in turn, one for each block."""
-    return {f"^{re.escape(name)}$": METHODS[i % len(METHODS)] for i, name in enumerate(part.names)}
+    return {f"^{re.escape(name)}$": methods[i % len(methods)] for i, name in enumerate(part.names)}
 
 
 @functools.cache
 def weigh(method):
     """Compiled ``(gram, key, block) -> weights``."""
     aggregator = jaxmoo.aggregators.get(method)
-    return jax.jit(
+    return quick_jit(
         lambda gram, key, block: jaxmoo.aggregators.weigh_block(
             aggregator, gram, state=aggregator.init(K), key=key, block=block
         )[0]
@@ -52,14 +59,17 @@ def weigh(method):
 
 
 @pytest.mark.parametrize(
-    ("rule", "method"),
-    [*(("whole", method) for method in METHODS), *((rule, None) for rule in BLOCKS[1:])],
+    ("rule", "methods"),
+    [
+        *(("whole", [method]) for method in METHODS),
+        ("layer", METHODS),
+        *((rule, ["mean", "sum", "pcgrad"]) for rule in BLOCKS[2:]),
+    ],
 )
-def test_every_block_is_what_the_method_gives_on_its_own(rule, method, params, updates):
-    """Without a method, the methods are dealt out over the blocks."""
+def test_every_block_is_what_the_method_gives_on_its_own(rule, methods, params, updates):
+    """The methods are dealt out over the blocks."""
     part = blocks.partition(rule, params, stacked=STACKED)
-    methods = {".*": method} if method else dealt(part)
-    tx = jaxmoo.resolve_conflicts(methods, rule, stacked=STACKED, num_objectives=K)
+    tx = resolver(methods[0] if len(part) == 1 else dealt(part, methods), rule)
     state = tx.init(params)
     resolved, new_state = compiled_update(tx, updates, params, state)
     weights = np.asarray(new_state.weights, np.float64)
@@ -75,18 +85,19 @@ def test_every_block_is_what_the_method_gives_on_its_own(rule, method, params, u
     key = jax.random.fold_in(state.key, 0)
     # Weights need not be unique, what they combine to is.
     for number, matrix in enumerate(block_matrices(part, updates)[0]):
-        alone = weigh(method or METHODS[number % len(METHODS)])(grams[number], key, number)
+        alone = weigh(methods[number % len(methods)])(grams[number], key, number)
         found, wanted = weights[number] @ matrix, np.asarray(alone, np.float64) @ matrix
         np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(matrix).max())
 
 
 def test_one_block_is_the_whole_model_method(params, updates):
     flat = jnp.concatenate([x.reshape(K, -1) for x in jax.tree.leaves(updates)], axis=1)
-    for method in ("mean", "mgda", "cagrad"):
-        tx = jaxmoo.resolve_conflicts(method, "whole")
-        resolved, _ = compiled_update(tx, updates, params)
+    methods = ("mean", "mgda", "cagrad")
+    whole = quick_jit(lambda j: [jaxmoo.aggregate(method, j) for method in methods])(flat)
+    for method, wanted in zip(methods, whole, strict=True):
+        resolved, _ = compiled_update(resolver(method, "whole"), updates, params)
         found = jnp.concatenate([x.ravel() for x in jax.tree.leaves(resolved)])
-        np.testing.assert_allclose(found, jaxmoo.aggregate(method, flat), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5, err_msg=method)
 
 
 def test_the_mean_does_not_depend_on_the_blocks(params, updates):
@@ -102,12 +113,9 @@ def test_the_mean_does_not_depend_on_the_blocks(params, updates):
 
 
 def test_blocks_may_have_different_methods(params, updates):
-    tx = jaxmoo.resolve_conflicts(
-        {r"layers": "mgda", ".*": "mean"}, "layer", stacked=STACKED, num_objectives=K
-    )
+    tx = resolver({"layers": "mgda", ".*": "mean"})
     resolved, state = compiled_update(tx, updates, params)
-    mgda = jaxmoo.resolve_conflicts("mgda", "layer", stacked=STACKED)
-    only_mgda, _ = compiled_update(mgda, updates, params)
+    only_mgda, _ = compiled_update(resolver("mgda"), updates, params)
     np.testing.assert_allclose(resolved["embed"], updates["embed"].mean(0), atol=1e-6)
     for found, wanted in zip(
         jax.tree.leaves(resolved["layers"]), jax.tree.leaves(only_mgda["layers"]), strict=True
@@ -189,7 +197,7 @@ def test_a_non_finite_objective_can_stop_the_program(params, updates):
     poisoned = {**updates, "embed": updates["embed"].at[1, 0, 0].set(jnp.inf)}
     tx = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, nonfinite="raise")
     with pytest.raises(Exception, match=r"Non-finite gradient of objective\(s\) \[1\]"):
-        jax.block_until_ready(jax.jit(tx.update)(poisoned, tx.init(params), params))
+        jax.block_until_ready(quick_jit(tx.update)(poisoned, tx.init(params), params))
         jax.effects_barrier()
 
 
@@ -226,9 +234,8 @@ def test_methods_of_two_batches_take_the_second_as_an_argument(params, updates):
             block_matrices(part, updates)[0], block_matrices(part, second)[0], strict=True
         )
     ]
-    expected, _ = jaxmoo.aggregators.weigh_blocks(
-        jaxmoo.aggregators.get("modo"), jnp.asarray(np.stack(cross), jnp.float32)
-    )
+    modo = functools.partial(jaxmoo.aggregators.weigh_blocks, jaxmoo.aggregators.get("modo"))
+    expected, _ = quick_jit(modo)(np.stack(cross).astype(np.float32))
     np.testing.assert_allclose(state.weights, expected, atol=1e-5)
     np.testing.assert_allclose(
         resolved["embed"],

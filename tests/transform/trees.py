@@ -1,18 +1,35 @@
 """What the tests of ``resolve_conflicts`` share: how a small tree is cut and updated."""
 
+import functools
+
 import jax
 import numpy as np
 
-from engine.toy import quick_jit
+import jaxmoo
+from compiling import quick_jit
 
 K = 3
 STACKED = r"^layers\."
+
+# Once for each transformation's update.
+compiled = functools.cache(quick_jit)
 
 
 def compiled_update(tx, updates, params, state=None, **extra):
     """One update, compiled as users compile it."""
     state = tx.init(params) if state is None else state
-    return quick_jit(tx.update)(updates, state, params, **extra)
+    return compiled(tx.update)(updates, state, params, **extra)
+
+
+def resolver(methods, rule="layer"):
+    """The transformation of K objectives, the same for every test that asks for it."""
+    return _resolver(tuple(methods.items()) if isinstance(methods, dict) else methods, rule)
+
+
+@functools.cache
+def _resolver(methods, rule):
+    methods = dict(methods) if isinstance(methods, tuple) else methods
+    return jaxmoo.resolve_conflicts(methods, rule, stacked=STACKED, num_objectives=K)
 
 
 def block_matrices(part, tree):

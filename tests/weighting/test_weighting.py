@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from compiling import quick_jit
 from jaxmoo import weighting
 from jaxmoo.errors import ConfigError
 
@@ -25,7 +28,7 @@ MADE = {
 def run(made, losses, active=None):
     """Weights at every step for losses ``[T, K]``."""
 
-    @jax.jit
+    @quick_jit
     def scan(losses):
         def step(state, now):
             weights, state = made.update(now, state, active)
@@ -35,6 +38,11 @@ def run(made, losses, active=None):
 
     state, weights = scan(jnp.asarray(losses))
     return np.asarray(weights), state
+
+
+@functools.cache
+def compiled(name):
+    return quick_jit(MADE[name].update)
 
 
 def test_every_name_has_a_test_here():
@@ -52,16 +60,15 @@ def test_weights_have_mean_one(name):
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("bad", [None, jnp.nan])
 def test_absent_and_failed_losses_are_left_out(name, bad):
-    made = MADE[name]
-    state = made.init(3)
+    state, update = MADE[name].init(3), compiled(name)
     for _ in range(3):
-        _, state = made.update(LOSSES, state)
+        _, state = update(LOSSES, state)
     losses = LOSSES if bad is None else LOSSES.at[1].set(bad)
     active = jnp.array([True, False, True]) if bad is None else None
-    weights, after = made.update(losses, state, active)
+    weights, after = update(losses, state, active)
     assert float(weights[1]) == 0 and float(weights.sum()) == pytest.approx(2, abs=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after)) or name == "dwa"
-    weights, _ = made.update(LOSSES, after)
+    weights, _ = update(LOSSES, after)
     assert np.isfinite(weights).all()
 
 
@@ -137,7 +144,7 @@ def test_a_weighted_step_trains():
     def losses(x):
         return scales * jnp.square(x - jnp.array([1.0, -1.0])) + 0.1
 
-    @jax.jit
+    @quick_jit
     def step(carry, _):
         x, opt, state = carry
         weights, state = made.update(losses(x), state)
