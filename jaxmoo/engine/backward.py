@@ -274,6 +274,7 @@ def over_objectives(function: Callable[..., Any], topology: Topology) -> Callabl
     Returns:
       A function ``(of one objective, *shared) -> result``, to be mapped over the objectives.
     """
+    function = jax.jit(function, inline=True)  # traced once for both below
 
     @jax.custom_batching.custom_vmap
     def one(mapped: Any, *shared: Any) -> Any:

@@ -21,9 +21,10 @@ from engine.toy import Toy, batches, run_engine, run_oracle
 from jaxmoo import aggregators, blocks
 from jaxmoo.mesh import make_mesh
 
-# One that keeps state and one that draws random numbers. graddrop, in some cases, draws them for
-# every coordinate.
+# One that keeps state and one that draws random numbers.
 KINDS = ("moco", "pcgrad")
+# Those that work coordinate by coordinate; the first draws random numbers for each.
+COORDINATES = ("graddrop", "trimmed_mean")
 # sdmgrad and modo need a second batch per step.
 METHODS = tuple(name for name in aggregators.names() if name not in ("sdmgrad", "modo"))
 
@@ -116,74 +117,82 @@ def outside_of_blocks(params: Any) -> tuple[Any, Any]:
     return {**params, "layers": {**layers, "mlp": mlp}, "head": head}, penalty
 
 
-def of_aggregators(names: tuple[str, ...]) -> Case:
-    """Each layer has another aggregator."""
-    return Case(
-        toy=Toy(layers=len(names)),
-        aggregator={rf"^layers\.{i}$": method(name, 8) for i, name in enumerate(names)}
-        | {".*": "mean"},
-    )
-
-
 MESHES = {"2x2": (1, 2, 2), "8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2)}
+LAYERS_OF_METHODS = {rf"^layers\.{i}$": method(name, 8) for i, name in enumerate(METHODS)}
 
+# A compiled program takes seconds: kinds of blocks, models and options share cases.
 CASES = {
-    # Together, every aggregator.
-    **{
-        f"aggregators of {mesh}": of_aggregators(METHODS[i :: len(MESHES)])
-        for i, mesh in enumerate(MESHES)
-    },
-    # Kinds of blocks.
-    "layer": Case(),
-    "module": Case(blocks="module"),
-    "leaf": Case(blocks="leaf", aggregator="graddrop"),
+    # Each layer has another aggregator.
+    "aggregators": Case(
+        toy=Toy(layers=len(METHODS)), aggregator={**LAYERS_OF_METHODS, ".*": "mean"}
+    ),
+    "layer, with preference and norm": Case(
+        aggregator=("moco", "pcgrad", "graddrop"),
+        options={"preference": [1, 2, 3, 4, 4, 3, 2, 1], "match_norm": True},
+    ),
+    "module, one objective absent": Case(
+        blocks="module", aggregator=(*KINDS, "graddrop"), change=one_absent
+    ),
+    "leaf, tied and shared": Case(
+        toy=Toy(tied=True, shared=True), blocks="leaf", aggregator=(*COORDINATES, "pcgrad")
+    ),
     "bytes within layers": Case(
-        blocks=blocks.intersect("layer", "bytes:512"), aggregator="graddrop"
+        blocks=blocks.intersect("layer", "bytes:512"), aggregator=COORDINATES
     ),
-    "bytes across layers": Case(blocks="bytes:1600", aggregator="graddrop"),
+    "bytes across layers, accumulated": Case(
+        blocks="bytes:1600",
+        aggregator=COORDINATES,
+        only_engine={"microbatches": 4, "accumulation": "accumulate_first"},
+    ),
     "shard": Case(blocks="shard"),
-    "random": Case(blocks="random:5"),
-    "whole": Case(blocks="whole", aggregator="cagrad"),
-    "a function": Case(blocks=kind_of_array),
-    "a rule for each part": Case(
-        blocks=blocks.choose({"^layers.*mlp": "whole", "^layers": "layer", ".*": "leaf"})
+    "random, stack in a loop": Case(toy=Toy(layers=2, form="loop"), blocks="random:5"),
+    "whole, nine objectives": Case(k=9, blocks="whole", aggregator="cagrad"),
+    "a function, not finite": Case(blocks=kind_of_array, change=one_not_finite),
+    "a rule for each part, three objectives": Case(
+        k=3, blocks=blocks.choose({"^layers.*mlp": "whole", "^layers": "layer", ".*": "leaf"})
     ),
-    # Models.
-    "tied": Case(toy=Toy(tied=True), aggregator="moco"),
+    "tied, five objectives": Case(k=5, toy=Toy(tied=True), aggregator="moco"),
     "tied in a loop": Case(
-        toy=Toy(layers=2, tied=True, form="loop"), blocks="module", aggregator="moco"
+        toy=Toy(layers=2, tied=True, form="loop"), blocks="module", aggregator=("moco", "graddrop")
     ),
-    "tied and shared": Case(toy=Toy(tied=True, shared=True), aggregator="pcgrad"),
-    "stack in a loop": Case(toy=Toy(layers=2, form="loop"), aggregator="graddrop"),
     "separate layers": Case(
         toy=Toy(layers=2, form="list", tied=True, shared=True), aggregator="moco"
     ),
     "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),
-    # Options.
-    "preference and norm": Case(
-        aggregator=("pcgrad", "graddrop"),
-        options={"preference": [1, 2, 3, 4, 4, 3, 2, 1], "match_norm": True},
-    ),
-    "accumulated": Case(
-        aggregator="pcgrad", only_engine={"microbatches": 4, "accumulation": "accumulate_first"}
-    ),
-    "not finite": Case(aggregator="moco", change=one_not_finite),
-    "absent": Case(aggregator="graddrop", change=one_absent),
-    # Objectives that the language axis does not divide.
-    "three objectives": Case(k=3, aggregator="pcgrad"),
-    "five objectives": Case(k=5, aggregator="moco"),
-    "nine objectives": Case(k=9, aggregator="pcgrad"),
 }
 
-
-# Aggregators, blocks and models take turns, for the time they take.
+# Where each is run. Every mesh has coordinate-wise methods and objectives that its language axis
+# does not divide, or several that it does.
 RUNS = {
-    "2x2": ["shard", "tied in a loop", "read outside of blocks", "three objectives"],
-    "8x1": ["bytes within layers", "tied and shared", "accumulated", "nine objectives"],
-    "4x2": ["leaf", "bytes across layers", "tied", "not finite", "five objectives"],
-    "2x2x2": ["random", "whole", "separate layers", "absent"],
+    "one device": [
+        "aggregators",
+        "layer, with preference and norm",
+        "leaf, tied and shared",
+        "bytes across layers, accumulated",
+        "shard",
+        "separate layers",
+        "read outside of blocks",
+    ],
+    "2x2": [
+        "layer, with preference and norm",
+        "shard",
+        "tied in a loop",
+        "a rule for each part, three objectives",
+        "read outside of blocks",
+    ],
+    "8x1": ["leaf, tied and shared", "bytes within layers", "whole, nine objectives"],
+    "4x2": [
+        "bytes across layers, accumulated",
+        "a function, not finite",
+        "tied, five objectives",
+    ],
+    "2x2x2": [
+        "aggregators",
+        "module, one objective absent",
+        "random, stack in a loop",
+        "separate layers",
+    ],
 }
-RUNS = {mesh: [f"aggregators of {mesh}", *names] for mesh, names in RUNS.items()}
 # These run on the last of the meshes; what they give is defined in test_replicas.py.
 REPLICAS = {
     "replicas alone": Case(

@@ -27,7 +27,8 @@ def run(loss=TOY.loss, batch=BATCH, params=TOY.params, **options):
 
 def test_a_language_that_is_not_finite_is_left_out_and_counted():
     """That the others get what the oracle gives is one of the cases of test_exact.py."""
-    result, steps = wanted("not finite"), CASES["not finite"].steps
+    name = "a function, not finite"
+    result, steps = wanted(name), CASES[name].steps
     assert result["state.skipped"].tolist() == [0, 0, steps, 0, 0, 0, 0, 0]
     assert np.flatnonzero(~np.isfinite(result["step.0.0"])).tolist() == [2]
     assert not result["state.weights"][:, 2].any()
@@ -65,7 +66,7 @@ def test_a_language_that_is_not_finite_may_stop_the_program():
 
 
 def test_an_absent_language_has_no_part_and_is_no_failure():
-    result = wanted("absent")
+    result = wanted("module, one objective absent")
     assert not result["state.skipped"].any()
     assert not result["state.weights"][:, 2].any() and not result["state.gram"][:, 2].any()
     assert result["step.0.0"][2] == 0

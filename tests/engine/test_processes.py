@@ -21,7 +21,7 @@ from engine.cases import on_mesh
 out, name = arguments
 np.savez(out, **on_mesh("4x2", name))
 """
-NAME = "tied"
+NAME = "tied, five objectives"
 
 
 def free_port() -> int:
