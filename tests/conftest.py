@@ -21,7 +21,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
-from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
+from devices import QUICK_TO_COMPILE, eight_devices  # noqa: F401 -- a fixture of several rooms
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
+
 from jaxmoo.errors import DownloadError
 from small_runs import (  # noqa: F401 -- fixtures of every room
     conversations,
