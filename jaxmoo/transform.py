@@ -82,7 +82,7 @@ def resolve_conflicts(
       >>> tx = optax.chain(resolve_conflicts("mgda", blocks="leaf"), optax.sgd(1.0))
       >>> state = tx.init(params)
       >>> updates = {"w": jnp.array([[2.0, 0.0], [0.0, 2.0]]), "b": jnp.array([[1.0], [-1.0]])}
-      >>> updates, state = tx.update(updates, state, params)
+      >>> updates, state = jax.jit(tx.update)(updates, state, params)
       >>> [[round(float(x), 4) + 0.0 for x in updates[name]] for name in ("w", "b")]
       [[-1.0, -1.0], [0.0]]
       >>> optax.tree.get(state, "conflict").tolist()
@@ -193,7 +193,7 @@ def freeze() -> optax.GradientTransformationExtraArgs:
       ...     {"trunk": "train", "embedding": "frozen"},
       ... )
       >>> gradients = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
       >>> jax.tree.map(jnp.shape, updates)
       {'embedding': (3,), 'trunk': (2,)}
     """

@@ -13,7 +13,8 @@ from pathlib import Path
 # over whole programs, which decide memory and traffic, are not affected. Set before JAX is imported
 # and inherited by every process that a test starts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Machine code by the shorter way, in one piece. An XLA that knows no such flag would stop.
+# By the older code generator, and in one piece, it takes a quarter of the time. Later versions have
+# no other, and stop at a flag that they do not know.
 if version("jaxlib").startswith("0.10."):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"

@@ -18,6 +18,7 @@ from jaxmoo.hf.load import progress
 from jaxmoo.hf.save import Tensor, model_tensors
 from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.hf.weights import Weights
+from jaxmoo.models import Decoder
 
 __all__ = ["Comparison", "Difference", "LogitDifference", "compare"]
 
@@ -206,7 +207,12 @@ def _logits(
 ) -> np.ndarray:
     model = open_model(path, step=step, say=say).model
     size = model.config.vocab_size
-    return np.asarray(jax.jit(model.__call__)(jnp.asarray(tokens % size)))[0]
+    return np.asarray(_call(model, jnp.asarray(tokens % size)))[0]
+
+
+@jax.jit
+def _call(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
 
 
 def _logit_difference(a: np.ndarray, b: np.ndarray) -> LogitDifference:

@@ -86,6 +86,7 @@ def test_a_stack_of_layers_of_different_dtypes_comes_back_as_it_was(tmp_path: Pa
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_line_on_eight_devices(tmp_path: Path, source: Path, capsys):
     checkpoint, out, small = tmp_path / "checkpoint", tmp_path / "out", tmp_path / "float16"
 

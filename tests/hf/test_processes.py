@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 import tiny_models
 from devices import run_python
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -248,6 +248,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(llama: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_real_model_survives_a_round_trip(smollm2_dir: Path, tmp_path: Path):
     from transformers import AutoTokenizer
 

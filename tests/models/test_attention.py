@@ -71,7 +71,7 @@ def expected(inputs):
 
 
 # On a CPU the TPU's kernel is interpreted.
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_values_and_gradients_of_packed_rows_are_those_of_the_definition(
     inputs, expected, implementation
 ):

@@ -54,6 +54,7 @@ def generate(model, tokens, stop):
 
 
 @pytest.mark.parametrize("variant", ["mistral", "qwen3"])
+@pytest.mark.slow
 def test_the_tokens_are_those_of_transformers(variant, tmp_path):
     oracle = tiny_models.save(variant, tmp_path)
     oracle.generation_config.eos_token_id = None
