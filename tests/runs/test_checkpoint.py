@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from devices import run_python
+from jaxmoo import mesh
 from jaxmoo.errors import CheckpointError
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.runs.checkpoint import Checkpoints, unchecked
@@ -19,43 +20,33 @@ def state(value):
     return {"w": jnp.full((64, 64), value, jnp.float32), "step": jnp.int32(value)}
 
 
-OTHER_MESHES = """
-import sys
-from pathlib import Path
-import jax, jax.numpy as jnp, numpy as np
-from jaxmoo import mesh
-from jaxmoo.runs.checkpoint import Checkpoints
+def check_other_meshes(path):
+    """Save what lies on eight devices; restore it onto other meshes. Return how many."""
+    values = {
+        "layers.0.kernel": jnp.arange(3 * 8 * 16, dtype=jnp.float32).reshape(3, 8, 16),
+        "norm": jnp.arange(16, dtype=jnp.bfloat16),
+        "step": jnp.int32(7),
+    }
 
-values = {
-    "layers.0.kernel": jnp.arange(3 * 8 * 16, dtype=jnp.float32).reshape(3, 8, 16),
-    "norm": jnp.arange(16, dtype=jnp.bfloat16),
-    "step": jnp.int32(7),
-}
+    def placed(devices, **sizes):
+        grid = mesh.make_mesh(4, devices=jax.devices()[:devices], **sizes)
+        return jax.device_put(values, mesh.parameter_shardings(grid, values, stacked="^layers"))
 
-def placed(grid):
-    where = mesh.parameter_shardings(grid, values, stacked="^layers")
-    return jax.device_put(values, where)
-
-def grid(devices, **sizes):
-    return mesh.make_mesh(4, devices=jax.devices()[:devices], **sizes)
-
-with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
-    checkpoints.save(7, placed(grid(8, language=4, fsdp=2)))
-    checkpoints.wait()
-    for other in (grid(1), grid(4, language=2, fsdp=2), grid(8, language=1, fsdp=8)):
-        like = placed(other)
-        found = checkpoints.restore(7, like)
-        for name, value in values.items():
-            assert found[name].sharding == like[name].sharding, name
-            assert found[name].dtype == value.dtype
-            assert np.array_equal(found[name], value), name
-print("equal")
-"""
+    others = placed(1), placed(4, language=2, fsdp=2), placed(8, language=1, fsdp=8)
+    with Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(7, placed(8, language=4, fsdp=2))
+        checkpoints.wait()
+        for like in others:
+            found = checkpoints.restore(7, like)
+            for name, value in values.items():
+                assert found[name].sharding == like[name].sharding, name
+                assert found[name].dtype == value.dtype
+                assert np.array_equal(found[name], value), name
+    return len(others)
 
 
-def test_a_checkpoint_of_eight_devices_is_restored_onto_one_and_four(tmp_path):
-    done = run_python(["-c", OTHER_MESHES, tmp_path], devices=8, PYTHONPATH=".")
-    assert "equal" in done.stdout
+def test_a_checkpoint_of_eight_devices_is_restored_onto_one_and_four(eight_devices, tmp_path):
+    assert eight_devices("runs.test_checkpoint", "check_other_meshes", tmp_path) == 3
 
 
 def test_the_newest_and_the_best_are_kept_and_what_was_cut_short_is_cleared(tmp_path):

@@ -64,6 +64,7 @@ def test_weights_at_fault_for_a_loss_are_named_before_compiling(
     assert "learning_rate" not in said.err and "Compiling" not in said.out
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_no_weight_says_so(write_config, tmp_path, capsys):
     config = write_config(resolve__aggregator="cagrad", resolve__options={"c": 3e38})
     assert main(["--config", str(config), *QUICK]) == 0

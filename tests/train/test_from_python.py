@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from devices import ROOT
 from jaxmoo.train import read_metrics
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_plans_trains_and_evaluates(
     tiny_model, tmp_path, monkeypatch, capsys
 ):

@@ -109,7 +109,8 @@ def gradient_of(state):
 
 
 @pytest.mark.parametrize(
-    ("engine", "microbatches"), [("backward", 1), ("backward", 2), ("stacked", 1)]
+    ("engine", "microbatches"),
+    [("backward", 2), ("stacked", 1), pytest.param("backward", 1, marks=pytest.mark.slow)],
 )
 def test_token_mean_with_mean_is_plain_fine_tuning_on_the_mixed_batch(engine, microbatches):
     source, (graph, params, frozen) = make_source(microbatches, token_mean=True, engine=engine)
@@ -148,6 +149,7 @@ def test_with_mean_the_gradient_is_that_of_the_weighted_mean_loss(engine, by_tok
     check_not_finite(source, step, params, frozen)
 
 
+@pytest.mark.slow
 def test_weights_of_a_step_follow_from_the_losses_before_it():
     """FAMO's recursion in float64 on the losses in the metrics; one language pauses."""
     rate, gamma = 0.3, 0.01

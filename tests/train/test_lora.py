@@ -55,6 +55,7 @@ def copied(run, path, *without):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["--config", str(config_file)]) == 0

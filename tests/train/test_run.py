@@ -191,6 +191,7 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     assert generation == {"eos_token_id": 2}  # <|im_end|>
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_exit_code_says_so(write_config, tmp_path, capsys):
     changes = {"train__steps": 10_000, "optimizer__decay": "constant"}  # the others' program
     config = write_config(**SHORT | changes)
@@ -233,6 +234,7 @@ def flip(file, place):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
     finished, tmp_path, capsys, monkeypatch
 ):
@@ -367,6 +369,7 @@ def test_another_runs_directory_is_refused_and_left_as_it_was(finished, tmp_path
     assert [p.name for p in other.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("languages_per_step", ["null", "1"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     languages_per_step, write_config, tmp_path, capsys

@@ -19,6 +19,7 @@ from jaxmoo.train import read_metrics, train
 LANGUAGES = {"it", "pt"}
 
 
+@pytest.mark.slow
 def test_it_ends_early_exports_the_best_state_and_can_be_repeated(write_config):
     path = write_config(
         report=False,
