@@ -199,7 +199,7 @@ def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
         np.testing.assert_allclose(weights, past / past.sum() @ np.stack(singles), rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["mgda", "cr_mogm"])
+@pytest.mark.parametrize("method", [pytest.param("mgda", marks=pytest.mark.slow), "cr_mogm"])
 def test_the_transformation_keeps_float64_and_its_states_types(method):
     """In a scan over steps, with preferences; the state's diagnostics stay float32."""
     rng = np.random.default_rng(0)

@@ -39,6 +39,7 @@ def test_a_bfloat16_product_is_the_exact_one_rounded_once():
     assert np.allclose(np.asarray(found, np.float64), exact, rtol=ROUNDING, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_language_has_its_own_gradient_of_the_shared_matrix():
     x, kernel, ct = draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5))
     dx, dkernel = compiled_gradients(x, kernel, ct)
