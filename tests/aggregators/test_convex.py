@@ -20,7 +20,7 @@ from jaxmoo.aggregators import solvers
 from jaxmoo.aggregators.solvers.interior_point import interior_point, tolerance
 from jaxmoo.aggregators.solvers.pivoting import exchange
 
-SIZES = (2, 8, 64)
+SIZES = (2, 8, pytest.param(64, marks=pytest.mark.slow))
 TOLERANCE = 1e-6
 GOOD_ENOUGH = tolerance(np.float32)
 RADII = (0.02, 0.5, 0.97)
@@ -155,7 +155,7 @@ def by_either_method(k: int):
     return names, *(np.asarray(x, np.float64) for x in arrays)
 
 
-@pytest.mark.parametrize("k", (2, 8, 9, 64))
+@pytest.mark.parametrize("k", (*SIZES, 9))
 def test_pivoting_alone_solves_what_is_regular_as_the_interior_point_does(k):
     for name, _, _, point, residual, within in zip(*by_either_method(k), strict=True):
         if name in REGULAR:

@@ -83,7 +83,7 @@ def test_preferences_are_bargaining_powers():
     np.testing.assert_allclose(power / power[0], preference, rtol=1e-3)
 
 
-@pytest.mark.parametrize("k", [8, 64])
+@pytest.mark.parametrize("k", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_newton_needs_few_steps(k):
     """For every family and exponent the solution after 20 steps is the one after 60."""
     names = [n for n in families(k, 2 * k + 8) if n not in ("zero-row", "single-row", "all-zero")]
@@ -126,7 +126,7 @@ def test_weights_are_finite_at_any_exponent_after_any_number_of_steps(make, alph
         assert np.isfinite(solve(alpha)).all(), alpha
 
 
-@pytest.mark.parametrize("k", [6, 32])
+@pytest.mark.parametrize("k", [6, pytest.param(32, marks=pytest.mark.slow)])
 def test_fairgrad_keeps_its_promise_at_the_ends_of_its_range(k):
     """Non-conflict everywhere, the equations where they have a solution."""
     names = [n for n in families(k, 2 * k + 8) if n not in ("zero-row", "single-row", "all-zero")]

@@ -57,6 +57,7 @@ def test_method_equals_its_formula(name):
         assert error <= bound, (family, seed)
 
 
+@pytest.mark.slow
 def test_cagrad_has_no_duality_gap():
     """``min_i <g_i, d>`` of a d in the ball is the dual objective of the weights' w."""
     weights, _ = resolve("cagrad", STACK)
@@ -74,6 +75,7 @@ def test_cagrad_has_no_duality_gap():
         assert short.max() <= ROUNDING, (family, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WEIGHED if name in NON_CONFLICTING])
 def test_no_objective_is_opposed(name):
     weights, updates = resolve(name, STACK)
@@ -81,6 +83,7 @@ def test_no_objective_is_opposed(name):
     assert worst.min() >= -ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "alpha"), [("fairgrad", 1.0), ("nash_mtl", 1.0)])
 def test_improvements_satisfy_the_equations(name, alpha):
     weights, updates = resolve(name, STACK)
@@ -91,6 +94,7 @@ def test_improvements_satisfy_the_equations(name, alpha):
             np.testing.assert_allclose(product, product[0], rtol=1e-11, err_msg=f"{family} {seed}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHED)
 def test_only_inner_products_matter(name):
     for (family, seed), value in zip(LABELS, rotation_errors(resolve, name), strict=True):
@@ -98,6 +102,7 @@ def test_only_inner_products_matter(name):
             assert value <= ROUNDING, (family, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-400, 400])
 @pytest.mark.parametrize("name", WEIGHED)
 def test_scaling_by_a_power_of_two_is_exact(name, exponent):
@@ -120,6 +125,7 @@ def test_a_matrix_of_float64_is_never_rounded_to_float32(name):
         np.testing.assert_allclose(update / 1e100, exact(j), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_have_the_type_of_the_gradients(name, dtype):
@@ -132,6 +138,7 @@ def test_updates_have_the_type_of_the_gradients(name, dtype):
     assert (shape.shape, shape.dtype) == ((N,), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_in", ["float64", "float32"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", STATEFUL)
@@ -151,6 +158,7 @@ def test_states_are_carried_by_a_scan(name, dtype, made_in):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {made_in}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -191,7 +199,7 @@ def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
         np.testing.assert_allclose(weights, past / past.sum() @ np.stack(singles), rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["mgda", "cr_mogm"])
+@pytest.mark.parametrize("method", [pytest.param("mgda", marks=pytest.mark.slow), "cr_mogm"])
 def test_the_transformation_keeps_float64_and_its_states_types(method):
     """In a scan over steps, with preferences; the state's diagnostics stay float32."""
     rng = np.random.default_rng(0)

@@ -217,6 +217,7 @@ def test_the_second_call_compiles_nothing(name):
     assert compiled(VARIANTS[name], "float32")._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mgda", "cagrad", "upgrad", "fairgrad", "gradvac", "random"])
 def test_a_batch_of_blocks_equals_one_at_a_time(name):
     """And one block is the whole-model method: block 0 of ``aggregate``."""

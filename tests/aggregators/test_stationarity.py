@@ -19,6 +19,8 @@ from aggregators import families
 from aggregators.families import VARIANTS, apply_rule, combine, in_batches
 from jaxmoo import aggregators
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((1, 1, 1), (4, 3, 1), (4, 3, 2), (4, 3, 3), (9, 11, 5), (9, 11, 9))  # rows, columns, rank
 STATIONARY_SHAPES = ((5, 3, 3), (9, 11, 6), (7, 13, 2))
 SCALES = (0.0, 1e-10, 1e3, 1e5, 1e10, 1e15)

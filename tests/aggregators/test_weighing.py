@@ -220,6 +220,7 @@ def test_scan_and_grad_free_use():
     assert (np.asarray(state)[:, 0, 1] < 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "variant", "value", "other"),
     [

@@ -1,10 +1,13 @@
 """The kernel of Gram matrices, interpreted on the CPU, beside products in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
 
 COLUMNS = 70_001  # enough for the kernel, and no multiple of its tiles
@@ -15,11 +18,16 @@ def draw(k: int, sections: int, columns: int) -> jnp.ndarray:
     return jnp.asarray(random.normal(size=(k, sections, columns)), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("k", [2, 5, 8, 16, 20])
+kernel = quick_jit(functools.partial(grams_in_one_kernel, interpret=True))
+
+
+@pytest.mark.parametrize(
+    "k", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8, 16, 20))]
+)
 def test_all_arrays_and_sections_are_multiplied(k):
     """Large ones by the kernel, a vector by the compiler; K fills up to a power of two."""
     arrays = [draw(k, 1, COLUMNS), draw(k, 2, COLUMNS), draw(k, 3, 7)]
-    for x, found in zip(arrays, grams_in_one_kernel(arrays, interpret=True), strict=True):
+    for x, found in zip(arrays, kernel(arrays), strict=True):
         rows = np.asarray(x, np.float64)
         expected = np.einsum("isn,jsn->sij", rows, rows)
         assert found.dtype == jnp.float32
@@ -28,14 +36,14 @@ def test_all_arrays_and_sections_are_multiplied(k):
 
 def test_a_row_that_is_not_finite_spoils_its_own_products_only():
     x = draw(3, 1, COLUMNS).at[1, 0, COLUMNS - 1].set(jnp.inf)
-    (gram,) = grams_in_one_kernel([x], interpret=True)
+    (gram,) = kernel([x])
     bad = ~np.isfinite(gram[0])
     assert np.array_equal(bad, [[False, True, False], [True, True, True], [False, True, False]])
 
 
 def test_gradients_of_other_precisions_are_left_to_the_compiler():
     x = draw(2, 1, COLUMNS).astype(jnp.float32)
-    (gram,) = grams_in_one_kernel([x], interpret=True)
+    (gram,) = kernel([x])
     rows = np.asarray(x[:, 0], np.float64)
     np.testing.assert_allclose(gram[0], rows @ rows.T, atol=1e-5 * (rows**2).sum(1).max())
 

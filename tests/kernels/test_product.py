@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from closeness import relative_error
+from compiling import quick_jit
 from jaxmoo.kernels.product import product
 
 ROUNDING = 2**-8  # of bfloat16
@@ -27,17 +28,21 @@ def gradients(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> tuple[jax.Array
     return jax.vmap(lambda x, ct: jax.vjp(product, x, kernel)[1](ct))(x, ct)
 
 
+rounded, compiled_gradients = quick_jit(product), quick_jit(gradients)
+
+
 def test_a_bfloat16_product_is_the_exact_one_rounded_once():
     x, kernel = draw((2, 3, 500), (500, 7))
-    found = product(x, kernel)
+    found = rounded(x, kernel)
     assert found.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     assert np.allclose(np.asarray(found, np.float64), exact, rtol=ROUNDING, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_language_has_its_own_gradient_of_the_shared_matrix():
     x, kernel, ct = draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5))
-    dx, dkernel = gradients(x, kernel, ct)
+    dx, dkernel = compiled_gradients(x, kernel, ct)
     assert dx.dtype == dkernel.dtype == jnp.bfloat16
     x, kernel, ct = (np.asarray(a, np.float64) for a in (x, kernel, ct))
     assert relative_error(dx, ct @ kernel.T) < ROUNDING
@@ -58,8 +63,8 @@ def test_cpus_get_plain_bfloat16_matrices_with_float32_results():
 
 def test_single_precision_is_left_alone():
     x, kernel, ct = (a.astype(jnp.float32) for a in draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5)))
-    dx, dkernel = gradients(x, kernel, ct)
-    assert product(x, kernel).dtype == dx.dtype == dkernel.dtype == jnp.float32
+    dx, dkernel = compiled_gradients(x, kernel, ct)
+    assert rounded(x, kernel).dtype == dx.dtype == dkernel.dtype == jnp.float32
     assert (
         relative_error(dkernel, np.einsum("lbsi,lbso->lio", np.float64(x), np.float64(ct))) < 1e-6
     )

@@ -50,8 +50,9 @@ def test_scaled_products_do_not_leave_float32s_range(partitioned):
     x, y = (jax.random.normal(jax.random.key(i), (3, 2, 400_000)) * 1e20 for i in range(2))
     scale = jnp.array([1e-20, 2e-20])
     exact = [np.asarray(z, np.float64) * np.asarray(scale, np.float64)[:, None] for z in (x, y)]
-    for other in (0, 1):
-        found = scaled_grams(x, scale, (None, y)[other], partitioned=partitioned)
+    scaled = functools.partial(scaled_grams, partitioned=partitioned)
+    products = quick_jit(lambda x, y: (scaled(x, scale), scaled(x, scale, y)))(x, y)
+    for other, found in enumerate(products):
         wanted = np.einsum("isn,jsn->sij", exact[0], exact[other])
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
     bad = x.at[1, 0, 5].set(jnp.nan).at[2, 1, 7].set(-jnp.inf)
@@ -82,19 +83,28 @@ def test_float32_gradients_are_not_copied_and_16_bits_never_widened(dtype, copie
         assert temporary < (copies + 0.05) * size
 
 
+@pytest.mark.slow
 def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
     shapes = [(4, 3, 9_001), (4, 1, 600), (4, 2, 70, 3), (4, 1, 100_003)]
     arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-    expected = section_grams(arrays, partitioned=True)
-    for found, wanted in zip(section_grams(arrays, partitioned=False), expected, strict=True):
+    forms = [functools.partial(section_grams, partitioned=form) for form in (False, True)]
+    at_once, expected = quick_jit(lambda arrays: [form(arrays) for form in forms])(arrays)
+    for found, wanted in zip(at_once, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
 
     def first(x, partitioned=False):
         return section_grams([x], partitioned=partitioned)[0]
 
     x = arrays[0]
-    mapped = jax.vmap(first)(jnp.stack([x, 2 * x]))
+
+    @quick_jit
+    def both(x):
+        slopes = [
+            jax.grad(lambda x, form=form: first(x, partitioned=form)[:, 0, 1].sum())(x)
+            for form in (False, True)
+        ]
+        return jax.vmap(first)(jnp.stack([x, 2 * x])), slopes
+
+    mapped, (slope, wanted) = both(x)
     np.testing.assert_allclose(mapped[1], 4 * expected[0], rtol=1e-5, atol=1e-2)
-    slope = jax.grad(lambda x: first(x)[:, 0, 1].sum())(x)
-    wanted = jax.grad(lambda x: first(x, partitioned=True)[:, 0, 1].sum())(x)
     np.testing.assert_allclose(slope, wanted, rtol=1e-6)

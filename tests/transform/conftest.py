@@ -1,28 +1,34 @@
 """Parameters of a small tree, and conflicting gradients of them."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from compiling import quick_jit
 from transform.trees import K
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def params():
     shapes = {
         "embed": (6, 4),
         "layers": {"attn": {"q": (5, 4, 4)}, "mlp": {"up": (5, 4, 6), "bias": (5, 6)}},
         "scale": (),
     }
-    return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def updates(params):
     """Conflicting gradients of K objectives."""
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(
-        treedef,
-        [jax.random.normal(k, (K, *x.shape)) for k, x in zip(keys, leaves, strict=True)],
-    )
+
+    @quick_jit
+    def draw(key):
+        keys = jax.random.split(key, len(leaves))
+        return [jax.random.normal(k, (K, *x.shape)) for k, x in zip(keys, leaves, strict=True)]
+
+    drawn = draw(jax.random.key(0))
+    return jax.tree.unflatten(treedef, [np.asarray(x) for x in drawn])

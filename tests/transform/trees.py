@@ -16,9 +16,17 @@ compiled = functools.cache(quick_jit)
 
 
 def compiled_update(tx, updates, params, state=None, **extra):
-    """One update, compiled as users compile it."""
+    """One update, compiled as users compile it, and the state after it."""
     state = tx.init(params) if state is None else state
-    return compiled(tx.update)(updates, state, params, **extra)
+    found, state = compiled(tx.update)(updates, state, params, **extra)
+    return jax.tree.map(np.asarray, found), state
+
+
+def replaced(x, where, value):
+    """An array in which some entries have another value."""
+    x = np.array(x)
+    x[where] = value
+    return x
 
 
 def resolver(methods, rule="layer"):
