@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,5 +106,6 @@ def on_meshes():
     jax.shard_map(aggregate, mesh=mesh, in_specs=given, out_specs=out)(rows)
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_explicit_meshes_and_in_shard_map(eight_devices):
     eight_devices("test_sharding", "on_meshes")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from engine.toy import quick_jit
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.models import (
     Decoder,
@@ -76,7 +77,7 @@ def oracle():
         aggregator="cagrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
     )
 
-    @jax.jit
+    @quick_jit
     def step(params, frozen, batch):
         losses, stacked = stacked_value_and_grad(
             lambda p, b: language_loss(nnx.merge(graph, p, frozen), b)
@@ -97,7 +98,7 @@ def difference(device_mesh):
         for tree in (params, frozen)
     )
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
-    losses, update, state = jax.jit(engine)(params, data, engine.init(), frozen)
+    losses, update, state = quick_jit(engine)(params, data, engine.init(), frozen)
     found, expected = jax.device_get((losses, update, state.weights)), oracle()
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
@@ -115,13 +116,16 @@ def on_mesh(axis):
     return difference(mesh.make_mesh(LANGUAGES, devices=jax.devices()[:4], **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_the_update_is_that_of_stacked_gradients_on_any_mesh(axis, eight_devices):
     """The rank, 2, divides among the pieces of the second mesh, not of the first."""
     assert eight_devices("engine.test_adapters", "on_mesh", axis) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "none"))]
+)
 def test_adapters_are_blocks_of_their_own_resolved_inside_the_pass(one, remat):
     """No gradient of an adapter outlives its layer, and none of the model's own is computed."""
     graph, params, frozen = parts(remat)

@@ -4,6 +4,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxmoo
 from engine.toy import Toy, batches, engine, quick_jit
@@ -42,6 +43,7 @@ def test_the_state_is_that_of_resolve_conflicts():
     )
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layers_gradients():
     """24 layers of 256 KiB: all objectives' gradients are 48 MiB, of one layer 2 MiB."""
     k, layers, width = 8, 24, 256

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from engine.cases import Case
 from engine.toy import assert_same
@@ -10,6 +11,7 @@ from jaxmoo.engine.layout import Topology
 from jaxmoo.mesh import make_mesh
 
 
+@pytest.mark.slow
 def test_solves_in_kernels_give_the_stacked_oracles_update(monkeypatch):
     of = Topology.of.__func__
     monkeypatch.setattr(

@@ -43,18 +43,19 @@ def resolved_each(batch):
     # The transformation folds its step number into its key, as the engine does with parts.
     state = state._replace(key=jax.random.fold_in(state.key, 0))
     update, results = quick_jit(tx.update), []
-    count = jax.vmap(weight)(batch)
+    weights = lambda batch: np.asarray(jax.vmap(weight)(batch))  # noqa: E731
+    count = weights(batch)
     for part in range(PARTS):
         rows = slice(part * ROWS // PARTS, (part + 1) * ROWS // PARTS)
         some = jax.tree.map(lambda x, rows=rows: x[:, rows], batch)
-        losses, gradients = TOY.gradients(TOY.params, some)
-        share = PARTS * jax.vmap(weight)(some) / jnp.maximum(count, 1)
+        losses, gradients = jax.device_get(TOY.gradients(TOY.params, some))
+        share = PARTS * weights(some) / np.maximum(count, 1)
         losses, gradients = jax.tree.map(
             lambda x, share=share: x * share.reshape(K, *(1,) * (x.ndim - 1)), (losses, gradients)
         )
         updates, state = update(gradients, state, active=count > 0)
-        results.append((losses, updates, state))
-    losses, updates, states = zip(*results, strict=True)
+        results.append((losses, *jax.device_get((updates, state._replace(key=None)))))
+    losses, updates, states = zip(*results, strict=True)  # what follows is NumPy's
     losses, mean = jax.tree.map(lambda *x: sum(x) / PARTS, *zip(losses, updates, strict=True))
     report = {
         name: sum(getattr(s, name) for s in states) / PARTS
@@ -75,9 +76,9 @@ def test_each_part_is_resolved_and_the_results_averaged(batch):
     assert found["step.0.0"][2] == 0
 
 
-@pytest.mark.parametrize("method", ["mean", "sum"])
-def test_without_a_method_parts_of_unequal_token_counts_are_one_batch(method, batch):
-    options = {"aggregator": method, "preference": [1, 2, 3, 4]}
+@pytest.mark.slow
+def test_without_a_method_parts_of_unequal_token_counts_are_one_batch(batch):
+    options = {"aggregator": {"layers": "mean", ".*": "sum"}, "preference": [1, 2, 3, 4]}
     found = run_engine(TOY, [batch], microbatches=4, **options)
     wanted = run_oracle(TOY, [batch], **options)
     assert_same(*({n: x for n, x in r.items() if n.startswith("step")} for r in (found, wanted)))

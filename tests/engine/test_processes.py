@@ -21,7 +21,7 @@ from engine.cases import on_mesh
 out, name = arguments
 np.savez(out, **on_mesh("4x2", name))
 """
-NAME = "tied, five objectives"
+NAME = "bytes within layers, tied, five objectives"
 
 
 def free_port() -> int:
@@ -45,6 +45,7 @@ def found(tmp_path_factory):
         return [dict(np.load(out)) for out in list(pool.map(run, range(2)))]
 
 
+@pytest.mark.slow
 def test_both_processes_have_the_result_of_one(found):
     for seen in found:
         assert_same(seen, wanted(NAME))

@@ -19,19 +19,19 @@ from jaxmoo.errors import ConfigError
 CASE = REPLICAS["replicas alone"]
 K, TOY, METHOD = CASE.k, CASE.toy, CASE.aggregator
 R = 2  # replicas of the mesh
-MESH = pytest.mark.parametrize("mesh", ["2x2x2"])
+MESH = "2x2x2"
 
 
 @pytest.fixture(scope="module")
 def gradients():
     """Each replica's gradients [K, ...], scaled such that their mean is that of the whole batch."""
-    (batch,) = batches(K)
+    (batch,) = jax.device_get(batches(K))
     stacked = quick_jit(jaxmoo.stacked_value_and_grad(TOY.loss))
     tokens = batch["mask"].sum((1, 2))
 
     def of(replica):
         rows = slice(4 * replica, 4 * replica + 4)
-        _, found = stacked(TOY.params, jax.tree.map(lambda x: x[:, rows], batch))
+        _, found = jax.device_get(stacked(TOY.params, jax.tree.map(lambda x: x[:, rows], batch)))
         return jax.tree.map(lambda x: x * (R / tokens).reshape(-1, *(1,) * (x.ndim - 1)), found)
 
     return [of(replica) for replica in range(R)]
@@ -42,7 +42,7 @@ def resolve():
     """All objectives' gradients to one gradient, on a single device."""
     tx = jaxmoo.resolve_conflicts(METHOD, "layer", stacked=TOY.stacked, num_objectives=K)
     update, state = quick_jit(tx.update), tx.init(TOY.params)
-    return lambda gradients: update(gradients, state, TOY.params)[0]
+    return lambda gradients: jax.device_get(update(gradients, state, TOY.params)[0])
 
 
 def assert_updates(found, expected):
@@ -86,14 +86,13 @@ def pooled(gradients):
     return jax.tree.unflatten(tree, combined), grams
 
 
-@MESH
-def test_results_of_replicas_are_averaged(mesh, on_mesh, alone):
-    assert_updates(on_mesh(mesh, "replicas alone"), alone)
+@pytest.mark.slow
+def test_results_of_replicas_are_averaged(on_mesh, alone):
+    assert_updates(on_mesh(MESH, "replicas alone"), alone)
 
 
-@MESH
-def test_gram_matrices_of_replicas_are_pooled(mesh, on_mesh, pooled):
-    found, (expected, grams) = on_mesh(mesh, "replicas pooled"), pooled
+def test_gram_matrices_of_replicas_are_pooled(on_mesh, pooled):
+    found, (expected, grams) = on_mesh(MESH, "replicas pooled"), pooled
     assert_updates(found, expected)
     np.testing.assert_allclose(found["state.gram"], grams, atol=1e-5 * grams.max())
 

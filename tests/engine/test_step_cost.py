@@ -15,6 +15,7 @@ from jaxmoo.blocks import choose
 from jaxmoo.engine import cost
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
 
+pytestmark = pytest.mark.slow
 STACKED, LANGUAGES, LAYERS = r"^layers\.(\d+)\.", 8, 24
 CONFIG = DecoderConfig(
     vocab_size=4096,

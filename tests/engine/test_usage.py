@@ -125,7 +125,9 @@ def classified():
     return graph, params, batch, oracle(params)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "none"))]
+)
 def test_flax_modules_of_ones_own_are_blocks(remat, classified):
     graph, params, batch, (wanted_losses, expected) = classified
 
@@ -173,7 +175,10 @@ def scanned(body):
     "loss",
     [
         jax.jit(scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None))),
-        jax.checkpoint(scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None))),
+        pytest.param(
+            jax.checkpoint(scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None))),
+            marks=pytest.mark.slow,
+        ),
         scanned(lambda x, w: (block(lambda p, x: jnp.tanh(x @ p))(w, x), None)),
     ],
     ids=["jitted", "recomputed", "scanned"],
