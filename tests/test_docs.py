@@ -24,6 +24,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 # tests/data/sources/test_source.py run it on small ones.
 RUN_ELSEWHERE = {DOCS / "training.md", DOCS / "data.md"}
 CODE_PAGES = [p for p in PAGES if "```python" in p.read_text() and p not in RUN_ELSEWHERE]
+LONG_PAGES = {"aggregators", "optax"}  # a dozen programs each
 LINKED = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md"]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -32,7 +33,11 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", CODE_PAGES, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG_PAGES else []) for p in CODE_PAGES],
+    ids=name,
+)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, monkeypatch, tmp_path):
     """A text block directly after a Python block is that block's output."""
     monkeypatch.chdir(tmp_path)

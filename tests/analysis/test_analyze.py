@@ -45,6 +45,7 @@ def numbers(report) -> dict:
     return json.loads((report / "analysis.json").read_text())
 
 
+@pytest.mark.slow
 def test_everything_is_written(report):
     assert {p.stem for p in report.glob("*.png")} == FIGURES
     assert sorted(p.name for p in report.iterdir() if p.suffix != ".png") == [
@@ -64,6 +65,7 @@ def test_a_run_records_its_gram_matrices(finished_run):
         np.testing.assert_allclose(row["cosine"], cosine, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_conflict_is_that_of_the_records(numbers, finished_run):
     log, found = read_grams(finished_run / "grams"), numbers["conflict"]
     assert found["blocks"] == list(log.blocks) and found["steps"] == [1, 2, 3]
@@ -73,6 +75,7 @@ def test_conflict_is_that_of_the_records(numbers, finished_run):
     assert set(found["cosine_by_modules"]["names"]) >= {"mlp", "self_attn"}
 
 
+@pytest.mark.slow
 def test_models_are_measured_side_by_side(numbers):
     models = numbers["stationarity"]["models"]
     assert list(models) == ["base", "step 3"]
@@ -93,6 +96,7 @@ def test_models_are_measured_side_by_side(numbers):
     assert numbers["interference"] == {"en": numbers["interference"]["en"] | {"interference": 0.0}}
 
 
+@pytest.mark.slow
 def test_the_page_explains_itself(report, numbers):
     page = (report / "index.html").read_text()
     assert page.count("<h2") == 6 and page.count("Limits:") == 5
@@ -103,6 +107,7 @@ def test_the_page_explains_itself(report, numbers):
         assert numbers["settings"][name] == value
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_page_in_a_browser(report, tmp_path):
     seen = look_at(report / "index.html", tmp_path)

@@ -111,6 +111,7 @@ def measured(finished_run):
     return measure_grams(model, config, batch), np.asarray(losses), flat, batch, tokenized
 
 
+@pytest.mark.slow
 def test_gram_matrices_are_those_of_the_gradients(measured):
     found, losses, flat, _, _ = measured
     expected = flat @ flat.T
@@ -125,6 +126,7 @@ def test_gram_matrices_are_those_of_the_gradients(measured):
     np.testing.assert_allclose(found.pooled.sum(0), both @ both.T, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_blocks_are_never_farther_from_stationary_than_the_whole(measured):
     found = measured[0]
     whole = stationarity(found.within.sum(1), found.across.sum(0))
@@ -138,6 +140,7 @@ def test_blocks_are_never_farther_from_stationary_than_the_whole(measured):
     assert whole.min_norm**2 == pytest.approx(oracle @ found.pooled.sum(0) @ oracle, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_two_batches_share_no_example(measured):
     _, _, _, batch, tokenized = measured
     rows = batch["tokens"].reshape(2, 3, 4, -1)

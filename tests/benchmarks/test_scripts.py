@@ -45,6 +45,7 @@ def gpu_script(tmp_path_factory):
     return done, {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_the_gpu_script_measures_every_section(gpu_script):
     done, found = gpu_script
     assert {"step-tiny-16", "kernels", "plan"} == set(found), done.stdout + done.stderr
@@ -54,6 +55,7 @@ def test_the_gpu_script_measures_every_section(gpu_script):
     assert all(page["about"]["command"] and page["about"]["date"] for page in found.values())
 
 
+@pytest.mark.slow
 def test_its_last_lines_are_the_table(gpu_script):
     done, _ = gpu_script
     table = done.stdout[done.stdout.index("| measured |") :]
@@ -72,6 +74,7 @@ def test_other_losses_are_reported():
     assert len(peers.disagreements([other, lost], 2e-3)) == 2
 
 
+@pytest.mark.slow
 def test_input_measures_the_data_of_a_run(smollm2_dir, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -106,6 +109,7 @@ def test_input_measures_the_data_of_a_run(smollm2_dir, tmp_path):
     assert all(row["tokens per second"] > 0 for row in stages)
 
 
+@pytest.mark.slow
 def test_load_save_measures_a_round_trip(tmp_path):
     numbers = tmp_path / "numbers.json"
     flags = ["--layers", 1, "--width", 64, "--directory", tmp_path, "--json", numbers]

@@ -26,6 +26,7 @@ def no_weights(tiny_model, tmp_path_factory):
     return without_weights(tiny_model, tmp_path_factory.mktemp("no_weights") / "model")
 
 
+@pytest.mark.slow
 def test_the_quick_starts_data_is_shown(smollm2_dir, tmp_path, capsys):
     no_weights = without_weights(smollm2_dir, tmp_path / "model")
     arguments = ["--config", "configs/quickstart.yaml", "--out", str(tmp_path / "out")]

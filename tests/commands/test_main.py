@@ -160,6 +160,7 @@ def test_examples_are_copied_and_nothing_is_overwritten(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_wheel_brings_the_command_and_the_examples(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

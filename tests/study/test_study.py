@@ -40,6 +40,7 @@ def rewrite(file: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_every_run_leaves_a_row_and_nothing_else(finished):
     rows = rows_of(finished)
     keys = [(row["arm"], row["seed"]) for row in rows]
@@ -60,6 +61,7 @@ def test_every_run_leaves_a_row_and_nothing_else(finished):
     assert len(set(nll.values())) == len(nll)
 
 
+@pytest.mark.slow
 def test_a_seed_means_the_same_batches_in_every_arm(finished):
     _, a1, b1, a2, b2 = rows_of(finished)
     for code in ("en", "fi"):
@@ -68,6 +70,7 @@ def test_a_seed_means_the_same_batches_in_every_arm(finished):
         assert abs(a1["first_loss"][code] - a2["first_loss"][code]) > 1e-3
 
 
+@pytest.mark.slow
 def test_held_out_examples_are_divided_alike_in_all_languages(finished):
     for row in rows_of(finished):
         sizes = [
@@ -82,6 +85,7 @@ def test_held_out_examples_are_divided_alike_in_all_languages(finished):
             assert weighed / everything == pytest.approx(parts["all"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     study = copy.parent / "study"
     texts = []
@@ -121,6 +125,7 @@ def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
     np.testing.assert_allclose(axes.images[0].get_array(), [[0.15, -0.31]])
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_run_again(copy, capsys):
     """Here of a run that had been stopped between its end and its row."""
     base, first, *others = rows_of(copy)
@@ -136,6 +141,7 @@ def test_only_what_is_missing_is_run_again(copy, capsys):
         assert again[-1][name] == first[name]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_the_date_it_began_with(copy):
     base, _, *others = rows_of(copy)
     assert len({row["date"] for row in (base, *others)}) == 1
@@ -145,6 +151,7 @@ def test_a_study_goes_on_with_the_date_it_began_with(copy):
     assert rows_of(copy)[-1]["date"] == "2020-02-03"
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_name(copy, capsys):
     before = (copy.parent / "study" / "rows.jsonl").read_bytes()
     assert main(["--config", str(copy), "training.train.steps=5"]) == 2
@@ -158,6 +165,7 @@ def test_other_settings_are_refused_by_name(copy, capsys):
     assert (copy.parent / "study" / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_rows_outlive_settings_that_are_added_later(copy):
     rows = rows_of(copy)
     for row in rows[1:]:
@@ -166,6 +174,7 @@ def test_rows_outlive_settings_that_are_added_later(copy):
     assert main(["--config", str(copy), "--report-only"]) == 0
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_belong_together_are_refused(copy, capsys):
     rows = rows_of(copy)
     rows[2]["data"]["fi"] = "0" * 16
@@ -186,6 +195,7 @@ def test_rows_that_do_not_belong_together_are_refused(copy, capsys):
     assert "line 1 is not a row of a study: it lacks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unfinished_study_says_what_is_missing(copy, capsys):
     rewrite(copy, rows_of(copy)[:-1])
     assert main(["--config", str(copy), "--report-only"]) == 0
