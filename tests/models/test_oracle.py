@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 import tiny_models
 from closeness import relative_error
@@ -76,14 +73,9 @@ def worst_gradient_error(found: Results, expected: Results) -> float:
     return max(relative_error(found.gradients[n], g) for n, g in expected.gradients.items())
 
 
-# Of the others, a tied head is qwen2's as well, and all that qwen3 has is in qwen3_window.
 @pytest.mark.parametrize(
     "variant",
-    [
-        pytest.param(v, marks=() if v in ("llama", "qwen2") else pytest.mark.slow)
-        for v in VARIANTS
-        if v not in ("llama_tied", "qwen3")
-    ],
+    [pytest.param(v, marks=() if v in ("llama", "qwen2") else pytest.mark.slow) for v in VARIANTS],
 )
 def test_logits_loss_every_gradient_and_greedy_tokens_equal_transformers(
     variant: str, tmp_path: Path
@@ -111,20 +103,8 @@ def test_logits_loss_every_gradient_and_greedy_tokens_equal_transformers(
     assert worst_gradient_error(found, expected) < TOLERANCE
 
 
-@pytest.fixture
-def first_layers(smollm2_dir: Path, tmp_path: Path) -> Path:
-    """The first ten layers of the real model, between its embedding and its head."""
-    config = json.loads((smollm2_dir / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10}))
-    later = re.compile(r"\.layers\.[12]\d\.")
-    tensors = load_file(smollm2_dir / "model.safetensors")
-    kept = {name: value for name, value in tensors.items() if not later.search(name)}
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_the_real_model_equals_transformers(first_layers: Path, monkeypatch):
+def test_the_real_model_equals_transformers(smollm2_dir: Path, monkeypatch):
     """Logits and loss in float32; gradients in float64, and in float32 no worse than theirs.
 
     The real model's activations reach 1e4, so that in float32 rounding alone moves some gradients
@@ -137,11 +117,11 @@ def test_the_real_model_equals_transformers(first_layers: Path, monkeypatch):
 
     def oracle(dtype):
         return AutoModelForCausalLM.from_pretrained(
-            first_layers, dtype=dtype, attn_implementation="eager"
+            smollm2_dir, dtype=dtype, attn_implementation="eager"
         )
 
     theirs = oracle_results(oracle(torch.float32), tokens, mask)
-    ours = our_results(load_model(first_layers), tokens, mask)
+    ours = our_results(load_model(smollm2_dir), tokens, mask)
     assert relative_error(ours.logits, theirs.logits) < TOLERANCE
     assert relative_error(ours.loss, theirs.loss) < TOLERANCE
 
@@ -154,7 +134,7 @@ def test_the_real_model_equals_transformers(first_layers: Path, monkeypatch):
     assert worst_gradient_error(ours, exact) < max(2 * accuracy, TOLERANCE)
     del theirs, ours, double
     with jax.enable_x64(True):
-        model = load_model(first_layers, dtype=jnp.float64, param_dtype=jnp.float64)
+        model = load_model(smollm2_dir, dtype=jnp.float64, param_dtype=jnp.float64)
         assert worst_gradient_error(our_results(model, tokens, mask), exact) < TOLERANCE
 
 
@@ -176,8 +156,13 @@ def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
     assert relative_error(found, expected) < TOLERANCE
 
 
-# A llama with biases and one with norms of queries and keys.
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("llama", "mistral")),
+        *("qwen2", "qwen3"),
+    ],
+)
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(variant: str, tmp_path: Path):
     import torch
 
