@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from data.tables import ROWS, expected, load_examples, read_examples, settings, write
-from jaxmoo.config.data_section import ColumnsConfig
-from jaxmoo.config.training import Config
-from jaxmoo.data import LanguageBatches, SequenceStream, load_corpus, load_data
+from devices import ROOT
+from jaxmoo.config import ColumnsConfig, Config, ModelConfig
+from jaxmoo.data import LanguageBatches, load_corpus, load_data
 from jaxmoo.data.example import Example
 from jaxmoo.data.sources import source as sources
 from jaxmoo.data.sources.source import HubSource
 from jaxmoo.errors import ConfigError, DataError
+from small_runs import SIZES
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -221,52 +223,40 @@ def test_hub_datasets_without_the_language_say_what_there_is(hub_dataset):
         HubSource(hub_dataset, settings(hub_dataset, split="validation")).open("en")
 
 
-class Sums:
-    """A source as docs/data.md has it."""
-
-    column = None
-
-    def open(self, language):
-        rows = [{"q": f"{language} {n} + {n}", "a": str(2 * n)} for n in range(60)]
-        return SequenceStream(f"sums of {language}", rows)
-
-
-class EndlessSums(Sums):
-    def open(self, language):
-        return SumStream(language)
+@pytest.fixture
+def page(tokenizer, tmp_path):
+    """What the code of docs/data.md makes, run as it stands there."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 300}))
+    data = settings("sums", sequence_length=64)
+    found = {"config": Config(model=ModelConfig(source=str(tmp_path / "model")), data=data)}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S):
+        exec(code, found)
+    return found
 
 
-class SumStream:
-    def __init__(self, language):
-        self.language, self.number = language, 0
+def test_a_source_of_ones_own_is_read_like_any_other(page, tokenizer):
+    sums = page["Sums"]()
+    assert page["data"].batches.batch(0)["tokens"].shape == (1, 4, 64)
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.number += 1
-        row = {"q": f"{self.language} {self.number} + {self.number}", "a": str(2 * self.number)}
-        return f"sum {self.number}", row
-
-    def position(self):
-        return self.number
-
-    def seek(self, position):
-        self.number = position or 0
-
-
-def test_a_source_of_ones_own_is_read_like_any_other(tokenizer):
-    columns = ColumnsConfig(prompt="q", completion="a")
     data = settings("sums", seen=["en", "fa"], sequence_length=64, held_out=0.3)
-    with pytest.raises(DataError, match="sums of en: row 1: no column 'prompt'"):
-        load_corpus(data, tokenizer, source=Sums())
-    data = dataclasses.replace(data, columns=columns)
-    corpus = load_corpus(data, tokenizer, source=Sums())
-    assert corpus.report["fa"].records == 60 and len(corpus.train) == 2
-    found = sources.load_examples(data, ["fa"], source=Sums())["fa"]
-    assert found[2] == Example.from_pair("fa", "fa 2 + 2", "4")
+    wrong = dataclasses.replace(data, columns=ColumnsConfig(prompt="q", completion="a"))
+    with pytest.raises(DataError, match="sums of en: row 1: no column 'q'"):
+        load_corpus(wrong, tokenizer, source=sums)
+    corpus = load_corpus(data, tokenizer, source=sums)
+    assert corpus.report["fa"].records == 100 and len(corpus.train) == 2
+    found = sources.load_examples(data, ["fa"], source=sums)["fa"]
+    assert found[2] == Example.from_pair("fa", "fa: 2 + 2 = ?", "4")
 
-    # Streamed and resumed.
+
+def test_a_stream_of_ones_own_is_resumed_like_any_other(page, tokenizer):
+    class EndlessSums:
+        column = None
+
+        def open(self, language):
+            return page["SumStream"](language)
+
+    data = settings("sums", seen=["en", "fa"], sequence_length=64, held_out=0.3)
     data = dataclasses.replace(data, streaming=True, max_held_out=2, shuffle_buffer=8)
 
     def batches():
@@ -278,10 +268,8 @@ def test_a_source_of_ones_own_is_read_like_any_other(tokenizer):
     assert (second.batch(30)["tokens"] == first.batch(30)["tokens"]).all()
 
 
-def test_load_data_takes_a_source_of_ones_own(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path)
-    data = settings("sums", columns={"prompt": "q", "completion": "a"}, sequence_length=64)
+def test_load_data_takes_a_source_of_ones_own(page, tmp_path):
     said = []
-    loaded = load_data(Config(data=data), tmp_path, said.append, source=Sums())
+    loaded = load_data(page["config"], tmp_path / "model", said.append, source=page["Sums"]())
     assert loaded.batches.batch(0)["tokens"].shape == (1, 4, 64)
     assert "| en " in said[0] and loaded.date is None
