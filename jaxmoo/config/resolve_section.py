@@ -138,10 +138,12 @@ def _check_weighting(resolve: ResolveConfig, languages: int) -> list[str]:
         return []
     try:
         method = weighting.get(resolve.weighting, **resolve.weighting_options)
-        first = weighting.initial_weights(method, languages)
+        # Shapes alone: devices must not be asked for before the processes of a run have met.
+        jax.eval_shape(lambda: weighting.initial_weights(method, languages))
     except (TypeError, ValueError) as error:
         return [f"resolve.weighting: {error}"]
-    if not (first > 0).all():
+    numbers = (n for name in ("weights", "sizes") for n in resolve.weighting_options.get(name, ()))
+    if not all(n > 0 for n in numbers):
         return [
             "resolve.weighting_options: every language needs a weight above 0; leave languages "
             "without one out of data.seen."

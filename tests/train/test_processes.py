@@ -93,6 +93,8 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
         model__trainable=r"^layers\.3\.",
         lora={"rank": 2, "targets": ["q_proj", "down_proj"], "export": "both"},
         optimizer={"learning_rate": 1e-2, "warmup_steps": 1},
+        # Its check must not ask for devices: the processes meet only afterwards.
+        resolve__weighting="famo",
         data__source=str(tmp_path / "{language}.jsonl"),
         data__streaming=True,
         data__shuffle_buffer=8,
