@@ -177,8 +177,11 @@ def load_corpus(
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
     complaints: list[str] = []
-    divided = _streamed if data.streaming else _whole
-    for one in divided(data, tokenizer, source, complaints, say):
+    if data.streaming:
+        divided = _streamed(data, tokenizer, source, complaints, say)
+    else:
+        divided = _whole(data, tokenizer, source, complaints)
+    for one in divided:
         language, seen = one.language, one.language in data.seen
         if seen:
             usable = _usable("train", one, data)
@@ -216,7 +219,6 @@ def _whole(
     tokenizer: PreTrainedTokenizerFast,
     source: Source,
     complaints: list[str],
-    say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
     reading = read_examples(data, [*data.seen, *data.unseen], source=source)
@@ -291,7 +293,8 @@ class _Scan:
     """The beginning of a stream, up to where enough held-out examples were found."""
 
     def __init__(self, stream: ExampleStream, data: DataConfig) -> None:
-        wanted, limit = data.max_held_out or 1, data.max_scan
+        wanted, limit = data.max_held_out, data.max_scan
+        assert wanted is not None  # `check_data` asks for it
         self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
         self.records = self.duplicates = 0
