@@ -172,7 +172,6 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
-    source = open_source(data) if source is None else source
     train: dict[str, list[Tokenized] | ExampleStream] = {}
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
@@ -217,7 +216,7 @@ class _Divided(NamedTuple):
 def _whole(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    source: Source,
+    source: Source | None,
     complaints: list[str],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
@@ -261,11 +260,12 @@ def _whole(
 def _streamed(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    source: Source,
+    source: Source | None,
     complaints: list[str],
     say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages that are read up to where enough held-out examples were found."""
+    source = open_source(data) if source is None else source
     opened = {language: source.open(language) for language in (*data.seen, *data.unseen)}
     for language, records in opened.items():
         stream = ExampleStream(language, records, data, tokenizer, column=source.column, say=say)
