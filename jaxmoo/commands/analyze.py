@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
-from jaxmoo.commands.command import command
-from jaxmoo.errors import ConfigError
+from jaxmoo.commands.command import command, pairs
 from jaxmoo.files.outputs import typed_path
 
 __all__ = ["main"]
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo analyze") -
             steps=None if options.steps is None else tuple(options.steps),
             base=options.base,
             parallel=options.parallel,
-            codes=_codes(options.codes),
+            codes=pairs("--codes", options.codes) or {},
             languages=None if options.languages is None else tuple(options.languages),
             sentences=options.sentences,
             examples=options.examples,
@@ -63,7 +62,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="parallel text, one sentence per line, such as 'sentences/{language}.txt'",
     )  # fmt: skip
     group.add_argument(
-        "--codes", nargs="+", default=[], metavar="CODE=NAME",
+        "--codes", nargs="+", metavar="CODE=NAME",
         help="names of languages in that path where they differ, such as en=eng",
     )  # fmt: skip
     group.add_argument(
@@ -90,13 +89,3 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--seed", type=int, default=default.seed, help="of all random choices (%(default)s)"
     )
     return parser
-
-
-def _codes(pairs: Sequence[str]) -> dict[str, str]:
-    codes = {}
-    for pair in pairs:
-        code, equals, name = pair.partition("=")
-        if not (code and equals and name):
-            raise ConfigError(f"--codes takes pairs such as en=eng, found {pair!r}.")
-        codes[code] = name
-    return codes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
-from jaxmoo.errors import InterruptedRunError, JaxmooError, failed
+from jaxmoo.errors import ConfigError, InterruptedRunError, JaxmooError, failed
 from jaxmoo.runtime.terminal import forgiving_output
 
-__all__ = ["add_settings", "command"]
+__all__ = ["add_settings", "command", "pairs"]
 
 P = ParamSpec("P")
 
@@ -68,3 +68,26 @@ def add_settings(parser: argparse.ArgumentParser, whose: str) -> None:
         help=f"YAML file with the {whose}'s settings, or the name of an example (`jaxmoo configs`)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
+
+
+def pairs(option: str, given: Sequence[str] | None) -> dict[str, str] | None:
+    """Read what an option that takes ``KEY=NAME`` was given; None where it was not given.
+
+    Args:
+      option: what it is called, for the error.
+      given: its arguments.
+
+    Raises:
+      ConfigError: one of them is no such pair.
+
+    Example:
+      >>> pairs("--codes", ["pt=por_Latn", "en=eng_Latn"])
+      {'pt': 'por_Latn', 'en': 'eng_Latn'}
+    """
+    if given is None:
+        return None
+    divided = [text.partition("=") for text in given]
+    for text, parts in zip(given, divided, strict=True):
+        if not all(parts):
+            raise ConfigError(f"{option} takes KEY=NAME, such as en=eng; found {text!r}.")
+    return {key: name for key, _, name in divided}

@@ -90,8 +90,9 @@ def _show(data: RunData, languages: Sequence[str], count: int) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     how = "\x1b[32mthis colour\x1b[0m" if colour else "\u27e6such brackets\u27e7"
     print(f"\nExamples; what is learnt is in {how}.")
+    train = data.corpus.at_hand()
     for language in languages:
-        examples = data.corpus.at_hand().get(language) or data.corpus.held_out[language]
+        examples = train.get(language) or data.corpus.held_out[language]
         for example in sample(examples, count):
             cut = f", cut from {example.length}" if example.truncated else ""
             learnt = int(example.loss_mask[1:].sum())

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmoo.commands.command import command
+from jaxmoo.commands.command import command, pairs
 from jaxmoo.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
@@ -203,13 +203,13 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
         config = DataConfig(source=options.data, seen=options.languages)
     changes = {
         "source": options.data,
-        "codes": _pairs("--codes", options.codes),
+        "codes": pairs("--codes", options.codes),
         "language_column": options.language_column,
         "subset": options.subset,
         "split": options.split,
         "date": options.date,
     }
-    columns = _pairs("--columns", options.columns)
+    columns = pairs("--columns", options.columns)
     if columns is not None:
         known = [field.name for field in dataclasses.fields(ColumnsConfig)]
         for key in columns:
@@ -218,12 +218,3 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
         changes["columns"] = ColumnsConfig(**columns)
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(config, **given)
-
-
-def _pairs(option: str, pairs: Sequence[str] | None) -> dict[str, str] | None:
-    if pairs is None:
-        return None
-    wrong = [pair for pair in pairs if not all(pair.partition("="))]
-    if wrong:
-        raise ConfigError(f"{option} takes KEY=NAME, found {wrong[0]!r}.")
-    return {key: name for key, _, name in (pair.partition("=") for pair in pairs)}

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The command's exit code; 2 where none is named, or one that there is not.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help"):
         print(_usage())
         return 0
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"there is no command {name!r}.{did_you_mean(name, COMMANDS)} There are "
             f"{', '.join(COMMANDS)}; `jaxmoo --help` says what they do."
         )
-    return run(name, rest[:-1], prog=f"jaxmoo {name}")
+    return run(name, rest, prog=f"jaxmoo {name}")
 
 
 @command()

@@ -172,13 +172,15 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
-    source = open_source(data) if source is None else source
     train: dict[str, list[Tokenized] | ExampleStream] = {}
     evaluated: dict[str, list[Tokenized]] = {}
     report: dict[str, LanguageReport] = {}
     complaints: list[str] = []
-    divided = _streamed if data.streaming else _whole
-    for one in divided(data, tokenizer, source, complaints, say):
+    if data.streaming:
+        divided = _streamed(data, tokenizer, source, complaints, say)
+    else:
+        divided = _whole(data, tokenizer, source, complaints)
+    for one in divided:
         language, seen = one.language, one.language in data.seen
         if seen:
             usable = _usable("train", one, data)
@@ -214,9 +216,8 @@ class _Divided(NamedTuple):
 def _whole(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    source: Source,
+    source: Source | None,
     complaints: list[str],
-    say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
     reading = read_examples(data, [*data.seen, *data.unseen], source=source)
@@ -259,11 +260,12 @@ def _whole(
 def _streamed(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    source: Source,
+    source: Source | None,
     complaints: list[str],
     say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages that are read up to where enough held-out examples were found."""
+    source = open_source(data) if source is None else source
     opened = {language: source.open(language) for language in (*data.seen, *data.unseen)}
     for language, records in opened.items():
         stream = ExampleStream(language, records, data, tokenizer, column=source.column, say=say)
@@ -291,7 +293,8 @@ class _Scan:
     """The beginning of a stream, up to where enough held-out examples were found."""
 
     def __init__(self, stream: ExampleStream, data: DataConfig) -> None:
-        wanted, limit = data.max_held_out or 1, data.max_scan
+        wanted, limit = data.max_held_out, data.max_scan
+        assert wanted is not None  # `check_data` asks for it
         self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
         self.records = self.duplicates = 0

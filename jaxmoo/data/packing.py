@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 
 __all__ = ["Rows", "ShuffledRows", "StreamedRows", "plan_rows"]
+
+_KEPT = 2  # epochs whose order is kept: a batch may span two
 
 
 def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -85,7 +88,7 @@ class Rows:
         self._lengths = np.asarray(lengths, np.int64)
         self._plan = plan_rows(lengths, capacity) if packing else None
         self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = functools.lru_cache(_KEPT)(self._dealt)
 
     def __len__(self) -> int:
         return len(self._lengths if self._plan is None else self._plan)
@@ -102,15 +105,10 @@ class Rows:
         order = self._order(epoch)
         return [int(order[place]) for place in self._plan[row]]
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _dealt(self, epoch: int) -> np.ndarray:
         """Which example takes each place: from the longest, those of equal length shuffled."""
-        if epoch not in self._orders:
-            random = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, epoch]))
-            shuffled = random.random(len(self._lengths))
-            # A batch may span two epochs; older ones are not asked for again.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = np.lexsort((shuffled, -self._lengths))
-        return self._orders[epoch]
+        random = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, epoch]))
+        return np.lexsort((random.random(len(self._lengths)), -self._lengths))
 
 
 class ShuffledRows:
@@ -129,8 +127,8 @@ class ShuffledRows:
         self._examples = examples
         lengths = [len(example.tokens) for example in examples]
         self._rows = Rows(lengths, sequence_length, packing=packing, seed=seed)
-        self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
+        order = functools.partial(epoch_order, len(self._rows), seed)
+        self._order = functools.lru_cache(_KEPT)(order)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -139,11 +137,7 @@ class ShuffledRows:
     def row(self, index: int) -> list[Tokenized]:
         """Return the examples of a row; rows are counted through all epochs."""
         epoch, place = divmod(index, len(self))
-        if epoch not in self._orders:
-            # A batch may span two epochs; older ones are seldom asked for again.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = epoch_order(len(self), self._seed, epoch)
-        members = self._rows.examples(int(self._orders[epoch][place]), epoch)
+        members = self._rows.examples(int(self._order(epoch)[place]), epoch)
         return [self._examples[number] for number in members]
 
     def epochs(self, index: int) -> float:

@@ -59,6 +59,21 @@ def test_the_quick_starts_data_is_shown(smollm2_dir, tmp_path, capsys):
     assert (tmp_path / "out" / "data.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_of_a_stream_the_first_records_are_shown_as_if_they_were_all(
+    no_weights, write_config, tmp_path, capsys
+):
+    stream = {"data__streaming": True, "data__shuffle_buffer": 20, "data__unseen": []}
+    config = str(write_config(model__source=str(no_weights), **stream))
+    assert main(["--config", config, "--languages", "fa", "--examples", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "counts each language's first 20 records as if they were all" in shown
+    assert shown.count("--- fa: ") == 2
+    languages = json.loads((tmp_path / "run-data" / "data.json").read_text())["languages"]
+    for one in languages.values():
+        assert 0 < one["rows"] <= 20 and 0 < one["held_out"] <= 4
+        assert one["epochs"] == 4 * 2 / one["rows"]
+
+
 def test_a_chat_template_from_a_file_is_used(no_weights, write_config, tmp_path, capsys):
     template = tmp_path / "template.jinja"
     template.write_text(

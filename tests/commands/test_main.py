@@ -13,7 +13,7 @@ import pytest
 
 from devices import ROOT
 from jaxmoo import __version__
-from jaxmoo.commands.command import command
+from jaxmoo.commands.command import command, pairs
 from jaxmoo.commands.main import COMMANDS, main, run
 from jaxmoo.config.training import load_config
 from jaxmoo.errors import ConfigError, InterruptedRunError
@@ -96,6 +96,12 @@ def test_a_command_ends_with_a_line_and_a_code(error, code, said, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("wrong", ["en", "en=", "=eng_Latn"])
+def test_what_is_no_pair_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"--codes takes KEY=NAME, .*found '{wrong}'"):
+        pairs("--codes", ["pt=por_Latn", wrong])
+
+
 # --- Methods and configs ---------------------------------------------------------------------
 
 
@@ -159,7 +165,6 @@ def test_examples_are_copied_and_nothing_is_overwritten(tmp_path, monkeypatch, c
 # --- As it is installed ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_wheel_brings_the_command_and_the_examples(tmp_path):
     source = tmp_path / "source"

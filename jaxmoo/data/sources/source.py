@@ -366,20 +366,22 @@ def read_examples(
     if repeated:
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
     columns = named_columns(data.columns, choices)
+    where = data.source if source is None else type(source).__name__
     source = open_source(data) if source is None else source
-    stray = Malformed(data.source, data.max_malformed)
+    stray = Malformed(where, data.max_malformed)
     streams: Mapping[str, Iterator[Record]]
     if source.column is None:
         streams = {language: source.open(language) for language in languages}
     else:
-        streams = _sorted(source.open(languages[0]), languages, source.column, data, stray)
+        names = {language: data.codes.get(language, language) for language in languages}
+        streams = _sorted(source.open(languages[0]), names, source.column, where, stray)
     complaints, loaded = list(stray.complaints), {}
     for language, records in streams.items():
         malformed = Malformed(f"language {language!r}", data.max_malformed)
         taken = take_examples(records, language, columns, malformed)
         malformed.check(len(taken.examples))
         if not taken.examples:
-            raise DataError(f"{data.source}: language {language!r} has no examples.")
+            raise DataError(f"{where}: language {language!r} has no examples.")
         loaded[language] = Loaded(taken.examples, len(malformed.complaints) + taken.known)
         complaints += malformed.complaints
     return Reading(loaded, complaints)
@@ -387,13 +389,12 @@ def read_examples(
 
 def _sorted(
     records: Iterable[Record],
-    languages: Sequence[str],
+    names: Mapping[str, str],
     column: str,
-    data: DataConfig,
+    where: str,
     stray: Malformed,
 ) -> dict[str, Iterator[Record]]:
     """Records of one table, sorted into languages by a column."""
-    names = {language: data.codes.get(language, language) for language in languages}
     table: dict[str, list[Record]] = {name: [] for name in names.values()}
     available = set()
     count = 0
@@ -410,5 +411,5 @@ def _sorted(
     stray.check(count)
     for name, found in table.items():
         if not found:
-            raise _missing_language(data.source, name, available)
+            raise _missing_language(where, name, available)
     return {language: iter(table[name]) for language, name in names.items()}

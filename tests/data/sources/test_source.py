@@ -11,7 +11,7 @@ import pytest
 from data.tables import ROWS, expected, load_examples, read_examples, settings, write
 from devices import ROOT
 from jaxmoo.config import ColumnsConfig, Config, ModelConfig
-from jaxmoo.data import LanguageBatches, load_corpus, load_data
+from jaxmoo.data import LanguageBatches, SequenceStream, load_corpus, load_data
 from jaxmoo.data.example import Example
 from jaxmoo.data.sources import source as sources
 from jaxmoo.data.sources.source import HubSource
@@ -247,6 +247,21 @@ def test_a_source_of_ones_own_is_read_like_any_other(page, tokenizer):
     assert corpus.report["fa"].records == 100 and len(corpus.train) == 2
     found = sources.load_examples(data, ["fa"], source=sums)["fa"]
     assert found[2] == Example.from_pair("fa", "fa: 2 + 2 = ?", "4")
+
+
+def test_a_source_of_ones_own_is_named_by_its_class(tokenizer):
+    class Sums:
+        def __init__(self, column):
+            self.column = column
+
+        def open(self, language):
+            return SequenceStream("sums", [] if self.column is None else [{"lang": "it"}])
+
+    data = settings("chatterbot", sequence_length=64)
+    with pytest.raises(DataError, match=r"^Sums: language 'en' has no examples"):
+        load_corpus(data, tokenizer, source=Sums(None))
+    with pytest.raises(DataError, match=r"^Sums has no language 'en'\. Available: it"):
+        load_corpus(data, tokenizer, source=Sums("lang"))
 
 
 def test_a_stream_of_ones_own_is_resumed_like_any_other(page, tokenizer):
