@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmoo
-from engine.toy import quick_jit
+from compiling import quick_jit
 from jaxmoo import aggregators
 
 K = 4

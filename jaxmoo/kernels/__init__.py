@@ -1,8 +1,8 @@
 """Products and sums as each platform does them best.
 
 What serves one platform alone says so in its name: ``cpu_`` is XLA's CPU backend, ``gpu_`` NVIDIA
-GPUs; ``benchmarks/cpu_kernels.py`` and ``benchmarks/kernels.py`` measure whether it pays. The other
-modules choose between them:
+GPUs; ``benchmarks/cpu_kernels.py`` and ``benchmarks/kernels.py`` measure whether it pays.
+``contraction`` is what any compiler takes. The other modules choose between them:
 
 - ``reductions``: the two passes over the gradients, Gram matrices and weighted sums;
 - ``product``: activations times weights;

@@ -45,7 +45,7 @@ class GradientSource(NamedTuple):
       init: ``params -> state``.
       compute: ``(params, frozen, batch, state) -> (losses [K], resolved gradient, state)``.
       diagnostics: the resolver's part of the state, a
-        :class:`~jaxmoo.transform.ResolveConflictsState` with the arrays of all K languages.
+        :class:`~jaxmoo.ResolveConflictsState` with the arrays of all K languages.
       partition: the blocks.
       engine: the in-backward engine, where it is used.
       loss_weights: ``state -> [K]``, what the next step multiplies the languages' losses by, where

@@ -149,7 +149,12 @@ CASES = {
     "a rule for each part, nine objectives": Case(
         k=9,
         blocks=blocks.choose(
-            {r"^layers\..*mlp": "whole", r"^layers\.": "bytes:1600", ".*": "random:2"}
+            {
+                r"\.bias$": "module",
+                r"\.mlp\.": "whole",
+                r"^layers\.": "bytes:1600",
+                ".*": "random:2",
+            }
         ),
     ),
     "a function, stack in a loop, not finite": Case(
@@ -173,6 +178,7 @@ RUNS = {
         "accumulated",
         "leaf, tied and shared",
         "shard",
+        "a rule for each part, nine objectives",
         "separate layers",
     ],
     "2x2": [

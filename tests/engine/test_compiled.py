@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmoo
-from engine.toy import Toy, batches, engine, quick_jit
+from compiling import quick_jit
+from engine.toy import Toy, batches, engine
 from jaxmoo.engine import block, resolved_value_and_grad
 
 

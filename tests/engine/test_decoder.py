@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engine.toy import quick_jit
+from compiling import quick_jit
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
 from jaxmoo.models import Decoder, DecoderConfig, language_loss, target_mask, token_nll

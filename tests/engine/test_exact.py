@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from engine.cases import CASES, COORDINATES, MESHES, METHODS, PLAIN, RUNS, method, wanted
-from engine.toy import assert_same, batches, engine, flatten, quick_jit, run_engine
+from engine.toy import assert_same, batches, engine, flatten, run_engine
 from jaxmoo import aggregators, resolve_conflicts
 from jaxmoo.mesh import make_mesh
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from engine.cases import CASES, one_absent, one_not_finite, wanted
-from engine.toy import Toy, batches, engine, quick_jit, weight
+from engine.toy import Toy, batches, engine, weight
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError, JaxmooError
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import jaxmoo
+from compiling import quick_jit
 from engine.toy import (
     ROWS,
     Toy,
     assert_same,
     batches,
     flatten,
-    quick_jit,
     run_engine,
     run_oracle,
     weight,
@@ -43,7 +43,10 @@ def resolved_each(batch):
     # The transformation folds its step number into its key, as the engine does with parts.
     state = state._replace(key=jax.random.fold_in(state.key, 0))
     update, results = quick_jit(tx.update), []
-    weights = lambda batch: np.asarray(jax.vmap(weight)(batch))  # noqa: E731
+
+    def weights(batch):
+        return np.asarray(jax.vmap(weight)(batch))
+
     count = weights(batch)
     for part in range(PARTS):
         rows = slice(part * ROWS // PARTS, (part + 1) * ROWS // PARTS)

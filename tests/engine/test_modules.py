@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxmoo
-from engine.toy import quick_jit
+from compiling import quick_jit
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import batch_sharding, parameter_shardings

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxmoo
-from engine.toy import quick_jit
+from compiling import quick_jit
 from jaxmoo.blocks import path_string
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError

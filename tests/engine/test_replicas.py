@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import jaxmoo
+from compiling import quick_jit
 from engine.cases import REPLICAS
-from engine.toy import batches, quick_jit
+from engine.toy import batches
 from jaxmoo import aggregators, blocks
 from jaxmoo.errors import ConfigError
 

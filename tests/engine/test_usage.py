@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import jaxmoo
-from engine.toy import D, Toy, batches, engine, quick_jit
+from compiling import quick_jit
+from engine.toy import D, Toy, batches, engine
 from jaxmoo.blocks import path_string
 from jaxmoo.engine import block, resolved_value_and_grad
 

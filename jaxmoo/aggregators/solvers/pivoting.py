@@ -6,7 +6,7 @@ down (Júdice and Pires, *A block principal pivoting algorithm for large-scale s
 linear complementarity problems*, Computers & Operations Research 21, 1994; Kim and Park 2011,
 `doi:10.1137/110821172 <https://doi.org/10.1137/110821172>`_). Where it does not, they exchange
 single signs, which takes many steps; here
-:func:`~jaxmoo.aggregators.interior_point.interior_point` takes over.
+:func:`~jaxmoo.aggregators.solvers.interior_point.interior_point` takes over.
 
 Where gradients are dependent the systems are singular and the signs mean nothing. So a point counts
 only by how well it satisfies the conditions.
@@ -50,11 +50,12 @@ def pivot(cosine: jax.Array, lower: jax.Array, magnitude: float | jax.Array = 1.
     Args:
       cosine: ``[K, K]`` positive semi-definite with a diagonal of about 1.
       lower: ``[K]`` b.
-      magnitude: as for :func:`~jaxmoo.aggregators.interior_point.interior_point`.
+      magnitude: as for :func:`~jaxmoo.aggregators.solvers.interior_point.interior_point`.
 
     Returns:
-      The best point, and its residual as :func:`~jaxmoo.aggregators.interior_point.interior_point`
-      reckons it: infinite if there is none.
+      The best point, and its residual as
+      :func:`~jaxmoo.aggregators.solvers.interior_point.interior_point` reckons it: infinite if
+      there is none.
 
     Example:
       >>> import jax.numpy as jnp
