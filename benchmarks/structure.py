@@ -295,7 +295,6 @@ def helps(root: Path) -> dict[str, list[str]]:
     found = {"scripts/train.py --help": ["scripts/train.py", "--help"]}
     if (root / "jaxmoo/__main__.py").exists():
         found["jaxmoo --help"] = ["-m", "jaxmoo", "--help"]
-        found["jaxmoo train --help"] = ["-m", "jaxmoo", "train", "--help"]
     return found
 
 

@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from closeness import relative_error
 from devices import ROOT, run_python
 
 TINY = {
@@ -121,6 +124,22 @@ def test_load_save_measures_a_round_trip(tmp_path):
     assert [row["name"] for row in rows] == ["Orbax save"]
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
     assert "| Orbax save |" in done.stdout
+
+
+def test_what_is_written_for_cpus_computes_what_it_is_timed_beside(monkeypatch):
+    script = module("cpu_kernels")
+    monkeypatch.setattr(script, "LAYER", [(6, 4), (1, 5)])
+    pieces = list(script.pieces([64]))
+    for piece in pieces:
+        given, plain = (
+            jax.tree.leaves(jax.jit(form)(*piece.arguments)) for form in (piece.given, piece.plain)
+        )
+        for a, b in zip(given, plain, strict=True):
+            assert a.dtype == b.dtype
+            assert relative_error(a, b) <= 4 * jnp.finfo(b.dtype).eps, (piece.name, piece.size)
+    row = script.measure(pieces[0], seconds=0)
+    assert row["run"] > 0 and row["compile"] > 0 and row["steps"] > 0
+    assert "| Gram by slices | 8 x 6e+01, float32 |" in script.report([row])
 
 
 def module(name):
