@@ -18,13 +18,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-import numpy as np
 import yaml
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-HIDDEN, INTERMEDIATE, LAYERS, HEAD = 16, 32, 2, 8
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from tiny_tokenizer import chat_tokenizer
+
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% generation %}{{ message['content'] + '</s>' }}{% endgeneration %}{% endfor %}"
@@ -34,65 +32,37 @@ TEMPLATE = (
 
 def write_model(folder: Path) -> None:
     """Write a random Llama of two layers, with a tokenizer of single bytes."""
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=TEMPLATE, **names
-    ).save_pretrained(folder)
+    from flax import nnx
+
+    from jaxmoo.hf import save_model
+    from jaxmoo.models import Decoder, DecoderConfig
+
+    source = folder / "source"
+    tokenizer = chat_tokenizer(TEMPLATE)
+    tokenizer.save_pretrained(source)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(vocabulary),
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HIDDEN // HEAD,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": HEAD,
+        "head_dim": 8,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e4,
         "tie_word_embeddings": True,
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (len(vocabulary), HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-    }
-    for layer in range(LAYERS):
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (HIDDEN,),
-                "post_attention_layernorm": (HIDDEN,),
-                "self_attn.q_proj": (HIDDEN, HIDDEN),
-                "self_attn.k_proj": (HEAD, HIDDEN),
-                "self_attn.v_proj": (HEAD, HIDDEN),
-                "self_attn.o_proj": (HIDDEN, HIDDEN),
-                "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-                "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-                "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-            }.items()
-        }
-    rng = np.random.default_rng(0)
-    weights = {
-        name: (0.1 * rng.standard_normal(shape)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    model = Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0))
+    save_model(model, folder / "model", source=source, dtype="float32")
 
 
 def write_run(folder: Path) -> Path:
     """Write model, data and settings; return the file of the settings."""
-    model = folder / "model"
-    model.mkdir(parents=True)
-    write_model(model)
+    write_model(folder)
     for language in ("en", "fa"):
         records = [
             {"prompt": f"{language} question {i}", "completion": f"answer {i}"} for i in range(24)
@@ -101,7 +71,7 @@ def write_run(folder: Path) -> Path:
         (folder / f"{language}.jsonl").write_text(text)
     config = {
         "output": str(folder / "run"),
-        "model": {"source": str(model)},
+        "model": {"source": str(folder / "model")},
         "data": {
             "source": str(folder / "{language}.jsonl"),
             "seen": ["en", "fa"],
@@ -119,8 +89,8 @@ def write_run(folder: Path) -> Path:
 
 def main() -> None:
     root, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
-    config = write_run(folder)
     sys.path.insert(0, str(root))
+    config = write_run(folder)
     import jaxmoo.train.run  # noqa: F401 -- so that little of what follows is an import
 
     called: set[CodeType] = set()

@@ -53,7 +53,7 @@ def memory_of_the_largest(devices: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", LARGEST)
 def test_every_step_is_lowered_and_the_largest_compiles_and_fits(devices, eight_devices):
-    """Compiling all of them takes minutes; `scripts/plan.py` does it for one."""
+    """Compiling all of them takes minutes; `jaxmoo plan` does it for one."""
     if devices == 1:
         total = memory_of_the_largest(1)
     else:

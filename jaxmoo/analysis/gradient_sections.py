@@ -41,6 +41,7 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
     share = conflict.conflict_share(log.grams)
     ratio = conflict.magnitude_ratio(log.grams)
     cosine = conflict.cosines(log.grams)
+    mean_cosine = conflict.mean_cosine(log.grams)
     rows = [
         {
             "step": step,
@@ -95,8 +96,8 @@ def conflict_section(log: GramLog, batch_size: int, directory: Path) -> Section:
             block,
             f"{mean(share[start, i], 0):.0%}",
             f"{mean(share[end, i], 0):.0%}",
-            signed(float(mean(conflict.mean_cosine(log.grams)[start, i], 0))),
-            signed(float(mean(conflict.mean_cosine(log.grams)[end, i], 0))),
+            signed(float(mean(mean_cosine[start, i], 0))),
+            signed(float(mean(mean_cosine[end, i], 0))),
             f"{mean(ratio[end, i], 0):.1f}",
         ]
         for i, block in enumerate(log.blocks[:60])

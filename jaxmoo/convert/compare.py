@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tabulate import tabulate
 
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import open_model
+from jaxmoo.data.table import plain_table
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf.load import progress
 from jaxmoo.hf.save import Tensor, model_tensors
@@ -88,13 +88,8 @@ class Comparison:
         lines = []
         if changed:
             rows = [[d.name, _shown(d.max_abs), _shown(d.max_rel), d.what] for d in changed]
-            table = tabulate(
-                [["tensor", "max abs", "max rel", ""], *rows],
-                tablefmt="plain",
-                colalign=("left", "right", "right", "left"),
-                disable_numparse=True,
-            )
-            lines += [line.rstrip() for line in table.splitlines()]
+            header = ["tensor", "max abs", "max rel", ""]
+            lines.append(plain_table([header, *rows], ("left", "right", "right", "left")))
         same = len(self.tensors) - len(changed)
         lines.append(f"{same} of {len(self.tensors)} tensors are equal to the byte.")
         if self.logits is None:

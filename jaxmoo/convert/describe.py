@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_dtypes import bfloat16
-from tabulate import tabulate
 
 from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import stored_tensors
+from jaxmoo.data.table import plain_table
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json
@@ -61,8 +62,7 @@ def describe(path: Path) -> str:
 
 
 def _table(rows: list[list[str]], alignment: Sequence[str]) -> str:
-    table = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True)
-    return "\n".join(f"  {line}".rstrip() for line in table.splitlines())
+    return textwrap.indent(plain_table(rows, alignment), "  ")
 
 
 def _architecture(path: Path) -> list[str]:

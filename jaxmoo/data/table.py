@@ -1,4 +1,4 @@
-"""Text tables, readable in a terminal and valid Markdown."""
+"""Text tables, readable in a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-__all__ = ["text_table"]
+__all__ = ["plain_table", "text_table"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -35,3 +35,22 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     # Given as one more row, the header is no wider than its text; then it is below the rule.
     rule, names, *others = table.splitlines()
     return "\n".join([names, rule, *others])
+
+
+def plain_table(rows: Sequence[Sequence[str]], alignment: Sequence[str]) -> str:
+    """Format rows as columns without lines.
+
+    Args:
+      rows: cells, shown as they are.
+      alignment: of every column, ``"left"`` or ``"right"``.
+
+    Returns:
+      The table, without white space at its lines' ends.
+
+    Example:
+      >>> print(plain_table([["weights", "1.5 GB"], ["AdamW", "12 GB"]], ("left", "right")))
+      weights  1.5 GB
+      AdamW     12 GB
+    """
+    table = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True)
+    return "\n".join(line.rstrip() for line in table.splitlines())

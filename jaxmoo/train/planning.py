@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from tabulate import tabulate
 
 from jaxmoo import mesh
 from jaxmoo.config import Config, validate
+from jaxmoo.data.table import plain_table
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.hf import load_config as load_model_config
@@ -363,5 +363,4 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
 
 def _rows(title: str, items: dict[str, int]) -> str:
     rows = [[name, format_size(count)] for name, count in items.items()]
-    table = tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
-    return f"{title}\n{textwrap.indent(table, '  ')}"
+    return f"{title}\n{textwrap.indent(plain_table(rows, ('left', 'right')), '  ')}"

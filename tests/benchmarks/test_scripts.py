@@ -5,29 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from closeness import relative_error
 from devices import ROOT, run_python
-
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +62,8 @@ def test_other_losses_are_reported():
 
 
 @pytest.mark.slow
-def test_input_measures_the_data_of_a_run(smollm2_dir, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(TINY))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (smollm2_dir / name).exists():
-            shutil.copy(smollm2_dir / name, model)
-    for language in ("es", "it"):
-        records = [{"prompt": f"{language} {i}", "completion": f"{i * i} si"} for i in range(40)]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (tmp_path / f"{language}.jsonl").write_text(lines)
-    config = tmp_path / "config.yaml"
-    settings = {
-        "output": str(tmp_path / "run"),
-        "model": {"source": str(model)},
-        "data": {
-            "source": str(tmp_path / "{language}.jsonl"),
-            "seen": ["es", "it"],
-            "batch_size": 1,
-            "sequence_length": 96,
-        },
-        "resolve": {"aggregator": "mean"},
-        "train": {"steps": 2},
-    }
-    config.write_text(json.dumps(settings))  # JSON is YAML
+def test_input_measures_the_data_of_a_run(write_config, tmp_path):
+    config = write_config(resolve={"aggregator": "mean"})
     numbers = tmp_path / "numbers.json"
     script = ROOT / "benchmarks/input.py"
     flags = ["--steps", 0, "--batches", 3, "--json", numbers]
@@ -121,6 +85,22 @@ def test_load_save_measures_a_round_trip(tmp_path):
     assert [row["name"] for row in rows] == ["Orbax save"]
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in rows)
     assert "| Orbax save |" in done.stdout
+
+
+def test_what_is_written_for_cpus_computes_what_it_is_timed_beside(monkeypatch):
+    script = module("cpu_kernels")
+    monkeypatch.setattr(script, "LAYER", [(6, 4), (1, 5)])
+    pieces = list(script.pieces([64]))
+    for piece in pieces:
+        given, plain = (
+            jax.tree.leaves(jax.jit(form)(*piece.arguments)) for form in (piece.given, piece.plain)
+        )
+        for a, b in zip(given, plain, strict=True):
+            assert a.dtype == b.dtype
+            assert relative_error(a, b) <= 4 * jnp.finfo(b.dtype).eps, (piece.name, piece.size)
+    row = script.measure(pieces[0], seconds=0)
+    assert row["run"] > 0 and row["compile"] > 0 and row["steps"] > 0
+    assert "| Gram by slices | 8 x 6e+01, float32 |" in script.report([row])
 
 
 def module(name):
