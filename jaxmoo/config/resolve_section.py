@@ -138,10 +138,12 @@ def _check_weighting(resolve: ResolveConfig, languages: int) -> list[str]:
         return []
     try:
         method = weighting.get(resolve.weighting, **resolve.weighting_options)
-        first = weighting.initial_weights(method, languages)
+        # On shapes: a process may use a device only once it has met the others.
+        jax.eval_shape(lambda: weighting.initial_weights(method, languages))
     except (TypeError, ValueError) as error:
         return [f"resolve.weighting: {error}"]
-    if not (first > 0).all():
+    # The options that are lists have a number for each language.
+    if any(0 in x for x in resolve.weighting_options.values() if isinstance(x, list | tuple)):
         return [
             "resolve.weighting_options: every language needs a weight above 0; leave languages "
             "without one out of data.seen."
