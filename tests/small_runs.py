@@ -97,6 +97,18 @@ def conversations(tmp_path_factory) -> str:
     return str(path / "{language}.jsonl")
 
 
+def save_config(path: Path, settings: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """Write settings to a file, changed as in ``{"report": False, "train__steps": 1}``."""
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            settings.setdefault(section, {})[name] = value
+        else:
+            settings[section] = value
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 @pytest.fixture
 def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
     """Write a config of a short run of the tiny model, with changes; return its path."""
@@ -117,14 +129,6 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
             "train": {"steps": 4, "checkpoint_every": 2},
         }
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            if name:
-                config[section][name] = value
-            else:
-                config[section] = value
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return save_config(tmp_path / "config.yaml", config, changes)
 
     return write

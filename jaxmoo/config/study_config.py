@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxmoo.config import reading as schema_reading
-from jaxmoo.config import schema
+from jaxmoo.config import reading, schema
 from jaxmoo.config.schema import MISSING, Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
 
@@ -88,7 +87,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
     """Read a study's settings from a YAML file and overrides, and check them.
 
     Args:
-      path: the YAML file.
+      path: the YAML file, or the name of an example config.
       overrides: texts ``key=value``, applied in order after the file.
 
     Returns:
@@ -99,7 +98,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
       ConfigError: the file is missing or not YAML; or settings are unknown, missing, of the wrong
         type, out of range or contradict each other: the message lists them.
     """
-    study = schema_reading.load(StudyConfig, path, overrides)
+    study = reading.load(StudyConfig, path, overrides)
     try:
         schema.raise_problems(_problems(study))
     except ConfigError as error:

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from jaxmoo.config import reading as schema_reading
-from jaxmoo.config import schema
+from jaxmoo.config import reading, schema
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig, SamplingConfig, check_data
 from jaxmoo.config.lora_section import LoraConfig, check_lora
 from jaxmoo.config.optimizer_section import OptimizerConfig
@@ -258,7 +257,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     ``${section.key}`` in a value stands for another setting.
 
     Args:
-      path: the YAML file.
+      path: the YAML file, or the name of an example config.
       overrides: texts ``section.key=value``, applied in order after the file; the value is
         written as in YAML. A mapping is replaced whole (``resolve.options={}``) or changed by
         entry (``resolve.options.c=0.3``).
@@ -270,7 +269,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
       ConfigError: the file is missing or not YAML; or settings are unknown, missing, of the
         wrong type, out of range or contradict each other: the message lists them.
     """
-    config = schema_reading.load(Config, path, overrides)
+    config = reading.load(Config, path, overrides)
     try:
         validate(config)
     except ConfigError as error:

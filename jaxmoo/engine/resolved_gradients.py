@@ -208,6 +208,7 @@ class ResolvedGradients:
     microbatches: int
     accumulate: bool
     seed: int
+    _usages: dict[Any, Usage] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -307,6 +308,8 @@ class ResolvedGradients:
     def usage(self, params: Any, batch: Any, frozen: Any = None) -> Usage:
         """Trace the loss function on shapes, to see how it uses the parameters.
 
+        What was seen is remembered: a plan and the step itself trace it once between them.
+
         Args:
           params: trainable parameters or their shapes.
           batch: batch [K, B, ...] or [K], or its shapes.
@@ -323,7 +326,11 @@ class ResolvedGradients:
             batch,
         )
         trees = (jax.tree.structure(params), jax.tree.structure(frozen))
-        return self.loss.usage(trees, one, self.topology.pieces)
+        shapes, tree = jax.tree.flatten(one)
+        asked = trees, tree, tuple(shapes)
+        if asked not in self._usages:
+            self._usages[asked] = self.loss.usage(trees, one, self.topology.pieces)
+        return self._usages[asked]
 
     def _warn(self, usage: Usage) -> None:
         if not usage.outside:

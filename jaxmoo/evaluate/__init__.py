@@ -8,9 +8,10 @@ trained.
 from jaxmoo.evaluate.compare import Comparison, compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.evaluator import Evaluator
-from jaxmoo.evaluate.nll import LanguageScore, Likelihoods, evaluate_nll, likelihoods
+from jaxmoo.evaluate.nll import Likelihoods, evaluate_nll, likelihoods
 from jaxmoo.evaluate.results import Results, read_results
 from jaxmoo.evaluate.summary import Summary, before_after_table, summarise
+from jaxmoo.runs.scores import LanguageScore
 
 __all__ = [
     "Comparison",

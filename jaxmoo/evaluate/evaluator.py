@@ -14,18 +14,13 @@ from jaxmoo import mesh
 from jaxmoo.data.example import Example
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
-from jaxmoo.evaluate.nll import (
-    LanguageScore,
-    Likelihoods,
-    evaluate_nll,
-    likelihoods,
-    padded_length,
-)
+from jaxmoo.evaluate.nll import Likelihoods, evaluate_nll, length_batches, likelihoods
 from jaxmoo.evaluate.questions import Questions, digest
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.models import Decoder, token_nll
 from jaxmoo.models.branches import branch_nll
 from jaxmoo.models.generate import generate_greedily
+from jaxmoo.runs.scores import LanguageScore
 from jaxmoo.runtime.processes import place
 
 if TYPE_CHECKING:
@@ -176,11 +171,7 @@ class Evaluator:
         """Nats of texts, some per example; what those of an example begin with is read once."""
         rows = [_branched(some) for some in texts]
         found: list[list[float]] = [[] for _ in rows]
-        # Longest first: what runs out of memory does so at once.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            length = padded_length(len(rows[chosen[0]].tokens))
+        for length, chosen in length_batches([len(one.tokens) for one in rows], self.batch_size):
             tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
             branch = np.full((self.batch_size, length), -1, np.int32)
             branch[:, 0] = 0  # rows without an example begin, too
@@ -201,11 +192,7 @@ class Evaluator:
         self, weights: Any, prompts: list[np.ndarray], advance: Callable[[int], object]
     ) -> list[str]:
         texts = [""] * len(prompts)
-        # Longest first: what runs out of memory does so at once.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            length = padded_length(len(prompts[chosen[0]]))
+        for length, chosen in length_batches(list(map(len, prompts)), self.batch_size):
             tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
             lengths = np.ones(self.batch_size, np.int32)
             for row, number in enumerate(chosen):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +20,10 @@ BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 __all__ = [
     "BUCKETS",
-    "LanguageScore",
     "Likelihoods",
     "evaluate_nll",
+    "length_batches",
     "likelihoods",
-    "padded_length",
 ]
 
 
@@ -150,22 +150,22 @@ def likelihoods(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is a positive number, found {batch_size}.")
-    nats = {language: np.full(len(examples), np.nan) for language, examples in tokenized.items()}
-    for length, rows in _length_batches(tokenized, batch_size, buckets):
+    rows = [example for examples in tokenized.values() for example in examples]
+    nats = np.full(len(rows), np.nan)
+    for length, chosen in length_batches([len(e.tokens) for e in rows], batch_size, buckets):
         tokens = np.full((batch_size, length), pad_id, np.int32)
         mask = np.zeros((batch_size, length), bool)
-        for row, (language, number) in enumerate(rows):
-            example = tokenized[language][number]
+        for row, number in enumerate(chosen):
+            example = rows[number]
             tokens[row, : len(example.tokens)] = example.tokens
             mask[row, 1 : len(example.tokens)] = example.scored[1:]
         result = np.asarray(nll_fn({"tokens": tokens, "loss_mask": mask}), np.float64)
-        sums = np.where(mask, result, 0.0).sum(axis=1)
-        for (language, number), total in zip(rows, sums, strict=False):
-            nats[language][number] = total
-        advance(len(rows))
+        nats[chosen] = np.where(mask, result, 0.0).sum(axis=1)[: len(chosen)]
+        advance(len(chosen))
+    own = iter(nats.tolist())
     return {
         language: Likelihoods(
-            nats=nats[language].tolist(),
+            nats=list(itertools.islice(own, len(examples))),
             tokens=[int(e.scored[1:].sum()) for e in examples],
             bytes=[e.reply_bytes for e in examples],
         )
@@ -173,26 +173,32 @@ def likelihoods(
     }
 
 
-def _length_batches(
-    tokenized: Mapping[str, Sequence[Tokenized]], batch_size: int, buckets: Sequence[int]
-) -> list[tuple[int, list[tuple[str, int]]]]:
-    """Batches of (padded length, rows), longest first: what runs out of memory does so at once."""
-    rows = [
-        (len(example.tokens), language, number)
-        for language, part in tokenized.items()
-        for number, example in enumerate(part)
-    ]
-    rows.sort(key=lambda row: row[0], reverse=True)
-    return [
-        (
-            padded_length(rows[start][0], buckets),
-            [(language, number) for _, language, number in rows[start : start + batch_size]],
-        )
-        for start in range(0, len(rows), batch_size)
-    ]
+def length_batches(
+    lengths: Sequence[int], batch_size: int, buckets: Sequence[int] = BUCKETS
+) -> Iterator[tuple[int, list[int]]]:
+    """Cut sequences into batches of like lengths, longest first.
+
+    What runs out of memory does so at once.
+
+    Args:
+      lengths: of the sequences.
+      batch_size: the most sequences of a batch.
+      buckets: ascending lengths to pad to; longer sequences double the last one.
+
+    Yields:
+      For each batch the length to pad to and the numbers of its sequences.
+
+    Example:
+      >>> list(length_batches([70, 300, 5], batch_size=2))
+      [(384, [1, 0]), (64, [2])]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield _padded(lengths[chosen[0]], buckets), chosen
 
 
-def padded_length(length: int, buckets: Sequence[int] = BUCKETS) -> int:
+def _padded(length: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds so many tokens; longer ones double the last bucket."""
     for bucket in buckets:
         if length <= bucket:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmoo.data.table import text_table
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.evaluate.nll import LanguageScore
+from jaxmoo.runs.scores import LanguageScore
 
 
 @dataclass(frozen=True)

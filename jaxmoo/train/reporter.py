@@ -102,7 +102,9 @@ class Reporter:
           NonFiniteLossError: a number is not finite that has to be.
         """
         self.flush()
-        self._pending = done
+        # The devices compute it, too: sent now, it is there before the step that is sent next.
+        rate = self._rate(done.step - 1)
+        self._pending = done._replace(metrics={**done.metrics, "learning_rate": rate})
 
     def flush(self) -> None:
         """Wait for the last step and read what it measured.
@@ -167,7 +169,7 @@ class Reporter:
             "step": done.step,
             "loss": by_language(measured["loss"]),
             "epochs": batches.epochs(done.step),
-            "learning_rate": float(np.asarray(self._rate(done.step - 1))),
+            "learning_rate": float(measured["learning_rate"]),
             "tokens": tokens,
             "language_tokens": dict(zip(here, counts, strict=True)),
             "step_seconds": seconds,

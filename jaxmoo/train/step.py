@@ -16,6 +16,7 @@ from jaxmoo.train.gradient_source import GradientSource
 __all__ = [
     "TrainState",
     "abstract_state",
+    "compiled_step",
     "initial_state",
     "language_conflict",
     "make_train_step",
@@ -187,7 +188,7 @@ def compiled_step(
 
     Args:
       gradients: from :func:`jaxmoo.train.gradient_source.make_gradients`.
-      optimizer: from :func:`make_optimizer`.
+      optimizer: from :func:`jaxmoo.train.optimizer.make_optimizer`.
       state: where the state lies, or its shapes; it stays there.
       device_mesh: the devices.
       ema: see :func:`make_train_step`.

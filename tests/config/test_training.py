@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from devices import run_python
 from jaxmoo.config import schema
 from jaxmoo.config.training import (
     Config,
@@ -19,6 +20,20 @@ from jaxmoo.config.training import (
 )
 from jaxmoo.errors import ConfigError
 
+USES_NO_DEVICE = """
+import sys
+import jax
+from jaxmoo.config import load_config
+
+for overrides in (
+    ["resolve.weighting=famo"],
+    ["resolve={weighting: static, weighting_options: {weights: [1, 2, 3]}}"],
+    ["data.languages_per_step=2"],
+):
+    languages = ["data.seen=[en, es, fr]", "data.unseen=[]"]
+    load_config(sys.argv[1], ["output=out", *languages, *overrides])
+jax.config.update("jax_num_cpu_devices", 3)  # an error once a device was used
+"""
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 MINIMAL = """\
@@ -465,3 +480,8 @@ def test_methods_that_need_two_batches_are_refused(tmp_path):
     file.write_text((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
     with pytest.raises(ConfigError, match="gradients of two batches"):
         load_config(file, ["resolve.aggregator=modo", "resolve.options={}"])
+
+
+def test_reading_settings_uses_no_device():
+    """Or the processes of a run, which read them first, could not be connected any more."""
+    run_python(["-c", USES_NO_DEVICE, QUICKSTART])

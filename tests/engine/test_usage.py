@@ -50,6 +50,24 @@ def test_blocks_that_span_calls_are_resolved_after_the_pass():
     assert deferred(Toy(), rule) == {"layers.mlp.bias", "head.scale"}
 
 
+def test_a_loss_is_traced_for_its_use_of_parameters_once_per_shape_of_batch():
+    traced = []
+
+    def loss(params, batch):
+        traced.append(batch.shape)
+        return block(lambda p, x: jnp.tanh(x * p["w"]))(params, batch).sum()
+
+    params = {"w": jnp.ones(3)}
+    made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="mean")
+    shapes = jax.ShapeDtypeStruct((K, 2, 3), jnp.float32)
+    made.usage(params, shapes)
+    first = len(traced)
+    assert made.usage(params, jnp.ones((K, 2, 3))) is made.usage(params, shapes)
+    assert len(traced) == first
+    made.usage(params, jnp.ones((K, 4, 3)))
+    assert len(traced) == 2 * first
+
+
 def test_accumulated_gradients_are_resolved_after_the_pass():
     assert deferred(Toy(), microbatches=2, accumulation="accumulate_first") == ALL
 

@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tiny_models
+from small_runs import CHATML, SPECIAL
 from tiny_tokenizer import bytes_tokenizer
 
 if TYPE_CHECKING:  # seconds of importing, which collecting does without
     from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LABELS = ["sports", "travel", "politics"]
 TEXTS = {
     "en": ["A fast horse", "The long way home", "They voted", "A ball", "By train", "A new law"],

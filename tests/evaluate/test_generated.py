@@ -9,12 +9,9 @@ import sacrebleu
 
 from jaxmoo.errors import CheckpointError
 from jaxmoo.evaluate.generated import score_generated, stop_tokens
+from small_runs import CHATML
 from tiny_tokenizer import bytes_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 REPLIES = ["The cat sat.", "昨日は雨が降った", "", "नमस्ते दुनिया", "cafe\u0301  noir"]
 REFERENCES = ["A cat sat down.", "昨日、雨が降った", "nothing", "नमस्ते दुनिया", "café noir"]
 

@@ -11,8 +11,8 @@ from damage import damages
 from jaxmoo.commands.train import main
 from jaxmoo.config import load_config
 from jaxmoo.errors import CheckpointError, ConfigError
-from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.scores import LanguageScore
 
 
 def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):

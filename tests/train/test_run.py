@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import load_file, save_file
 
 from devices import ROOT, run_python
@@ -25,14 +24,10 @@ from jaxmoo.config import is_date, load_config
 from jaxmoo.convert.models import to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.train import read_metrics, train
+from small_runs import CHATML, save_config
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # The date is read, but not shown.
 CLOCK = "{% set today = strftime_now('%Y-%m-%d') %}" + CHATML
-
 
 # As little as makes a run.
 QUIET = {"report": False, "tensorboard": False}
@@ -68,16 +63,10 @@ def finished(tiny_model, tmp_path_factory):
         "data": {"source": "chatterbot", "batch_size": 2, "sequence_length": 96},
         "optimizer": {"decay": "constant"},
     }
-    for key, value in SHORT.items():
-        section, _, name = key.partition("__")
-        if name:
-            settings.setdefault(section, {})[name] = value
-        else:
-            settings[section] = value
-    (path / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = save_config(path / "config.yaml", settings, SHORT)
     said: list[str] = []
-    train(load_config(path / "config.yaml"), said.append)
-    return Finished(path / "base", path / "config.yaml", path / "run", said)
+    train(load_config(config), said.append)
+    return Finished(path / "base", config, path / "run", said)
 
 
 def weights(run):
