@@ -9,7 +9,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo import aggregators
 
 K = 4
@@ -47,7 +46,7 @@ def on_meshes():
         return tx.update(first, state, second=second)
 
     state = tx.init(params)
-    wanted = quick_jit(update)(first, second, state)
+    wanted = jax.jit(update)(first, second, state)
 
     mesh = jax.make_mesh((2, 2), AXES)
     assert mesh.axis_types == (AxisType.Explicit,) * 2
@@ -62,7 +61,7 @@ def on_meshes():
 
     w, batch = normal(6), {"x": normal(K, 8, 6), "y": normal(K, 8)}
     with jax.set_mesh(mesh):
-        found = quick_jit(update)(
+        found = jax.jit(update)(
             place(first, "language"), place(second, "language"), tx.init(params)
         )
         same(found, wanted, "explicit:")
@@ -71,7 +70,7 @@ def on_meshes():
         chain = optax.chain(jaxmoo.resolve_conflicts("moco", num_objectives=K), optax.adam(0.1))
         inputs = place({"w": first["mgda"]}, "language")
         placed = jax.device_put({"w": params["mgda"]}, NamedSharding(mesh, P("fsdp")))
-        step = quick_jit(chain.update)
+        step = jax.jit(chain.update)
         _, kept = step(inputs, chain.init(placed), placed)
         step(inputs, kept, placed)
 
@@ -97,7 +96,7 @@ def on_meshes():
         out_specs=out,
     )
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x], 1), (first, second))
-    found = quick_jit(run)(*twice)
+    found = jax.jit(run)(*twice)
     same(found, jax.tree.map(lambda x: jnp.concatenate([x, x]), wanted[0]), "shard_map:")
 
     def aggregate(x):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block
 
@@ -88,7 +87,7 @@ def compiled(method: Aggregator, dtype: str):
         fill = (0.0,) * (_MOST - len(method.importance))
         method = dataclasses.replace(method, importance=method.importance + fill)
 
-    @quick_jit
+    @jax.jit
     def weigh(grams, active, preference, key):
         return aggregators.weigh_blocks(
             method, grams, active=active, preference=preference, key=key
@@ -100,11 +99,11 @@ def compiled(method: Aggregator, dtype: str):
 @functools.cache
 def compiled_rule(method: Aggregator):
     """``(stack [M, K, N], active [M, K]) -> updates`` of a coordinate-wise rule."""
-    return quick_jit(jax.vmap(lambda j, active: combine_block(method, j, key=KEY, active=active)))
+    return jax.jit(jax.vmap(lambda j, active: combine_block(method, j, key=KEY, active=active)))
 
 
-grams = quick_jit(jax.vmap(aggregators.gram))
-combine = quick_jit(jax.vmap(aggregators.combine_rows))
+grams = jax.jit(jax.vmap(aggregators.gram))
+combine = jax.jit(jax.vmap(aggregators.combine_rows))
 
 
 def in_batches(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from aggregators.families import families, weigh
-from compiling import quick_jit
 from jaxmoo import aggregators
 
 RNG = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def test_the_mean_does_not_see_blocks(name):
 
 
 def test_one_block_is_the_whole_model():
-    whole = quick_jit(lambda j: aggregators.aggregate("cagrad", j))(J.astype(np.float32))
+    whole = jax.jit(lambda j: aggregators.aggregate("cagrad", j))(J.astype(np.float32))
     np.testing.assert_allclose(by_blocks("cagrad", J, 1), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from aggregators.families import LABELS, STACK, resolve
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 
@@ -54,7 +54,7 @@ def test_update_lies_on_the_ball():
             assert radius == pytest.approx(0.5, abs=1e-4), (family, seed)
 
 
-@quick_jit
+@jax.jit
 def update(c):
     scales = ("none", "1+c", "1+c^2")
     return [aggregate(aggregators.cagrad(c, rescale=rescale), J) for rescale in scales]

@@ -15,7 +15,6 @@ import pytest
 
 from aggregators import oracles
 from aggregators.families import families
-from compiling import quick_jit
 from jaxmoo.aggregators import solvers
 from jaxmoo.aggregators.solvers.interior_point import interior_point, tolerance
 from jaxmoo.aggregators.solvers.pivoting import exchange
@@ -66,7 +65,7 @@ def norms_of(stack: np.ndarray) -> np.ndarray:
 def min_norms(k: int):
     """Names, matrices and solutions [M, K]."""
     names, stack, grams = problems(k)
-    w = quick_jit(jax.vmap(lambda g: solvers.min_norm(g, jnp.ones(k, bool))))(grams)
+    w = jax.jit(jax.vmap(lambda g: solvers.min_norm(g, jnp.ones(k, bool))))(grams)
     return names, stack, np.asarray(w, np.float64)
 
 
@@ -110,7 +109,7 @@ def projections(k: int):
         cosine, _ = solvers.equilibrate(gram, active)
         return jax.vmap(lambda t: solvers.project_on_dual_cone(cosine, active, t))(targets)
 
-    z = np.asarray(quick_jit(jax.vmap(project))(grams), np.float64)
+    z = np.asarray(jax.jit(jax.vmap(project))(grams), np.float64)
     return names, stack / norms_of(stack)[:, :, None], targets.astype(np.float64), z
 
 
@@ -137,7 +136,7 @@ def test_dual_cone_projection_equals_nnls():
             np.testing.assert_allclose(rows[0] + zi @ rows, expected, atol=1e-5, err_msg=name)
 
 
-@quick_jit
+@jax.jit
 def pivot_alone(grams):
     """Cosines [M, K, K], bounds [M, K] of projecting the first gradient, and the last guess."""
     cosines = jax.vmap(lambda g: solvers.equilibrate(g, jnp.ones(g.shape[0], bool))[0])(grams)
@@ -150,7 +149,7 @@ def by_either_method(k: int):
     """Names, cosines, bounds, pivoting's points and residuals, and the other method's points."""
     names, _, grams = problems(k)
     cosines, bounds, guess = pivot_alone(grams)
-    within = quick_jit(jax.vmap(interior_point))(cosines, bounds)
+    within = jax.jit(jax.vmap(interior_point))(cosines, bounds)
     arrays = (cosines, bounds, guess.found.point.T, guess.found.residual, within)
     return names, *(np.asarray(x, np.float64) for x in arrays)
 
@@ -190,7 +189,7 @@ def best_worst_cases(k: int):
         lambda g, c: solvers.best_worst_case(g, jnp.ones(k, bool), jnp.full(k, 1.0 / k), c),
         in_axes=(0, None),
     )
-    y = quick_jit(jax.vmap(over_matrices, in_axes=(None, 0)))(grams, jnp.array(RADII))
+    y = jax.jit(jax.vmap(over_matrices, in_axes=(None, 0)))(grams, jnp.array(RADII))
     return names, stack, np.asarray(y, np.float64)
 
 
@@ -265,7 +264,7 @@ def solve_some(k: int):
             solvers.project_on_dual_cone(cosine, active, centre),
         )
 
-    return quick_jit(jax.vmap(solve, in_axes=(0, None)))
+    return jax.jit(jax.vmap(solve, in_axes=(0, None)))
 
 
 def test_inactive_rows_take_no_part():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aggregators.families import KEY, LABELS, STACK, K, apply_rule, resolve
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, combine_block
 from jaxmoo.errors import ConfigError
@@ -179,7 +179,7 @@ def test_unit_mean_averages_directions_at_the_mean_length():
 
 def test_random_weights_are_a_softmax_of_normals():
     grams = np.broadcast_to(np.eye(3, dtype=np.float32), (4000, 3, 3))
-    draw = quick_jit(lambda g: aggregators.weigh_blocks(aggregators.random(), g, key=KEY)[0])
+    draw = jax.jit(lambda g: aggregators.weigh_blocks(aggregators.random(), g, key=KEY)[0])
     weights = draw(grams)
     logits = np.log(np.asarray(weights, np.float64))
     logits -= logits.mean(1, keepdims=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aggregators.families import families
-from compiling import quick_jit
 from jaxmoo.aggregators.solvers.eigen import eigh_graded, pseudo_solve
 
-DECOMPOSE = quick_jit(eigh_graded)
-SOLVE = quick_jit(pseudo_solve)
+DECOMPOSE = jax.jit(eigh_graded)
+SOLVE = jax.jit(pseudo_solve)
 INDEPENDENT = ("random", "correlated", "imbalanced", "imbalanced correlated")
 
 

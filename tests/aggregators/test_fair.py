@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from aggregators.families import LABELS, STACK, families, resolve
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 from jaxmoo.aggregators.solvers.fair import fair_shares
@@ -92,7 +91,7 @@ def test_newton_needs_few_steps(k):
         j = families(k, 2 * k + 8)[name]
         unit.append(j / np.linalg.norm(j, axis=1, keepdims=True))
     cosines = jnp.asarray(np.stack([u @ u.T for u in unit]), jnp.float32)
-    solve = quick_jit(
+    solve = jax.jit(
         jax.vmap(
             jax.vmap(fair_shares, in_axes=(None, None, 0, None)), in_axes=(0, None, None, None)
         )
@@ -117,7 +116,7 @@ def test_weights_are_finite_at_any_exponent_after_any_number_of_steps(make, alph
     active = jnp.asarray(np.any(STACK != 0, axis=2))
     stack = jnp.asarray(STACK, jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def solve(alpha):
         grams = jax.vmap(aggregators.gram)(stack)
         return aggregators.weigh_blocks(make(alpha), grams, active=active)[0]
@@ -134,7 +133,7 @@ def test_fairgrad_keeps_its_promise_at_the_ends_of_its_range(k):
     norms = np.linalg.norm(stack, axis=2)
     grams = jnp.asarray(np.einsum("mkn,mln->mkl", stack, stack))
 
-    @quick_jit
+    @jax.jit
     def weigh(alpha):
         return aggregators.weigh_blocks(aggregators.fairgrad(alpha), grams)[0]
 

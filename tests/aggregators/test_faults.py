@@ -11,7 +11,6 @@ import pytest
 
 from aggregators import families, oracles
 from aggregators.families import STACK
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate
 
@@ -61,7 +60,7 @@ def test_3_mgda_is_exact_when_norms_differ():
 def test_4_pcgrad_draws_an_order_per_gradient_and_skips_itself():
     """Some project gradients on themselves, never shuffle, or share one order."""
     gram = aggregators.gram(jnp.asarray(THREE, jnp.float32))
-    draw = quick_jit(
+    draw = jax.jit(
         jax.vmap(lambda k: aggregators.weigh_block(aggregators.pcgrad(), gram, key=k)[0])
     )
     weights = np.asarray(draw(jax.random.split(jax.random.key(0), 300)), np.float64)
@@ -95,7 +94,7 @@ def test_6_a_zero_row_is_masked_and_the_rest_renormalised(name):
     with_zeros, without = resolve(name, padded, J)
     np.testing.assert_allclose(with_zeros, without, rtol=1e-5, atol=1e-5)
     # And beside no padding at all.
-    alone = quick_jit(lambda j: aggregate(name, j))(jnp.asarray(J, jnp.float32))
+    alone = jax.jit(lambda j: aggregate(name, j))(jnp.asarray(J, jnp.float32))
     np.testing.assert_allclose(without, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -29,7 +29,6 @@ from aggregators.families import (
 )
 from aggregators.test_exact_methods import ORACLES, formula_errors
 from aggregators.test_properties import NON_CONFLICTING, projections
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 
@@ -120,7 +119,7 @@ def test_a_matrix_of_float64_is_never_rounded_to_float32(name):
     }.get(name, lambda j: j.mean(0))
     for n in (7, 1000) if method.reads_gram and method.combine is None else (1000,):
         j = np.random.default_rng(0).standard_normal((4, n))
-        resolve = quick_jit(lambda j: aggregate(method, j, key=KEY))
+        resolve = jax.jit(lambda j: aggregate(method, j, key=KEY))
         update = resolve(j * 1e100)
         np.testing.assert_allclose(update / 1e100, exact(j), rtol=1e-12, atol=1e-14)
 
@@ -186,7 +185,7 @@ def test_traced_parameters_may_be_of_another_type(make, dtype):
 def test_a_running_mean_of_weights_is_as_accurate_as_they_are():
     method = aggregators.cr_mogm("mgda", momentum=0.5)
 
-    @quick_jit
+    @jax.jit
     def step(gram, state):
         return weigh_block(method, gram, state=state), weigh_block(aggregators.mgda(), gram)[0]
 
@@ -210,7 +209,7 @@ def test_the_transformation_keeps_float64_and_its_states_types(method):
         method, blocks="whole", num_objectives=4, preference=preference, match_norm=method != "mgda"
     )
 
-    @quick_jit
+    @jax.jit
     def train(gradients):
         def step(state, _):
             return tx.update(gradients, state)[::-1]

@@ -11,7 +11,6 @@ from scipy.special import chdtrc
 
 from aggregators import oracles
 from aggregators.families import STACK, families
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators.methods.gradvac import vaccinate
 from jaxmoo.aggregators.methods.pcgrad import project_conflicts, random_orders
@@ -29,7 +28,7 @@ def test_all_orders_of_three_objectives():
     """All 6^3 triples of orders, as projections of the vectors themselves."""
     orders = list(itertools.permutations(range(3)))
     triples = list(itertools.product(orders, repeat=3))
-    run = quick_jit(jax.vmap(project_conflicts, in_axes=(None, 0)))
+    run = jax.jit(jax.vmap(project_conflicts, in_axes=(None, 0)))
     for j in (CONFLICTING, families(3, 5)["imbalanced low-rank"], families(3, 7)["random"]):
         cosine, norm = coefficients_of(j)
         coefficients = np.asarray(run(cosine, jnp.asarray(triples)), np.float64)
@@ -66,7 +65,7 @@ def test_the_method_draws_new_orders_with_every_key_and_block():
     method = aggregators.pcgrad()
     orders = list(itertools.permutations(range(3)))
     possible = [oracles.pcgrad(CONFLICTING, t) for t in itertools.product(orders, repeat=3)]
-    draw = quick_jit(jax.vmap(lambda k: aggregators.weigh_block(method, gram, key=k)[0]))(
+    draw = jax.jit(jax.vmap(lambda k: aggregators.weigh_block(method, gram, key=k)[0]))(
         jax.random.split(jax.random.key(1), 400)
     )
     updates = np.asarray(draw, np.float64) @ CONFLICTING
@@ -94,7 +93,7 @@ def test_opposed_gradients_vanish():
 
 def test_gradvac_equals_the_papers_rule_over_several_steps():
     """Targets and moved gradients, for given orders, on the vectors themselves."""
-    run = quick_jit(vaccinate)
+    run = jax.jit(vaccinate)
     rng = np.random.default_rng(0)
     expected_targets = np.zeros((3, 3))
     targets = jnp.zeros((3, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from aggregators.families import (
     rotation_errors,
     size,
 )
-from compiling import quick_jit
 from jaxmoo import aggregators
 
 WEIGHED = tuple(name for name, method in VARIANTS.items() if method.combine is None)
@@ -223,7 +223,7 @@ def test_a_batch_of_blocks_equals_one_at_a_time(name):
     """And one block is the whole-model method: block 0 of ``aggregate``."""
     method = VARIANTS[name]
 
-    @quick_jit
+    @jax.jit
     def one(gram, active, block):
         weights, _ = aggregators.weigh_block(method, gram, active=active, block=block, key=KEY)
         return weights
@@ -255,7 +255,7 @@ def test_bfloat16_goes_in_and_comes_out(name):
 @pytest.mark.parametrize("name", ["mean", "upgrad", "sdmgrad"])
 def test_bfloat16_goes_through_aggregate(name):
     j = jnp.asarray(STACK[0], jnp.bfloat16)
-    update = quick_jit(lambda j: aggregators.aggregate(VARIANTS[name], j, second=j, key=KEY))(j)
+    update = jax.jit(lambda j: aggregators.aggregate(VARIANTS[name], j, second=j, key=KEY))(j)
     assert update.dtype == jnp.bfloat16
     _, expected = resolve(name, STACK, dtype=jnp.bfloat16)  # block 0, from float32 weights
     np.testing.assert_allclose(update.astype(jnp.float32), expected[0], rtol=2**-8, atol=1e-5)

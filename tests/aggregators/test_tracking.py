@@ -13,7 +13,6 @@ from scipy.optimize import minimize
 
 from aggregators import oracles
 from aggregators.families import STACK
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import cross_gram, gram, weigh_block
 from jaxmoo.errors import ConfigError
@@ -29,7 +28,7 @@ def program(make):
     The parameters are data, so that a method is compiled once for all of its tests.
     """
 
-    @quick_jit
+    @jax.jit
     def scan(parameters, products, active):
         method = make(**parameters)
 
@@ -191,7 +190,7 @@ def test_two_batches_remove_the_noise_of_the_products():
     rng = np.random.default_rng(0)
     noisy = J + rng.standard_normal((2000, 2, *J.shape))
 
-    @quick_jit
+    @jax.jit
     def products(one, other):
         return jax.vmap(cross_gram)(one, other).mean(0), jax.vmap(gram)(one).mean(0)
 
@@ -255,7 +254,7 @@ def test_tracker_and_moco_work_in_a_chain():
     def loss(params, target):
         return jnp.sum((params["w"] - target) ** 2)
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         _, grads = jaxmoo.stacked_value_and_grad(loss)(params, targets)
         updates, state = tx.update(grads, state, params)

@@ -11,7 +11,6 @@ import pytest
 
 from aggregators import families, oracles
 from aggregators.families import KEY, STACK, K, resolve
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.aggregators import aggregate, weigh_block, weigh_blocks
 from jaxmoo.aggregators.weighing import prepare
@@ -39,7 +38,7 @@ def test_a_matrix_with_a_zero_row_is_a_matrix_without_it():
 def test_a_zero_row_in_some_blocks_keeps_its_share():
     """There the objective is present but indifferent, and the mean stays the mean."""
     methods = (MEAN, aggregators.mgda(), aggregators.sum())
-    weigh = quick_jit(lambda grams: [weigh_blocks(method, grams)[0] for method in methods])
+    weigh = jax.jit(lambda grams: [weigh_blocks(method, grams)[0] for method in methods])
     weights, shortest, total = weigh(products(with_row([0.0] * 3), with_row([1.0, 2.0, 3.0])))
     np.testing.assert_allclose(weights, [[1 / 3, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
     # A method's direction is that of the others, and its length shrinks as the mean's does.
@@ -93,13 +92,13 @@ def test_methods_that_do_not_need_the_gram_matrix_notice_the_same_rows(name):
     inf[:2, 7] = np.inf, -np.inf
     equal, unheard = np.ones(3, np.float32), np.array([1.0, 0.0, 2.0], np.float32)
 
-    @quick_jit
+    @jax.jit
     def with_gram(j, heard, preference):
         gram = aggregators.gram(j)
         weights, _ = weigh_block(method, gram, key=KEY, active=heard, preference=preference)
         return aggregators.combine_rows(j, weights)
 
-    @quick_jit
+    @jax.jit
     def without(j, active, preference):
         return aggregate(method, j, key=KEY, active=active, preference=preference)
 
@@ -138,7 +137,7 @@ def test_an_objective_may_have_no_preference(name):
 
 def test_the_gram_matrix_is_normalised_exactly():
     g = np.asarray(STACK[2] @ STACK[2].T, np.float32)
-    prepared = quick_jit(prepare)
+    prepared = jax.jit(prepare)
     full, small = (prepared(g * scale) for scale in (np.float32(1), np.float32(2**-60)))
     np.testing.assert_array_equal(small.gram, full.gram)
     assert 1 <= float(jnp.diagonal(small.gram).max()) < 2
@@ -181,7 +180,7 @@ def test_a_block_without_gradient_leaves_its_state():
     smoothed = aggregators.cr_mogm("unit_mean")
     methods = ["gradvac", smoothed, "excess_mtl", "moco", "modo", "sdmgrad"]
 
-    @quick_jit
+    @jax.jit
     def two_steps(grams):
         def states(method):
             def step(state, gram):
@@ -242,7 +241,7 @@ def test_scan_and_grad_free_use():
 def test_parameters_may_be_traced(factory, variant, value, other):
     """So a schedule can change them inside a compiled step."""
     block = families.filled(STACK[0] @ STACK[0].T)
-    traced = quick_jit(lambda v: weigh_block(factory(v), block, key=KEY)[0][:K])
+    traced = jax.jit(lambda v: weigh_block(factory(v), block, key=KEY)[0][:K])
     fixed, _ = resolve(variant, STACK)
     np.testing.assert_allclose(traced(value), fixed[0], rtol=1e-4, atol=1e-6)
     if other is not None:  # the others show on other gradients, or from the second step on

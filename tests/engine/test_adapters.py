@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from compiling import quick_jit
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.models import (
     Decoder,
@@ -77,7 +76,7 @@ def oracle():
         aggregator="cagrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
     )
 
-    @quick_jit
+    @jax.jit
     def step(params, frozen, batch):
         losses, stacked = stacked_value_and_grad(
             lambda p, b: language_loss(nnx.merge(graph, p, frozen), b)
@@ -98,7 +97,7 @@ def difference(device_mesh):
         for tree in (params, frozen)
     )
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
-    losses, update, state = quick_jit(engine)(params, data, engine.init(), frozen)
+    losses, update, state = jax.jit(engine)(params, data, engine.init(), frozen)
     found, expected = jax.device_get((losses, update, state.weights)), oracle()
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)

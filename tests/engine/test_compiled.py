@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from engine.toy import Toy, batches, engine
 from jaxmoo.engine import block, resolved_value_and_grad
 
@@ -16,7 +15,7 @@ def test_the_second_step_is_neither_traced_nor_compiled(caplog):
     toy, data = Toy(), batches(4, 3)
     made, traces = engine(toy, 4, aggregator="moco"), []
 
-    @quick_jit
+    @jax.jit
     def step(params, batch, state):
         traces.append(None)
         return made(params, batch, state)

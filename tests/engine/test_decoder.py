@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from compiling import quick_jit
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
 from jaxmoo.models import Decoder, DecoderConfig, language_loss, target_mask, token_nll
@@ -39,7 +38,7 @@ def graph_of(tied, remat="full"):
 
 @functools.cache
 def params_of(tied):
-    made = quick_jit(lambda: nnx.state(Decoder(config(tied), rngs=nnx.Rngs(0))))()
+    made = jax.jit(lambda: nnx.state(Decoder(config(tied), rngs=nnx.Rngs(0))))()
     return jax.tree.map(lambda x: 3 * np.asarray(x), made)
 
 
@@ -74,7 +73,7 @@ def found(case, device_mesh):
     )
     placed = jax.device_put(params, mesh.parameter_shardings(device_mesh, params, stacked=STACKED))
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
-    losses, update, state = quick_jit(engine)(placed, data, engine.init())
+    losses, update, state = jax.jit(engine)(placed, data, engine.init())
     return jax.device_get(jax.tree.leaves((losses, update, state.weights)))
 
 
@@ -85,7 +84,7 @@ def wanted(case):
     graph, params = graph_of(tied), params_of(tied)
     resolver = resolve_conflicts(aggregator, blocks, stacked=STACKED, num_objectives=LANGUAGES)
 
-    @quick_jit
+    @jax.jit
     def oracle(params, batch):
         losses, stacked = stacked_value_and_grad(
             lambda p, b: language_loss(nnx.merge(graph, p), b)

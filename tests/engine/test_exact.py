@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from engine.cases import CASES, COORDINATES, MESHES, METHODS, PLAIN, RUNS, method, wanted
 from engine.toy import assert_same, batches, engine, flatten, run_engine
 from jaxmoo import aggregators, resolve_conflicts
@@ -70,9 +69,9 @@ def test_random_methods_draw_by_seed(one_device, stacked):
     options = {"aggregator": "random", "stacked": PLAIN.stacked, "num_objectives": 4}
     makers = [resolve_conflicts(**options, seed=seed) for seed in (3, 4)]
     states = [tx.init(PLAIN.params) for tx in makers]
-    step = quick_jit(engine(PLAIN, 4, mesh=one_device, aggregator="random"))
+    step = jax.jit(engine(PLAIN, 4, mesh=one_device, aggregator="random"))
     found = [step(PLAIN.params, BATCH, state) for state in states]
-    expected, state = quick_jit(makers[0].update)(stacked[1], states[0], active=np.ones(4, bool))
+    expected, state = jax.jit(makers[0].update)(stacked[1], states[0], active=np.ones(4, bool))
     assert_same(*(flatten([x[-2]], x[-1]) for x in (found[0], (expected, state))))
     assert np.abs(found[0][2].weights - found[1][2].weights).max() > 0.1
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from engine.cases import CASES, one_absent, one_not_finite, wanted
 from engine.toy import Toy, batches, engine, weight
 from jaxmoo.engine import block, resolved_value_and_grad
@@ -47,7 +46,7 @@ def test_a_language_whose_loss_alone_is_not_finite_is_left_out_and_counted():
     added = jnp.zeros((K, len(BATCH["mask"][0]))).at[2, 0].set(jnp.inf)
     options = {"stacked": TOY.stacked, "num_objectives": K, "weight_fn": weight}
     made = resolved_value_and_grad(loss, TOY.params, aggregator="cagrad", **options)
-    step, state = quick_jit(made), made.init()
+    step, state = jax.jit(made), made.init()
     losses, found, state = step(TOY.params, BATCH | {"added": added}, state)
     assert np.flatnonzero(~np.isfinite(losses)).tolist() == [2]
     assert state.skipped.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -59,7 +58,7 @@ def test_a_language_whose_loss_alone_is_not_finite_is_left_out_and_counted():
 
 def test_a_language_that_is_not_finite_may_stop_the_program():
     made = engine(TOY, K, aggregator="mean", nonfinite="raise")
-    step = quick_jit(made)
+    step = jax.jit(made)
     jax.block_until_ready(step(TOY.params, BATCH, made.init()))
     jax.effects_barrier()
     with pytest.raises(Exception, match=r"Non-finite gradient of objective\(s\) \[2\]"):

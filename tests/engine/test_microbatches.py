@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from engine.toy import (
     ROWS,
     Toy,
@@ -42,7 +41,7 @@ def resolved_each(batch):
     state = tx.init(TOY.params)
     # The transformation folds its step number into its key, as the engine does with parts.
     state = state._replace(key=jax.random.fold_in(state.key, 0))
-    update, results = quick_jit(tx.update), []
+    update, results = jax.jit(tx.update), []
 
     def weights(batch):
         return np.asarray(jax.vmap(weight)(batch))
@@ -98,7 +97,7 @@ def test_parts_of_bfloat16_parameters_are_added_up_in_float32():
         aggregator="mean",
         microbatches=32,
     )
-    _, update, _ = quick_jit(gradients)(jnp.ones(500, jnp.bfloat16), x, gradients.init())
+    _, update, _ = jax.jit(gradients)(jnp.ones(500, jnp.bfloat16), x, gradients.init())
     exact = np.asarray(x, np.float64).mean((0, 1))
     assert update.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(update, np.float64), exact, rtol=2**-8)

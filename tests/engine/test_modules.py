@@ -8,7 +8,6 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import batch_sharding, parameter_shardings
@@ -105,7 +104,7 @@ def test_state_of_modules_numbers_per_objective_and_aux_are_as_with_stacked_grad
     made = resolved_value_and_grad(
         loss, params, num_objectives=K, aggregator="mgda", frozen=rest, has_aux=True
     )
-    (losses, aux), found, _ = quick_jit(made)(params, BATCH, made.init(), rest)
+    (losses, aux), found, _ = jax.jit(made)(params, BATCH, made.init(), rest)
 
     def mean(params, batch):
         variables = jax.tree.map(lambda x: x, rest)
@@ -114,7 +113,7 @@ def test_state_of_modules_numbers_per_objective_and_aux_are_as_with_stacked_grad
 
     tx = jaxmoo.resolve_conflicts("mgda", num_objectives=K)
 
-    @quick_jit
+    @jax.jit
     def oracle(params):
         result, gradients = jaxmoo.stacked_value_and_grad(mean, has_aux=True)(params, BATCH)
         return result, tx.update(gradients, tx.init(params))[0]
@@ -148,7 +147,7 @@ def on_explicit_meshes():
 
     tx = jaxmoo.resolve_conflicts("cagrad", num_objectives=k)
 
-    @quick_jit
+    @jax.jit
     def oracle(params):
         result, gradients = jaxmoo.stacked_value_and_grad(mean, has_aux=True)(params, batch)
         return result, tx.update(gradients, tx.init(params))[0]
@@ -174,7 +173,7 @@ def on_explicit_meshes():
             )
             placed = jax.device_put(params, parameter_shardings(mesh, params))
             rows = jax.device_put(batch["x"], batch_sharding(mesh))
-            step, state = quick_jit(made), made.init()
+            step, state = jax.jit(made), made.init()
             result, update, state = step(placed, batch | {"x": rows}, state)
             step(placed, batch | {"x": rows}, state)
         assert jax.typeof(update["w"]).sharding == jax.typeof(placed["w"]).sharding

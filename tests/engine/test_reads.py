@@ -7,7 +7,6 @@ import optax
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo.blocks import path_string
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
@@ -194,10 +193,10 @@ def some_layers_apart(params, batch):
 )
 def test_the_result_is_that_of_stacked_gradients(loss):
     made = engine(loss)
-    losses, found, state = quick_jit(made)(PARAMS, BATCH, made.init())
+    losses, found, state = jax.jit(made)(PARAMS, BATCH, made.init())
     tx = jaxmoo.resolve_conflicts("pcgrad", stacked="^layers", num_objectives=K)
 
-    @quick_jit
+    @jax.jit
     def oracle(params):
         mean = lambda p, b: loss(p, b) / ROWS  # noqa: E731
         values, gradients = jaxmoo.stacked_value_and_grad(mean)(params, BATCH)

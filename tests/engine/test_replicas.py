@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from engine.cases import REPLICAS
 from engine.toy import batches
 from jaxmoo import aggregators, blocks
@@ -27,7 +26,7 @@ MESH = "2x2x2"
 def gradients():
     """Each replica's gradients [K, ...], scaled such that their mean is that of the whole batch."""
     (batch,) = jax.device_get(batches(K))
-    stacked = quick_jit(jaxmoo.stacked_value_and_grad(TOY.loss))
+    stacked = jax.jit(jaxmoo.stacked_value_and_grad(TOY.loss))
     tokens = batch["mask"].sum((1, 2))
 
     def of(replica):
@@ -42,7 +41,7 @@ def gradients():
 def resolve():
     """All objectives' gradients to one gradient, on a single device."""
     tx = jaxmoo.resolve_conflicts(METHOD, "layer", stacked=TOY.stacked, num_objectives=K)
-    update, state = quick_jit(tx.update), tx.init(TOY.params)
+    update, state = jax.jit(tx.update), tx.init(TOY.params)
     return lambda gradients: jax.device_get(update(gradients, state, TOY.params)[0])
 
 

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 import jaxmoo
-from compiling import quick_jit
 from engine.toy import D, Toy, batches, engine
 from jaxmoo.blocks import path_string
 from jaxmoo.engine import block, resolved_value_and_grad
@@ -82,11 +81,11 @@ def test_examples_may_be_mapped():
     params = {"w": jnp.arange(1.0, 4.0)}
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(K, K, 3)), jnp.float32)
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
-    _, found, _ = quick_jit(made)(params, batch, made.init())
+    _, found, _ = jax.jit(made)(params, batch, made.init())
     stacked = jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, b) / K)
-    _, gradients = quick_jit(stacked)(params, batch)
+    _, gradients = jax.jit(stacked)(params, batch)
     tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
-    expected, _ = quick_jit(tx.update)(gradients, tx.init(params))
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(params))
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5)
 
 
@@ -133,7 +132,7 @@ def classified():
     }
     tx = jaxmoo.resolve_conflicts("pcgrad", num_objectives=K)
 
-    @quick_jit
+    @jax.jit
     def oracle(params):
         stacked = jaxmoo.stacked_value_and_grad(
             lambda p, b: classifier_loss(nnx.merge(graph, p), b) / 6
@@ -154,7 +153,7 @@ def test_flax_modules_of_ones_own_are_blocks(remat, classified):
         return classifier_loss(nnx.merge(graph, params), batch, remat)
 
     made = resolved_value_and_grad(loss, params, num_objectives=K, aggregator="pcgrad")
-    losses, found, state = quick_jit(made)(params, batch, made.init())
+    losses, found, state = jax.jit(made)(params, batch, made.init())
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -174,12 +173,12 @@ def test_frozen_parameters_are_read_and_not_trained():
     made = resolved_value_and_grad(
         loss, trained, num_objectives=K, aggregator="pcgrad", frozen=frozen, stacked=toy.stacked
     )
-    _, found, _ = quick_jit(made)(trained, BATCH, made.init(), frozen)
-    _, gradients = quick_jit(
+    _, found, _ = jax.jit(made)(trained, BATCH, made.init(), frozen)
+    _, gradients = jax.jit(
         jaxmoo.stacked_value_and_grad(lambda p, b: loss(p, frozen, b) / b["mask"].shape[0])
     )(trained, BATCH)
     tx = jaxmoo.resolve_conflicts("pcgrad", stacked=toy.stacked, num_objectives=K)
-    expected, _ = quick_jit(tx.update)(gradients, tx.init(trained))
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(trained))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
@@ -217,6 +216,6 @@ def test_a_loss_that_jax_has_traced_is_the_same_before_within_and_after_any_engi
             loss, params, num_objectives=2, aggregator=aggregator, blocks="layer",
             stacked=r"^layers\.",
         )  # fmt: skip
-        losses, _, _ = quick_jit(engine)(params, batch, engine.init())
+        losses, _, _ = jax.jit(engine)(params, batch, engine.init())
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
         np.testing.assert_allclose(outside(), expected, rtol=1e-6)

@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.mesh import parameter_shardings
 
@@ -103,7 +102,7 @@ class Toy:
     @functools.cached_property
     def gradients(self) -> Any:
         """Compiled ``(params, batch) -> (losses [K], gradients [K, ...])``, kept for all tests."""
-        return quick_jit(jaxmoo.stacked_value_and_grad(self.mean_loss))
+        return jax.jit(jaxmoo.stacked_value_and_grad(self.mean_loss))
 
     def __hash__(self) -> int:
         return hash((self.layers, self.tied, self.shared, self.form, self.before))
@@ -157,7 +156,7 @@ def run_engine(toy: Toy, data: list[Any], **options: Any) -> dict[str, np.ndarra
     made = engine(toy, len(data[0]["mask"]), **options)
     place = parameter_shardings(made.mesh, toy.params, stacked=toy.stacked)
     params = jax.device_put(jax.tree.map(np.asarray, toy.params), place)
-    step, state, results = quick_jit(made), made.init(), []
+    step, state, results = jax.jit(made), made.init(), []
     for batch in data:
         losses, updates, state = step(params, jax.tree.map(np.asarray, batch), state)
         results.append((losses, updates))
@@ -171,7 +170,7 @@ def run_oracle(toy: Toy, data: list[Any], **options: Any) -> dict[str, np.ndarra
     """The same by definition: all objectives' gradients first, then ``resolve_conflicts``."""
     k = len(data[0]["mask"])
     tx = jaxmoo.resolve_conflicts(num_objectives=k, stacked=toy.stacked, **options)
-    update, state, results = quick_jit(tx.update), tx.init(toy.params), []
+    update, state, results = jax.jit(tx.update), tx.init(toy.params), []
     for batch in data:
         losses, gradients = toy.gradients(toy.params, batch)
         active = batch["mask"].any((1, 2))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
 
 COLUMNS = 70_001  # enough for the kernel, and no multiple of its tiles
@@ -18,7 +17,7 @@ def draw(k: int, sections: int, columns: int) -> jnp.ndarray:
     return jnp.asarray(random.normal(size=(k, sections, columns)), jnp.bfloat16)
 
 
-kernel = quick_jit(functools.partial(grams_in_one_kernel, interpret=True))
+kernel = jax.jit(functools.partial(grams_in_one_kernel, interpret=True))
 
 
 @pytest.mark.parametrize(

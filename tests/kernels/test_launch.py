@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from aggregators.families import families
-from compiling import quick_jit
 from jaxmoo import aggregators
 from jaxmoo.kernels.launch import solving_on
 
@@ -24,7 +23,7 @@ def problems(k: int, names: Sequence[str] = FAMILIES) -> np.ndarray:
 
 @functools.cache
 def program(name: str, form: str | None):
-    @quick_jit
+    @jax.jit
     def solve(grams: jax.Array, active: jax.Array) -> jax.Array:
         with solving_on(form):
             return aggregators.weigh_blocks(aggregators.get(name), grams, active=active)[0]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from closeness import relative_error
-from compiling import quick_jit
 from jaxmoo.kernels.product import product
 
 ROUNDING = 2**-8  # of bfloat16
@@ -28,7 +27,7 @@ def gradients(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> tuple[jax.Array
     return jax.vmap(lambda x, ct: jax.vjp(product, x, kernel)[1](ct))(x, ct)
 
 
-rounded, compiled_gradients = quick_jit(product), quick_jit(gradients)
+rounded, compiled_gradients = jax.jit(product), jax.jit(gradients)
 
 
 def test_a_bfloat16_product_is_the_exact_one_rounded_once():

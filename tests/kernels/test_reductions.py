@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from jaxmoo.kernels.reductions import scaled_grams, section_grams, section_sizes, weighted_sum
 
 SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
@@ -21,7 +20,7 @@ def test_both_forms_equal_float64(dtype, partitioned):
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in SHAPES]
     weights = [rng.uniform(size=shape[1::-1]).astype(np.float32) for shape in SHAPES]
 
-    @quick_jit
+    @jax.jit
     def both(arrays, weights):
         grams = [section_grams([x], partitioned=partitioned)[0] for x in arrays]
         sums = map(functools.partial(weighted_sum, partitioned=partitioned), arrays, weights)
@@ -51,7 +50,7 @@ def test_scaled_products_do_not_leave_float32s_range(partitioned):
     scale = jnp.array([1e-20, 2e-20])
     exact = [np.asarray(z, np.float64) * np.asarray(scale, np.float64)[:, None] for z in (x, y)]
     scaled = functools.partial(scaled_grams, partitioned=partitioned)
-    products = quick_jit(lambda x, y: (scaled(x, scale), scaled(x, scale, y)))(x, y)
+    products = jax.jit(lambda x, y: (scaled(x, scale), scaled(x, scale, y)))(x, y)
     for other, found in enumerate(products):
         wanted = np.einsum("isn,jsn->sij", exact[0], exact[other])
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
@@ -88,7 +87,7 @@ def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
     shapes = [(4, 3, 9_001), (4, 1, 600), (4, 2, 70, 3), (4, 1, 100_003)]
     arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
     forms = [functools.partial(section_grams, partitioned=form) for form in (False, True)]
-    at_once, expected = quick_jit(lambda arrays: [form(arrays) for form in forms])(arrays)
+    at_once, expected = jax.jit(lambda arrays: [form(arrays) for form in forms])(arrays)
     for found, wanted in zip(at_once, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
 
@@ -97,7 +96,7 @@ def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
 
     x = arrays[0]
 
-    @quick_jit
+    @jax.jit
     def both(x):
         slopes = [
             jax.grad(lambda x, form=form: first(x, partitioned=form)[:, 0, 1].sum())(x)

@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 
-from engine.toy import quick_jit
 from jaxmoo import blocks, mesh, resolve_conflicts, stacked_value_and_grad
 from jaxmoo.config import Config, DataConfig, ModelConfig, ResolveConfig, TrainConfig
 from jaxmoo.models import Decoder, DecoderConfig, target_mask, token_nll
@@ -88,7 +87,7 @@ def _sums(graph):
     def own(params, frozen, one):
         return token_nll(nnx.merge(graph, params, frozen), one).sum()
 
-    return quick_jit(jax.vmap(jax.value_and_grad(own), (None, None, 0)))
+    return jax.jit(jax.vmap(jax.value_and_grad(own), (None, None, 0)))
 
 
 def largest_error(found, wanted):
@@ -99,9 +98,9 @@ def largest_error(found, wanted):
 def stepped(source, params):
     """A compiled training step by plain descent that keeps the gradient, and the first state."""
     optimizer = optax.sgd(0.5, momentum=0.0)
-    init = quick_jit(lambda params: (source.init(params), optimizer.init(params)))
+    init = jax.jit(lambda params: (source.init(params), optimizer.init(params)))
     state = TrainState(jnp.int32(0), params, *init(params))
-    return quick_jit(make_train_step(source, optimizer)), state
+    return jax.jit(make_train_step(source, optimizer)), state
 
 
 def gradient_of(state):
@@ -139,8 +138,8 @@ def test_with_mean_the_gradient_is_that_of_the_weighted_mean_loss(engine, by_tok
         weighting_options=given,
     )
     batch = make_batch(4, [[12, 12], [5, 5], [9, 9], [3, 3]])
-    step = quick_jit(source.compute)
-    losses, gradient, _ = step(params, frozen, batch, quick_jit(source.init)(params))
+    step = jax.jit(source.compute)
+    losses, gradient, _ = step(params, frozen, batch, jax.jit(source.init)(params))
     oracle = Oracle(graph, params, frozen, batch)
     share = oracle.counts / oracle.counts.mean() if by_token else np.ones(4)
     weights = np.array(given["weights"]) / 4
@@ -182,7 +181,7 @@ def test_weights_of_a_step_follow_from_the_losses_before_it():
 
 def test_moving_averages_of_gradients_take_in_none_that_is_not_finite():
     source, (_, params, frozen) = make_source(engine="stacked", aggregator="moco")
-    check_not_finite(source, quick_jit(source.compute), params, frozen)
+    check_not_finite(source, jax.jit(source.compute), params, frozen)
 
 
 def check_not_finite(source, step, params, frozen):
@@ -192,7 +191,7 @@ def check_not_finite(source, step, params, frozen):
     params = jax.tree.map(lambda x: x, params)  # containers of its own
     table = params.embed_tokens.embedding
     table.set_value(table[...].at[30].set(jnp.nan))
-    losses, gradient, state = step(params, frozen, batch, quick_jit(source.init)(params))
+    losses, gradient, state = step(params, frozen, batch, jax.jit(source.init)(params))
     assert np.flatnonzero(~np.isfinite(losses)).tolist() == [1]
     assert source.diagnostics(state).skipped.tolist() == [0, 1, 0, 0]
     assert not source.diagnostics(state).weights[:, 1].any()

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from transform.trees import K
 
 
@@ -25,7 +24,7 @@ def updates(params):
     """Conflicting gradients of K objectives."""
     leaves, treedef = jax.tree.flatten(params)
 
-    @quick_jit
+    @jax.jit
     def draw(key):
         keys = jax.random.split(key, len(leaves))
         return [jax.random.normal(k, (K, *x.shape)) for k, x in zip(keys, leaves, strict=True)]

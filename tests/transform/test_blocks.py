@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo import blocks
 from jaxmoo.errors import ConfigError
 from jaxmoo.resolve import conflict_share
@@ -52,7 +51,7 @@ def dealt(part, methods):
 def weigh(method):
     """Compiled ``(gram, key, block) -> weights``."""
     aggregator = jaxmoo.aggregators.get(method)
-    return quick_jit(
+    return jax.jit(
         lambda gram, key, block: jaxmoo.aggregators.weigh_block(
             aggregator, gram, state=aggregator.init(K), key=key, block=block
         )[0]
@@ -97,7 +96,7 @@ def test_every_block_is_what_the_method_gives_on_its_own(rule, methods, params, 
 def test_one_block_is_the_whole_model_method(params, updates):
     flat = np.concatenate([x.reshape(K, -1) for x in jax.tree.leaves(updates)], axis=1)
     methods = ("mean", "mgda", "cagrad")
-    whole = quick_jit(lambda j: [jaxmoo.aggregate(method, j) for method in methods])(flat)
+    whole = jax.jit(lambda j: [jaxmoo.aggregate(method, j) for method in methods])(flat)
     for method, wanted in zip(methods, whole, strict=True):
         resolved, _ = compiled_update(resolver(method, "whole"), updates, params)
         found = np.concatenate([x.ravel() for x in jax.tree.leaves(resolved)])
@@ -108,7 +107,7 @@ def test_one_block_is_the_whole_model_method(params, updates):
 def test_the_mean_does_not_depend_on_the_blocks(params, updates):
     rules = [jaxmoo.resolve_conflicts("mean", rule, stacked=STACKED) for rule in BLOCKS]
 
-    @quick_jit
+    @jax.jit
     def by_every_rule(updates):
         return [tx.update(updates, tx.init(params), params)[0] for tx in rules]
 
@@ -203,7 +202,7 @@ def test_a_non_finite_objective_can_stop_the_program(params, updates):
     poisoned = {**updates, "embed": replaced(updates["embed"], (1, 0, 0), np.inf)}
     tx = jaxmoo.resolve_conflicts("mean", "layer", stacked=STACKED, nonfinite="raise")
     with pytest.raises(Exception, match=r"Non-finite gradient of objective\(s\) \[1\]"):
-        jax.block_until_ready(quick_jit(tx.update)(poisoned, tx.init(params), params))
+        jax.block_until_ready(jax.jit(tx.update)(poisoned, tx.init(params), params))
         jax.effects_barrier()
 
 
@@ -241,7 +240,7 @@ def test_methods_of_two_batches_take_the_second_as_an_argument(params, updates):
         )
     ]
     modo = functools.partial(jaxmoo.aggregators.weigh_blocks, jaxmoo.aggregators.get("modo"))
-    expected, _ = quick_jit(modo)(np.stack(cross).astype(np.float32))
+    expected, _ = jax.jit(modo)(np.stack(cross).astype(np.float32))
     np.testing.assert_allclose(state.weights, expected, atol=1e-5)
     np.testing.assert_allclose(
         resolved["embed"],
@@ -277,7 +276,7 @@ def test_gradients_whose_squares_leave_float32s_range_are_resolved_as_any(params
     """Their products are formed of gradients scaled by a power of two, block by block."""
     methods = {"embed": "mgda", r"layers\.\d": "cagrad", "scale": "graddrop"}
     tx = jaxmoo.resolve_conflicts(methods, "layer", stacked=STACKED, num_objectives=K)
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     wanted, state = update(updates, tx.init(params), params)
     # Blocks of different ranges beside each other; below the smallest of them nothing is left.
     for factors in ({"embed": 1e20, "scale": 1e-20}, {"embed": 1e-20, "layers": 1e25}):
@@ -298,7 +297,7 @@ def test_a_published_scale_holds_for_gradients_of_any_size():
     )
     params = jnp.zeros(4)
     given = jnp.eye(2, 4) + 0.1
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     wanted, _ = update(given, tx.init(params), params)
     for size in (1e20, 1e-20):
         found, _ = update(given * size, tx.init(params), params)

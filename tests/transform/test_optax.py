@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import jaxmoo
-from compiling import quick_jit
 from jaxmoo import blocks
 from jaxmoo.errors import ConfigError
 from transform.trees import (
@@ -48,7 +47,7 @@ def test_init_is_abstract_and_the_second_call_compiles_nothing(params, updates):
     )
     traces = []
 
-    @quick_jit
+    @jax.jit
     def step(updates, state):
         traces.append(None)
         return tx.update(updates, state, params)

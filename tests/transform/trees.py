@@ -6,13 +6,12 @@ import jax
 import numpy as np
 
 import jaxmoo
-from compiling import quick_jit
 
 K = 3
 STACKED = r"^layers\."
 
 # Once for each transformation's update.
-compiled = functools.cache(quick_jit)
+compiled = functools.cache(jax.jit)
 
 
 def compiled_update(tx, updates, params, state=None, **extra):

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from compiling import quick_jit
 from jaxmoo import weighting
 from jaxmoo.errors import ConfigError
 
@@ -28,7 +27,7 @@ MADE = {
 def run(made, losses, active=None):
     """Weights at every step for losses ``[T, K]``."""
 
-    @quick_jit
+    @jax.jit
     def scan(losses):
         def step(state, now):
             weights, state = made.update(now, state, active)
@@ -42,7 +41,7 @@ def run(made, losses, active=None):
 
 @functools.cache
 def compiled(name):
-    return quick_jit(MADE[name].update)
+    return jax.jit(MADE[name].update)
 
 
 def test_every_name_has_a_test_here():
@@ -80,7 +79,7 @@ def test_weights_carry_no_gradient(name):
         weights, _ = made.update(x * LOSSES, made.init(3))
         return jnp.sum(weights)
 
-    assert float(quick_jit(jax.grad(loss))(2.0)) == 0
+    assert float(jax.jit(jax.grad(loss))(2.0)) == 0
 
 
 def test_temperature_flattens():
@@ -152,7 +151,7 @@ def test_a_weighted_step_trains():
         return (optax.apply_updates(x, update), opt, state), None
 
     x = jnp.zeros(2)
-    train = quick_jit(lambda carry: jax.lax.scan(step, carry, length=1000)[0])
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=1000)[0])
     x, _, _ = train((x, tx.init(x), made.init(2)))
     np.testing.assert_allclose(losses(x), 0.1, rtol=1e-2)
 
