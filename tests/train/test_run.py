@@ -1,5 +1,6 @@
 """A run from config to exported weights: what it leaves, how it resumes, how it refuses."""
 
+import functools
 import io
 import json
 import os
@@ -264,9 +265,12 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
     assert (export / "model.safetensors").read_bytes() != first
 
 
-def test_a_run_goes_on_only_with_the_model_that_it_began_with(finished, tmp_path, capsys):
+def test_a_run_goes_on_only_with_the_model_that_it_began_with(finished, tmp_path, capsys, request):
     base, run = finished.base, tmp_path / "run"
     command = finished.copied(run)
+    for file in (base / "model.safetensors", base / "config.json"):
+        # Other tests go on from this model, whatever becomes of this one.
+        request.addfinalizer(functools.partial(file.write_bytes, file.read_bytes()))
 
     def refused(message):
         assert main(command) == 2
