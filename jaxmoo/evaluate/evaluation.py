@@ -37,6 +37,7 @@ from jaxmoo.evaluate.questions import (
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.models import Decoder
+from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 
@@ -182,18 +183,20 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
     if done:
         say(f"Already evaluated: {', '.join(done)}.")
+    device_mesh = mesh.make_mesh(1)
     graph = nnx.graphdef(
         Decoder.abstract(
             opened.model.config,
             segments=opened.model.segments,
             dtype=jnp.dtype(settings.dtype),
+            platform=platform_of(device_mesh.devices.flat),
         )
     )
     parameters = nnx.state(opened.model)
     pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     evaluator = Evaluator(
         lambda parameters: nnx.merge(graph, parameters),
-        mesh.make_mesh(1),
+        device_mesh,
         batch_size=settings.batch_size,
         pad_id=pad_id,
         tokenizer=tokenizer,

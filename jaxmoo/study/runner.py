@@ -30,6 +30,7 @@ from jaxmoo.study.outcome import summary
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.run import train
+from jaxmoo.train.setup import make_run_mesh
 
 __all__ = ["PARTS", "run_missing"]
 
@@ -113,7 +114,7 @@ def _run(study: StudyConfig, cell: Cell) -> dict[str, Any]:
         "train_seconds": trained - begun,
         "measure_seconds": time.perf_counter() - trained,
         "versions": versions(),
-        "hardware": _hardware(),
+        "hardware": _hardware(cell.config),
     }
     # What this run compiled and held is of no use to the next one.
     jax.clear_caches()
@@ -126,7 +127,7 @@ def _measure_base(study: StudyConfig, config: Config, directory: Path) -> dict[s
     found = _measure(study, config, source, directory / "base.json", step=None)
     shutil.rmtree(directory)
     row = {"arm": None, "seed": None, "learning_rate": None, "settings": {}, **found}
-    return row | {"versions": versions(), "hardware": _hardware()}
+    return row | {"versions": versions(), "hardware": _hardware(config)}
 
 
 def _measure(
@@ -205,8 +206,8 @@ def _line(row: dict[str, Any]) -> str:
     return f"seen mean: {', '.join(parts)}; {seconds.format(**row)}"
 
 
-def _hardware() -> str:
-    devices = jax.devices()
+def _hardware(config: Config) -> str:
+    devices = make_run_mesh(config).devices.ravel()
     return (
         f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores "
         f"({platform.machine()})"

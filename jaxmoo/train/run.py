@@ -12,11 +12,12 @@ import jax
 
 from jaxmoo.config import Config, dated, to_yaml, validate
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
+from jaxmoo.platforms import platform_of
 from jaxmoo.report import write_report
 from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import versions
-from jaxmoo.runtime.compiled import distrust_on_cpus, kept_programs
+from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
 from jaxmoo.runtime.processes import barrier, check_same, is_first
@@ -70,14 +71,13 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
             directory.check(config)
             check_exports(config, directory)
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
-            distrust_on_cpus()
             setup = prepare(config, say)
             config = dated(config, setup.date)
             say(_plan(config, setup))
         with (
             HangTimeout(config.train.hang_timeout) as hang,
             directory.claim(config),
-            kept_programs(directory.compiled),
+            kept_programs(directory.compiled, platform_of(setup.device_mesh.devices.flat)),
         ):
             check_same(
                 settings=to_yaml(dataclasses.replace(config, output="")),

@@ -28,8 +28,10 @@ from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.models.paths import STACKED
+from jaxmoo.platforms import platform_of
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
+from jaxmoo.runtime.compiled import distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
@@ -134,6 +136,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     """
     data, model = config.data, config.model
     device_mesh = make_run_mesh(config)
+    distrust_on_cpus(list(device_mesh.devices.flat))
     everywhere = NamedSharding(device_mesh, P())
     arrays = step_spec(data).values()
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
@@ -145,7 +148,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     segments = run_segments(config, architecture)
     # Kernels cannot be divided by the compiler, to which the tensor axis is left.
     fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention
-    attention = choose_attention(fastest, head_dim=architecture.head_dim, dtype=model.dtype)
+    platform = platform_of(device_mesh.devices.flat)
+    attention = choose_attention(
+        fastest, head_dim=architecture.head_dim, dtype=model.dtype, platform=platform
+    )
     say(f"Attention: {attention}.")
 
     def shardings(tree: Any) -> Any:
@@ -162,6 +168,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
+        platform=platform,
         shardings=shardings,
     )
     graph, params, frozen = split_model(config, decoder)
