@@ -37,6 +37,7 @@ __all__ = [
 _AT_A_TIME = 2**16  # entries that are scaled, and so copied
 
 
+@jax.named_scope("gram")
 def section_grams(
     arrays: Sequence[jax.Array],
     *,
@@ -156,6 +157,7 @@ def grams_in_range(
     return jax.lax.cond(doubtful.any(), look, lambda: plain)
 
 
+@jax.named_scope("gram")
 def scaled_grams(
     x: jax.Array, scale: jax.Array, y: jax.Array | None = None, *, partitioned: bool | None = None
 ) -> jax.Array:
@@ -197,6 +199,7 @@ def scaled_grams(
     return jax.lax.fori_loop(0, pieces, add, rest) if pieces else rest
 
 
+@jax.named_scope("combine")
 def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
     """Combine the objectives of every section.
 
