@@ -23,9 +23,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from common import Pages, environment, gigabytes, markdown, ratio
 
 LANGUAGES = 8
@@ -121,8 +118,10 @@ def _flags(row: Row) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     programs.add_flags(parser)
     return parser.parse_args(
-        ["--model", row.model, "--dtype", "bfloat16", "--remat", "full"]
-        + ["--sequence-length", str(row.length), "--batch-size", str(row.rows)]
+        [
+            *("--model", row.model, "--dtype", "bfloat16", "--remat", "full"),
+            *("--sequence-length", str(row.length), "--batch-size", str(row.rows)),
+        ]
     )
 
 
@@ -213,6 +212,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     parser.add_argument("--json", help="file for the rows, which is also read")
     flags = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of the processes that compile
     named = flags.chips or flags.models or flags.aggregators or flags.blocks
     rows = list(product(flags) if named else table())
     rows = [row for row in rows if row.chip.startswith(flags.only or "")]

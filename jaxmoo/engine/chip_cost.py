@@ -139,7 +139,10 @@ def sent(program: Program) -> dict[str, Sent]:
     """Count what a program sends by kind; see :func:`jaxmoo.engine.cost.collective_bytes`."""
     total: Counter[str] = Counter()
     exposed: Counter[str] = Counter()
-    times = {visit.computation: visit.times for visit in program.walk()}
+    times: Counter[str] = Counter()  # that each computation is executed
+    for visit in program.walk():
+        if visit.instruction is next(iter(program.computations[visit.computation].values())):
+            times[visit.computation] += visit.times
     for computation, often in times.items():
         for kind, count, hidden in _communications(program, computation):
             total[kind] += often * count
