@@ -29,6 +29,7 @@ PARTS = {
     "conflicts: combination": r"/combine/",
     "exchange of gradients": r"/exchange/",
     "conflicts: the rest": r"/jit\(_resolve_call\)/",
+    "vocabulary's gradients": r"jit\(resolve\)",
     "gathering of parameters": r"/gather_pieces/",
     "recomputed forward pass": r"rematted_computation",
     "backward pass": r"transpose\(",
@@ -116,7 +117,7 @@ def _sum(program: Program, into: frozenset[str], count: Callable[[Instruction], 
         if number and visit.loops:
             per_round[visit.loops[-1]] += number
         elif number:
-            parts[part_of(visit.instruction.source)] += number
+            parts[part_of(visit.source)] += number
     order = {name: parts[name] for name in (*PARTS, REST) if name in parts}
     return Cost(order, dict(per_round))
 

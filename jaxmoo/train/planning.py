@@ -13,7 +13,7 @@ import dataclasses
 import math
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ _TOTAL = "total"
 class Quantity(NamedTuple):
     """A number and how it is shown."""
 
-    count: float
+    value: float
     text: str
 
 
@@ -254,10 +254,11 @@ def plan(
         step = abstract_step(config, architecture, gradients, devices=devices)
         traced = step.function.trace(*step.arguments)
     begun = time.perf_counter()
-    if place is None:
-        compiled = cost.compile_to_count(traced.lower())
-    else:
-        compiled = compile_for(place, traced)
+    with _partitioned(step):
+        if place is None:
+            compiled = cost.compile_to_count(traced.lower())
+        else:
+            compiled = compile_for(place, traced)
     seconds = time.perf_counter() - begun
     chip = None
     if place is not None:
@@ -280,6 +281,28 @@ def plan(
         attention=step.attention,
         chip=chip,
     )
+
+
+@contextlib.contextmanager
+def _partitioned(step: AbstractStep) -> Iterator[None]:
+    """Choose a partitioner that survives the step.
+
+    That of jaxlib 0.11, Shardy, ends its process with a segmentation fault on ordinary training of
+    several devices; 0.10 and 0.12 do not.
+    """
+    engine = step.gradients.engine
+    ordinary = engine is not None and engine.rules.groups is None
+    platform = platform_of(step.device_mesh.devices.flat)
+    if not ordinary or jax.__version_info__[:2] != (0, 11) or platform == "tpu":
+        yield
+        return
+    settings: Any = jax.config  # whose names are made when JAX is imported
+    before = settings.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
 
 
 def shape_of(source: str) -> DecoderConfig:
@@ -468,7 +491,7 @@ def _rows(
     names = dict.fromkeys([*items, *others])
     for name in sorted(names, key=lambda name: name == _TOTAL):  # which comes last
         one, other = items.get(name, nothing), others.get(name, nothing)
-        ratio = f"{one.count / other.count:.3f}" if other.count else ""
+        ratio = f"{one.value / other.value:.3f}" if other.value else ""
         rows.append([name, one.text, other.text, ratio] if beside else [name, one.text])
     alignment = ("left", *["right"] * (len(rows[0]) - 1))
     return f"{title}\n{textwrap.indent(plain_table(rows, alignment), '  ')}"

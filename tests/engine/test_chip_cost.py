@@ -205,6 +205,7 @@ def test_a_gather_that_is_part_of_three_fusions_is_sent_once_and_hidden():
         ("jit(step)/vmap(transpose(jvp()))/jit(_resolve_call)/solve/vmap()/while", "conflicts: so"),
         ("jit(step)/vmap(transpose(jvp()))/checkpoint/rematted_computation/mul", "recomputed"),
         ("jit(step)/vmap(transpose(jvp()))/checkpoint/dot_general", "backward"),
+        ("jit(step)/vmap(transpose(vmap(jvp(jit(resolve)))))/while/body/dot_general", "vocab"),
         ("", "everything else"),
     ],
 )
