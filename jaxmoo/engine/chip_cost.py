@@ -166,16 +166,24 @@ def _communications(program: Program, computation: str) -> Iterator[tuple[str, i
                 begun[one.name] = at, kind, count
             else:
                 yield kind, count, False
+        elif one.opcode == "async-start":
+            for kind, count in _inside(program, one):
+                begun[one.name] = at, kind, count
         elif one.opcode == "fusion" and one.name.startswith("async-collective-start"):
             # On TPUs: it is sent by the operations up to the fusion that ends it, which say so
             # once more.
             end = one.name.replace("-start", "-done")
             last = next(i for i, x in enumerate(instructions) if x.name == end)
-            for name in one.called:
-                for inner in program.computations[name].values():
-                    if (kind := kind_of(inner)) is not None:
-                        count = sent_bytes(program, name, inner)
-                        yield kind, count, any(products[at + 1 : last])
+            for kind, count in _inside(program, one):
+                yield kind, count, any(products[at + 1 : last])
+
+
+def _inside(program: Program, one: Instruction) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of the communications that an instruction consists of."""
+    for name in one.called:
+        for inner in program.computations[name].values():
+            if (kind := kind_of(inner)) is not None:
+                yield kind, sent_bytes(program, name, inner)
 
 
 _LARGE = 10**6  # bytes of a product's result: a Gram matrix hides nothing
