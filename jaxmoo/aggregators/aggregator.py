@@ -59,6 +59,9 @@ class Aggregator:
       gram_degree: the degree h of the weights in G, ``w(s G) = s^h w(G)``; 0 unless a published
         scale is asked for.
       importance: fixed importances ``[K]`` that multiply the caller's preferences; None: ones.
+      elementary: whether a kernel can take the whole of ``weigh``: it keeps no state, draws no
+        numbers, reads no arrays but its arguments, and is made of elementary operations, solvers
+        and :mod:`jaxmoo.kernels.linear`.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Aggregator:
     summed: bool = False
     gram_degree: Any = 0.0
     importance: tuple[float, ...] | None = None
+    elementary: bool = False
 
     def __repr__(self) -> str:
         return f"Aggregator({self.name})"

@@ -31,6 +31,7 @@ from jax.core import Tracer
 from jaxmoo.aggregators.aggregator import Aggregator, State, missing_key
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.linear import diagonal
 
 # A gradient smaller than 1e-18 of the block's largest counts as zero: below that float32 cannot
 # hold its squared norm beside the others.
@@ -77,12 +78,11 @@ def prepare(
     gram = jnp.asarray(gram)
     gram = gram.astype(at_least_float32(gram.dtype))
     k = gram.shape[-1]
-    diagonal = jnp.diagonal(gram)
-    present = jnp.isfinite(diagonal)
+    present = jnp.isfinite(diagonal(gram))
     if active is not None:
         present = present & active
     gram = jnp.where(present[:, None] & present[None, :], gram, 0.0)
-    size = jnp.max(jnp.abs(gram), axis=1) if cross else jnp.diagonal(gram)
+    size = jnp.max(jnp.abs(gram), axis=1) if cross else diagonal(gram)
     scale = _power_of_two(jnp.max(size))
     gram = gram / scale
     touched = present & (size / scale > _TINY)

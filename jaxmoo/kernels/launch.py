@@ -53,7 +53,7 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
       solver: a function of arrays of shape [K, K] (the first), [K] and [], of float32 or bool, and
-        of keyword arguments that are no arrays, to arrays of shape [K] and []. An objective that is
+        of keyword arguments that are no arrays, to a pytree of such arrays. An objective that is
         all zero or False must change nothing for the others: K is filled up to a power of two.
 
     Returns:
@@ -63,7 +63,11 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(solver)
     def call(*arrays: Any, **static: Any) -> Any:
         platform = _platform.get()
-        if platform not in _PLATFORMS or in_kernel() or arrays[0].dtype != jnp.float32:
+        if in_kernel():  # part of a larger kernel, which lacks constants without a type
+            zero = jnp.zeros((), arrays[0].dtype)
+            typed = (x + zero if isinstance(x, float) else x for x in arrays)
+            return solver(*typed, **static)
+        if platform not in _PLATFORMS or arrays[0].dtype != jnp.float32:
             return solver(*arrays, **static)
         arrays = tuple(map(jnp.asarray, arrays))
         k = arrays[0].shape[-1]
@@ -75,7 +79,7 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
         bools = tuple(x.dtype == bool for x in arrays)
         settings = tuple(sorted(static.items()))
         found = _many(solver, settings, bools, platform == "interpret")(*padded)
-        return jax.tree.map(lambda x: x[0] if x.ndim == 1 else x[0, :k], found)
+        return jax.tree.map(lambda x: x[(0, *(slice(k),) * (x.ndim - 1))], found)
 
     return call
 
@@ -97,7 +101,7 @@ def _many(
     def kernel(*refs: Any) -> None:
         found = solve(*(ref[0] for ref in refs[: len(bools)]))
         for ref, x in zip(refs[len(bools) :], jax.tree.leaves(found), strict=True):
-            ref[0] = x
+            ref[0] = x.astype(jnp.float32)
 
     @custom_vmap
     def many(*arrays: jax.Array) -> Any:
@@ -112,7 +116,7 @@ def _many(
             k = arrays[0].shape[-1]
             warps = max(1, min(16, k * k // 256))  # eight numbers a thread
             options = {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=1)}
-        return pl.pallas_call(
+        found = pl.pallas_call(
             kernel,
             grid=(blocks,),
             in_specs=[spec(x.shape[1:]) for x in arrays],
@@ -122,6 +126,7 @@ def _many(
             ),
             **options,
         )(*arrays)
+        return jax.tree.map(lambda x, like: x > 0 if like.dtype == bool else x, found, one)
 
     @many.def_vmap
     def _(size: int, batched: Any, *arrays: jax.Array) -> Any:
