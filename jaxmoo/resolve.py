@@ -25,9 +25,9 @@ from jaxmoo.kernels.launch import in_one_launch, solving_on
 from jaxmoo.kernels.linear import diagonal
 from jaxmoo.kernels.reductions import (
     cross_grams,
+    gram_parts,
     grams_in_range,
     scaled_grams,
-    section_grams,
     section_sizes,
     weighted_sum,
 )
@@ -229,19 +229,20 @@ def resolve_sections(
     every = jnp.concatenate(labels)
 
     def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
+        """Sums [B, ...] of sections' quantities, each given in parts [S, P, ...]."""
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
-        return total(_sum_by_block(jnp.concatenate(counted), every, num_blocks))
+        return total(_sum_by_block(counted, labels, num_blocks))
 
     def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
         return blocks_of(
             [
-                scaled_grams(s.values, unit[n], y, partitioned=partitioned)
+                scaled_grams(s.values, unit[n], y, partitioned=partitioned)[:, None]
                 for s, n, y in zip(sections, labels, others, strict=True)
             ]
         )
 
     values = [s.values for s in sections]
-    grams = section_grams(values, partitioned=partitioned, platform=platform)
+    grams = gram_parts(values, partitioned=partitioned, platform=platform)
     grams = pooled(blocks_of(grams))
     # In each block, gradients have been multiplied by it where they meet each other.
     unit = jnp.ones(num_blocks, grams.dtype)
@@ -271,7 +272,7 @@ def resolve_sections(
         products[True] = jax.lax.cond(
             (unit == 1).all(),
             lambda unit: blocks_of(
-                [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
+                [cross_grams(s.values, y)[:, None] for s, y in zip(sections, second, strict=True)]
             ),
             lambda unit: scaled(unit, second),
             unit,
@@ -305,7 +306,7 @@ def resolve_sections(
         weights, update_norm = weights * power[:, None], update_norm * power
     grams, used = solved.gram, active & ~solved.nonfinite
     updates = [
-        weighted_sum(s.values, weights[n], partitioned=partitioned)
+        weighted_sum(s.values, _of_sections(weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
     for group in groups:
@@ -321,7 +322,7 @@ def resolve_sections(
         norms = jnp.sqrt(
             blocks_of(
                 [
-                    ((u.reshape(len(u), -1) * unit[n, None]) ** 2).sum(1)
+                    ((u.reshape(len(u), -1) * unit[n, None]) ** 2).sum(1, keepdims=True)
                     for u, n in zip(updates, labels, strict=True)
                 ]
             )
@@ -392,10 +393,8 @@ def _solve_block(
 ) -> tuple[_Solved, Any]:
     """Solve one block, given its Gram matrix and the one that the method reads."""
     if method.elementary:
-        importance = jnp.ones(len(active)) if preference is None else preference
-        found = _solve_elementary(
-            gram, active, importance.astype(gram.dtype), method=method, match_norm=match_norm
-        )
+        importance = () if preference is None else (preference.astype(gram.dtype),)
+        found = _solve_elementary(gram, active, *importance, method=method, match_norm=match_norm)
         return found, state
 
     def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
@@ -418,7 +417,7 @@ def _solve_block(
 def _solve_elementary(
     gram: jax.Array,
     active: jax.Array,
-    preference: jax.Array,
+    preference: jax.Array | None = None,
     *,
     method: Aggregator,
     match_norm: bool,
@@ -455,14 +454,28 @@ def _solve(
 _FEW = 2**20
 
 
-def _sum_by_block(parts: jax.Array, labels: jax.Array, num_blocks: int) -> jax.Array:
-    """Sums [B, ...] of sections' quantities [S, ...] by the block each lies in, int [S]."""
-    if parts.size * num_blocks > _FEW:
-        return jax.ops.segment_sum(parts, labels, num_blocks)
+def _sum_by_block(
+    parts: Sequence[jax.Array], labels: Sequence[jax.Array], num_blocks: int
+) -> jax.Array:
+    """Sums [B, ...] of sections' quantities [S, P, ...] by the block each lies in, int [S]."""
+    if num_blocks > 1 and sum(x.size for x in parts) * num_blocks > _FEW:
+        parts = [x.sum(1, keepdims=True) for x in parts]
+    every = jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])
+    if num_blocks == 1:
+        return every.sum(0, keepdims=True)
+    pairs = zip(parts, labels, strict=True)
+    block = jnp.concatenate([jnp.repeat(n, x.shape[1]) for x, n in pairs])
+    if every.size * num_blocks > _FEW:
+        return jax.ops.segment_sum(every, block, num_blocks)
     # A scatter is slow on GPUs. What lies in other blocks is selected away: it may not be finite.
-    mine = labels == jnp.arange(num_blocks)[:, None]
-    mine = mine.reshape(*mine.shape, *(1,) * (parts.ndim - 1))
-    return jnp.where(mine, parts, 0).sum(1)
+    mine = block == jnp.arange(num_blocks)[:, None]
+    mine = mine.reshape(*mine.shape, *(1,) * (every.ndim - 1))
+    return jnp.where(mine, every, 0).sum(1)
+
+
+def _of_sections(x: jax.Array, labels: jax.Array) -> jax.Array:
+    """Quantities [S, ...] of the blocks [B, ...] that sections lie in."""
+    return jnp.broadcast_to(x, (len(labels), *x.shape[1:])) if len(x) == 1 else x[labels]
 
 
 def _members(group: Group, num_blocks: int) -> jax.Array:
