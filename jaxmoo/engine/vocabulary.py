@@ -39,7 +39,8 @@ __all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
 # waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27}
+_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27, "interpret": 2**27}
+_GPU = ("gpu", "interpret")  # the second does on any device what is done on a GPU
 
 
 class HeadResiduals(NamedTuple):
@@ -197,7 +198,7 @@ def logits_at_once() -> int:
     and the memory is the same for any number of objectives. Elsewhere each has 128 MiB.
     """
     engine = current()
-    if isinstance(engine, Backward) and engine.topology.platform == "gpu":
+    if isinstance(engine, Backward) and engine.topology.platform in _GPU:
         return 2**27 // engine.topology.local_objectives
     return 2**25
 
@@ -261,6 +262,7 @@ class _Call:
         head = mapped.head
         count = engine.topology.local_objectives
         height = self.stack.shape[0]
+        together = _objectives_at_once(head, height, engine.topology.platform)
 
         def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, states, indices = xs
@@ -268,18 +270,27 @@ class _Call:
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
             table = None if head is None else engine.gather(piece, layout)
 
-            def of_objective(i: jax.Array, place: jax.Array) -> jax.Array:
-                mine: TableCotangents = jax.tree.map(lambda x: x[i], mapped)
+            def of_objective(mine: TableCotangents) -> jax.Array:
                 total = jnp.zeros(self.stack.shape, jnp.float32)
                 if mine.head is not None and table is not None:
                     total = _from_scores(mine.head, table, first, engine.topology.platform)
                 if mine.tokens is not None and mine.vectors is not None:
                     total = _add_lookup(total, mine.tokens, mine.vectors, first)
-                return place.at[i].set(total.astype(place.dtype))
+                return total.astype(place.dtype)
 
-            # One objective after the other, so that a sum over all its positions is formed in one
+            def of_some(i: jax.Array, place: jax.Array) -> jax.Array:
+                some = jax.tree.map(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, i * together, together), mapped
+                )
+                found = jax.vmap(of_objective)(some)
+                return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
+
+            # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
-            place = jax.lax.fori_loop(0, count, of_objective, place)
+            if together == count:
+                place = jax.vmap(of_objective)(mapped)
+            else:
+                place = jax.lax.fori_loop(0, count // together, of_some, place)
             gradients = engine.scatter(place, layout.axis)
             if not self.resolves:
                 return place, (gradients if self.deferred else gradients[0], None)
@@ -304,6 +315,18 @@ class _Call:
             shape = (pieces.shape[1], *value.shape)
             return TableResult(None, jnp.moveaxis(pieces, 0, 1).reshape(shape), rows)
         return TableResult(pieces.reshape(value.shape).astype(value.dtype), None, rows)
+
+
+def _objectives_at_once(head: HeadResiduals | None, height: int, platform: str) -> int:
+    """Of how many objectives the gradients of one slice are formed at once.
+
+    On a GPU a loop costs launches, so as many as have no more logits together than may exist.
+    """
+    if head is None or platform not in _GPU:
+        return 1
+    count, rows, length = head.targets.shape
+    most = _MOST_LOGITS[platform] // (rows * length * height)
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
 
 
 def _default_slices(rows: int) -> int:
@@ -332,5 +355,5 @@ def _from_scores(
     h = jnp.pad(head.h, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(head.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
     normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (head.normaliser, head.cotangent))
-    skip = platform != "gpu"
+    skip = platform not in _GPU
     return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip)

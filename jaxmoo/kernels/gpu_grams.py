@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +114,6 @@ def _in_kernel(rows: Sequence[_Rows], interpret: bool) -> list[jax.Array]:
     tile = _Tile(k, height, max(1, _ROWS // height))
     shares = _shares(rows, arrays, tile)
     programs = shares[-1].first + shares[-1].sections * shares[-1].programs
-    side = height * tile.stacked
     options: dict[str, Any] = {"interpret": True}
     if not interpret:
         options = {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=4)}
@@ -123,16 +121,12 @@ def _in_kernel(rows: Sequence[_Rows], interpret: bool) -> list[jax.Array]:
         functools.partial(_kernel, shares, tile),
         grid=(programs,),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-        out_specs=pl.BlockSpec((1, side, side), lambda i: (i, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((programs, side, side), jnp.float32),
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_shape=jax.ShapeDtypeStruct((programs, tile.stacked, k, k), jnp.float32),
         **options,
     )(*arrays)
-    # Only the products of tiles with themselves.
-    parts = functools.reduce(
-        operator.add, (parts[:, i : i + k, i : i + k] for i in range(0, side, height))
-    )
     return [
-        parts[s.first : s.first + s.sections * s.programs].reshape(s.sections, s.programs, k, k)
+        parts[s.first : s.first + s.sections * s.programs].reshape(s.sections, -1, k, k)
         for s in shares
     ]
 
@@ -166,7 +160,7 @@ def _shares(rows: Sequence[_Rows], arrays: Sequence[jax.Array], tile: _Tile) -> 
 def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
     *arrays, out = refs
     program = pl.program_id(0)
-    side = tile.height * tile.stacked
+    side, k = tile.height * tile.stacked, tile.objectives
     for share in shares:
         x, mine = arrays[share.array], program - share.first
 
@@ -193,4 +187,9 @@ def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
 
             rounds = math.ceil(share.columns / step / share.programs)
             zeros = jnp.zeros((side, side), jnp.float32)
-            out[0] = lax.fori_loop(0, rounds, add, zeros)
+            total = lax.fori_loop(0, rounds, add, zeros)
+            # Only the products of tiles with themselves.
+            row, column = (lax.broadcasted_iota(jnp.int32, (side, side), i) for i in (0, 1))
+            i, j = row % tile.height, column % tile.height
+            own = (row // tile.height == column // tile.height) & (jnp.maximum(i, j) < k)
+            triton.store(out.at[program, row // tile.height, i, j], total, mask=own)

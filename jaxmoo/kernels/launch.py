@@ -72,13 +72,9 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
         arrays = tuple(map(jnp.asarray, arrays))
         k = arrays[0].shape[-1]
         fill = pl.next_power_of_2(k) - k
-        zero = jnp.float32(0)
-        padded = [
-            lax.pad(x.astype(zero.dtype), zero, [(0, fill, 0)] * x.ndim)[None] for x in arrays
-        ]
-        bools = tuple(x.dtype == bool for x in arrays)
+        padded = [lax.pad(x, jnp.zeros((), x.dtype), [(0, fill, 0)] * x.ndim)[None] for x in arrays]
         settings = tuple(sorted(static.items()))
-        found = _many(solver, settings, bools, platform == "interpret")(*padded)
+        found = _many(solver, settings, platform == "interpret")(*padded)
         return jax.tree.map(lambda x: x[(0, *(slice(k),) * (x.ndim - 1))], found)
 
     return call
@@ -86,27 +82,23 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _many(
-    solver: Callable[..., Any],
-    settings: tuple[tuple[str, Any], ...],
-    bools: tuple[bool, ...],
-    interpret: bool,
+    solver: Callable[..., Any], settings: tuple[tuple[str, Any], ...], interpret: bool
 ) -> Any:
     """A function of [B, ...] arrays that solves B problems in one kernel."""
 
     def solve(*arrays: jax.Array) -> Any:
-        given = (x > 0 if is_bool else x for x, is_bool in zip(arrays, bools, strict=True))
         with elementary():
-            return solver(*given, **dict(settings))
-
-    def kernel(*refs: Any) -> None:
-        found = solve(*(ref[0] for ref in refs[: len(bools)]))
-        for ref, x in zip(refs[len(bools) :], jax.tree.leaves(found), strict=True):
-            ref[0] = x.astype(jnp.float32)
+            return solver(*arrays, **dict(settings))
 
     @custom_vmap
     def many(*arrays: jax.Array) -> Any:
         one = jax.eval_shape(solve, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays))
-        blocks = arrays[0].shape[0]
+        blocks, given = arrays[0].shape[0], len(arrays)
+
+        def kernel(*refs: Any) -> None:
+            found = jax.tree.leaves(solve(*(ref[0] for ref in refs[:given])))
+            for ref, x in zip(refs[given:], found, strict=True):
+                ref[0] = x.astype(jnp.float32)
 
         def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
             return pl.BlockSpec((1, *shape), lambda b: (b, *(0,) * len(shape)))

@@ -114,7 +114,10 @@ def attend(
     if implementation == "xla":
         return _xla(q_BSNH, k_BSGH, v_BSGH, segment_ids, window)
     if implementation == "cudnn":
-        return _fused_cudnn(window)(q_BSNH, k_BSGH, v_BSGH, segment_ids)
+        # JAX knows the kernel's derivative, which keeps what it needs, its vmap, and how to divide
+        # it over heads; but of a mask not the vmap.
+        attention = _cudnn if segment_ids is None else _fused_cudnn
+        return attention(q_BSNH, k_BSGH, v_BSGH, segment_ids, window=window)
     if segment_ids is None:
         segment_ids = jnp.zeros(q_BSNH.shape[:2], jnp.int32)
     on = default_platform() if platform is None else platform
@@ -222,9 +225,8 @@ def _cudnn_obstacle(head_dim: int, dtype: np.dtype, platform: str) -> str | None
     return None
 
 
-@functools.cache
-def _fused_cudnn(window: int | None) -> Callable[..., jax.Array]:
-    return _fused(functools.partial(_cudnn, window=window))
+def _fused_cudnn(*arrays: jax.Array, window: int | None) -> jax.Array:
+    return _fused(functools.partial(_cudnn, window=window))(*arrays)
 
 
 def _cudnn(

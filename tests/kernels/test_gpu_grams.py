@@ -1,6 +1,5 @@
 """The kernel of Gram matrices, interpreted on the CPU, beside products in float64."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
