@@ -148,10 +148,9 @@ def _tile(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read(ref: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """One problem's matrix, vector or number."""
+    x = ref[0] if like.ndim == 2 else ref[0, 0]
     if like.ndim == 0:
-        x = jnp.max(ref[0])  # registers of TPUs hold vectors only
-    else:
-        x = ref[0, 0] if like.ndim == 1 else ref[0]
+        x = jnp.max(x)  # registers of TPUs hold vectors only
     return x > 0 if like.dtype == bool and x.dtype != bool else x
 
 
