@@ -68,6 +68,14 @@ def identity(k: int, dtype: Any) -> jax.Array:
     return jnp.eye(k, dtype=dtype)
 
 
+def pairs(x: jax.Array) -> jax.Array:
+    """Of which pairs of entries of a bool vector [K] both are true, bool [K, K]."""
+    if in_kernel():  # on a TPU only numbers can be turned into columns
+        x = x.astype(jnp.float32)
+        return x[:, None] * x[None, :] > 0
+    return x[:, None] & x[None, :]
+
+
 def any_of(x: jax.Array) -> jax.Array:
     """Whether any entry of a bool vector is true."""
     return jnp.max(x.astype(jnp.float32)) > 0 if in_kernel() else jnp.any(x)
