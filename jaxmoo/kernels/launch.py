@@ -25,9 +25,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AxisType
 
 from jaxmoo.kernels.linear import elementary, in_kernel
+from jaxmoo.sharding import divided_by_compiler
 
 __all__ = ["in_one_launch", "solving_on"]
 
@@ -69,7 +69,7 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
             zero = jnp.zeros((), arrays[0].dtype)
             typed = (x + zero if isinstance(x, float) else x for x in arrays)
             return solver(*typed, **static)
-        wanted = platform in _PLATFORMS and not (platform == "tpu" and _divided_by_compiler())
+        wanted = platform in _PLATFORMS and not (platform == "tpu" and divided_by_compiler())
         if not wanted or arrays[0].dtype != jnp.float32:
             return solver(*arrays, **static)
         arrays = tuple(map(jnp.asarray, arrays))
@@ -81,13 +81,6 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda x: x[(0, *(slice(k),) * (x.ndim - 1))], found)
 
     return call
-
-
-def _divided_by_compiler() -> bool:
-    """Whether a mesh axis is left to the compiler, which cannot divide a TPU's kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    return any(kind != AxisType.Manual and size > 1 for kind, size in sizes)
 
 
 @functools.cache
