@@ -217,7 +217,7 @@ class DevicePass:
         alone = self.rules.replicas != "mean_then_resolve"
         scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
         scale = scale * top.data if alone else scale
-        several = top.platform == "tpu" and top.language > 1 and top.local_objectives > 1
+        several = top.tpu and top.language > 1 and top.local_objectives > 1
         pieces = top.pieces if several else 1
 
         def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:

@@ -41,7 +41,13 @@ __all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
 # waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**26, "gpu": 2**27, "interpret": 2**27}
+_MOST_LOGITS = {
+    "cpu": 2**21,
+    "tpu": 2**26,
+    "gpu": 2**27,
+    "interpret": 2**27,
+    "interpret-tpu": 2**26,
+}
 _GPU = ("gpu", "interpret")  # the second does on any device what is done on a GPU
 
 
@@ -238,7 +244,7 @@ class _Call:
         )
         # On a TPU columns are the lanes of registers. What devices send to each other would be cut
         # along them by a slow copy, if it did not come from the product in pieces.
-        in_pieces = engine.topology.platform == "tpu" and self.layout.axis == 1
+        in_pieces = engine.topology.tpu and self.layout.axis == 1
         self.pieces = engine.topology.pieces if in_pieces else 1
         self.resolves = not self.deferred and engine.rules.groups is not None
         self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
@@ -384,7 +390,12 @@ def _add_lookup(total: jax.Array, lookups: _Lookups, first: jax.Array) -> jax.Ar
     outside = height + jnp.arange(row.size)  # numbers that do not occur twice
     row = jnp.where((row >= 0) & (row < height), row, outside)
     new = lookups.sums.reshape(row.size, pieces, -1).swapaxes(0, 1).astype(total.dtype)
-    return total.at[:, row].add(new, mode="drop", unique_indices=True)
+
+    def add(piece: int | jax.Array, total: jax.Array) -> jax.Array:
+        return total.at[piece, row].add(new[piece], mode="drop", unique_indices=True)
+
+    # One piece after the other: a TPU's compiler would reorder them to add to all at once.
+    return add(0, total) if pieces == 1 else jax.lax.fori_loop(0, pieces, add, total)
 
 
 def _from_scores(

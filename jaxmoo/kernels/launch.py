@@ -31,7 +31,7 @@ from jaxmoo.sharding import divided_by_compiler
 
 __all__ = ["in_one_launch", "solving_on"]
 
-_PLATFORMS = ("gpu", "tpu", "interpret")
+_PLATFORMS = ("gpu", "tpu", "interpret", "interpret-tpu")
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -40,8 +40,8 @@ def solving_on(platform: str | None) -> Iterator[None]:
     """Say for which devices solvers are traced.
 
     Args:
-      platform: "gpu" and "tpu" make every solve that is traced one kernel, "interpret" does what
-        these kernels do on any device; anything else leaves solvers to XLA.
+      platform: "gpu" and "tpu" make every solve that is traced one kernel, "interpret" and
+        "interpret-tpu" do what these kernels do on any device; anything else leaves solvers to XLA.
     """
     token = _platform.set(platform)
     try:
@@ -154,7 +154,7 @@ def _flags(x: jax.Array, platform: str) -> jax.Array:
 
 def _options(platform: str, k: int) -> dict[str, Any]:
     """What each back end is told besides the kernel's body."""
-    if platform == "interpret":
+    if platform.startswith("interpret"):
         return {"interpret": True}
     if platform == "tpu":
         return {}

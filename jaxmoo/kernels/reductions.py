@@ -75,8 +75,8 @@ def gram_parts(
       partitioned: likewise.
       platform: the kind of devices on which the arrays lie, each piece by itself; see
         :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
-        divide, and on a TPU one per array; "interpret" does what the GPU's does on any device. By
-        default it is decided when the program is lowered, and takes no kernel.
+        divide, and on a TPU one per array; "interpret" and "interpret-tpu" do what these do on
+        any device. By default it is decided when the program is lowered, and takes no kernel.
 
     Returns:
       [S, P, K, K] of each array, float32 or float64: their sums over P are the Gram matrices.
@@ -89,8 +89,10 @@ def gram_parts(
         return grams_in_one_kernel(arrays, interpret=platform == "interpret")
     if _is_partitioned(partitioned) or not arrays:
         found = whole(list(arrays))
+    elif platform in ("tpu", "interpret-tpu") and not divided_by_compiler():
+        found = [tpu_gram(x, interpret=platform != "tpu") for x in arrays]
     elif platform == "tpu":
-        found = whole(list(arrays)) if divided_by_compiler() else list(map(tpu_gram, arrays))
+        found = whole(list(arrays))
     elif platform == "cpu":
         found = grams_by_slices(list(arrays))
     else:
