@@ -146,9 +146,11 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     architecture = load_model_config(source)
     check_model(config, architecture)
     segments = run_segments(config, architecture)
-    # Kernels cannot be divided by the compiler, to which the tensor axis is left.
-    fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention
     platform = platform_of(device_mesh.devices.flat)
+    # Over the tensor axis only cuDNN's kernel is divided, by heads.
+    divided = platform == "gpu" and architecture.num_key_value_heads % config.mesh.tensor == 0
+    undivided = config.mesh.tensor > 1 and not divided
+    fastest = "xla" if model.attention == "auto" and undivided else model.attention
     attention = choose_attention(
         fastest, head_dim=architecture.head_dim, dtype=model.dtype, platform=platform
     )
