@@ -454,6 +454,7 @@ def _solve(
 _FEW = 2**20
 
 
+@jax.named_scope("gram")
 def _sum_by_block(
     parts: Sequence[jax.Array], labels: Sequence[jax.Array], num_blocks: int
 ) -> jax.Array:

@@ -43,7 +43,8 @@ def solving_on(platform: str | None) -> Iterator[None]:
     """
     token = _platform.set(platform)
     try:
-        yield
+        with jax.named_scope("solve"):
+            yield
     finally:
         _platform.reset(token)
 
