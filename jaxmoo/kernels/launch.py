@@ -53,9 +53,10 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
     """Make a solver of one block's problem a single kernel where kernels are asked for.
 
     Args:
-      solver: a function of arrays of shape [K, K] (the first), [K] and [], of float32 or bool, and
-        of keyword arguments that are no arrays, to a pytree of such arrays. An objective that is
-        all zero or False must change nothing for the others: K is filled up to a power of two.
+      solver: a function of arrays of shape [K, K] (the first), [K] and [], of float32, bool or
+        int32, or None, and of keyword arguments that are no arrays, to a pytree of such arrays. An
+        objective that is all zero, False and -1 must change nothing for the others: K is filled up
+        to a power of two.
 
     Returns:
       The same function. Mapped over blocks, by ``vmap``, all of them are one kernel.
@@ -70,12 +71,18 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
             return solver(*typed, **static)
         if platform not in _PLATFORMS or arrays[0].dtype != jnp.float32:
             return solver(*arrays, **static)
-        arrays = tuple(map(jnp.asarray, arrays))
         k = arrays[0].shape[-1]
         fill = pl.next_power_of_2(k) - k
-        padded = [lax.pad(x, jnp.zeros((), x.dtype), [(0, fill, 0)] * x.ndim)[None] for x in arrays]
+
+        def padded(x: jax.Array) -> jax.Array:
+            nothing = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+            return lax.pad(x, jnp.asarray(nothing, x.dtype), [(0, fill, 0)] * x.ndim)[None]
+
+        given = tuple(x is not None for x in arrays)
         settings = tuple(sorted(static.items()))
-        found = _many(solver, settings, platform == "interpret")(*padded)
+        found = _many(solver, settings, given, platform == "interpret")(
+            *(padded(jnp.asarray(x)) for x in arrays if x is not None)
+        )
         return jax.tree.map(lambda x: x[(0, *(slice(k),) * (x.ndim - 1))], found)
 
     return call
@@ -83,22 +90,26 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _many(
-    solver: Callable[..., Any], settings: tuple[tuple[str, Any], ...], interpret: bool
+    solver: Callable[..., Any],
+    settings: tuple[tuple[str, Any], ...],
+    given: tuple[bool, ...],
+    interpret: bool,
 ) -> Any:
     """A function of [B, ...] arrays that solves B problems in one kernel."""
 
     def solve(*arrays: jax.Array) -> Any:
+        each = iter(arrays)
         with elementary():
-            return solver(*arrays, **dict(settings))
+            return solver(*(next(each) if there else None for there in given), **dict(settings))
 
     @custom_vmap
     def many(*arrays: jax.Array) -> Any:
         one = jax.eval_shape(solve, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays))
-        blocks, given = arrays[0].shape[0], len(arrays)
+        blocks, count = arrays[0].shape[0], len(arrays)
 
         def kernel(*refs: Any) -> None:
-            found = jax.tree.leaves(solve(*(ref[0] for ref in refs[:given])))
-            for ref, x in zip(refs[given:], found, strict=True):
+            found = jax.tree.leaves(solve(*(ref[0] for ref in refs[:count])))
+            for ref, x in zip(refs[count:], found, strict=True):
                 ref[0] = x.astype(jnp.float32)
 
         def spec(shape: tuple[int, ...]) -> pl.BlockSpec:

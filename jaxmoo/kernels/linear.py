@@ -42,6 +42,35 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
 
 
+def vecmat(vector: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Vector times matrix, as :func:`matvec`."""
+    if in_kernel():
+        return jnp.sum(vector[:, None] * matrix, axis=0)
+    return jnp.matmul(vector, matrix, precision=lax.Precision.HIGHEST)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of matrices [K, K], as :func:`matvec`."""
+    if in_kernel() and a.shape[0] < 16:  # the smallest product that a GPU's kernel has
+        return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def column(matrix: jax.Array, number: jax.Array) -> jax.Array:
+    """One column of a matrix, [K]."""
+    if in_kernel():
+        columns = lax.broadcasted_iota(jnp.int32, matrix.shape, 1)
+        return jnp.sum(jnp.where(columns == number, matrix, 0), axis=1)
+    return lax.dynamic_index_in_dim(matrix, number, axis=1, keepdims=False)
+
+
+def one_hot(numbers: jax.Array, dtype: Any) -> jax.Array:
+    """Matrix [K, K] with a one in every row, where a number says; none for a number of -1."""
+    k = numbers.shape[0]
+    columns = lax.broadcasted_iota(jnp.int32, (k, k), 1)
+    return (columns == numbers[:, None]).astype(dtype)
+
+
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Inner product of vectors."""
     return jnp.sum(a * b) if in_kernel() else jnp.dot(a, b)
@@ -69,7 +98,7 @@ def identity(k: int, dtype: Any) -> jax.Array:
 
 
 def any_of(x: jax.Array) -> jax.Array:
-    """Whether any entry of a bool vector is true."""
+    """Whether any entry of a bool array is true."""
     return jnp.max(x.astype(jnp.float32)) > 0 if in_kernel() else jnp.any(x)
 
 
