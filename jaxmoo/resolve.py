@@ -23,7 +23,7 @@ from jaxmoo.aggregators.weighing import draw
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.launch import in_one_launch, solving_on
-from jaxmoo.kernels.linear import diagonal
+from jaxmoo.kernels.linear import diagonal, pairs
 from jaxmoo.kernels.reductions import (
     cross_grams,
     gram_parts,
@@ -445,7 +445,7 @@ def _solve(
     """Weigh one block's objectives, without those that are not finite, and measure the update."""
     finite = jnp.isfinite(diagonal(gram))
     used = active & finite
-    gram = jnp.where(used[:, None] & used[None, :], gram, 0.0)
+    gram = jnp.where(pairs(used), gram, 0.0)
     weights, state = weigh(gram, used)
     mean_norm = norm_of(gram, _share(used, preference, gram.dtype))
     update_norm = norm_of(gram, weights)

@@ -31,7 +31,7 @@ from jax.core import Tracer
 from jaxmoo.aggregators.aggregator import Aggregator, State, missing_key
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
-from jaxmoo.kernels.linear import diagonal
+from jaxmoo.kernels.linear import diagonal, pairs
 
 # A gradient smaller than 1e-18 of the block's largest counts as zero: below that float32 cannot
 # hold its squared norm beside the others.
@@ -81,14 +81,14 @@ def prepare(
     present = jnp.isfinite(diagonal(gram))
     if active is not None:
         present = present & active
-    gram = jnp.where(present[:, None] & present[None, :], gram, 0.0)
+    gram = jnp.where(pairs(present), gram, 0.0)
     size = jnp.max(jnp.abs(gram), axis=1) if cross else diagonal(gram)
     scale = _power_of_two(jnp.max(size))
     gram = gram / scale
     touched = present & (size / scale > _TINY)
     if active is None:
         present = touched
-    gram = jnp.where(touched[:, None] & touched[None, :], gram, 0.0)
+    gram = jnp.where(pairs(touched), gram, 0.0)
 
     importance = jnp.ones(k) if preference is None else jnp.asarray(preference)
     importance = jnp.where(present, importance.astype(gram.dtype), 0.0)

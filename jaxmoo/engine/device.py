@@ -18,6 +18,7 @@ from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable, Diagnostics, no_diagnostics
 from jaxmoo.engine.deferred import resolve_deferred
 from jaxmoo.engine.layout import Layout, Topology
+from jaxmoo.kernels.product import exchanging
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
 from jaxmoo.stacked import watched
 
@@ -216,6 +217,8 @@ class DevicePass:
         alone = self.rules.replicas != "mean_then_resolve"
         scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
         scale = scale * top.data if alone else scale
+        several = top.tpu and top.language > 1 and top.local_objectives > 1
+        pieces = top.pieces if several else 1
 
         def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:
             values, accumulators, table = differentiated
@@ -229,7 +232,7 @@ class DevicePass:
                 table=table,
                 step=step,
             )
-            with running(engine):
+            with running(engine), exchanging(pieces):
                 value, aux = self.loss([*values, *frozen], accumulators, batch)
             return watched(value) * scale, aux
 

@@ -35,7 +35,7 @@ class Topology:
     language: int
     fsdp: int
     objectives: int  # K
-    platform: str  # "cpu", "gpu" or "tpu"
+    platform: str  # "cpu", "gpu" or "tpu"; "interpret", "interpret-tpu": as the latter do
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
@@ -57,6 +57,11 @@ class Topology:
     def pieces(self) -> int:
         """Pieces an array is cut into."""
         return self.language * self.fsdp
+
+    @property
+    def tpu(self) -> bool:
+        """Whether what is computed has the form that TPUs want."""
+        return self.platform in ("tpu", "interpret-tpu")
 
     @property
     def local_objectives(self) -> int:

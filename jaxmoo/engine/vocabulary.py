@@ -14,11 +14,13 @@ forms both parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.block_table import BlockTable
@@ -39,7 +41,13 @@ __all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
 # waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27, "interpret": 2**27}
+_MOST_LOGITS = {
+    "cpu": 2**21,
+    "tpu": 2**26,
+    "gpu": 2**27,
+    "interpret": 2**27,
+    "interpret-tpu": 2**26,
+}
 _GPU = ("gpu", "interpret")  # the second does on any device what is done on a GPU
 
 
@@ -234,6 +242,10 @@ class _Call:
         self.stack = dataclasses.replace(
             self.layout, shape=(rows // self.slices, size), layers=self.slices, labels=labels
         )
+        # On a TPU columns are the lanes of registers. What devices send to each other would be cut
+        # along them by a slow copy, if it did not come from the product in pieces.
+        in_pieces = engine.topology.tpu and self.layout.axis == 1
+        self.pieces = engine.topology.pieces if in_pieces else 1
         self.resolves = not self.deferred and engine.rules.groups is not None
         self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
         self.inputs = CallInputs(None if self.blocks is None else self.blocks.indices, engine.step)
@@ -261,8 +273,13 @@ class _Call:
         engine, layout = self.engine, self.layout
         head = mapped.head
         count = engine.topology.local_objectives
-        height = self.stack.shape[0]
+        height, size = self.stack.shape
+        shape = (self.pieces, height, size // self.pieces)
         together = _objectives_at_once(head, height, engine.topology.platform)
+        looked_up = None
+        if mapped.tokens is not None and mapped.vectors is not None:
+            sums = functools.partial(_sums_by_token, layout.shape[0], layout.gathered_dtype)
+            looked_up = jax.lax.map(lambda x: sums(*x), (mapped.tokens, mapped.vectors))
 
         def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, states, indices = xs
@@ -270,17 +287,19 @@ class _Call:
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
             table = None if head is None else engine.gather(piece, layout)
 
-            def of_objective(mine: TableCotangents) -> jax.Array:
-                total = jnp.zeros(self.stack.shape, jnp.float32)
-                if mine.head is not None and table is not None:
-                    total = _from_scores(mine.head, table, first, engine.topology.platform)
-                if mine.tokens is not None and mine.vectors is not None:
-                    total = _add_lookup(total, mine.tokens, mine.vectors, first)
-                return total.astype(place.dtype)
+            def of_objective(mine: tuple[HeadResiduals | None, _Lookups | None]) -> jax.Array:
+                total = jnp.zeros(shape, place.dtype)
+                if mine[0] is not None and table is not None:
+                    found = _from_scores(
+                        mine[0], table, first, engine.topology.platform, self.pieces
+                    )
+                    total = found.astype(place.dtype)
+                return total if mine[1] is None else _add_lookup(total, mine[1], first)
 
             def of_some(i: jax.Array, place: jax.Array) -> jax.Array:
                 some = jax.tree.map(
-                    lambda x: jax.lax.dynamic_slice_in_dim(x, i * together, together), mapped
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, i * together, together),
+                    (head, looked_up),
                 )
                 found = jax.vmap(of_objective)(some)
                 return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
@@ -288,10 +307,14 @@ class _Call:
             # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
             if together == count:
-                place = jax.vmap(of_objective)(mapped)
+                place = jax.vmap(of_objective)((head, looked_up))
             else:
                 place = jax.lax.fori_loop(0, count // together, of_some, place)
-            gradients = engine.scatter(place, layout.axis)
+            if self.pieces > 1:
+                gradients = engine.scatter(place, 0)
+            else:
+                gradients = engine.scatter(place[:, 0], layout.axis)
+            gradients = gradients.reshape(len(gradients), height, -1)
             if not self.resolves:
                 return place, (gradients if self.deferred else gradients[0], None)
             section = sections_of_piece(
@@ -308,7 +331,7 @@ class _Call:
             return place, (update, call.new_rows(resolved, indices.members))
 
         # The place of the local gradients is handed on, so that it is not cleared for every slice.
-        empty = jnp.zeros((count, *self.stack.shape), layout.gathered_dtype)
+        empty = jnp.zeros((count, *shape), layout.gathered_dtype)
         slices = (jnp.arange(self.slices), states, inputs.indices)
         _, (pieces, rows) = jax.lax.scan(one, empty, slices)
         if self.deferred:  # [slices, K, rows, size] -> [K, V, size]
@@ -320,9 +343,10 @@ class _Call:
 def _objectives_at_once(head: HeadResiduals | None, height: int, platform: str) -> int:
     """Of how many objectives the gradients of one slice are formed at once.
 
-    On a GPU a loop costs launches, so as many as have no more logits together than may exist.
+    As many as have no more logits together than may exist: on a GPU a loop costs launches, on a
+    TPU what one objective leaves is copied into the order in which devices exchange it.
     """
-    if head is None or platform not in _GPU:
+    if head is None or platform == "cpu":
         return 1
     count, rows, length = head.targets.shape
     most = _MOST_LOGITS[platform] // (rows * length * height)
@@ -333,20 +357,51 @@ def _default_slices(rows: int) -> int:
     return next((n for n in range(8, 65) if rows % n == 0), 1)
 
 
-def _add_lookup(
-    total: jax.Array, tokens: jax.Array, vectors: jax.Array, first: jax.Array
-) -> jax.Array:
-    """Add vectors' cotangents [B, S, D] to the rows [height, D] of their tokens, in one slice."""
-    height, size = total.shape
-    row = tokens.reshape(-1) - first
-    row = jnp.where((row >= 0) & (row < height), row, height)
-    return total.at[row].add(vectors.reshape(-1, size).astype(total.dtype), mode="drop")
+class _Lookups(NamedTuple):
+    """Sums of vectors' cotangents by token. N looked-up tokens."""
+
+    tokens: jax.Array  # int32 [N]; -1 for those that occurred before
+    sums: jax.Array  # [N, D]; 0 for those that occurred before
+
+
+def _sums_by_token(vocabulary: int, dtype: Any, tokens: jax.Array, vectors: jax.Array) -> _Lookups:
+    """Add up vectors' cotangents [B, S, D] of equal tokens [B, S], in float32.
+
+    So that a table's gradient needs to be formed in no higher precision than it is sent in.
+    """
+    tokens = tokens.reshape(-1)
+    count = jnp.arange(tokens.size)
+    first = jnp.full(vocabulary, tokens.size).at[tokens].min(count)[tokens]
+    vectors = vectors.reshape(tokens.size, -1)
+    sums = jnp.zeros(vectors.shape, at_least_float32(vectors.dtype)).at[first].add(vectors)
+    return _Lookups(jnp.where(first == count, tokens, -1), sums.astype(dtype))
+
+
+def _add_lookup(total: jax.Array, lookups: _Lookups, first: jax.Array) -> jax.Array:
+    """Add sums of cotangents to the rows of their tokens, in one slice.
+
+    Args:
+      total: the slice's gradient so far, [pieces, height, D / pieces].
+      lookups: of all tokens.
+      first: number of the slice's first token.
+    """
+    pieces, height, _ = total.shape
+    row = lookups.tokens - first
+    outside = height + jnp.arange(row.size)  # numbers that do not occur twice
+    row = jnp.where((row >= 0) & (row < height), row, outside)
+    new = lookups.sums.reshape(row.size, pieces, -1).swapaxes(0, 1).astype(total.dtype)
+
+    def add(piece: int | jax.Array, total: jax.Array) -> jax.Array:
+        return total.at[piece, row].add(new[piece], mode="drop", unique_indices=True)
+
+    # One piece after the other: a TPU's compiler would reorder them to add to all at once.
+    return add(0, total) if pieces == 1 else jax.lax.fori_loop(0, pieces, add, total)
 
 
 def _from_scores(
-    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str
+    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str, pieces: int
 ) -> jax.Array:
-    """Gradient of one objective's scores with respect to one slice of the table."""
+    """Gradient of one objective's scores with respect to one slice of the table, in pieces."""
     rows, length = head.targets.shape
     most = _MOST_LOGITS.get(platform, _MOST_LOGITS["cpu"])
     chunks = -(-length * rows * table.shape[0] // most)
@@ -355,5 +410,5 @@ def _from_scores(
     h = jnp.pad(head.h, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(head.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
     normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (head.normaliser, head.cotangent))
-    skip = platform not in _GPU
-    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip)
+    skip = platform == "cpu"
+    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip, pieces=pieces)

@@ -22,8 +22,9 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.cpu_grams import grams_by_slices
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
+from jaxmoo.kernels.tpu_grams import tpu_gram
 from jaxmoo.platforms import several_devices
-from jaxmoo.sharding import varying
+from jaxmoo.sharding import divided_by_compiler, varying
 
 __all__ = [
     "cross_grams",
@@ -75,8 +76,8 @@ def gram_parts(
       partitioned: likewise.
       platform: the kind of devices on which the arrays lie, each piece by itself; see
         :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
-        divide; "interpret" does what that kernel does on any device. By default it is decided
-        when the program is lowered, and takes no kernel.
+        divide, and on a TPU one per array; "interpret" and "interpret-tpu" do what these do on
+        any device. By default it is decided when the program is lowered, and takes no kernel.
 
     Returns:
       [S, P, K, K] of each array, float32 or float64: their sums over P are the Gram matrices.
@@ -87,7 +88,11 @@ def gram_parts(
 
     if platform in ("gpu", "interpret") and not _is_partitioned(partitioned):
         return grams_in_one_kernel(arrays, interpret=platform == "interpret")
-    if _is_partitioned(partitioned) or platform == "tpu" or not arrays:
+    if _is_partitioned(partitioned) or not arrays:
+        found = whole(list(arrays))
+    elif platform in ("tpu", "interpret-tpu") and not divided_by_compiler():
+        found = [tpu_gram(x, interpret=platform != "tpu") for x in arrays]
+    elif platform == "tpu":
         found = whole(list(arrays))
     elif platform == "cpu":
         found = grams_by_slices(list(arrays))

@@ -118,7 +118,7 @@ def test_a_block_is_solved_whole_in_a_kernel(name, k):
 def test_a_kernel_is_asked_for_where_solvers_are_traced():
     """Once for all blocks, and nowhere else."""
     grams = jnp.asarray(problems(4))
-    for form, kernels in (("interpret", 1), (None, 0), ("tpu", 0)):
+    for form, kernels in (("interpret", 1), ("gpu", 1), ("tpu", 1), ("cpu", 0), (None, 0)):
 
         def solve(grams, form=form):
             with solving_on(form):

@@ -21,6 +21,7 @@ from jaxmoo.kernels.linear import (
     matmul,
     matvec,
     one_hot,
+    places,
     vecmat,
 )
 from jaxmoo.sharding import varying
@@ -79,13 +80,15 @@ def _by_masks(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.
     """The same in elementary operations, where everyone keeps their seat."""
     a, vectors = carry
     last = a.shape[0] - 1
-    seat = lax.iota(jnp.int32, last + 1)
+    seat, turn = places(last + 1), turn.astype(jnp.float32)
     # Seats that add up to the number of the round meet, around a table of all but the last; who
     # would meet themselves meets the last.
-    other = lax.rem(turn - seat + last, lax.full_like(seat, last))
-    other = jnp.where(other == seat, last, other)
-    its = lax.rem(lax.full_like(seat, 0) + turn * ((last + 1) // 2), lax.full_like(seat, last))
-    other = jnp.where(seat == last, its, other)
+    other = turn - seat
+    other = jnp.where(other < 0, other + last, other)
+    middle = turn * ((last + 1) // 2)
+    middle = middle - last * jnp.floor((middle + 0.5) / last)
+    other = jnp.where(other == seat, float(last), other)
+    other = jnp.where(seat == last, middle, other)
     meets = one_hot(other, a.dtype)
     mine, its = diagonal(a), matvec(meets, diagonal(a))
     first = seat < other
