@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxmoo.config.training import (
     Config,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -17,7 +18,8 @@ from jaxmoo.config.training import (
     TrainConfig,
 )
 from jaxmoo.models import DecoderConfig
-from jaxmoo.train.gradient_source import GradientSource, engine_source, make_gradients
+from jaxmoo.train.chips import Slice
+from jaxmoo.train.gradient_source import GradientSource, make_gradients, ordinary_gradients
 from jaxmoo.train.planning import AbstractStep, Plan, abstract_step, plan, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")
@@ -48,6 +50,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainable", default=".*", help="which parameters learn (all)")
     parser.add_argument("--batch-size", type=int, default=1, help="examples per language (1)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens (128)")
+    parser.add_argument("--packing", action="store_true", help="four texts share a row")
+    parser.add_argument("--lora", type=int, help="rank of adapters, which alone learn")
     parser.add_argument("--language", type=int, help="size of the mesh axis of this name")
     parser.add_argument("--dtype", default="float32", help="precision of the computation")
     parser.add_argument("--param-dtype", default="float32", help="precision of the parameters")
@@ -91,9 +95,15 @@ def step(flags: argparse.Namespace, languages: int, layers: int | None, kind: Ki
     return abstract_step(*_settings(flags, languages, layers, kind), attention=flags.attention)
 
 
-def count(flags: argparse.Namespace, languages: int, layers: int | None, kind: Kind) -> Plan:
-    """Compile a step for virtual CPU devices and count what it costs; see :func:`step`."""
-    return plan(*_settings(flags, languages, layers, kind))
+def count(
+    flags: argparse.Namespace,
+    languages: int,
+    layers: int | None,
+    kind: Kind,
+    place: Slice | None = None,
+) -> Plan:
+    """Compile a step for virtual CPU devices, or for chips, and count what it costs."""
+    return plan(*_settings(flags, languages, layers, kind), place)
 
 
 def _settings(
@@ -115,7 +125,9 @@ def _settings(
             seen=[f"l{i}" for i in range(k)],
             batch_size=flags.batch_size * languages // k,
             sequence_length=flags.sequence_length,
+            packing=flags.packing,
         ),
+        lora=LoraConfig(rank=flags.lora),
         resolve=ResolveConfig(
             aggregator=kind.aggregator,
             blocks=kind.blocks,
@@ -131,12 +143,4 @@ def _settings(
         train=TrainConfig(steps=1000),
         mesh=MeshConfig(language=None if plain else flags.language),
     )
-    return config, shape(flags, layers), _plain if plain else make_gradients
-
-
-def _plain(*arguments: Any) -> GradientSource:
-    """The engine without per-language gradients."""
-    engine = make_gradients(*arguments).engine
-    assert engine is not None
-    engine = dataclasses.replace(engine, rules=dataclasses.replace(engine.rules, groups=None))
-    return engine_source(engine)
+    return config, shape(flags, layers), ordinary_gradients if plain else make_gradients

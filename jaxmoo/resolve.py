@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
 from jaxmoo.aggregators.solvers import mean_norm as norm_of
+from jaxmoo.aggregators.weighing import draw
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.launch import in_one_launch, solving_on
@@ -393,8 +394,11 @@ def _solve_block(
 ) -> tuple[_Solved, Any]:
     """Solve one block, given its Gram matrix and the one that the method reads."""
     if method.elementary:
-        importance = () if preference is None else (preference.astype(gram.dtype),)
-        found = _solve_elementary(gram, active, *importance, method=method, match_norm=match_norm)
+        importance = None if preference is None else preference.astype(gram.dtype)
+        drawn = draw(method, key, number, len(active))
+        found = _solve_elementary(
+            gram, active, importance, drawn, method=method, match_norm=match_norm
+        )
         return found, state
 
     def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
@@ -417,7 +421,8 @@ def _solve_block(
 def _solve_elementary(
     gram: jax.Array,
     active: jax.Array,
-    preference: jax.Array | None = None,
+    preference: jax.Array | None,
+    drawn: jax.Array | None,
     *,
     method: Aggregator,
     match_norm: bool,
@@ -425,7 +430,7 @@ def _solve_elementary(
     """Solve one block by a method of which a kernel takes everything."""
 
     def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
-        return weigh_block(method, gram, active=used, preference=preference)
+        return weigh_block(method, gram, active=used, preference=preference, drawn=drawn)
 
     return _solve(gram, active, preference, weigh, match_norm)[0]
 
@@ -454,6 +459,7 @@ def _solve(
 _FEW = 2**20
 
 
+@jax.named_scope("gram")
 def _sum_by_block(
     parts: Sequence[jax.Array], labels: Sequence[jax.Array], num_blocks: int
 ) -> jax.Array:

@@ -11,6 +11,8 @@ from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.sizes import parse_size
+from jaxmoo.train.chips import CHIPS, slice_of
+from jaxmoo.train.gradient_source import ordinary, ordinary_gradients
 from jaxmoo.train.planning import plan, shape_of
 
 __all__ = ["main"]
@@ -23,27 +25,50 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo plan") -> i
     """Run the command; return its exit code: 0 it fits, 1 it does not, else see `command`."""
     options = _parser(prog).parse_intermixed_args(arguments)
     jax.config.update("jax_platforms", "cpu")
-    if not 1 <= options.devices <= MOST_DEVICES:
-        raise ConfigError(f"--devices takes 1 to {MOST_DEVICES}, found {options.devices}.")
-    jax.config.update("jax_num_cpu_devices", options.devices)
-    device_memory = parse_size(options.device_memory, what="--device-memory", needs_unit=True)
+    place = None if options.chip is None else slice_of(options.chip)
+    if place is None:
+        devices = 1 if options.devices is None else options.devices
+        if not 1 <= devices <= MOST_DEVICES:
+            raise ConfigError(f"--devices takes 1 to {MOST_DEVICES}, found {devices}.")
+        jax.config.update("jax_num_cpu_devices", devices)
+    elif options.devices is not None:
+        raise ConfigError(
+            f"--devices is a number of virtual devices; --chip {place.name} says how many there "
+            "are. Leave out one of them."
+        )
+    memory = place.chip.memory if place else parse_size("80GB")
+    if options.device_memory is not None:
+        memory = parse_size(options.device_memory, what="--device-memory", needs_unit=True)
     config = load_config(options.config, options.overrides)
-    found = plan(config, shape_of(options.model or config.model.source))
-    print(found.table())
-    print(found.advice(device_memory))
-    return int(found.total > device_memory)
+    architecture = shape_of(options.model or config.model.source)
+    found = plan(config, architecture, place=place)
+    plain = None
+    if options.against == "plain":
+        plain = plan(ordinary(config), architecture, ordinary_gradients, place)
+    print(found.table(plain))
+    print(found.advice(memory))
+    return int(found.total > memory)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="What a training run will cost, before there are devices, weights or data: its "
-        "step is compiled for so many virtual devices, and per device memory by kind, bytes sent "
-        "and floating-point operations are counted.",
+        "step is compiled for so many virtual devices, or for the chips named, and per device "
+        "memory by kind, bytes sent and floating-point operations are counted.",
     )
     add_settings(parser, "run")
-    parser.add_argument("--devices", type=int, default=1, help="number of devices (1)")
-    parser.add_argument("--device-memory", default="80GB", help="memory of each (80GB)")
+    parser.add_argument("--devices", type=int, help="number of virtual devices (1)")
+    parser.add_argument(
+        "--chip",
+        metavar="NAME:SIZE",
+        help="compile for these chips by their own compiler, such as h100:8 or v5e:2x4; of "
+        f"{', '.join(CHIPS)}",
+    )
+    parser.add_argument("--device-memory", help="memory of each (80GB, or what the chip has)")
+    parser.add_argument(
+        "--against", choices=["plain"], help="put ordinary fine-tuning on the same tokens beside it"
+    )
     parser.add_argument(
         "--model",
         help="name of a published model, or a directory with its config.json (the config's "

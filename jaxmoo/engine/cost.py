@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jaxmoo.engine.hlo import Instruction, Program
 from jaxmoo.engine.jaxprs import inner_jaxprs
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "collectives",
     "compile_to_count",
     "flops",
+    "kind_of",
     "memory",
+    "sent_bytes",
     "traced_collective_bytes",
 ]
 
@@ -99,8 +102,18 @@ def collectives(compiled: Any) -> list[Collective]:
     Raises:
       ValueError: the program's text is not as expected.
     """
-    program = _Program(compiled.as_text())
-    return list(program.collectives(program.entry, 1, True))
+    program = Program(compiled.as_text())
+    return [
+        Collective(
+            kind=kind,
+            bytes=sent_bytes(program, visit.computation, visit.instruction),
+            times=visit.times,
+            counted=not visit.loops,
+            source=visit.instruction.source,
+        )
+        for visit in program.walk(into=None)
+        if (kind := kind_of(visit.instruction)) is not None
+    ]
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -187,15 +200,6 @@ def traced_collective_bytes(jaxpr: Any) -> dict[str, int]:
 
 # --- Compiled programs, as text ---------------------------------------------------------------
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
-    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 _SENT = {
     "all-gather": lambda size, n: size * (n - 1),
     "reduce-scatter": lambda size, n: size * (n - 1) // n,
@@ -205,82 +209,43 @@ _SENT = {
 }
 
 
-class _Instruction(NamedTuple):
-    size: int  # bytes of the result
-    opcode: str
-    rest: str  # operands and attributes
+def kind_of(instruction: Instruction) -> str | None:
+    """The kind of communication that an instruction is, or begins; None where it is none."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in _SENT else None
 
 
-class _Program:
-    """The text of a compiled program, cut into computations and instructions."""
+def sent_bytes(program: Program, computation: str, instruction: Instruction) -> int:
+    """Bytes that each device sends by one communication.
 
-    def __init__(self, text: str) -> None:
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        mine: dict[str, _Instruction] = {}
-        header, *lines = text.splitlines()
-        counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
-        self.devices = math.prod(map(int, counts))
-        for line in lines:
-            if start := _COMPUTATION.match(line):
-                mine = self.computations[start[2]] = {}
-                if start[1]:
-                    self.entry = start[2]
-            elif found := _INSTRUCTION.match(line):
-                name, kind, opcode, rest = found.groups()
-                mine[name] = _Instruction(_nbytes(kind), opcode, rest)
-        if not hasattr(self, "entry"):
-            raise ValueError(f"expected the text of a compiled program, found {header[:60]!r}...")
+    Args:
+      program: the program.
+      computation: name of the computation that the instruction stands in.
+      instruction: one that has a kind; see :func:`kind_of`.
 
-    def collectives(self, computation: str, times: int, counted: bool) -> Iterator[Collective]:
-        instructions = self.computations[computation]
-        for _, opcode, rest in instructions.values():
-            kind = opcode.removesuffix("-start")
-            if kind in _SENT:
-                operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-                size = sum(instructions[name].size for name in operands)
-                source = _SOURCE.search(rest)
-                yield Collective(
-                    kind=kind,
-                    bytes=_SENT[kind](size, self._group_size(kind, rest)),
-                    times=times,
-                    counted=counted,
-                    source=source[1] if source else "",
-                )
-            elif opcode not in ("async-update", "async-done"):  # they repeat the name of the start
-                rounds = _TRIPS.search(rest) if opcode == "while" else None
-                inner = times * int(rounds[1]) if rounds else times
-                known = counted and (opcode != "while" or rounds is not None)
-                for name in _called(rest):
-                    yield from self.collectives(name, inner, known)
-
-    def _group_size(self, kind: str, rest: str) -> int:
-        if kind == "collective-permute":
-            return self.devices
-        if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-            return int(found[1])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            # Part of an axis is written as 'a':(1)2, where 2 is its size.
-            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-            return math.prod(int(part or sizes[axis]) for axis, part in axes)
-        found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
-        if not found:
-            raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
-        return found[1].count(",") + 1 if found[1] else self.devices
+    Raises:
+      ValueError: its text is not as expected.
+    """
+    kind = kind_of(instruction) or ""
+    mine = program.computations[computation]
+    size = sum(mine[name].nbytes for name in instruction.operands)
+    return _SENT[kind](size, _group_size(program, kind, instruction.rest))
 
 
-def _called(rest: str) -> list[str]:
-    found = _CALLED.findall(rest)
-    return [n.strip(" %") for several, single in found for n in (several or single).split(",")]
-
-
-def _nbytes(kind: str) -> int:
-    """Bytes of all arrays of a type such as ``(f32[2,3]{1,0}, pred[])``."""
-    total = 0
-    for _, bits, shape in _ARRAY.findall(kind):  # pred, a truth value, takes a byte
-        count = math.prod(int(n) for n in shape.split(",") if n)
-        total += -(-count * int(bits or 8) // 8)
-    return total
+def _group_size(program: Program, kind: str, rest: str) -> int:
+    if kind == "collective-permute":
+        return program.devices
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        # Part of an axis is written as 'a':(1)2, where 2 is its size.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
+    if not found:
+        raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
+    return found[1].count(",") + 1 if found[1] else program.devices
 
 
 # --- Traced programs --------------------------------------------------------------------------

@@ -179,6 +179,7 @@ class Layout:
         return math.prod(self.shape)
 
 
+@jax.named_scope("gather_pieces")
 def gather(piece: jax.Array, axis: int | None) -> jax.Array:
     """Make the whole array from all devices' pieces."""
     if axis is None:
@@ -186,6 +187,7 @@ def gather(piece: jax.Array, axis: int | None) -> jax.Array:
     return jax.lax.all_gather(piece, (LANGUAGE, FSDP), axis=axis, tiled=True)
 
 
+@jax.named_scope("exchange")
 def scatter(gradients: jax.Array, axis: int | None, topology: Topology) -> jax.Array:
     """Sum gradients over examples and hand each device all objectives' gradients of its piece.
 

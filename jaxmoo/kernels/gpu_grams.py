@@ -121,12 +121,12 @@ def _in_kernel(rows: Sequence[_Rows], interpret: bool) -> list[jax.Array]:
         functools.partial(_kernel, shares, tile),
         grid=(programs,),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=jax.ShapeDtypeStruct((programs, tile.stacked, k, k), jnp.float32),
+        out_specs=pl.BlockSpec((1, height, height), lambda i: (i, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((programs, height, height), jnp.float32),
         **options,
     )(*arrays)
     return [
-        parts[s.first : s.first + s.sections * s.programs].reshape(s.sections, -1, k, k)
+        parts[s.first : s.first + s.sections * s.programs, :k, :k].reshape(s.sections, -1, k, k)
         for s in shares
     ]
 
@@ -160,7 +160,7 @@ def _shares(rows: Sequence[_Rows], arrays: Sequence[jax.Array], tile: _Tile) -> 
 def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
     *arrays, out = refs
     program = pl.program_id(0)
-    side, k = tile.height * tile.stacked, tile.objectives
+    side = tile.height * tile.stacked
     for share in shares:
         x, mine = arrays[share.array], program - share.first
 
@@ -190,6 +190,6 @@ def _kernel(shares: Sequence[_Share], tile: _Tile, *refs: Any) -> None:
             total = lax.fori_loop(0, rounds, add, zeros)
             # Only the products of tiles with themselves.
             row, column = (lax.broadcasted_iota(jnp.int32, (side, side), i) for i in (0, 1))
-            i, j = row % tile.height, column % tile.height
-            own = (row // tile.height == column // tile.height) & (jnp.maximum(i, j) < k)
-            triton.store(out.at[program, row // tile.height, i, j], total, mask=own)
+            own = jnp.where(row // tile.height == column // tile.height, total, 0.0)
+            tiles = (tile.stacked, tile.height)
+            out[0] = own.reshape(*tiles, *tiles).sum(2).sum(0)

@@ -45,7 +45,8 @@ def solving_on(platform: str | None) -> Iterator[None]:
     """
     token = _platform.set(platform)
     try:
-        yield
+        with jax.named_scope("solve"):
+            yield
     finally:
         _platform.reset(token)
 
@@ -54,9 +55,10 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
     """Make a solver of one block's problem a single kernel where kernels are asked for.
 
     Args:
-      solver: a function of arrays of shape [K, K] (the first), [K] and [], of float32 or bool, and
-        of keyword arguments that are no arrays, to a pytree of such arrays. An objective that is
-        all zero or False must change nothing for the others: K is filled up to a power of two.
+      solver: a function of arrays of shape [K, K] (the first), [K] and [], of float32, bool or
+        int32, or None, and of keyword arguments that are no arrays, to a pytree of such arrays. An
+        objective that is all zero, False and -1 must change nothing for the others: K is filled up
+        to a power of two.
 
     Returns:
       The same function. Mapped over blocks, by ``vmap``, all of them are one kernel.
@@ -72,24 +74,36 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
         wanted = platform in _PLATFORMS and not (platform == "tpu" and divided_by_compiler())
         if not wanted or arrays[0].dtype != jnp.float32:
             return solver(*arrays, **static)
-        arrays = tuple(map(jnp.asarray, arrays))
         k = arrays[0].shape[-1]
         fill = pl.next_power_of_2(k) - k
-        padded = [lax.pad(x, jnp.zeros((), x.dtype), [(0, fill, 0)] * x.ndim)[None] for x in arrays]
+
+        def padded(x: jax.Array) -> jax.Array:
+            nothing = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+            return lax.pad(x, jnp.asarray(nothing, x.dtype), [(0, fill, 0)] * x.ndim)[None]
+
+        there = tuple(x is not None for x in arrays)
         settings = tuple(sorted(static.items()))
-        found = _many(solver, settings, platform)(*padded)
+        found = _many(solver, settings, there, platform)(
+            *(padded(jnp.asarray(x)) for x in arrays if x is not None)
+        )
         return jax.tree.map(lambda x: x[(0, *(slice(k),) * (x.ndim - 1))], found)
 
     return call
 
 
 @functools.cache
-def _many(solver: Callable[..., Any], settings: tuple[tuple[str, Any], ...], platform: str) -> Any:
+def _many(
+    solver: Callable[..., Any],
+    settings: tuple[tuple[str, Any], ...],
+    there: tuple[bool, ...],
+    platform: str,
+) -> Any:
     """A function of [B, ...] arrays that solves B problems in one kernel."""
 
     def solve(*arrays: jax.Array) -> Any:
-        with elementary():
-            return solver(*arrays, **dict(settings))
+        each = iter(arrays)
+        with elementary(platform):
+            return solver(*(next(each) if one else None for one in there), **dict(settings))
 
     @custom_vmap
     def many(*arrays: jax.Array) -> Any:
@@ -114,7 +128,7 @@ def _many(solver: Callable[..., Any], settings: tuple[tuple[str, Any], ...], pla
                 jax.ShapeDtypeStruct((blocks, *_tile(x.shape)), jnp.float32) for x in results
             ],
             **_options(platform, arrays[0].shape[-1]),
-        )(*(_flags(x, platform).reshape(blocks, *_tile(x.shape[1:])) for x in arrays))
+        )(*(_numbers(x, platform).reshape(blocks, *_tile(x.shape[1:])) for x in arrays))
         shaped = [x.reshape(blocks, *like.shape) for x, like in zip(found, results, strict=True)]
         shaped = [
             x > 0 if like.dtype == bool else x for x, like in zip(shaped, results, strict=True)
@@ -144,12 +158,14 @@ def _read(ref: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     x = ref[0] if like.ndim == 2 else ref[0, 0]
     if like.ndim == 0:
         x = jnp.max(x)  # registers of TPUs hold vectors only
-    return x > 0 if like.dtype == bool and x.dtype != bool else x
+    if like.dtype == x.dtype:
+        return x
+    return x > 0 if like.dtype == bool else x.astype(like.dtype)
 
 
-def _flags(x: jax.Array, platform: str) -> jax.Array:
-    """Whatever is no number as one, except on GPUs, where that is a launch of its own."""
-    return x.astype(jnp.float32) if x.dtype == bool and platform != "gpu" else x
+def _numbers(x: jax.Array, platform: str) -> jax.Array:
+    """Flags and integers as float32, except on GPUs, where that is a launch of its own."""
+    return x if platform == "gpu" else x.astype(jnp.float32)
 
 
 def _options(platform: str, k: int) -> dict[str, Any]:

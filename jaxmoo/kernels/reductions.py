@@ -62,6 +62,7 @@ def section_grams(
     return [x[:, 0] for x in gram_parts(arrays, partitioned=partitioned)]
 
 
+@jax.named_scope("gram")
 def gram_parts(
     arrays: Sequence[jax.Array],
     *,
@@ -177,6 +178,7 @@ def grams_in_range(
     return jax.lax.cond(doubtful.any(), look, lambda: plain)
 
 
+@jax.named_scope("gram")
 def scaled_grams(
     x: jax.Array, scale: jax.Array, y: jax.Array | None = None, *, partitioned: bool | None = None
 ) -> jax.Array:
@@ -218,6 +220,7 @@ def scaled_grams(
     return jax.lax.fori_loop(0, pieces, add, rest) if pieces else rest
 
 
+@jax.named_scope("combine")
 def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
     """Combine the objectives of every section.
 

@@ -6,15 +6,18 @@ beforehand what a step of it needs. A run is set up in :mod:`~jaxmoo.train.setup
 :mod:`~jaxmoo.train.reporter`.
 """
 
+from jaxmoo.train.chips import ChipFullError, slice_of
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.planning import Plan, plan
 from jaxmoo.train.run import InterruptedRunError, NonFiniteLossError, train
 
 __all__ = [
+    "ChipFullError",
     "InterruptedRunError",
     "NonFiniteLossError",
     "Plan",
     "plan",
     "read_metrics",
+    "slice_of",
     "train",
 ]

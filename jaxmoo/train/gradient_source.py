@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmoo import aggregators, blocks, mesh, weighting
 from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import Blocks, Partition, path_string
-from jaxmoo.config import Config
+from jaxmoo.config import Config, ResolveConfig, SamplingConfig
 from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
@@ -30,6 +31,8 @@ __all__ = [
     "block_rule",
     "engine_source",
     "make_gradients",
+    "ordinary",
+    "ordinary_gradients",
     "sampled",
     "token_mean",
     "weighted",
@@ -136,6 +139,48 @@ def make_gradients(
     if resolution.token_mean:
         source = token_mean(source)
     return sampled(source, len(seen)) if config.data.samples else source
+
+
+def ordinary(config: Config) -> Config:
+    """Return the settings of ordinary fine-tuning on the tokens of a run's step, as one batch.
+
+    For :func:`ordinary_gradients`, with whose step that of the run is compared.
+
+    Args:
+      config: the run's settings.
+    """
+    data = config.data
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            seen=data.seen[:1],
+            unseen=[],
+            languages_per_step=None,
+            sampling=SamplingConfig(),
+            batch_size=data.batch_size * data.step_languages,
+        ),
+        resolve=ResolveConfig(aggregator="mean"),
+        mesh=dataclasses.replace(config.mesh, language=None),
+    )
+
+
+def ordinary_gradients(
+    config: Config,
+    merge: Callable[[Any, Any], Decoder],
+    params: Any,
+    frozen: Any,
+    device_mesh: Mesh,
+) -> GradientSource:
+    """Make the source of the gradient of ordinary fine-tuning, sharded as the engine shards it.
+
+    The arguments are those of :func:`make_gradients`; the settings are :func:`ordinary`'s.
+    """
+    engine = make_gradients(config, merge, params, frozen, device_mesh).engine
+    assert engine is not None
+    return engine_source(
+        dataclasses.replace(engine, rules=dataclasses.replace(engine.rules, groups=None))
+    )
 
 
 def _backward(

@@ -1,17 +1,19 @@
 """What a run will cost, found by compiling its step for devices that need not exist.
 
 The step is the trainer's own, compiled for arrays that are shapes only: no weights are read, no
-data, and nothing is downloaded. Programs are compiled for the CPU. There, half precision is partly
-computed in float32 and attention is not fused, so on an accelerator temporaries are mostly smaller.
+data, and nothing is downloaded. It is compiled for virtual CPUs, where half precision is partly
+computed in float32 and attention is not fused, so that on an accelerator temporaries are mostly
+smaller; or, by its own compiler, for a chip that need not be here either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +34,11 @@ from jaxmoo.models.presets import preset
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.sizes import format_size
+from jaxmoo.train.chip_plan import ChipPlan
+from jaxmoo.train.chips import Slice, answering_for, compile_for
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.setup import make_run_mesh, step_spec
+from jaxmoo.train.setup import make_run_mesh, run_attention, step_spec
 from jaxmoo.train.step import TrainState, abstract_state, compiled_step
 
 __all__ = [
@@ -80,12 +84,14 @@ class AbstractStep(NamedTuple):
       arguments: its (state, frozen, batch): shapes, dtypes and shardings.
       gradients: where its gradient comes from.
       device_mesh: the devices.
+      attention: its implementation.
     """
 
     function: Any
     arguments: tuple[TrainState, Any, Any]
     gradients: GradientSource
     device_mesh: Mesh
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +109,8 @@ class Plan:
       flops: floating-point operations of a step, if every token is a target.
       late: paths and bytes of parameters whose blocks are resolved after the backward pass.
       compile_seconds: how long the compiler took.
+      attention: the implementation of attention.
+      chip: what only the chip's own program tells; None for virtual CPUs.
     """
 
     axes: dict[str, int]
@@ -113,12 +121,14 @@ class Plan:
     flops: float
     late: dict[str, int]
     compile_seconds: float
+    attention: str = "xla"
+    chip: ChipPlan | None = None
 
     def advice(self, device_memory: int) -> str:
         """Say whether the step fits a device, and if not what to change.
 
         Args:
-          device_memory: bytes.
+          device_memory: bytes that a device has.
         """
         needed, there = format_size(self.total), format_size(device_memory)
         if self.total <= device_memory:
@@ -129,54 +139,132 @@ class Plan:
             f"({format_size(size)}): {_REMEDIES[kind]}."
         )
 
-    def table(self) -> str:
-        """Return the plan as text."""
+    def table(self, against: Plan | None = None) -> str:
+        """Return the plan as text.
+
+        Args:
+          against: another plan to stand beside it, such as that of ordinary fine-tuning.
+        """
         shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
-        lines = [f"{math.prod(self.axes.values())} devices ({shape}), {self.blocks} blocks", ""]
-        memory = {**self.memory, "total": self.total}
-        lines += [_rows("memory per device", memory)]
-        if self.late:
-            lines += ["", _rows("resolved after the backward pass", self.late)]
-        sent = {**self.collectives, "total": sum(self.collectives.values())}
-        lines += ["", _rows("sent per device and step", sent)]
-        lines += ["", f"{self.flops / 1e12:,.2f} TFLOP per device and step"]
-        lines += [
-            f"compiled in {self.compile_seconds:.0f} s for CPUs: elsewhere temporaries of bfloat16 "
-            "and of attention are smaller"
-        ]
-        return "\n".join(lines)
+        what = "devices" if self.chip is None else f"chips, {self.chip.place}"
+        lines = [f"{math.prod(self.axes.values())} {what} ({shape}), {self.blocks} blocks"]
+        others = {} if against is None else against._sections()
+        for title, section in self._sections().items():
+            lines += ["", _rows(title, section, others.get(title, {}), beside=against is not None)]
+        return "\n".join([*lines, *self._notes()])
+
+    def _sections(self) -> dict[str, dict[str, Quantity]]:
+        """Everything that is counted, by title and name."""
+        found: dict[str, dict[str, Quantity]] = {}
+
+        def section(title: str, items: Mapping[str, float], show: Callable[[float], str]) -> None:
+            if items:
+                whole = {**items, _TOTAL: sum(items.values())}
+                found[title] = {name: Quantity(count, show(count)) for name, count in whole.items()}
+
+        section("memory per device", self.memory, format_size)
+        section("resolved after the backward pass", self.late, format_size)
+        section("sent per device and step", self.collectives, format_size)
+        if self.chip is not None:
+            exposed = {kind: sent.exposed for kind, sent in self.chip.sent.items()}
+            section("of these with no product beside them", exposed, format_size)
+            if self.chip.launches is not None:
+                section("kernels started per step", self.chip.launches.parts, "{:,.0f}".format)
+            if self.chip.cycles is not None:
+                section("cycles expected, in millions", self.chip.cycles.parts, _millions)
+        found["work per device and step"] = {
+            "products": Quantity(self.flops, f"{self.flops / 1e12:,.2f} TFLOP")
+        }
+        return found
+
+    def _notes(self) -> list[str]:
+        chip = self.chip
+        if chip is None:
+            return [
+                f"compiled in {self.compile_seconds:.0f} s for CPUs: elsewhere temporaries of "
+                "bfloat16 and of attention are smaller"
+            ]
+        notes = []
+        least = chip.least_seconds(self.flops)
+        if least is not None:
+            notes.append(f"at the chip's peak the products would take {least:.3f} s")
+        if chip.conflict_share is not None:
+            notes.append(
+                f"cycles of conflicts by name are {chip.conflict_share:.1%} of the others; "
+                "communication and hand-written kernels have no estimate"
+            )
+        for counted, what in ((chip.launches, "kernels"), (chip.cycles, "cycles")):
+            if counted is not None and counted.per_round:
+                rounds = sum(counted.per_round.values())
+                notes.append(
+                    f"and {rounds:,} {what} for one round of each loop whose number of rounds "
+                    f"depends on the data ({len(counted.per_round)} of them)"
+                )
+        notes.append(f"attention: {self.attention}")
+        notes.append(f"compiled in {self.compile_seconds:.0f} s by the compiler for {chip.place}")
+        return notes
+
+
+_TOTAL = "total"
+
+
+class Quantity(NamedTuple):
+    """A number and how it is shown."""
+
+    count: float
+    text: str
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.2f}"
 
 
 def plan(
     config: Config,
     architecture: DecoderConfig | None = None,
     gradients: Callable[..., GradientSource] = make_gradients,
+    place: Slice | None = None,
 ) -> Plan:
     """Compile the step of a run and count what it costs.
 
     It is planned for the devices that JAX has; ``jax.config.update("jax_num_cpu_devices", n)``,
-    before JAX is used, makes as many as one likes.
+    before JAX is used, makes as many as one likes. With ``place`` it is planned for chips, by their
+    own compiler.
 
     Args:
       config: the run's settings.
       architecture: the model's sizes; by default those of ``config.model.source``, as
         :func:`shape_of` finds them.
       gradients: where the step's gradient comes from.
+      place: chips that need not be here, from :func:`jaxmoo.train.chips.slice_of`.
 
     Returns:
       What a step needs, per device; :meth:`Plan.table` shows it.
 
     Raises:
-      ConfigError: the settings contradict each other, the model or the devices.
+      ConfigError: the settings contradict each other, the model or the devices, or the compiler
+        for the chips is not installed.
+      ChipFullError: the program does not fit the chips, and their compiler makes none.
     """
     validate(config)
     if architecture is None:
         architecture = shape_of(config.model.source)
-    step = abstract_step(config, architecture, gradients)
+    with contextlib.nullcontext() if place is None else answering_for(place.chip):
+        devices = None if place is None else place.devices()
+        step = abstract_step(config, architecture, gradients, devices=devices)
+        traced = step.function.trace(*step.arguments)
     begun = time.perf_counter()
-    traced = step.function.trace(*step.arguments)
-    compiled = cost.compile_to_count(traced.lower())
+    if place is None:
+        compiled = cost.compile_to_count(traced.lower())
+    else:
+        compiled = compile_for(place, traced)
     seconds = time.perf_counter() - begun
+    chip = None
+    if place is not None:
+        chip = ChipPlan.of(place, step.device_mesh.devices.flat[0], compiled)
+        collectives = {kind: sent.bytes for kind, sent in chip.sent.items()}
+    else:
+        collectives = bytes_sent(step, traced, compiled)
     memory = cost.memory(compiled)
     late = _late(step)
     counted = cost.flops(traced.jaxpr, step.device_mesh.size)
@@ -185,10 +273,12 @@ def plan(
         blocks=len(step.gradients.partition),
         memory=_memory_by_kind(step, traced.jaxpr.jaxpr, memory, sum(late.values())),
         total=memory["peak"],
-        collectives=bytes_sent(step, traced, compiled),
+        collectives=collectives,
         flops=counted["total"] + _head_flops(architecture, step),
         late=late,
         compile_seconds=seconds,
+        attention=step.attention,
+        chip=chip,
     )
 
 
@@ -209,7 +299,8 @@ def abstract_step(
     config: Config,
     architecture: DecoderConfig,
     gradients: Callable[..., GradientSource] = make_gradients,
-    attention: str = "xla",
+    attention: str | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> AbstractStep:
     """Build the trainer's step around shapes in the place of arrays.
 
@@ -217,14 +308,20 @@ def abstract_step(
       config: the run's settings.
       architecture: the model's sizes.
       gradients: where the step's gradient comes from.
-      attention: implementation of attention; by default the one that can be compiled for the CPU.
+      attention: implementation of attention; by default the run's own, and on a CPU the one that
+        can be compiled for it.
+      devices: the devices; see :func:`jaxmoo.mesh.make_mesh`.
 
     Raises:
       ConfigError: the settings contradict each other, the model or the devices.
     """
     check_model(config, architecture)
-    device_mesh = make_run_mesh(config)
-    model = config.model
+    device_mesh = make_run_mesh(config, devices)
+    model, platform = config.model, platform_of(device_mesh.devices.flat)
+    if attention is None:
+        # A plan for CPUs stands in for that of a device that has what the settings name.
+        on_cpu = platform == "cpu"
+        attention = "xla" if on_cpu else run_attention(config, architecture, device_mesh)
     decoder = Decoder.abstract(
         architecture,
         segments=run_segments(config, architecture),
@@ -232,7 +329,7 @@ def abstract_step(
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
-        platform=platform_of(device_mesh.devices.flat),
+        platform=platform,
     )
     graph, params, frozen = split_model(config, decoder)
 
@@ -251,7 +348,7 @@ def abstract_step(
         for name, (shape, dtype) in step_spec(config.data).items()
     }
     function = compiled_step(source, optimizer, state, device_mesh, ema=config.optimizer.ema)
-    return AbstractStep(function, (state, frozen, batch), source, device_mesh)
+    return AbstractStep(function, (state, frozen, batch), source, device_mesh, decoder.attention)
 
 
 def _with_sharding(tree: Any, shardings: Any) -> Any:
@@ -363,6 +460,15 @@ def _head_flops(architecture: DecoderConfig, step: AbstractStep) -> float:
     return products * 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
 
-def _rows(title: str, items: dict[str, int]) -> str:
-    rows = [[name, format_size(count)] for name, count in items.items()]
-    return f"{title}\n{textwrap.indent(plain_table(rows, ('left', 'right')), '  ')}"
+def _rows(
+    title: str, items: Mapping[str, Quantity], others: Mapping[str, Quantity], *, beside: bool
+) -> str:
+    nothing = Quantity(0, "-")
+    rows = [["", "this", "plain", "ratio"]] if beside else []
+    names = dict.fromkeys([*items, *others])
+    for name in sorted(names, key=lambda name: name == _TOTAL):  # which comes last
+        one, other = items.get(name, nothing), others.get(name, nothing)
+        ratio = f"{one.count / other.count:.3f}" if other.count else ""
+        rows.append([name, one.text, other.text, ratio] if beside else [name, one.text])
+    alignment = ("left", *["right"] * (len(rows[0]) - 1))
+    return f"{title}\n{textwrap.indent(plain_table(rows, alignment), '  ')}"

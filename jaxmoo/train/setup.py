@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from jaxmoo.train.optimizer import make_optimizer
 from jaxmoo.train.step import TrainState, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
 
-__all__ = ["Setup", "make_run_mesh", "prepare", "step_spec"]
+__all__ = ["Setup", "make_run_mesh", "prepare", "run_attention", "step_spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,12 @@ class Setup:
         return NamedSharding(self.device_mesh, P())
 
 
-def make_run_mesh(config: Config) -> Mesh:
+def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices as the settings say.
+
+    Args:
+      config: the run's settings.
+      devices: the devices; see :func:`jaxmoo.mesh.make_mesh`.
 
     Raises:
       ConfigError: the devices, or the examples of a step, cannot be divided so.
@@ -99,6 +103,7 @@ def make_run_mesh(config: Config) -> Mesh:
         fsdp=sizes.fsdp,
         data=sizes.data,
         tensor=sizes.tensor,
+        devices=devices,
     )
     data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
     parts = data * fsdp * config.train.microbatches
@@ -109,6 +114,23 @@ def make_run_mesh(config: Config) -> Mesh:
             "each take an equal share of a language's examples."
         )
     return device_mesh
+
+
+def run_attention(config: Config, architecture: DecoderConfig, device_mesh: Mesh) -> str:
+    """Choose the implementation of attention that a run uses on its devices.
+
+    Raises:
+      ConfigError: the one that the settings name cannot run on them.
+    """
+    name, tensor = config.model.attention, config.mesh.tensor
+    platform = platform_of(device_mesh.devices.flat)
+    # Over the tensor axis only cuDNN's kernel is divided, by heads.
+    divided = platform == "gpu" and architecture.num_key_value_heads % tensor == 0
+    if name == "auto" and tensor > 1 and not divided:
+        name = "xla"
+    return choose_attention(
+        name, head_dim=architecture.head_dim, dtype=config.model.dtype, platform=platform
+    )
 
 
 def step_spec(data: DataConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -146,12 +168,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     architecture = load_model_config(source)
     check_model(config, architecture)
     segments = run_segments(config, architecture)
-    # Kernels cannot be divided by the compiler, to which the tensor axis is left.
-    fastest = "xla" if model.attention == "auto" and config.mesh.tensor > 1 else model.attention
-    platform = platform_of(device_mesh.devices.flat)
-    attention = choose_attention(
-        fastest, head_dim=architecture.head_dim, dtype=model.dtype, platform=platform
-    )
+    attention = run_attention(config, architecture, device_mesh)
     say(f"Attention: {attention}.")
 
     def shardings(tree: Any) -> Any:
@@ -168,7 +185,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
-        platform=platform,
+        platform=platform_of(device_mesh.devices.flat),
         shardings=shardings,
     )
     graph, params, frozen = split_model(config, decoder)

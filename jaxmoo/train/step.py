@@ -150,8 +150,9 @@ def make_train_step(
         losses, updates, resolver = gradients.compute(state.params, frozen, batch, state.resolver)
         # Of the gradient itself: blocks' norms are means over microbatches and replicas.
         grad_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
-        updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         resolved = gradients.diagnostics(resolver)
         average = state.ema
         if ema is not None:

@@ -35,8 +35,8 @@ def gpu_script(tmp_path_factory):
 @pytest.mark.slow
 def test_the_gpu_script_measures_every_section(gpu_script):
     done, found = gpu_script
-    assert {"step-tiny-16", "kernels", "plan"} == set(found), done.stdout + done.stderr
-    step = {row["engine"]: row for row in found["step-tiny-16"]["rows"]}
+    assert {"step-tiny", "kernels", "plan"} == set(found), done.stdout + done.stderr
+    step = {row["engine"]: row for row in found["step-tiny"]["rows"]}
     assert set(step) == {"plain", "backward"}
     assert all(row["seconds"] > 0 for row in step.values())
     assert all(page["about"]["command"] and page["about"]["date"] for page in found.values())
@@ -114,3 +114,56 @@ def module(name):
     finally:
         sys.path.remove(str(path))
     return made
+
+
+@pytest.fixture
+def chips():
+    return module("chips")
+
+
+def counted(row, peak, launches):
+    """A row as a GPU's compiler fills it."""
+    cost = {"parts": {"forward pass": launches}, "per_round": {"while": 1}}
+    found = {"fits": True, "peak": peak, "launches": cost, "cycles": None, "seconds": 9.0}
+    return row._asdict() | found | {"sent": {"all-gather": 4e9}, "exposed": {"all-gather": 1e9}}
+
+
+def test_a_chips_table_sets_every_step_beside_the_ordinary_one(chips):
+    ours = chips.Row("h100:8", "Qwen3-8B", 1024, 2, "mgda", "leaf")
+    other = ours._replace(chip="h100:4")
+    full = other._replace(method="cagrad")._asdict() | {"fits": False, "says": "no"}
+    rows = [counted(ours, 3e9, 299), counted(ours.beside, 2e9, 99), counted(other, 3e9, 5), full]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in chips.report(rows).splitlines()[2:]
+    ]
+    by = {(line[0].split(",")[0], line[1]): line for line in lines}
+    assert by["h100:8", "mgda"][3:7] == ["3.00", "1.500", "300", "3.000"]
+    assert by["h100:8", "plain"][3:7] == ["2.00", "1.000", "100", "1.000"]
+    assert by["h100:4", "mgda"][4] == ""  # the same on other chips is no measure
+    assert by["h100:4", "cagrad"][3] == "does not fit"
+    assert by["h100:8", "mgda"][0].endswith("2,048")
+
+
+def test_chips_that_were_measured_are_not_measured_again(chips, monkeypatch, tmp_path, capsys):
+    done = chips.Row("h100:1", "Qwen3-0.6B", 1024, 1, "plain", "layer")
+    pages = chips.Pages(str(tmp_path / "rows.json"), {})
+    pages.rows = [counted(done, 1e9, 1)]
+    missing = [done._replace(method="mean"), done._replace(chip="v5e:1x1")]
+    asked = []
+
+    def measure(row):
+        asked.append(row)
+        return {"missing": "pip install it"} if row.chip == "v5e:1x1" else {"fits": True}
+
+    monkeypatch.setattr(chips, "_apart", measure)
+    chips.fill([done, *missing], pages)
+    assert asked == missing
+    assert [row["method"] for row in pages.rows] == ["plain", "mean"]
+    assert "pip install it" in capsys.readouterr().err
+
+
+def test_the_documented_rows_have_their_ordinary_step(chips):
+    rows = list(chips.table())
+    assert len(set(rows)) == len(rows)
+    assert all(row.beside in rows for row in rows)
