@@ -334,7 +334,13 @@ class _Call:
             else:
                 gradients = scatter(place[:, 0], layout.axis, engine.topology)
             if after is not None:
-                gradients = _add_lookups(gradients, after, first)
+                # One objective after the other: a TPU would sort the rows of all.
+                gradients = jax.lax.fori_loop(
+                    0,
+                    len(gradients),
+                    lambda k, x: _add_lookup(x, jax.tree.map(lambda y: y[k], after), first, k),
+                    gradients,
+                )
             gradients = engine.join(gradients)
             if not self.resolves:
                 return place, (gradients if self.deferred else gradients[0], None)
@@ -396,30 +402,23 @@ def _sums_by_token(vocabulary: int, dtype: Any, tokens: jax.Array, vectors: jax.
     return _Lookups(jnp.where(first == count, tokens, -1), sums.astype(dtype))
 
 
-def _add_lookup(total: jax.Array, lookups: _Lookups, first: jax.Array) -> jax.Array:
+def _add_lookup(
+    totals: jax.Array, lookups: _Lookups, first: jax.Array, at: int | jax.Array = 0
+) -> jax.Array:
     """Add sums of cotangents to the rows of their tokens, in one slice.
 
     Args:
-      total: the slice's gradient so far, [..., height, D].
+      totals: the slice's gradients so far, [N, height, D].
       lookups: of all tokens.
       first: number of the slice's first token.
+      at: which of the N gradients.
     """
-    height = total.shape[-2]
+    height = totals.shape[1]
     row = lookups.tokens - first
     outside = height + jnp.arange(row.size)  # numbers that do not occur twice
     row = jnp.where((row >= 0) & (row < height), row, outside)
-    new = lookups.sums.astype(total.dtype)
-    return total.at[..., row, :].add(new, mode="drop", unique_indices=True)
-
-
-def _add_lookups(totals: jax.Array, lookups: _Lookups, first: jax.Array) -> jax.Array:
-    """The same for all objectives, one after the other: TPUs would sort all rows together."""
-
-    def add(k: jax.Array, totals: jax.Array) -> jax.Array:
-        mine = jax.tree.map(lambda x: x[k], lookups)
-        return totals.at[k].set(_add_lookup(totals[k], mine, first))
-
-    return jax.lax.fori_loop(0, len(totals), add, totals)
+    new = lookups.sums.astype(totals.dtype)
+    return totals.at[at, row].add(new, mode="drop", unique_indices=True)
 
 
 def _from_scores(
