@@ -1,26 +1,46 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under seven minutes, and one table at its end:
 # plain fine-tuning, conflicts resolved in the backward pass, stacked gradients, TorchJD, the
-# largest model that fits, and the solvers' kernels; all with random weights of true shape.
+# largest model that fits, packed rows, adapters, and the kernels; all with random weights of true
+# shape.
 #
-#   benchmarks/gpu.sh [DIRECTORY FOR THE NUMBERS]
+#   benchmarks/gpu.sh [--only SECTION]... [DIRECTORY FOR THE NUMBERS]
 #   benchmarks/gpu.sh --smoke [DIRECTORY]     tiny shapes on the CPU, to see that everything runs
 #
+# Sections: kernels, 1.7b, 0.6b, packed, largest, lora, long, pytorch; with --only, just those, and
+# what the directory already holds of others stays in the table.
 # Every section has a time limit of its own, and what was measured before it struck is in the table.
 # Nothing is downloaded; what must be installed is in benchmarks/README.md.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-smoke=
-if [[ ${1:-} == --smoke ]]; then
-  smoke=1
+smoke= only=
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --smoke) smoke=1 ;;
+    --only)
+      only+=" ${2:-} "
+      shift
+      ;;
+    *)
+      echo "unknown flag $1" >&2
+      exit 2
+      ;;
+  esac
   shift
-fi
+done
+sections=(kernels 1.7b 0.6b packed largest lora long pytorch)
+for name in $only; do
+  if [[ " ${sections[*]} " != *" $name "* ]]; then
+    echo "unknown section $name: expected one of ${sections[*]}" >&2
+    exit 2
+  fi
+done
 out=${1:-gpu-results}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
-rm -f "$out"/*.json
+[[ $only ]] || rm -f "$out"/*.json
 python=${PYTHON:-python3}
-deadline=380 # seconds from the start
+deadline=400 # seconds from the start
 [[ $smoke ]] && deadline=3600
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Memory is measured, so it is taken as it is needed, and all of it may be; by default JAX leaves a
@@ -69,38 +89,65 @@ one=(--aggregators cagrad --blocks layer)
 large=(--param-dtype bfloat16 --moment-dtype bfloat16 --remat full
   --batch-size 1 --sequence-length "$large_tokens")
 
-# What the largest model would need, compiled on the host meanwhile.
-planning=("${one[@]}")
-[[ $smoke ]] && planning=(--aggregators mean --blocks --no-stacked)
-env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
-  "${large[@]}" "${planning[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
-planner=$!
+wanted() { [[ ! $only || $only == *" $1 "* ]]; }
 
-step() { # MODEL, TOKENS PER EXAMPLE, EXAMPLES, FLAGS...
-  local name
-  name=$(basename "$1")-$2
-  section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$1" \
-    --remat dots --sequence-length "$2" --batch-size "$3" --rounds "$rounds" "${@:4}" \
+# What the largest model would need, compiled on the host meanwhile.
+planner=
+if wanted largest; then
+  planning=("${one[@]}")
+  [[ $smoke ]] && planning=(--aggregators mean --blocks --no-stacked)
+  env JAX_PLATFORMS=cpu nice "$python" benchmarks/scaling.py --model "$planned" "${common[@]}" \
+    "${large[@]}" "${planning[@]}" --json "$out/plan.json" > "$out/plan.log" 2>&1 &
+  planner=$!
+fi
+
+step() { # SECTION, MODEL, TOKENS PER EXAMPLE, EXAMPLES, FLAGS...
+  local name=$1
+  section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$2" \
+    --remat dots --sequence-length "$3" --batch-size "$4" --rounds "$rounds" "${@:5}" \
     --json "$out/step-$name.json"
 }
 
 if [[ $smoke ]]; then
-  step "$tiny" 16 2 --aggregators mean --blocks layer --no-stacked
-  section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 2 --num-blocks 1 \
+  step tiny "$tiny" 16 2 --aggregators mean --blocks layer --no-stacked
+  section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 2 --num-blocks 1 --smoke \
     --methods mgda --rounds 1 --json "$out/kernels.json"
 else
-  step Qwen3-1.7B 1024 4 --aggregators mean mgda cagrad pcgrad upgrad --blocks layer --no-stacked
-  step Qwen3-0.6B 1024 4 --aggregators cagrad --blocks layer module leaf
-  for model in Llama-3.1-8B Qwen3-4B; do
-    section "largest: $model" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" "${one[@]}" \
-      "${large[@]}" --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
-  done
-  step Qwen3-1.7B 4096 1 "${one[@]}" --no-stacked
-  section "beside PyTorch" 90 benchmarks/peers.py "${platform[@]}" "${common[@]}" --rounds "$rounds" \
-    --model Qwen3-0.6B --remat full --batch-size 1 --sequence-length 1024 \
-    --only TorchJD "TorchJD by rows" "PyTorch plain" --json "$out/peers.json"
-  section kernels 60 benchmarks/kernels.py "${platform[@]}" --json "$out/kernels.json"
+  if wanted kernels; then
+    section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 8 16 --rounds 10 \
+      --json "$out/kernels.json"
+  fi
+  if wanted 1.7b; then
+    step 1.7b Qwen3-1.7B 1024 4 --aggregators mean mgda cagrad pcgrad upgrad --blocks layer \
+      --no-stacked
+  fi
+  if wanted 0.6b; then
+    step 0.6b Qwen3-0.6B 1024 4 --aggregators cagrad --blocks layer module leaf
+  fi
+  if wanted packed; then
+    step packed Qwen3-0.6B 1024 4 "${one[@]}" --no-stacked --packing
+  fi
+  if wanted largest; then
+    for model in Llama-3.1-8B Qwen3-4B; do
+      section "largest: $model" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" "${one[@]}" \
+        "${large[@]}" --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
+    done
+  fi
+  if wanted lora; then
+    step lora Qwen3-1.7B 1024 4 "${one[@]}" --no-stacked --lora 16
+  fi
+  if wanted long; then
+    step long Qwen3-1.7B 4096 1 "${one[@]}" --no-stacked
+  fi
+  if wanted pytorch; then
+    # A part of the model: every contestant is a process that draws its weights on the host first.
+    section pytorch 100 benchmarks/peers.py "${platform[@]}" "${common[@]}" --rounds 2 --layers 4 \
+      --model Qwen3-0.6B --remat full --batch-size 1 --sequence-length 1024 \
+      --only "TorchJD by rows" TorchJD "PyTorch plain" --json "$out/peers.json"
+  fi
 fi
-while kill -0 $planner 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
-kill $planner 2> /dev/null
+if [[ $planner ]]; then
+  while kill -0 "$planner" 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
+  kill "$planner" 2> /dev/null
+fi
 "$python" benchmarks/gpu_table.py "$out"

@@ -1,9 +1,11 @@
-"""Solves as one kernel beside the same solvers as XLA compiles them, on a GPU.
+"""Solves, and all of a layer's resolution, in kernels beside the same as XLA compiles it, on a GPU.
 
 Times are medians of whole calls of :func:`jaxmoo.aggregators.weigh_blocks` from the host, beside
 that of a call that does nothing. What a kernel finds must be what XLA's form finds: the updates'
 difference is relative to the block's largest gradient. Prints Markdown; ``--json`` keeps the
-numbers. On a CPU (``--platform cpu``) the kernels are interpreted, which shows only that all runs.
+numbers. Of a layer, the whole is timed and compared: Gram matrices of arrays of the shapes of
+Qwen3-0.6B's (with ``--smoke``, of small ones), solve and weighted sums. On a CPU
+(``--platform cpu``) the kernels are interpreted, which shows only that all runs.
 
     python benchmarks/kernels.py --platform gpu
 """
@@ -11,6 +13,7 @@ numbers. On a CPU (``--platform cpu``) the kernels are interpreted, which shows 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -24,11 +27,17 @@ from common import Pages, environment, markdown, scientific
 
 from jaxmoo import aggregators
 from jaxmoo.kernels.launch import solving_on
+from jaxmoo.resolve import Group, Section, resolve_sections
 
 METHODS = ("cagrad", "mgda", "dualproj", "upgrad", "nash_mtl", "fairgrad")
 # Of the largest gradient. Fair bargaining has no solution for rank-deficient and opposed gradients,
 # and what is returned instead is rounding's to a good part, in both forms.
 WRONG = dict.fromkeys(METHODS, 1e-3) | {"nash_mtl": 0.1, "fairgrad": 0.1}
+LAYER = "a layer, cagrad"
+WRONG[LAYER] = 1e-2  # of updates in bfloat16
+MATRICES = ((1024, 2048), (1024, 1024), (1024, 1024), (2048, 1024))  # of attention and MLP
+MATRICES += ((1024, 3072), (1024, 3072), (3072, 1024))
+VECTORS = (1024, 1024, 128, 128)
 
 
 def main() -> int:
@@ -38,6 +47,7 @@ def main() -> int:
     parser.add_argument("--num-blocks", type=int, default=32)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="a layer of small arrays")
     parser.add_argument("--json", help="file for the numbers")
     flags = parser.parse_args()
     running.choose_platform(flags.platform)
@@ -61,6 +71,7 @@ def main() -> int:
                     "difference": float(np.sqrt(np.maximum(square, 0)).max()),
                 }
             )
+        pages.add(layer(k, how, flags))
     nothing = took(jax.jit(lambda x: x + 1), jnp.ones(8), flags.rounds)
     print(pages.markdown(lambda rows: f"{report(rows)}\n\nAn empty call: {nothing * 1e6:.0f} us."))
     return int(not all(row["difference"] < WRONG[row["method"]] for row in pages.rows))
@@ -96,7 +107,50 @@ def solver(name: str, k: int, form: str | None) -> Any:
     return jax.jit(solve)
 
 
-def took(call: Any, argument: jax.Array, rounds: int) -> float:
+def layer(k: int, how: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """Resolve one layer's gradients in both forms."""
+    matrices, vectors = MATRICES, VECTORS
+    if flags.smoke:
+        matrices, vectors = ((256, 300),), (12,)
+    shapes = [(jnp.bfloat16, n) for n in matrices] + [(jnp.float32, (n,)) for n in vectors]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    # What all have in common is a tenth of what each has of its own.
+    arrays = [
+        (jax.random.normal(key, (k, 1, *n)) + 0.1 * jax.random.normal(key, n)).astype(dtype)
+        for key, (dtype, n) in zip(keys, shapes, strict=True)
+    ]
+    groups = [Group(aggregators.get("cagrad"), [0])]
+
+    def resolve(platform: str | None, arrays: list[jax.Array]) -> list[jax.Array]:
+        return resolve_sections(
+            [Section(x, np.zeros(1, int), lambda *_: jnp.zeros(())) for x in arrays],
+            groups,
+            np.zeros(1, int),
+            state=[()],
+            key=jax.random.key(0),
+            active=jnp.ones(k, bool),
+            preference=None,
+            match_norm=False,
+            partitioned=False,
+            platform=platform,
+        ).updates
+
+    forms = {form: jax.jit(functools.partial(resolve, form)) for form in (None, how)}
+    pairs = list(zip(forms[how](arrays), forms[None](arrays), arrays, strict=True))
+    return {
+        "method": LAYER,
+        "K": k,
+        "seconds": took(forms[how], arrays, flags.rounds),
+        "seconds of XLA's": took(forms[None], arrays, flags.rounds),
+        "difference": max(
+            float(jnp.linalg.norm((x - y).astype(jnp.float32)))
+            / float(jnp.linalg.norm(z[0].astype(jnp.float32)))
+            for x, y, z in pairs
+        ),
+    }
+
+
+def took(call: Any, argument: Any, rounds: int) -> float:
     """Median seconds of a compiled call."""
     jax.block_until_ready(call(argument))
     times = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jaxmoo.config.training import (
     Config,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -49,6 +50,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainable", default=".*", help="which parameters learn (all)")
     parser.add_argument("--batch-size", type=int, default=1, help="examples per language (1)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens (128)")
+    parser.add_argument("--packing", action="store_true", help="four texts share a row")
+    parser.add_argument("--lora", type=int, help="rank of adapters, which alone learn")
     parser.add_argument("--language", type=int, help="size of the mesh axis of this name")
     parser.add_argument("--dtype", default="float32", help="precision of the computation")
     parser.add_argument("--param-dtype", default="float32", help="precision of the parameters")
@@ -122,7 +125,9 @@ def _settings(
             seen=[f"l{i}" for i in range(k)],
             batch_size=flags.batch_size * languages // k,
             sequence_length=flags.sequence_length,
+            packing=flags.packing,
         ),
+        lora=LoraConfig(rank=flags.lora),
         resolve=ResolveConfig(
             aggregator=kind.aggregator,
             blocks=kind.blocks,

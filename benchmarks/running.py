@@ -130,8 +130,17 @@ def empty_optimizer(step: AbstractStep) -> Any:
 
 
 def random_batch(step: AbstractStep, number: int) -> dict[str, Any]:
-    shape = step.arguments[2]["tokens"].shape
-    return batch_of(np.random.default_rng(number).integers(0, 100, shape, np.int32))
+    """Draw tokens; where rows are packed, four texts of about the same length share one."""
+    spec = step.arguments[2]
+    shape = spec["tokens"].shape
+    batch = batch_of(np.random.default_rng(number).integers(0, 100, shape, np.int32))
+    if "segment_ids" in spec:
+        place = np.arange(shape[-1])
+        text = place * 4 // shape[-1]
+        starts = np.flatnonzero(np.diff(text, prepend=-1))
+        batch["segment_ids"] = np.broadcast_to(text + 1, shape).astype(np.int32)
+        batch["positions"] = np.broadcast_to(place - starts[text], shape).astype(np.int32)
+    return batch
 
 
 def batch_of(tokens: np.ndarray) -> dict[str, Any]:

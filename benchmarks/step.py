@@ -83,7 +83,9 @@ def about(flags: argparse.Namespace) -> dict[str, str]:
     return environment(os.cpu_count() or 1, ["jax", "jaxlib"]) | {
         "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "step": f"{flags.model}, {flags.layers or 'all'} layers, {flags.dtype}, "
-        f"{flags.languages} languages x {flags.batch_size} x {flags.sequence_length} tokens",
+        f"{flags.languages} languages x {flags.batch_size} x {flags.sequence_length} tokens"
+        f"{', four texts a row' if flags.packing else ''}"
+        f"{f', adapters of rank {flags.lora}' if flags.lora else ''}",
     }
 
 

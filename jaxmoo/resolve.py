@@ -5,6 +5,7 @@ The functions here know blocks and aggregators, nothing of optax, languages or m
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
+from jaxmoo.aggregators.solvers import mean_norm as norm_of
+from jaxmoo.aggregators.weighing import draw
 from jaxmoo.blocks import Partition
 from jaxmoo.errors import ConfigError
-from jaxmoo.kernels.launch import solving_on
+from jaxmoo.kernels.launch import in_one_launch, solving_on
+from jaxmoo.kernels.linear import diagonal, pairs
 from jaxmoo.kernels.reductions import (
     cross_grams,
+    gram_parts,
     grams_in_range,
     scaled_grams,
-    section_grams,
     section_sizes,
     weighted_sum,
 )
@@ -226,19 +230,20 @@ def resolve_sections(
     every = jnp.concatenate(labels)
 
     def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
+        """Sums [B, ...] of sections' quantities, each given in parts [S, P, ...]."""
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
-        return total(_sum_by_block(jnp.concatenate(counted), every, num_blocks))
+        return total(_sum_by_block(counted, labels, num_blocks))
 
     def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
         return blocks_of(
             [
-                scaled_grams(s.values, unit[n], y, partitioned=partitioned)
+                scaled_grams(s.values, unit[n], y, partitioned=partitioned)[:, None]
                 for s, n, y in zip(sections, labels, others, strict=True)
             ]
         )
 
     values = [s.values for s in sections]
-    grams = section_grams(values, partitioned=partitioned, platform=platform)
+    grams = gram_parts(values, partitioned=partitioned, platform=platform)
     grams = pooled(blocks_of(grams))
     # In each block, gradients have been multiplied by it where they meet each other.
     unit = jnp.ones(num_blocks, grams.dtype)
@@ -255,11 +260,8 @@ def resolve_sections(
             ),
             lambda unit: scaled(unit, [None] * len(sections)),
         )
-    squares = jnp.diagonal(grams, axis1=1, axis2=2)  # [B, K]
-    present = (squares != 0).any(0) if active is None else active
-    finite = jnp.isfinite(squares)
-    used = finite & present
-    grams = jnp.where(used[:, :, None] & used[:, None, :], grams, 0)
+    if active is None:
+        active = (jnp.diagonal(grams, axis1=1, axis2=2) != 0).any(0)
 
     products = {False: grams}  # what an aggregator reads, by whether it needs two batches
     if any(group.aggregator.cross_gram for group in groups):
@@ -271,51 +273,41 @@ def resolve_sections(
         products[True] = jax.lax.cond(
             (unit == 1).all(),
             lambda unit: blocks_of(
-                [cross_grams(s.values, y) for s, y in zip(sections, second, strict=True)]
+                [cross_grams(s.values, y)[:, None] for s, y in zip(sections, second, strict=True)]
             ),
             lambda unit: scaled(unit, second),
             unit,
         )
 
-    weights = jnp.zeros(used.shape, grams.dtype)
+    solved = _unsolved(num_blocks, len(active), grams.dtype)
     power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
-        if group.aggregator.combine is None:
-            mine = np.asarray(group.blocks)
-            solve = jax.vmap(
-                lambda gram, state, number, active, method=group.aggregator: weigh_block(
-                    method,
-                    gram,
-                    state=state,
-                    key=key,
-                    block=number,
-                    active=active,
-                    preference=preference,
-                )
+        method, mine = group.aggregator, np.asarray(group.blocks)
+        solve = jax.vmap(
+            functools.partial(
+                _solve_block,
+                method,
+                active=active,
+                preference=preference,
+                key=key,
+                match_norm=match_norm,
             )
-            with solving_on(platform):
-                solved, group_state = solve(
-                    products[group.aggregator.cross_gram][mine],
-                    group_state,
-                    numbers[mine],
-                    used[mine],
-                )
-            if not group.aggregator.unit_scale:
-                power = power.at[mine].set(unit[mine] ** (-2 * group.aggregator.gram_degree))
-            if group.member is not None:
-                solved = jnp.where(group.member[:, None], solved, weights[mine])
-            weights = weights.at[mine].set(solved)
+        )
+        with solving_on(platform):
+            found, group_state = solve(
+                grams[mine], products[method.cross_gram][mine], group_state, numbers[mine]
+            )
+        solved = _put(solved, found, group)
+        if not method.unit_scale:
+            power = power.at[mine].set(unit[mine] ** (-2 * method.gram_degree))
         new_state.append(group_state)
-    mean_norm = _norms(grams, _share(used, preference, grams.dtype))
-    update_norm = _norms(grams, weights)
-    if match_norm:
-        scale = _matching(mean_norm, update_norm, grams)
-        weights, update_norm = weights * scale[:, None], update_norm * scale
-    elif rescale:
+    weights, update_norm, mean_norm = solved.weights, solved.update_norm, solved.mean_norm
+    if rescale and not match_norm:
         weights, update_norm = weights * power[:, None], update_norm * power
+    grams, used = solved.gram, active & ~solved.nonfinite
     updates = [
-        weighted_sum(s.values, weights[n], partitioned=partitioned)
+        weighted_sum(s.values, _of_sections(weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
     for group in groups:
@@ -331,13 +323,13 @@ def resolve_sections(
         norms = jnp.sqrt(
             blocks_of(
                 [
-                    ((u.reshape(len(u), -1) * unit[n, None]) ** 2).sum(1)
+                    ((u.reshape(len(u), -1) * unit[n, None]) ** 2).sum(1, keepdims=True)
                     for u, n in zip(updates, labels, strict=True)
                 ]
             )
         )
         if match_norm:
-            scale = jnp.where(member, _matching(mean_norm, norms, grams), 1)
+            scale = jnp.where(member, jax.vmap(_matching)(mean_norm, norms, grams), 1)
             updates = [
                 u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
                 for u, n in zip(updates, labels, strict=True)
@@ -351,22 +343,145 @@ def resolve_sections(
         weights=weights,
         update_norm=update_norm / unit,
         mean_norm=mean_norm / unit,
-        nonfinite=~finite & present,
+        nonfinite=solved.nonfinite,
     )
+
+
+class _Solved(NamedTuple):
+    """What the Gram matrix of a block gives; [B, ...] of B blocks."""
+
+    gram: jax.Array  # [K, K], zero where an objective is left out
+    nonfinite: jax.Array  # bool [K]: present, but not finite
+    weights: jax.Array  # [K]
+    mean_norm: jax.Array  # []
+    update_norm: jax.Array  # []
+
+
+def _unsolved(num_blocks: int, k: int, dtype: Any) -> _Solved:
+    """Those of blocks that no group solves."""
+    shapes: list[tuple[int, ...]] = [(k, k), (k,), (k,), (), ()]
+    return _Solved(*(jnp.zeros((num_blocks, *shape), dtype) for shape in shapes))._replace(
+        nonfinite=jnp.zeros((num_blocks, k), bool)
+    )
+
+
+def _put(solved: _Solved, found: _Solved, group: Group) -> _Solved:
+    """Put what is known of a group's blocks among that of all."""
+    mine = np.asarray(group.blocks)
+    if group.member is None and np.array_equal(mine, np.arange(len(solved.gram))):
+        return found
+
+    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+        if group.member is not None:
+            member = group.member.reshape(-1, *(1,) * (new.ndim - 1))
+            new = jnp.where(member, new, x[mine])
+        return x.at[mine].set(new)
+
+    return jax.tree.map(put, solved, found)
+
+
+def _solve_block(
+    method: Aggregator,
+    gram: jax.Array,
+    product: jax.Array,
+    state: Any,
+    number: jax.Array,
+    *,
+    active: jax.Array,
+    preference: jax.Array | None,
+    key: jax.Array,
+    match_norm: bool,
+) -> tuple[_Solved, Any]:
+    """Solve one block, given its Gram matrix and the one that the method reads."""
+    if method.elementary:
+        importance = None if preference is None else preference.astype(gram.dtype)
+        drawn = draw(method, key, number, len(active))
+        found = _solve_elementary(
+            gram, active, importance, drawn, method=method, match_norm=match_norm
+        )
+        return found, state
+
+    def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
+        if method.combine is not None:
+            return jnp.zeros(len(active), gram.dtype), state
+        return weigh_block(
+            method,
+            product if method.cross_gram else gram,
+            state=state,
+            key=key,
+            block=number,
+            active=used,
+            preference=preference,
+        )
+
+    return _solve(gram, active, preference, weigh, match_norm)
+
+
+@in_one_launch
+def _solve_elementary(
+    gram: jax.Array,
+    active: jax.Array,
+    preference: jax.Array | None,
+    drawn: jax.Array | None,
+    *,
+    method: Aggregator,
+    match_norm: bool,
+) -> _Solved:
+    """Solve one block by a method of which a kernel takes everything."""
+
+    def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
+        return weigh_block(method, gram, active=used, preference=preference, drawn=drawn)
+
+    return _solve(gram, active, preference, weigh, match_norm)[0]
+
+
+def _solve(
+    gram: jax.Array,
+    active: jax.Array,
+    preference: jax.Array | None,
+    weigh: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]],
+    match_norm: bool,
+) -> tuple[_Solved, Any]:
+    """Weigh one block's objectives, without those that are not finite, and measure the update."""
+    finite = jnp.isfinite(diagonal(gram))
+    used = active & finite
+    gram = jnp.where(pairs(used), gram, 0.0)
+    weights, state = weigh(gram, used)
+    mean_norm = norm_of(gram, _share(used, preference, gram.dtype))
+    update_norm = norm_of(gram, weights)
+    if match_norm:
+        scale = _matching(mean_norm, update_norm, gram)
+        weights, update_norm = weights * scale, update_norm * scale
+    return _Solved(gram, active & ~finite, weights, mean_norm, update_norm), state
 
 
 # Numbers up to which sums by block go over all sections, block by block.
 _FEW = 2**20
 
 
-def _sum_by_block(parts: jax.Array, labels: jax.Array, num_blocks: int) -> jax.Array:
-    """Sums [B, ...] of sections' quantities [S, ...] by the block each lies in, int [S]."""
-    if parts.size * num_blocks > _FEW:
-        return jax.ops.segment_sum(parts, labels, num_blocks)
+@jax.named_scope("gram")
+def _sum_by_block(
+    parts: Sequence[jax.Array], labels: Sequence[jax.Array], num_blocks: int
+) -> jax.Array:
+    """Sums [B, ...] of sections' quantities [S, P, ...] by the block each lies in, int [S]."""
+    if num_blocks > 1 and sum(x.size for x in parts) * num_blocks > _FEW:
+        parts = [x.sum(1, keepdims=True) for x in parts]
+    every = jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])
+    if num_blocks == 1:
+        return every.sum(0, keepdims=True)
+    pairs = zip(parts, labels, strict=True)
+    block = jnp.concatenate([jnp.repeat(n, x.shape[1]) for x, n in pairs])
+    if every.size * num_blocks > _FEW:
+        return jax.ops.segment_sum(every, block, num_blocks)
     # A scatter is slow on GPUs. What lies in other blocks is selected away: it may not be finite.
-    mine = labels == jnp.arange(num_blocks)[:, None]
-    mine = mine.reshape(*mine.shape, *(1,) * (parts.ndim - 1))
-    return jnp.where(mine, parts, 0).sum(1)
+    mine = block == jnp.arange(num_blocks)[:, None]
+    mine = mine.reshape(*mine.shape, *(1,) * (every.ndim - 1))
+    return jnp.where(mine, every, 0).sum(1)
+
+
+def _of_sections(x: jax.Array, labels: jax.Array) -> jax.Array:
+    """Quantities [S, ...] of the blocks [B, ...] that sections lie in."""
+    return jnp.broadcast_to(x, (len(labels), *x.shape[1:])) if len(x) == 1 else x[labels]
 
 
 def _members(group: Group, num_blocks: int) -> jax.Array:
@@ -472,22 +587,15 @@ def cut(x: jax.Array, count: int) -> jax.Array:
 
 
 def _share(used: jax.Array, preference: jax.Array | None, dtype: Any) -> jax.Array:
-    """Weights of the mean gradient over the objectives used, [B, K]."""
+    """Weights of the mean gradient over the objectives used, [K]."""
     share = jnp.where(used, 1.0 if preference is None else preference, 0).astype(dtype)
-    return share / jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
+    return share / jnp.maximum(jnp.sum(share), float(jnp.finfo(dtype).tiny))
 
 
-def _norms(grams: jax.Array, weights: jax.Array) -> jax.Array:
-    squares = jnp.einsum(
-        "bi,bij,bj->b", weights, grams, weights, precision=jax.lax.Precision.HIGHEST
-    )
-    return jnp.sqrt(jnp.maximum(squares, 0))
-
-
-def _matching(mean_norm: jax.Array, update_norm: jax.Array, grams: jax.Array) -> jax.Array:
-    """Factors that bring each block's update to its mean gradient's norm."""
+def _matching(mean_norm: jax.Array, update_norm: jax.Array, gram: jax.Array) -> jax.Array:
+    """Factor that brings a block's update to its mean gradient's norm."""
     # A norm this far below the gradients' is rounding (its square, 1e-5 of theirs in float32): the
     # block is stationary, and scaling it up would make a step of noise.
-    largest = jnp.diagonal(grams, axis1=1, axis2=2).max(1)
-    stationary = update_norm**2 <= 84 * jnp.finfo(grams.dtype).eps * largest
-    return jnp.where(stationary, 1, mean_norm / jnp.where(stationary, 1, update_norm))
+    largest = jnp.max(diagonal(gram))
+    stationary = update_norm**2 <= 84 * float(jnp.finfo(gram.dtype).eps) * largest
+    return jnp.where(stationary, 1.0, mean_norm / jnp.where(stationary, 1.0, update_norm))

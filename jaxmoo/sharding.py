@@ -17,12 +17,22 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["automatic", "spec_of", "varying"]
+__all__ = ["automatic", "divided_by_compiler", "spec_of", "varying"]
 
 
 def spec_of(x: Any) -> P:
     """Return an array's sharding over explicit axes, one entry per axis of the array."""
     return jax.typeof(x).sharding.spec
+
+
+def divided_by_compiler() -> bool:
+    """Whether the compiler divides what is traced here over an axis of the mesh.
+
+    It cannot divide a kernel for TPUs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
 
 
 def automatic(function: Callable[..., Any], arguments: Sequence[Any], out_specs: Any) -> Any:

@@ -42,7 +42,8 @@ class Aggregator:
         one block. ``gram`` is float32 or float64, as are the state's numbers; it is finite, zero on
         inactive rows, with a largest diagonal in [1, 2) and a positive diagonal on every active
         row; ``preference`` is zero on inactive rows and sums to 1 (all zero when nothing is
-        active). Call it through :func:`weigh_block` or :func:`weigh_blocks`, which establish this.
+        active); ``key`` is what ``draw`` made of it, where there is one. Call it through
+        :func:`weigh_block` or :func:`weigh_blocks`, which establish this.
       init: ``num_objectives -> state`` of one block, ``()`` when the method keeps none.
       combine: ``(jacobian [K, n], active [K], preference [K], uniform [n]) -> [n]`` of a
         coordinate-wise rule, which replaces ``J^T w``; None for a method that is a function of the
@@ -52,6 +53,8 @@ class Aggregator:
       compares_steps: whether ``weigh`` compares Gram matrices of different steps, and therefore
         reads them as they are, not divided by a power of two.
       stochastic: whether the method draws random numbers and therefore needs a key.
+      draw: ``(key, num_objectives) -> [K, K]`` makes all that ``weigh`` draws, so that the rest
+        of it can be a kernel; None: ``weigh`` gets the key itself.
       cross_gram: whether ``weigh`` expects ``J1 J2^T`` of two independent batches.
       unit_scale: whether K equal gradients g give g (before ``summed``). False for a published
         scale, which also switches off the identity for a single objective.
@@ -59,6 +62,9 @@ class Aggregator:
       gram_degree: the degree h of the weights in G, ``w(s G) = s^h w(G)``; 0 unless a published
         scale is asked for.
       importance: fixed importances ``[K]`` that multiply the caller's preferences; None: ones.
+      elementary: whether a kernel can take the whole of ``weigh``: it keeps no state, draws what
+        it draws beforehand, reads no arrays but its arguments, and is made of elementary
+        operations, solvers and :mod:`jaxmoo.kernels.linear`.
     """
 
     name: str
@@ -68,11 +74,13 @@ class Aggregator:
     reads_gram: bool = True
     compares_steps: bool = False
     stochastic: bool = False
+    draw: Callable[[jax.Array, int], jax.Array] | None = None
     cross_gram: bool = False
     unit_scale: bool = True
     summed: bool = False
     gram_degree: Any = 0.0
     importance: tuple[float, ...] | None = None
+    elementary: bool = False
 
     def __repr__(self) -> str:
         return f"Aggregator({self.name})"

@@ -31,6 +31,7 @@ from jax.core import Tracer
 from jaxmoo.aggregators.aggregator import Aggregator, State, missing_key
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.linear import diagonal, pairs
 
 # A gradient smaller than 1e-18 of the block's largest counts as zero: below that float32 cannot
 # hold its squared norm beside the others.
@@ -77,18 +78,17 @@ def prepare(
     gram = jnp.asarray(gram)
     gram = gram.astype(at_least_float32(gram.dtype))
     k = gram.shape[-1]
-    diagonal = jnp.diagonal(gram)
-    present = jnp.isfinite(diagonal)
+    present = jnp.isfinite(diagonal(gram))
     if active is not None:
         present = present & active
-    gram = jnp.where(present[:, None] & present[None, :], gram, 0.0)
-    size = jnp.max(jnp.abs(gram), axis=1) if cross else jnp.diagonal(gram)
+    gram = jnp.where(pairs(present), gram, 0.0)
+    size = jnp.max(jnp.abs(gram), axis=1) if cross else diagonal(gram)
     scale = _power_of_two(jnp.max(size))
     gram = gram / scale
     touched = present & (size / scale > _TINY)
     if active is None:
         present = touched
-    gram = jnp.where(touched[:, None] & touched[None, :], gram, 0.0)
+    gram = jnp.where(pairs(touched), gram, 0.0)
 
     importance = jnp.ones(k) if preference is None else jnp.asarray(preference)
     importance = jnp.where(present, importance.astype(gram.dtype), 0.0)
@@ -114,6 +114,7 @@ def weigh_block(
     block: int | jax.Array = 0,
     active: jax.Array | None = None,
     preference: jax.Array | None = None,
+    drawn: Any = None,
 ) -> tuple[jax.Array, State]:
     """Weights of one block.
 
@@ -127,6 +128,7 @@ def weigh_block(
       active: ``[K]`` bool, False for an objective absent from this step. None: an objective whose
         gradient is zero is absent.
       preference: ``[K]`` importances, at least 0, any scale; None: all equal.
+      drawn: what :func:`draw` gave for this key and block, where that was called beforehand.
 
     Returns:
       ``(weights, state)`` with weights ``[K]``, float32 or, of a float64 Gram matrix, float64;
@@ -135,19 +137,43 @@ def weigh_block(
     Raises:
       ConfigError: if the method is stochastic and no key is given.
     """
-    key = _block_key(aggregator, key, block)
+    if drawn is None:
+        drawn = draw(aggregator, key, block, gram.shape[-1])
     if state is None:
         state = aggregator.init(gram.shape[-1])
-    return compiled(_weigh_block)(aggregator, gram, state, key, active, preference)
+    return compiled(_weigh_block)(aggregator, gram, state, drawn, active, preference)
 
 
-def _weigh_block(aggregator, gram, state, key, active, preference):
+def draw(
+    aggregator: Aggregator, key: jax.Array | None, block: int | jax.Array, num_objectives: int
+) -> Any:
+    """Draw what a method needs for one block.
+
+    Args:
+      aggregator: the method.
+      key: key shared by all blocks; block b draws from ``jax.random.fold_in(key, b)``.
+      block: the block's index b.
+      num_objectives: K.
+
+    Returns:
+      What the method draws beforehand, or the block's key; None where it draws nothing.
+
+    Raises:
+      ConfigError: if the method is stochastic and no key is given.
+    """
+    if not aggregator.stochastic:
+        return None
+    key = _folded_key(aggregator, key, block)
+    return key if aggregator.draw is None else aggregator.draw(key, num_objectives)
+
+
+def _weigh_block(aggregator, gram, state, drawn, active, preference):
     preference = _importance(aggregator, preference, gram.shape[-1])
     ready = prepare(gram, active, preference, cross=aggregator.cross_gram)
     dtype = ready.gram.dtype
     start = jax.tree.map(lambda x: _in_type(x, dtype), state)
     gram = ready.gram * ready.scale if aggregator.compares_steps else ready.gram
-    weights, new = aggregator.weigh(gram, ready.active, ready.preference, start, key)
+    weights, new = aggregator.weigh(gram, ready.active, ready.preference, start, drawn)
     state = in_types_of(state, new)
     if aggregator.unit_scale:
         alone = jnp.sum(ready.active) == 1
@@ -211,15 +237,15 @@ def weigh_blocks(
         diagonals = jnp.diagonal(grams, axis1=1, axis2=2)
         active = jnp.any(diagonals != 0, axis=0)  # NaN counts: it is dealt with block by block
     active = jnp.broadcast_to(active, (num_blocks, k))
-    keys = jax.vmap(lambda block: _block_key(aggregator, key, block))(jnp.arange(num_blocks))
-    return compiled(_weigh_blocks)(aggregator, grams, state, keys, active, preference)
+    drawn = jax.vmap(lambda block: draw(aggregator, key, block, k))(jnp.arange(num_blocks))
+    return compiled(_weigh_blocks)(aggregator, grams, state, drawn, active, preference)
 
 
-def _weigh_blocks(aggregator, grams, state, keys, active, preference):
-    def one(gram, state, key, active):
-        return _weigh_block(aggregator, gram, state, key, active, preference)
+def _weigh_blocks(aggregator, grams, state, drawn, active, preference):
+    def one(gram, state, drawn, active):
+        return _weigh_block(aggregator, gram, state, drawn, active, preference)
 
-    return jax.vmap(one)(grams, state, keys, active)
+    return jax.vmap(one)(grams, state, drawn, active)
 
 
 def init_blocks(aggregator: Aggregator, num_blocks: int, num_objectives: int) -> State:
@@ -314,12 +340,6 @@ def largest_entries(jacobian: jax.Array) -> jax.Array:
     # a sum keeps it.
     finite = jnp.isfinite(jnp.sum(jacobian * 0, axis=1))
     return jnp.where(finite, largest, jnp.nan)
-
-
-def _block_key(
-    aggregator: Aggregator, key: jax.Array | None, block: int | jax.Array
-) -> jax.Array | None:
-    return _folded_key(aggregator, key, block) if aggregator.stochastic else None
 
 
 def _folded_key(aggregator: Aggregator, key: jax.Array | None, block: int | jax.Array) -> jax.Array:

@@ -32,11 +32,20 @@ def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name != "all_gather" and GATHERED not in str(parameters.get("name", ""))
 
 
+def _attention_kernel(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Checkpoint policy: keep what JAX's own attention kernel gives."""
+    del parameters
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What the backward pass of a block recomputes: everything; all but matrix products with
-# parameters; nothing but the gathering of parameters.
+# parameters and attention, where that is one kernel of JAX's; nothing but the gathering of
+# parameters.
 REMAT: dict[str, Any] = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention_kernel
+    ),
     "none": _all_but_gathered,
 }
 
@@ -84,7 +93,8 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
         what the call changes: statistics of a norm, counters of a dropout. Arguments that are no
         arrays, such as flags, stay as they are.
       remat: what the backward pass computes again: "full" keeps only the arguments, "dots" also
-        products with parameters, "none" everything except the gathered parameters.
+        products with parameters and what cuDNN's attention gives, "none" everything except the
+        gathered parameters.
 
     Returns:
       The marked function.

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmoo.aggregators import Aggregator
 from jaxmoo.engine.block_rules import BlockRules
-from jaxmoo.engine.block_table import BlockTable, Diagnostics
+from jaxmoo.engine.block_table import BlockTable, Diagnostics, no_diagnostics
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.usage import Use
 from jaxmoo.resolve import Resolution
@@ -117,14 +117,20 @@ class CallBlocks(NamedTuple):
     def rows(self, table: BlockTable) -> BlockTable:
         """Take the call's rows from the table."""
         numbers = self.indices.numbers
-        diagnostics = Diagnostics(*(column[numbers] for column in table.diagnostics))
+
+        def take(column: jax.Array, rows: jax.Array) -> jax.Array:
+            # On a GPU a slice, and its cotangent, is one launch; a gather of one row is three.
+            if rows.shape == (1,):
+                return jax.lax.dynamic_slice_in_dim(column, rows[0], 1)
+            return column.at[rows].get(mode="promise_in_bounds")
+
         states = tuple(
             jax.tree.map(
-                lambda t, c=group.candidates: t[numbers[..., c]], table.states[group.number]
+                lambda t, c=group.candidates: take(t, numbers[..., c]), table.states[group.number]
             )
             for group in self.groups
         )
-        return BlockTable(diagnostics, states)
+        return BlockTable(take(table.diagnostics, numbers), states)
 
     def new_rows(self, resolved: Resolution, members: Sequence[jax.Array | None]) -> BlockTable:
         """The rows' new values, to be returned as their cotangents."""
@@ -146,11 +152,11 @@ class CallBlocks(NamedTuple):
             jax.tree.map(lambda new, m=member: theirs(new, m), state)
             for state, member in zip(resolved.state, members, strict=True)
         )
-        return BlockTable(diagnostics, states)
+        return BlockTable(diagnostics.packed(), states)
 
     def no_rows(self) -> BlockTable:
         """Rows of a call that resolves nothing."""
-        return BlockTable(Diagnostics.zeros(0, self.objectives), ())
+        return BlockTable(no_diagnostics(0, self.objectives), ())
 
 
 def _are_device_local(

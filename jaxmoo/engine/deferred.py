@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.engine.backward import Backward
-from jaxmoo.engine.block_table import BlockTable, Diagnostics
+from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import CallBlocks
 from jaxmoo.engine.layout import sections_of_piece
 from jaxmoo.engine.usage import Use
@@ -59,8 +59,7 @@ def resolve_deferred(
     for (leaf, layout), update in zip(layouts.items(), resolved.updates, strict=True):
         updates[leaf] = update.reshape(layout.stack_shape(top.pieces)).astype(layout.dtype)
     rows = call.new_rows(resolved, indices.members)
-    columns = zip(table.diagnostics, rows.diagnostics, strict=True)
-    diagnostics = Diagnostics(*(t.at[indices.numbers].add(x) for t, x in columns))
+    diagnostics = table.diagnostics.at[indices.numbers].add(rows.diagnostics)
     new_states = list(table.states)
     for group, new in zip(call.groups, rows.states, strict=True):
         new_states[group.number] = jax.tree.map(

@@ -15,9 +15,10 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.backward import Backward, StepInputs
 from jaxmoo.engine.block import running
 from jaxmoo.engine.block_rules import BlockRules
-from jaxmoo.engine.block_table import BlockTable, Diagnostics
+from jaxmoo.engine.block_table import BlockTable, Diagnostics, no_diagnostics
 from jaxmoo.engine.deferred import resolve_deferred
 from jaxmoo.engine.layout import Layout, Topology
+from jaxmoo.kernels.product import exchanging
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE
 from jaxmoo.stacked import watched
 
@@ -98,7 +99,7 @@ class DevicePass:
             return jnp.moveaxis(x.reshape(x.shape[0], n, -1, *x.shape[2:]), 1, 0)
 
         parts = jax.tree.map(cut, batch)
-        no_diagnostics = Diagnostics.zeros(self.rules.num_blocks + 1, top.objectives)
+        nothing = no_diagnostics(self.rules.num_blocks + 1, top.objectives)
         if self.accumulate:
 
             def add(total: Any, part: Any) -> tuple[Any, Any]:
@@ -111,7 +112,7 @@ class DevicePass:
                 (weights, self._accumulators(values)),
             )
             (losses, accumulators), aux = jax.lax.scan(add, zeros, parts)
-            table = BlockTable(no_diagnostics, jax.tree.map(jnp.zeros_like, states))
+            table = BlockTable(nothing, jax.tree.map(jnp.zeros_like, states))
             found = PassResult(losses, _sum(aux), values, accumulators, table)
             updates, table = complete(found, step, states)
             return found.losses, found.aux, updates, table
@@ -127,14 +128,14 @@ class DevicePass:
             return (
                 losses + found.losses / n,
                 jax.tree.map(lambda total, u: total + u / n, updates, update),
-                jax.tree.map(lambda total, x: total + x / n, diagnostics, table.diagnostics),
+                diagnostics + table.diagnostics / n,
                 table.states,
             ), found.aux
 
         start = (
             jnp.zeros(weights.shape, jnp.float32),
             [jnp.zeros(v.shape, at_least_float32(v.dtype)) for v in values],
-            no_diagnostics,
+            nothing,
             states,
         )
         end, aux = jax.lax.scan(each, start, (jnp.arange(n), parts))
@@ -164,7 +165,8 @@ class DevicePass:
                 step=step,
             )
             updates, table = resolve_deferred(engine, updates, found.accumulators, table)
-        done = table.diagnostics.resolved > 0
+        done = Diagnostics.of(table.diagnostics, self.topology.objectives).resolved > 0
+        done = jnp.append(done, False)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
@@ -215,6 +217,8 @@ class DevicePass:
         alone = self.rules.replicas != "mean_then_resolve"
         scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
         scale = scale * top.data if alone else scale
+        several = top.tpu and top.language > 1 and top.local_objectives > 1
+        pieces = top.pieces if several else 1
 
         def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:
             values, accumulators, table = differentiated
@@ -228,11 +232,11 @@ class DevicePass:
                 table=table,
                 step=step,
             )
-            with running(engine):
+            with running(engine), exchanging(pieces):
                 value, aux = self.loss([*values, *frozen], accumulators, batch)
             return watched(value) * scale, aux
 
-        diagnostics = Diagnostics.zeros(self.rules.num_blocks + 1, top.objectives)
+        diagnostics = no_diagnostics(self.rules.num_blocks + 1, top.objectives)
         inputs = (values, self._accumulators(values), BlockTable(diagnostics, states))
         (losses, aux), (updates, accumulators, table) = jax.vmap(
             jax.value_and_grad(loss, has_aux=True), in_axes=(None, 0, 0), out_axes=(0, None)

@@ -396,7 +396,7 @@ class ResolvedGradients:
         )
 
     def _next_state(self, state: ResolveConflictsState, table: BlockTable) -> ResolveConflictsState:
-        found = Diagnostics(*(x[:-1] for x in table.diagnostics))
+        found = Diagnostics.of(table.diagnostics, self.topology.objectives)
         return next_state(
             state,
             aggregator=tuple(

@@ -14,16 +14,18 @@ forms both parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import CallBlocks
-from jaxmoo.engine.layout import Layout, sections_of_piece
+from jaxmoo.engine.layout import Layout, scatter, scatter_vectors, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.kernels.cross_entropy import (
@@ -39,7 +41,14 @@ __all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
 # Logits of one slice and one objective that exist at one time. The fewer, the more positions
 # without a target are skipped, and the more often the sum is read and written. On a GPU the host
 # waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {"cpu": 2**21, "tpu": 2**24, "gpu": 2**27}
+_MOST_LOGITS = {
+    "cpu": 2**21,
+    "tpu": 2**26,
+    "gpu": 2**27,
+    "interpret": 2**27,
+    "interpret-tpu": 2**26,
+}
+_GPU = ("gpu", "interpret")  # the second does on any device what is done on a GPU
 
 
 class HeadResiduals(NamedTuple):
@@ -197,7 +206,7 @@ def logits_at_once() -> int:
     and the memory is the same for any number of objectives. Elsewhere each has 128 MiB.
     """
     engine = current()
-    if isinstance(engine, Backward) and engine.topology.platform == "gpu":
+    if isinstance(engine, Backward) and engine.topology.platform in _GPU:
         return 2**27 // engine.topology.local_objectives
     return 2**25
 
@@ -233,6 +242,10 @@ class _Call:
         self.stack = dataclasses.replace(
             self.layout, shape=(rows // self.slices, size), layers=self.slices, labels=labels
         )
+        # On a TPU columns are the lanes of registers. What devices send to each other would be cut
+        # along them by a slow copy, if it did not come from the product in pieces.
+        in_pieces = engine.topology.tpu and self.layout.axis == 1
+        self.pieces = engine.topology.pieces if in_pieces else 1
         self.resolves = not self.deferred and engine.rules.groups is not None
         self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
         self.inputs = CallInputs(None if self.blocks is None else self.blocks.indices, engine.step)
@@ -245,6 +258,23 @@ class _Call:
     def rows(self) -> BlockTable | None:
         """The block table's rows of all slices, [slices, 1, ...]."""
         return None if self.blocks is None else self.blocks.rows(self.engine.table)
+
+    def _lookups(self, mapped: TableCotangents) -> _Lookups | None:
+        """Sums of the vectors' cotangents, per objective.
+
+        They are this device's objectives', or, where gradients are exchanged in pieces, all
+        objectives' of its piece of every vector, which are fewer numbers than a table's.
+        """
+        tokens, vectors = mapped.tokens, mapped.vectors
+        if tokens is None or vectors is None:
+            return None
+        tokens, vectors = (
+            x.reshape(len(x), tokens[0].size, *x.shape[3:]) for x in (tokens, vectors)
+        )
+        if self.pieces > 1:
+            tokens, vectors = scatter_vectors(tokens, vectors, self.engine.topology)
+        sums = functools.partial(_sums_by_token, self.layout.shape[0], self.layout.gathered_dtype)
+        return jax.lax.map(lambda x: sums(*x), (tokens, vectors))
 
     def resolve(
         self, mapped: TableCotangents, value: jax.Array, states: Any, inputs: CallInputs
@@ -260,7 +290,13 @@ class _Call:
         engine, layout = self.engine, self.layout
         head = mapped.head
         count = engine.topology.local_objectives
-        height = self.stack.shape[0]
+        height, size = self.stack.shape
+        shape = (self.pieces, height, size // self.pieces)
+        sends = self.pieces == 1 or head is not None
+        together = _objectives_at_once(head, height, engine.topology.platform)
+        lookups = self._lookups(mapped)
+        # Added to what this device sends, or to what it receives.
+        before, after = (lookups, None) if self.pieces == 1 else (None, lookups)
 
         def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, states, indices = xs
@@ -268,19 +304,44 @@ class _Call:
             piece = jax.lax.dynamic_slice_in_dim(value, first, height, 0)
             table = None if head is None else engine.gather(piece, layout)
 
-            def of_objective(i: jax.Array, place: jax.Array) -> jax.Array:
-                mine: TableCotangents = jax.tree.map(lambda x: x[i], mapped)
-                total = jnp.zeros(self.stack.shape, jnp.float32)
-                if mine.head is not None and table is not None:
-                    total = _from_scores(mine.head, table, first, engine.topology.platform)
-                if mine.tokens is not None and mine.vectors is not None:
-                    total = _add_lookup(total, mine.tokens, mine.vectors, first)
-                return place.at[i].set(total.astype(place.dtype))
+            def of_objective(mine: tuple[HeadResiduals | None, _Lookups | None]) -> jax.Array:
+                total = jnp.zeros(shape, place.dtype)
+                if mine[0] is not None and table is not None:
+                    found = _from_scores(
+                        mine[0], table, first, engine.topology.platform, self.pieces
+                    )
+                    total = found.astype(place.dtype)
+                return total if mine[1] is None else _add_lookup(total, mine[1], first)
 
-            # One objective after the other, so that a sum over all its positions is formed in one
+            def of_some(i: jax.Array, place: jax.Array) -> jax.Array:
+                some = jax.tree.map(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, i * together, together),
+                    (head, before),
+                )
+                found = jax.vmap(of_objective)(some)
+                return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
+
+            # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
-            place = jax.lax.fori_loop(0, count, of_objective, place)
-            gradients = engine.scatter(place, layout.axis)
+            if sends and together == count:
+                place = jax.vmap(of_objective)((head, before))
+            elif sends:
+                place = jax.lax.fori_loop(0, count // together, of_some, place)
+            if not sends:
+                gradients = jnp.zeros((engine.topology.objectives, *shape[1:]), place.dtype)
+            elif self.pieces > 1:
+                gradients = scatter(place, 0, engine.topology)[:, 0]
+            else:
+                gradients = scatter(place[:, 0], layout.axis, engine.topology)
+            if after is not None:
+                # One objective after the other: a TPU would sort the rows of all.
+                gradients = jax.lax.fori_loop(
+                    0,
+                    len(gradients),
+                    lambda k, x: _add_lookup(x, jax.tree.map(lambda y: y[k], after), first, k),
+                    gradients,
+                )
+            gradients = engine.join(gradients)
             if not self.resolves:
                 return place, (gradients if self.deferred else gradients[0], None)
             section = sections_of_piece(
@@ -297,7 +358,7 @@ class _Call:
             return place, (update, call.new_rows(resolved, indices.members))
 
         # The place of the local gradients is handed on, so that it is not cleared for every slice.
-        empty = jnp.zeros((count, *self.stack.shape), layout.gathered_dtype)
+        empty = jnp.zeros((count, *shape) if sends else (), layout.gathered_dtype)
         slices = (jnp.arange(self.slices), states, inputs.indices)
         _, (pieces, rows) = jax.lax.scan(one, empty, slices)
         if self.deferred:  # [slices, K, rows, size] -> [K, V, size]
@@ -306,24 +367,64 @@ class _Call:
         return TableResult(pieces.reshape(value.shape).astype(value.dtype), None, rows)
 
 
+def _objectives_at_once(head: HeadResiduals | None, height: int, platform: str) -> int:
+    """Of how many objectives the gradients of one slice are formed at once.
+
+    As many as have no more logits together than may exist: on a GPU a loop costs launches, on a
+    TPU what one objective leaves is copied into the order in which devices exchange it.
+    """
+    if head is None or platform == "cpu":
+        return 1
+    count, rows, length = head.targets.shape
+    most = _MOST_LOGITS[platform] // (rows * length * height)
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
+
+
 def _default_slices(rows: int) -> int:
     return next((n for n in range(8, 65) if rows % n == 0), 1)
 
 
+class _Lookups(NamedTuple):
+    """Sums of vectors' cotangents by token. N looked-up tokens."""
+
+    tokens: jax.Array  # int32 [N]; -1 for those that occurred before
+    sums: jax.Array  # [N, D]; 0 for those that occurred before
+
+
+def _sums_by_token(vocabulary: int, dtype: Any, tokens: jax.Array, vectors: jax.Array) -> _Lookups:
+    """Add up vectors' cotangents [N, D] of equal tokens [N], in float32.
+
+    So that a table's gradient needs to be formed in no higher precision than it is sent in.
+    """
+    count = jnp.arange(tokens.size)
+    first = jnp.full(vocabulary, tokens.size).at[tokens].min(count)[tokens]
+    sums = jnp.zeros(vectors.shape, at_least_float32(vectors.dtype)).at[first].add(vectors)
+    return _Lookups(jnp.where(first == count, tokens, -1), sums.astype(dtype))
+
+
 def _add_lookup(
-    total: jax.Array, tokens: jax.Array, vectors: jax.Array, first: jax.Array
+    totals: jax.Array, lookups: _Lookups, first: jax.Array, at: int | jax.Array = 0
 ) -> jax.Array:
-    """Add vectors' cotangents [B, S, D] to the rows [height, D] of their tokens, in one slice."""
-    height, size = total.shape
-    row = tokens.reshape(-1) - first
-    row = jnp.where((row >= 0) & (row < height), row, height)
-    return total.at[row].add(vectors.reshape(-1, size).astype(total.dtype), mode="drop")
+    """Add sums of cotangents to the rows of their tokens, in one slice.
+
+    Args:
+      totals: the slice's gradients so far, [N, height, D].
+      lookups: of all tokens.
+      first: number of the slice's first token.
+      at: which of the N gradients.
+    """
+    height = totals.shape[1]
+    row = lookups.tokens - first
+    outside = height + jnp.arange(row.size)  # numbers that do not occur twice
+    row = jnp.where((row >= 0) & (row < height), row, outside)
+    new = lookups.sums.astype(totals.dtype)
+    return totals.at[at, row].add(new, mode="drop", unique_indices=True)
 
 
 def _from_scores(
-    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str
+    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str, pieces: int
 ) -> jax.Array:
-    """Gradient of one objective's scores with respect to one slice of the table."""
+    """Gradient of one objective's scores with respect to one slice of the table, in pieces."""
     rows, length = head.targets.shape
     most = _MOST_LOGITS.get(platform, _MOST_LOGITS["cpu"])
     chunks = -(-length * rows * table.shape[0] // most)
@@ -332,5 +433,5 @@ def _from_scores(
     h = jnp.pad(head.h, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(head.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
     normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (head.normaliser, head.cotangent))
-    skip = platform != "gpu"
-    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip)
+    skip = platform == "cpu"
+    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip, pieces=pieces)

@@ -7,5 +7,5 @@ GPUs; ``benchmarks/cpu_kernels.py`` and ``benchmarks/kernels.py`` measure whethe
 - ``reductions``: the two passes over the gradients, Gram matrices and weighted sums;
 - ``product``: activations times weights;
 - ``cross_entropy``: the loss over a large vocabulary, chunk by chunk;
-- ``launch``, ``linear``: solvers of small problems as one kernel on a GPU.
+- ``launch``, ``linear``: solvers of small problems as one kernel, on GPUs and TPUs.
 """

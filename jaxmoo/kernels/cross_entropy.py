@@ -115,6 +115,7 @@ def table_gradient(
     first_token: jax.Array | int = 0,
     *,
     skip: bool = True,
+    pieces: int = 1,
 ) -> jax.Array:
     """Gradient of :func:`chunked_nll` with respect to the table, or to a slice of its rows.
 
@@ -128,9 +129,10 @@ def table_gradient(
       first_token: number of the slice's first token.
       skip: whether to skip chunks without targets. A single chunk then is a loop as well, of no
         round or one.
+      pieces: into how many its columns are cut.
 
     Returns:
-      float32 of the slice's shape.
+      float32 [pieces, V, D / pieces] of the slice.
     """
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -145,11 +147,17 @@ def table_gradient(
         # As a product of plain matrices: the compiler's CPU backend has no others of bfloat16 with
         # a float32 result.
         h_ND, dlogits_NV = (x.reshape(-1, x.shape[-1]) for x in (h_BCD, dlogits))
-        return total + jnp.matmul(dlogits_NV.T, h_ND, preferred_element_type=total.dtype)
+        if pieces == 1:
+            new = jnp.matmul(dlogits_NV.T, h_ND, preferred_element_type=total.dtype)[None]
+        else:  # from the product in this order, rather than by a copy
+            h_NPD = h_ND.reshape(len(h_ND), pieces, -1)
+            new = jnp.einsum("nv,npd->pvd", dlogits_NV, h_NPD, preferred_element_type=total.dtype)
+        return total + new
 
     if not skip and chunk == targets_BT.shape[1]:
         return body(jnp.int32(0), jnp.float32(0))
-    zeros = jnp.zeros(table_VD.shape, at_least_float32(h_BTD.dtype))
+    rows, columns = table_VD.shape
+    zeros = jnp.zeros((pieces, rows, columns // pieces), at_least_float32(h_BTD.dtype))
     return jax.lax.fori_loop(0, _num_chunks(targets_BT, chunk), body, zeros)
 
 
@@ -217,7 +225,7 @@ def _backward(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any, Non
     if rest is None:
         return dh, None, None
     h, table, normaliser = rest
-    dtable = table_gradient(h, table, targets, normaliser, cotangent, chunk)
+    (dtable,) = table_gradient(h, table, targets, normaliser, cotangent, chunk)
     return dh, dtable.astype(table.dtype), None
 
 

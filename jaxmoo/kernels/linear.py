@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-_elementary: contextvars.ContextVar[bool] = contextvars.ContextVar("elementary", default=False)
+_elementary: contextvars.ContextVar[str | None] = contextvars.ContextVar("elementary", default=None)
 
 
 @contextlib.contextmanager
-def elementary() -> Iterator[None]:
-    """Within it, only elementary operations are used."""
-    token = _elementary.set(True)
+def elementary(platform: str) -> Iterator[None]:
+    """Within it, only operations are used that kernels of a platform have."""
+    token = _elementary.set(platform)
     try:
         yield
     finally:
@@ -32,7 +32,7 @@ def elementary() -> Iterator[None]:
 
 def in_kernel() -> bool:
     """Whether only elementary operations may be used."""
-    return _elementary.get()
+    return _elementary.get() is not None
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -40,6 +40,43 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     if in_kernel():
         return jnp.sum(matrix * vector[None, :], axis=1)
     return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def vecmat(vector: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Vector times matrix, as :func:`matvec`."""
+    if in_kernel():
+        return jnp.sum(vector[:, None] * matrix, axis=0)
+    return jnp.matmul(vector, matrix, precision=lax.Precision.HIGHEST)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of matrices [K, K], as :func:`matvec`."""
+    # On a GPU a kernel has no smaller product than of 16 rows.
+    if _elementary.get() in ("gpu", "interpret") and a.shape[0] < 16:
+        return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def column(matrix: jax.Array, number: jax.Array) -> jax.Array:
+    """One column of a matrix, [K]."""
+    if in_kernel():
+        columns = lax.broadcasted_iota(jnp.int32, matrix.shape, 1)
+        return jnp.sum(jnp.where(columns == number, matrix.astype(jnp.float32), 0.0), axis=1)
+    return lax.dynamic_index_in_dim(matrix, number, axis=1, keepdims=False)
+
+
+def one_hot(numbers: jax.Array, dtype: Any) -> jax.Array:
+    """Matrix [K, K] with a one in every row, where a number says; none for a number of -1."""
+    k = numbers.shape[0]
+    columns = lax.broadcasted_iota(jnp.int32, (k, k), 1).astype(dtype)
+    return (columns == numbers.astype(dtype)[:, None]).astype(dtype)
+
+
+def places(k: int) -> jax.Array:
+    """The numbers from 0 on, float32 [K]."""
+    if in_kernel():
+        return diagonal(lax.broadcasted_iota(jnp.int32, (k, k), 0).astype(jnp.float32))
+    return jnp.arange(k, dtype=jnp.float32)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -68,8 +105,16 @@ def identity(k: int, dtype: Any) -> jax.Array:
     return jnp.eye(k, dtype=dtype)
 
 
+def pairs(x: jax.Array) -> jax.Array:
+    """Of which pairs of entries of a bool vector [K] both are true, bool [K, K]."""
+    if in_kernel():  # on a TPU only numbers can be turned into columns
+        x = x.astype(jnp.float32)
+        return x[:, None] * x[None, :] > 0
+    return x[:, None] & x[None, :]
+
+
 def any_of(x: jax.Array) -> jax.Array:
-    """Whether any entry of a bool vector is true."""
+    """Whether any entry of a bool array is true."""
     return jnp.max(x.astype(jnp.float32)) > 0 if in_kernel() else jnp.any(x)
 
 

@@ -22,11 +22,13 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.cpu_grams import grams_by_slices
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
+from jaxmoo.kernels.tpu_grams import tpu_gram
 from jaxmoo.platforms import several_devices
-from jaxmoo.sharding import varying
+from jaxmoo.sharding import divided_by_compiler, varying
 
 __all__ = [
     "cross_grams",
+    "gram_parts",
     "grams_in_range",
     "scaled_grams",
     "section_grams",
@@ -37,12 +39,8 @@ __all__ = [
 _AT_A_TIME = 2**16  # entries that are scaled, and so copied
 
 
-@jax.named_scope("gram")
 def section_grams(
-    arrays: Sequence[jax.Array],
-    *,
-    partitioned: bool | None = None,
-    platform: str | None = None,
+    arrays: Sequence[jax.Array], *, partitioned: bool | None = None
 ) -> list[jax.Array]:
     """Gram matrix of every section, accumulated in float32, or float64 for float64 gradients.
 
@@ -51,10 +49,6 @@ def section_grams(
         a CPU.
       partitioned: whether the compiler partitions the arrays over several devices. By default,
         whether JAX has several.
-      platform: the kind of devices on which the arrays lie, each piece by itself; see
-        :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
-        divide; "interpret" does what that kernel does on any device. By default it is decided
-        when the program is lowered, and takes no kernel.
 
     Returns:
       Gram matrices [S, K, K] of each array, float32 or float64. A non-finite row makes its own row
@@ -65,19 +59,46 @@ def section_grams(
       [Array([[[5., 6.],
               [6., 9.]]], dtype=float32)]
     """
+    return [x[:, 0] for x in gram_parts(arrays, partitioned=partitioned)]
+
+
+@jax.named_scope("gram")
+def gram_parts(
+    arrays: Sequence[jax.Array],
+    *,
+    partitioned: bool | None = None,
+    platform: str | None = None,
+) -> list[jax.Array]:
+    """Gram matrix of every section, in as many parts as the platform's kernel makes.
+
+    Args:
+      arrays: see :func:`section_grams`.
+      partitioned: likewise.
+      platform: the kind of devices on which the arrays lie, each piece by itself; see
+        :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
+        divide, and on a TPU one per array; "interpret" and "interpret-tpu" do what these do on
+        any device. By default it is decided when the program is lowered, and takes no kernel.
+
+    Returns:
+      [S, P, K, K] of each array, float32 or float64: their sums over P are the Gram matrices.
+    """
 
     def whole(arrays: list[jax.Array]) -> list[jax.Array]:
         return [cross_grams(x, x) for x in arrays]
 
-    if _is_partitioned(partitioned) or not arrays:
-        return whole(list(arrays))
-    if platform in ("gpu", "interpret"):
+    if platform in ("gpu", "interpret") and not _is_partitioned(partitioned):
         return grams_in_one_kernel(arrays, interpret=platform == "interpret")
-    if platform == "cpu":
-        return grams_by_slices(list(arrays))
-    if platform == "tpu":
-        return whole(list(arrays))
-    return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
+    if _is_partitioned(partitioned) or not arrays:
+        found = whole(list(arrays))
+    elif platform in ("tpu", "interpret-tpu") and not divided_by_compiler():
+        found = [tpu_gram(x, interpret=platform != "tpu") for x in arrays]
+    elif platform == "tpu":
+        found = whole(list(arrays))
+    elif platform == "cpu":
+        found = grams_by_slices(list(arrays))
+    else:
+        found = jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
+    return [x[:, None] for x in found]
 
 
 def _is_partitioned(given: bool | None) -> bool:

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.mesh import TENSOR
 from jaxmoo.platforms import default_platform
 
 __all__ = ["IMPLEMENTATIONS", "attend", "choose_attention"]
@@ -114,7 +115,12 @@ def attend(
     if implementation == "xla":
         return _xla(q_BSNH, k_BSGH, v_BSGH, segment_ids, window)
     if implementation == "cudnn":
-        return _fused_cudnn(window)(q_BSNH, k_BSGH, v_BSGH, segment_ids)
+        # JAX knows the kernel's derivative, which keeps what it needs, its vmap, and how to divide
+        # it over heads; but of a mask not the vmap.
+        attention = functools.partial(
+            _cudnn if segment_ids is None else _fused_cudnn, window=window
+        )
+        return _over_heads(attention, k_BSGH.shape[2])(q_BSNH, k_BSGH, v_BSGH, segment_ids)
     if segment_ids is None:
         segment_ids = jnp.zeros(q_BSNH.shape[:2], jnp.int32)
     on = default_platform() if platform is None else platform
@@ -222,9 +228,32 @@ def _cudnn_obstacle(head_dim: int, dtype: np.dtype, platform: str) -> str | None
     return None
 
 
-@functools.cache
-def _fused_cudnn(window: int | None) -> Callable[..., jax.Array]:
-    return _fused(functools.partial(_cudnn, window=window))
+def _over_heads(attention: Callable[..., jax.Array], num_heads: int) -> Callable[..., jax.Array]:
+    """Let every device of a mesh's tensor axis compute its heads, within the engine.
+
+    There the other axes are divided by hand, and JAX's own division of the kernel does not work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = TENSOR in mesh.axis_names and TENSOR not in mesh.manual_axes
+    if not mesh.manual_axes or not left or mesh.shape[TENSOR] == 1:
+        return attention
+    if num_heads % mesh.shape[TENSOR]:
+        raise ConfigError(
+            f"{num_heads} key/value heads cannot be divided over mesh.tensor={mesh.shape[TENSOR]} "
+            "by cuDNN's attention. Set mesh.tensor to a divisor, or attention to 'xla'."
+        )
+    heads = P(None, None, TENSOR)
+    return jax.shard_map(
+        attention,
+        in_specs=(heads, heads, heads, P()),
+        out_specs=heads,
+        axis_names={TENSOR},
+        check_vma=False,
+    )
+
+
+def _fused_cudnn(*arrays: jax.Array, window: int | None) -> jax.Array:
+    return _fused(functools.partial(_cudnn, window=window))(*arrays)
 
 
 def _cudnn(

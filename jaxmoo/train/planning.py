@@ -30,6 +30,7 @@ from jaxmoo.models.paths import STACKED, named_leaves
 from jaxmoo.models.presets import preset
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
+from jaxmoo.runtime.compiled import compiler_options
 from jaxmoo.train.chip_plan import ChipPlan
 from jaxmoo.train.chips import Slice, answering_for, compile_for
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
@@ -228,7 +229,14 @@ def abstract_step(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in step_spec(config.data).items()
     }
-    function = compiled_step(source, optimizer, state, device_mesh, ema=config.optimizer.ema)
+    function = compiled_step(
+        source,
+        optimizer,
+        state,
+        device_mesh,
+        ema=config.optimizer.ema,
+        options=compiler_options(platform, config.train.compiler_options),
+    )
     return AbstractStep(function, (state, frozen, batch), source, device_mesh, decoder.attention)
 
 

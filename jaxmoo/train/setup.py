@@ -31,7 +31,7 @@ from jaxmoo.models.paths import STACKED
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
-from jaxmoo.runtime.compiled import distrust_on_cpus
+from jaxmoo.runtime.compiled import compiler_options, distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
@@ -122,15 +122,14 @@ def run_attention(config: Config, architecture: DecoderConfig, device_mesh: Mesh
     Raises:
       ConfigError: the one that the settings name cannot run on them.
     """
-    name = config.model.attention
-    if name == "auto" and config.mesh.tensor > 1:
-        # Kernels cannot be divided by the compiler, to which the tensor axis is left.
+    name, tensor = config.model.attention, config.mesh.tensor
+    platform = platform_of(device_mesh.devices.flat)
+    # Over the tensor axis only cuDNN's kernel is divided, by heads.
+    divided = platform == "gpu" and architecture.num_key_value_heads % tensor == 0
+    if name == "auto" and tensor > 1 and not divided:
         name = "xla"
     return choose_attention(
-        name,
-        head_dim=architecture.head_dim,
-        dtype=config.model.dtype,
-        platform=platform_of(device_mesh.devices.flat),
+        name, head_dim=architecture.head_dim, dtype=config.model.dtype, platform=platform
     )
 
 
@@ -171,6 +170,11 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     segments = run_segments(config, architecture)
     attention = run_attention(config, architecture, device_mesh)
     say(f"Attention: {attention}.")
+    platform = platform_of(device_mesh.devices.flat)
+    options = compiler_options(platform, config.train.compiler_options)
+    if options:
+        named = ", ".join(f"{name}={value}" for name, value in options.items())
+        say(f"Compiler options of the training step (train.compiler_options): {named}.")
 
     def shardings(tree: Any) -> Any:
         return mesh.parameter_shardings(device_mesh, tree, stacked=STACKED)
@@ -186,7 +190,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         param_dtype=jax.numpy.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
-        platform=platform_of(device_mesh.devices.flat),
+        platform=platform,
         shardings=shardings,
     )
     graph, params, frozen = split_model(config, decoder)
@@ -214,7 +218,14 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
         state=state,
         frozen=frozen,
         gradients=gradients,
-        step=compiled_step(gradients, optimizer, state, device_mesh, ema=config.optimizer.ema),
+        step=compiled_step(
+            gradients,
+            optimizer,
+            state,
+            device_mesh,
+            ema=config.optimizer.ema,
+            options=options,
+        ),
         evaluator=Evaluator(
             lambda weights: merge(*weights),
             device_mesh,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +184,7 @@ def compiled_step(
     device_mesh: Mesh,
     *,
     ema: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Make the training step, compiled when it is first called.
 
@@ -193,6 +194,7 @@ def compiled_step(
       state: where the state lies, or its shapes; it stays there.
       device_mesh: the devices.
       ema: see :func:`make_train_step`.
+      options: see :func:`jaxmoo.runtime.compiled.compiler_options`.
 
     Returns:
       The function of :func:`make_train_step`. The state it is given is consumed; every process
@@ -203,6 +205,7 @@ def compiled_step(
         make_train_step(gradients, optimizer, ema=ema),
         donate_argnums=0,
         out_shardings=(where, NamedSharding(device_mesh, P())),
+        compiler_options=dict(options) if options else None,
     )
 
 

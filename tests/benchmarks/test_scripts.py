@@ -35,8 +35,8 @@ def gpu_script(tmp_path_factory):
 @pytest.mark.slow
 def test_the_gpu_script_measures_every_section(gpu_script):
     done, found = gpu_script
-    assert {"step-tiny-16", "kernels", "plan"} == set(found), done.stdout + done.stderr
-    step = {row["engine"]: row for row in found["step-tiny-16"]["rows"]}
+    assert {"step-tiny", "kernels", "plan"} == set(found), done.stdout + done.stderr
+    step = {row["engine"]: row for row in found["step-tiny"]["rows"]}
     assert set(step) == {"plain", "backward"}
     assert all(row["seconds"] > 0 for row in step.values())
     assert all(page["about"]["command"] and page["about"]["date"] for page in found.values())

@@ -1,7 +1,5 @@
 """The kernel of Gram matrices, interpreted on the CPU, beside products in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +15,18 @@ def draw(k: int, sections: int, columns: int) -> jnp.ndarray:
     return jnp.asarray(random.normal(size=(k, sections, columns)), jnp.bfloat16)
 
 
-kernel = jax.jit(functools.partial(grams_in_one_kernel, interpret=True))
+@jax.jit
+def kernel(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [x.sum(1) for x in grams_in_one_kernel(arrays, interpret=True)]
 
 
 @pytest.mark.parametrize(
     "k", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8, 16, 20))]
 )
 def test_all_arrays_and_sections_are_multiplied(k):
-    """Large ones by the kernel, a vector by the compiler; K fills up to a power of two."""
+    """Large ones, and small ones side by side; K fills up to a power of two."""
     arrays = [draw(k, 1, COLUMNS), draw(k, 2, COLUMNS), draw(k, 3, 7)]
+    arrays.append(jnp.asarray(np.random.default_rng(k).normal(size=(k, 2, 300)), jnp.float32))
     for x, found in zip(arrays, kernel(arrays), strict=True):
         rows = np.asarray(x, np.float64)
         expected = np.einsum("isn,jsn->sij", rows, rows)
@@ -49,7 +50,8 @@ def test_gradients_of_other_precisions_are_left_to_the_compiler():
 
 def test_any_number_of_arrays_takes_few_kernels():
     """A kernel's text grows with its arrays, not with their sections."""
-    arrays = [jax.ShapeDtypeStruct((2, 30, COLUMNS), jnp.bfloat16)] * 20
+    large = [jax.ShapeDtypeStruct((2, 30, COLUMNS), jnp.bfloat16)] * 14
+    arrays = large + [jax.ShapeDtypeStruct((2, 1, 100), jnp.float32)] * 6
     program = str(jax.make_jaxpr(lambda *x: grams_in_one_kernel(x, interpret=True))(*arrays))
     assert program.count("pallas_call[") == 2
     assert program.count("dot_general[") == 20

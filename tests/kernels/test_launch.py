@@ -11,6 +11,7 @@ import pytest
 from aggregators.families import families
 from jaxmoo import aggregators
 from jaxmoo.kernels.launch import solving_on
+from jaxmoo.resolve import Group, Resolution, Section, resolve_sections
 
 FAMILIES = ("random", "imbalanced", "correlated", "imbalanced low-rank", "zero-row", "opposed")
 
@@ -49,6 +50,9 @@ def weigh(name: str, grams: np.ndarray, form: str | None, absent: tuple[int, ...
                 ("upgrad", 3),
                 ("nash_mtl", 4),
                 ("fairgrad", 6),
+                ("aligned_mtl", 7),
+                ("imtl_g", 5),
+                ("config", 8),
             )
         ),
     ],
@@ -71,10 +75,50 @@ def test_an_absent_objective_changes_nothing_in_a_kernel():
     np.testing.assert_allclose(np.delete(found, 2, axis=1)[0], expected[0], atol=1e-5)
 
 
+@functools.cache
+def resolution(name: str, form: str | None):
+    """All of a resolution, of gradients [K, n] that are one block."""
+    method = aggregators.get(name)
+
+    @jax.jit
+    def run(gradients: jax.Array, active: jax.Array) -> Resolution:
+        return resolve_sections(
+            [Section(gradients[:, None], np.zeros(1, int), lambda *_: jnp.zeros(()))],
+            [Group(method, [0])],
+            np.zeros(1, int),
+            state=[()],
+            key=jax.random.key(1),
+            active=active,
+            preference=jnp.arange(1.0, 1.0 + len(gradients)),
+            match_norm=True,
+            partitioned=False,
+            platform=form,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [("pcgrad", 5), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in ("mean", "mgda"))],
+)
+def test_a_block_is_solved_whole_in_a_kernel(name, k):
+    """Masks, preferences, draws, norms: without the absent and what is not finite, as elsewhere."""
+    gradients = jax.random.normal(jax.random.key(k), (k, 6)).at[1, 0].set(jnp.nan)
+    active = jnp.ones(k, bool).at[3].set(False)
+    found, expected = (resolution(name, form)(gradients, active) for form in ("interpret", None))
+    assert found.nonfinite.tolist() == [[i == 1 for i in range(k)]]
+    for field in ("updates", "gram", "weights", "update_norm", "mean_norm"):
+        for x, y in zip(
+            *(jax.tree.leaves(getattr(r, field)) for r in (found, expected)), strict=True
+        ):
+            np.testing.assert_allclose(x, y, atol=1e-5, err_msg=field)
+
+
 def test_a_kernel_is_asked_for_where_solvers_are_traced():
     """Once for all blocks, and nowhere else."""
     grams = jnp.asarray(problems(4))
-    for form, kernels in (("interpret", 1), (None, 0), ("tpu", 0)):
+    for form, kernels in (("interpret", 1), ("gpu", 1), ("tpu", 1), ("cpu", 0), (None, 0)):
 
         def solve(grams, form=form):
             with solving_on(form):

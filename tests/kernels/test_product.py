@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from closeness import relative_error
-from jaxmoo.kernels.product import product
+from jaxmoo.kernels.product import exchanging, product
 
 ROUNDING = 2**-8  # of bfloat16
 
@@ -61,6 +61,17 @@ def test_cpus_get_plain_bfloat16_matrices_with_float32_results():
     for result, parameters in products:
         assert result == "f32"
         assert re.search(r"dimension_numbers=\(\(\[\d\], \[\d\]\), \(\[\], \[\]\)\)", parameters)
+
+
+def test_a_gradient_that_is_exchanged_comes_in_pieces_and_is_the_same():
+    x, kernel, ct = (a.astype(jnp.float32) for a in draw((4, 2, 9, 6), (6, 5), (4, 2, 9, 5)))
+    wanted = jax.tree.map(np.asarray, gradients(x, kernel, ct))
+    for pieces, split in ((3, True), (4, False)):  # 4 does not divide 6
+        with exchanging(pieces):
+            program = jax.make_jaxpr(lambda *a: gradients(*a))(x, kernel, ct)
+        assert (f"f32[4,{pieces},{6 // pieces},5]" in str(program)) == split
+        found = jax.core.eval_jaxpr(program.jaxpr, program.consts, x, kernel, ct)
+        assert max(map(relative_error, found, wanted)) < 1e-6
 
 
 def test_single_precision_is_left_alone():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.aggregator import Aggregator, register
 from jaxmoo.aggregators.solvers import eigh_graded
-from jaxmoo.kernels.linear import matvec
+from jaxmoo.kernels.linear import matvec, vecmat
 from jaxmoo.parameters import check_choice
 
 
@@ -52,16 +52,16 @@ def aligned_mtl(*, scale: Literal["min", "median", "rmse"] = "min") -> Aggregato
     def weigh(gram, active, preference, state, key):
         values, vectors, significant = eigh_graded(gram)
         rank = jnp.sum(significant)
-        ascending = jnp.sort(jnp.where(significant, values, jnp.inf))
         if scale == "min":
-            length = ascending[0]
+            length = jnp.min(jnp.where(significant, values, jnp.inf))
         elif scale == "median":
+            ascending = jnp.sort(jnp.where(significant, values, jnp.inf))
             length = ascending[jnp.maximum(rank - 1, 0) // 2]
         else:
             length = jnp.sum(jnp.where(significant, values, 0.0)) / jnp.maximum(rank, 1)
         length = jnp.where(rank > 0, length, 0.0)
         stretch = jnp.sqrt(length / jnp.where(significant, values, 1.0))
-        along = jnp.where(significant, stretch * matvec(vectors.T, preference), 0.0)
+        along = jnp.where(significant, stretch * vecmat(preference, vectors), 0.0)
         return matvec(vectors, along), state
 
-    return Aggregator("aligned_mtl", weigh)
+    return Aggregator("aligned_mtl", weigh, elementary=scale != "median")

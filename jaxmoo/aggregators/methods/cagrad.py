@@ -61,4 +61,5 @@ def cagrad(
         weights = preference + best_worst_case(gram, active, preference, c)
         return weights / divisor(), state
 
-    return Aggregator("cagrad", weigh, unit_scale=rescale == "1+c")
+    elementary = isinstance(c, int | float)
+    return Aggregator("cagrad", weigh, unit_scale=rescale == "1+c", elementary=elementary)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmoo.aggregators.aggregator import Aggregator, register
 from jaxmoo.aggregators.solvers import equilibrate, pseudo_solve
-from jaxmoo.kernels.linear import matvec
+from jaxmoo.kernels.linear import dot, matvec
 from jaxmoo.parameters import check_choice
 
 
@@ -53,12 +53,12 @@ def config(*, reduction: Literal["mean", "sum"] = "mean") -> Aggregator:
         target = preference * jnp.sum(active)
         direction = pseudo_solve(cosine, target)
         projections = matvec(cosine, direction)
-        square = jnp.dot(direction, projections)
-        length = jnp.dot(preference * norm, projections)
+        square = dot(direction, projections)
+        length = dot(preference * norm, projections)
         # Gradients that cancel exactly leave a direction of rounding only.
-        rounding = 8 * jnp.finfo(gram.dtype).eps * jnp.sum(jnp.abs(direction))
+        rounding = 8 * float(jnp.finfo(gram.dtype).eps) * jnp.sum(jnp.abs(direction))
         exists = square > jnp.square(rounding)
         factor = jnp.where(exists, length / jnp.where(exists, square, 1.0), 0.0)
         return factor * direction / norm, state
 
-    return Aggregator("config", weigh, summed=reduction == "sum")
+    return Aggregator("config", weigh, summed=reduction == "sum", elementary=True)

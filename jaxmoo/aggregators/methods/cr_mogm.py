@@ -137,6 +137,7 @@ def cr_mogm(
         init=init,
         compares_steps=inner.compares_steps,
         stochastic=inner.stochastic,
+        draw=inner.draw,
         cross_gram=inner.cross_gram,
         unit_scale=inner.unit_scale,
         summed=inner.summed,

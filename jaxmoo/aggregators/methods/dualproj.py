@@ -43,4 +43,4 @@ def dualproj() -> Aggregator:
         added = size * project_on_dual_cone(cosine, active, pull / size)
         return preference + added / norm, state
 
-    return Aggregator("dualproj", weigh)
+    return Aggregator("dualproj", weigh, elementary=True)

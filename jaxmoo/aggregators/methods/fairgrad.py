@@ -74,4 +74,10 @@ def fairgrad(
 
     published = scale == "published"
     degree = -alpha / (1 + alpha) if published else 0.0
-    return Aggregator("fairgrad", weigh, unit_scale=not published, gram_degree=degree)
+    return Aggregator(
+        "fairgrad",
+        weigh,
+        unit_scale=not published,
+        gram_degree=degree,
+        elementary=isinstance(alpha, int | float),
+    )

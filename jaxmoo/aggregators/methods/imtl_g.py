@@ -55,4 +55,4 @@ def imtl_g(*, bound: float | jax.Array = 10.0) -> Aggregator:
         total = jnp.maximum(jnp.sum(weights), jnp.sum(jnp.abs(weights)) / bound)
         return weights / jnp.where(total > 0, total, 1.0), state
 
-    return Aggregator("imtl_g", weigh)
+    return Aggregator("imtl_g", weigh, elementary=isinstance(bound, int | float))

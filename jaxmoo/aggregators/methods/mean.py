@@ -27,7 +27,7 @@ def mean() -> Aggregator:
     def weigh(gram, active, preference, state, key):
         return preference, state
 
-    return Aggregator("mean", weigh, reads_gram=False)
+    return Aggregator("mean", weigh, reads_gram=False, elementary=True)
 
 
 @register
@@ -51,4 +51,4 @@ def sum() -> Aggregator:
     def weigh(gram, active, preference, state, key):
         return preference, state
 
-    return Aggregator("sum", weigh, reads_gram=False, summed=True)
+    return Aggregator("sum", weigh, reads_gram=False, summed=True, elementary=True)

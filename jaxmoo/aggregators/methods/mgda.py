@@ -60,4 +60,4 @@ def mgda(*, normalisation: Literal["none", "l2"] = "none") -> Aggregator:
         weights = scale * min_norm(gram * scale[:, None] * scale[None, :], heard)
         return weights / jnp.maximum(jnp.sum(weights), 1e-30), state
 
-    return Aggregator("mgda", weigh)
+    return Aggregator("mgda", weigh, elementary=True)

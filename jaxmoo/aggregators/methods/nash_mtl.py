@@ -72,4 +72,10 @@ def nash_mtl(
 
     published = scale == "published"
     degree = -0.5 if published else 0.0
-    return Aggregator("nash_mtl", weigh, unit_scale=not published, gram_degree=degree)
+    return Aggregator(
+        "nash_mtl",
+        weigh,
+        unit_scale=not published,
+        gram_degree=degree,
+        elementary=isinstance(max_norm, int | float),
+    )

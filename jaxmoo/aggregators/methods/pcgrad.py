@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxmoo.aggregators.aggregator import Aggregator, register
 from jaxmoo.aggregators.solvers import equilibrate
-from jaxmoo.kernels.linear import matvec
+from jaxmoo.kernels.linear import column, identity, matmul, one_hot, vecmat
 from jaxmoo.parameters import check_choice
 from jaxmoo.sharding import varying
 
@@ -37,22 +37,22 @@ def project_conflicts(cosine: jax.Array, orders: jax.Array) -> jax.Array:
 
     Args:
       cosine: ``[K, K]`` cosines between the gradients.
-      orders: ``[K, K]``; row i is the order in which gradient i meets the others.
+      orders: ``[K, K]``; row i is the order in which gradient i meets the others; -1 is nobody.
 
     Returns:
       ``[K, K]``: row i holds the coefficients of the projected unit gradient i.
     """
     k = cosine.shape[0]
-    identity = jnp.eye(k, dtype=cosine.dtype)
+    itself = identity(k, cosine.dtype)
 
     def meet(t, carry):
         coefficients, products = carry  # products[i, j] = <projected g_i, g_j>
-        other = jax.nn.one_hot(orders[:, t], k, dtype=cosine.dtype)
-        along = jnp.sum(products * other * (1 - identity), axis=1, keepdims=True)
-        remove = jnp.minimum(along, 0.0) * other
-        return coefficients - remove, products - matvec(remove, cosine)
+        other = one_hot(column(orders, t), cosine.dtype)
+        along = jnp.sum(products * other * (1 - itself), axis=1)
+        remove = jnp.minimum(along, 0.0)[:, None] * other
+        return coefficients - remove, products - matmul(remove, cosine)
 
-    return lax.fori_loop(0, k, meet, varying((identity, cosine), orders))[0]
+    return lax.fori_loop(0, k, meet, varying((itself, cosine), orders))[0]
 
 
 @register
@@ -95,10 +95,16 @@ def pcgrad(*, reduction: Literal["mean", "sum"] = "mean") -> Aggregator:
     """
     check_choice("pcgrad", "reduction", reduction, ("mean", "sum"))
 
-    def weigh(gram, active, preference, state, key):
+    def weigh(gram, active, preference, state, orders):
         cosine, norm = equilibrate(gram, active)
-        coefficients = project_conflicts(cosine, random_orders(key, active.shape[0]))
-        weights = matvec(preference * norm, coefficients) / norm
+        weights = vecmat(preference * norm, project_conflicts(cosine, orders)) / norm
         return weights, state
 
-    return Aggregator("pcgrad", weigh, stochastic=True, summed=reduction == "sum")
+    return Aggregator(
+        "pcgrad",
+        weigh,
+        stochastic=True,
+        draw=random_orders,
+        summed=reduction == "sum",
+        elementary=True,
+    )

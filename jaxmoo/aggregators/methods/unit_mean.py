@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxmoo.aggregators.aggregator import Aggregator, register
+from jaxmoo.kernels.linear import diagonal
 
 
 @register
@@ -33,8 +34,8 @@ def unit_mean() -> Aggregator:
     """
 
     def weigh(gram, active, preference, state, key):
-        norm = jnp.where(active, jnp.sqrt(jnp.diagonal(gram)), 1.0)
+        norm = jnp.where(active, jnp.sqrt(diagonal(gram)), 1.0)
         length = jnp.sum(preference * jnp.where(active, norm, 0.0))
         return preference * length / norm, state
 
-    return Aggregator("unit_mean", weigh)
+    return Aggregator("unit_mean", weigh, elementary=True)

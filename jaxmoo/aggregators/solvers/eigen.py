@@ -11,7 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmoo.kernels.linear import matvec
+from jaxmoo.kernels.launch import in_one_launch
+from jaxmoo.kernels.linear import (
+    any_of,
+    diagonal,
+    diagonal_matrix,
+    identity,
+    in_kernel,
+    matmul,
+    matvec,
+    one_hot,
+    places,
+    vecmat,
+)
 from jaxmoo.sharding import varying
 
 _MAX_SWEEPS = 12
@@ -36,6 +48,60 @@ def _next_round(x: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate([*upper, *lower], axis)
 
 
+def _rotation(app: jax.Array, aqq: jax.Array, apq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles that zero entries a[p, q]; none where they are zero."""
+    nothing = apq == 0
+    ratio = (aqq - app) / (2 * jnp.where(nothing, 1.0, apq))
+    tangent = jnp.where(ratio < 0, -1.0, 1.0) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio**2))
+    tangent = jnp.where(nothing, 0.0, tangent)
+    cos = 1 / jnp.sqrt(1 + tangent**2)
+    return cos, tangent * cos
+
+
+def _by_halves(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """One round on matrices of even size, in which the halves meet; then all change seats."""
+    a, vectors = carry
+    half = a.shape[0] // 2
+    opposite = jnp.roll(jnp.eye(2 * half, dtype=bool), half, axis=0)  # who meets whom
+
+    def turn(x, cos, sin, axis):
+        first, second = jnp.split(x, 2, axis)
+        return jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis)
+
+    app, aqq = jnp.split(jnp.diagonal(a), 2)
+    cos, sin = _rotation(app, aqq, jnp.diagonal(a[:half, half:]))
+    a = turn(turn(a, cos[:, None], sin[:, None], 0), cos, sin, 1)
+    a = jnp.where(opposite, 0.0, a)
+    a = _next_round(_next_round(a, 0), 1)
+    return a, _next_round(turn(vectors, cos, sin, 1), 1)
+
+
+def _by_masks(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The same in elementary operations, where everyone keeps their seat."""
+    a, vectors = carry
+    last = a.shape[0] - 1
+    seat, turn = places(last + 1), turn.astype(jnp.float32)
+    # Seats that add up to the number of the round meet, around a table of all but the last; who
+    # would meet themselves meets the last.
+    other = turn - seat
+    other = jnp.where(other < 0, other + last, other)
+    middle = turn * ((last + 1) // 2)
+    middle = middle - last * jnp.floor((middle + 0.5) / last)
+    other = jnp.where(other == seat, float(last), other)
+    other = jnp.where(seat == last, middle, other)
+    meets = one_hot(other, a.dtype)
+    mine, its = diagonal(a), matvec(meets, diagonal(a))
+    first = seat < other
+    cos, sin = _rotation(
+        jnp.where(first, mine, its), jnp.where(first, its, mine), jnp.sum(meets * a, axis=1)
+    )
+    turned = diagonal_matrix(cos) - jnp.where(first, sin, -sin)[:, None] * meets
+    back = diagonal_matrix(cos) + jnp.where(first, sin, -sin)[:, None] * meets  # transposed
+    a = jnp.where(meets > 0, 0.0, matmul(matmul(turned, a), back))
+    return a, matmul(vectors, back)
+
+
+@in_one_launch
 def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eigenvalues and vectors of a Gram matrix whose rows differ in scale.
 
@@ -56,57 +122,36 @@ def eigh_graded(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       (2000000.0, 1)
     """
     k = gram.shape[0]
-    size, eps = k + k % 2, jnp.finfo(gram.dtype).eps
-    a = jnp.pad(gram, ((0, size - k), (0, size - k)))
-    identity = jnp.eye(size, dtype=gram.dtype)
+    size, eps = k + k % 2, float(jnp.finfo(gram.dtype).eps)
     if k == 1:
-        return jnp.diagonal(gram), jnp.ones((1, 1), gram.dtype), jnp.diagonal(gram) > 0
-    half = size // 2
-    opposite = jnp.roll(identity, half, axis=0) > 0  # who meets whom
-
-    def turn(x, cos, sin, axis):
-        first, second = jnp.split(x, 2, axis)
-        return jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis)
-
-    def rotate(_, carry):
-        a, vectors = carry
-        app, aqq = jnp.split(jnp.diagonal(a), 2)
-        apq = jnp.diagonal(a[:half, half:])
-        # The angle that zeroes a[p, q]; none when it is zero already.
-        nothing = apq == 0
-        ratio = (aqq - app) / (2 * jnp.where(nothing, 1.0, apq))
-        tangent = jnp.where(ratio < 0, -1.0, 1.0) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio**2))
-        tangent = jnp.where(nothing, 0.0, tangent)
-        cos = 1 / jnp.sqrt(1 + tangent**2)
-        sin = tangent * cos
-        a = turn(turn(a, cos[:, None], sin[:, None], 0), cos, sin, 1)
-        a = jnp.where(opposite, 0.0, a)
-        a = _next_round(_next_round(a, 0), 1)
-        return a, _next_round(turn(vectors, cos, sin, 1), 1)
+        return diagonal(gram), identity(1, gram.dtype), diagonal(gram) > 0
+    a = gram if size == k else jnp.pad(gram, ((0, size - k), (0, size - k)))
+    units = identity(size, gram.dtype)
+    rotate = _by_masks if in_kernel() else _by_halves
 
     def unfinished(carry):
         a, _, sweeps = carry
-        diagonal = jnp.abs(jnp.diagonal(a))
-        scale = jnp.sqrt(diagonal[:, None] * diagonal[None, :])
-        off = jnp.abs(a) > eps * scale
-        return (sweeps < _MAX_SWEEPS) & jnp.any(off & (identity == 0))
+        size = jnp.abs(diagonal(a))
+        off = jnp.abs(a) > eps * jnp.sqrt(size[:, None] * size[None, :])
+        return (sweeps < _MAX_SWEEPS) & any_of(off & (units == 0))
 
     def sweep(carry):
         a, vectors, sweeps = carry
         a, vectors = lax.fori_loop(0, size - 1, rotate, (a, vectors))
         return a, vectors, sweeps + 1
 
-    start = varying((a, identity, jnp.zeros((), jnp.int32)))
+    start = varying((a, units, jnp.zeros((), jnp.int32)))
     a, vectors, _ = lax.while_loop(unfinished, sweep, start)
-    values = jnp.diagonal(a)[:k]
-    vectors = vectors[:k, :k]
+    values = diagonal(a)
+    if size > k:
+        values, vectors = values[:k], vectors[:k, :k]
     # Independent rounding errors of the entries, relative to |g_i| |g_j|, move the eigenvalue of v
     # by about eps * sum_i v_i^2 |g_i|^2; sums over many parameters and the rotations add to it.
-    squares = vectors**2
-    noise = eps * jnp.matmul(jnp.diagonal(gram), squares, precision=lax.Precision.HIGHEST)
+    noise = eps * vecmat(diagonal(gram), vectors**2)
     return values, vectors, values > (16 + k) * noise
 
 
+@in_one_launch
 def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     """Shortest least-squares solution of ``gram @ x = right``.
 
@@ -124,6 +169,8 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
       >>> pseudo_solve(jnp.ones((2, 2)), jnp.array([1.0, 1.0])).round(4).tolist()
       [0.5, 0.5]
     """
+    if in_kernel():  # where a problem waits for no other's decomposition
+        return _decomposed_solve(gram, right)
     inverse = lax.linalg.triangular_solve(
         jnp.linalg.cholesky(gram, symmetrize_input=False),
         jnp.eye(gram.shape[0], dtype=gram.dtype),
@@ -147,8 +194,8 @@ def pseudo_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
 
 def _decomposed_solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     values, vectors, significant = eigh_graded(gram)
-    along = matvec(vectors.T, right)
-    terms = matvec(jnp.abs(vectors.T), jnp.abs(right))
-    significant &= jnp.abs(along) > 16 * jnp.finfo(gram.dtype).eps * terms
+    along = vecmat(right, vectors)
+    terms = vecmat(jnp.abs(right), jnp.abs(vectors))
+    significant &= jnp.abs(along) > 16 * float(jnp.finfo(gram.dtype).eps) * terms
     along = jnp.where(significant, along / jnp.where(significant, values, 1.0), 0.0)
     return matvec(vectors, along)

@@ -19,6 +19,7 @@ from jaxmoo.kernels.linear import (
     factorise,
     identity,
     matvec,
+    pairs,
     solve,
 )
 from jaxmoo.sharding import varying
@@ -116,8 +117,7 @@ def fair_weights(
     share = jnp.where(heard, share, 1.0)
     # In variables z = w * norm.
     log_target = jnp.log(share) / alpha + (1 / alpha - 1) * jnp.log(norm)
-    pairs = heard[:, None] & heard[None, :]
-    cosine = jnp.where(pairs | identity(active.shape[0], bool), cosine, 0.0)
+    cosine = jnp.where(pairs(heard) | identity(active.shape[0], bool), cosine, 0.0)
     z = jnp.where(heard, fair_shares(cosine, log_target, alpha, iterations), 0.0)
     # With the ridge, which bounds the weights where the gradients' hull reaches the origin and the
     # equations have no solution. Near there d is the difference of large terms, down to rounding,
