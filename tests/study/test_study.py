@@ -113,6 +113,32 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     assert all(f"]({name})" in table for name in FILES[1:])
 
 
+@pytest.mark.slow
+def test_processes_side_by_side_leave_the_rows_of_one(finished, write_study, tmp_path, capsys):
+    """Tuning seeds come first, and every arm's other seeds at the rate that they chose alone."""
+    rates = [1e-3, 3e-2]
+    file = write_study(tmp_path, tuning_seeds=[7], learning_rates=rates, seeds=[1])
+    assert main(["--config", str(file), "--jobs", "2"]) == 0
+    assert "6 of 6 runs" in capsys.readouterr().out
+    rows = {(row["arm"], row["seed"], row["learning_rate"]): row for row in rows_of(file)}
+    assert len(rows) == 7  # with the model before training
+    for arm in ("mean", "mgda"):
+        tuned = {
+            rate: np.mean([rows[arm, 7, rate]["languages"][c]["tune"]["nll"] for c in ("en", "fi")])
+            for rate in rates
+        }
+        best = min(tuned, key=tuned.__getitem__)
+        assert (arm, 1, best) in rows
+    # The same run alone, in a process that had done other runs before: the same to the last digits.
+    alone = {(row["arm"], row["seed"]): row for row in rows_of(finished)}
+    for arm in ("mean", "mgda"):
+        if (arm, 1, 1e-3) in rows:
+            for code, parts in rows[arm, 1, 1e-3]["languages"].items():
+                other = alone[arm, 1]["languages"][code]
+                assert parts["all"]["nll"] == pytest.approx(other["all"]["nll"], rel=1e-5)
+    assert not any((file.parent / "study" / "runs").iterdir())
+
+
 def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
     of = {"en": mean_interval([-0.1, -0.2]), "tr": mean_interval([0.30, 0.32])}
     figure = language_map({"mgda": of}, ["en"], ["tr"], "nll", "mean", tmp_path / "map.svg")
@@ -214,6 +240,8 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
         ({"baseline": "maen"}, "baseline names 'maen', which is not in arms. Did you mean 'mean'?"),
         ({"seeds": [1, 1]}, "seeds names 1 more than once"),
         ({"learning_rates": []}, "learning_rates is empty"),
+        ({"tuning_seeds": [2]}, "2 in both seeds and tuning_seeds"),
+        ({"tuning_seeds": [7]}, "tuning_seeds have nothing to choose from"),
         ({"learning_rates": [-1.0]}, "learning_rates: -1.0 is not above 0"),
         ({"arms": {"mean": ["seed=3"]}}, "arms.mean sets seed, which the grid sets"),
         ({"training": {"output": "x"}}, "training sets output, which the grid sets"),
