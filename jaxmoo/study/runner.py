@@ -12,10 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from jaxmoo.config.study_config import StudyConfig
-from jaxmoo.config.training import dated
+from jaxmoo.config.training import Config, dated
 from jaxmoo.errors import InterruptedRunError, JaxmooError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.runs.provenance import versions
