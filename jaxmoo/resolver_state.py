@@ -77,6 +77,12 @@ def seeded(state: Any, seed: int) -> Any:
     Args:
       state: any pytree with states of :func:`new_state` in it, as arrays.
       seed: seed of aggregators that draw random numbers.
+
+    Example:
+      >>> state = {"resolver": new_state(1, (), 2, seed=0)}
+      >>> key = seeded(state, 5)["resolver"].key
+      >>> bool((key == new_state(1, (), 2, seed=5).key).all())
+      True
     """
 
     def with_key(x: Any) -> Any:

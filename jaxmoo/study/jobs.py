@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxmoo.config.study_config import StudyConfig
-from jaxmoo.errors import JaxmooError
+from jaxmoo.errors import InterruptedRunError, JaxmooError
 from jaxmoo.study.grid import Cell
-from jaxmoo.study.rows import Row, RowStore, check_rows
+from jaxmoo.study.outcome import planned
+from jaxmoo.study.rows import Row, RowStore, check_rows, rows_of
 
 __all__ = ["run_side_by_side"]
 
@@ -42,12 +43,14 @@ def run_side_by_side(
     store = RowStore(study.output)
     # All processes take from one device what they need, rather than most of it beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    arms = list(dict.fromkeys(cell.key.arm for cell in cells))
-    shares = [set(arms[number::jobs]) for number in range(min(jobs, len(arms)))]
     context = multiprocessing.get_context("spawn")
     with store.claim(), _ended_by_signals():
         rows = store.read()
         check_rows(cells, rows, store.path)
+        found = rows_of(cells, rows)
+        missing = (cell for cell in planned(study, cells, found) if cell.key not in found)
+        arms = list(dict.fromkeys(cell.key.arm for cell in missing))
+        shares = [set(arms[number::jobs]) for number in range(min(jobs, len(arms)))]
         messages = context.Queue()
         workers = [
             context.Process(
@@ -91,15 +94,17 @@ def _work(
     def failed(cell: Cell, error: JaxmooError) -> None:
         messages.put(("error", f"{cell.key}: {error}"))
 
-    run_cells(
-        study,
-        cells,
-        rows,
-        lambda row: messages.put(("row", row)),
-        base=base,
-        failed=failed,
-        say=lambda line: messages.put(("line", line)),
-    )
+    # Whoever stops this process says so.
+    with contextlib.suppress(InterruptedRunError, KeyboardInterrupt):
+        run_cells(
+            study,
+            cells,
+            rows,
+            lambda row: messages.put(("row", row)),
+            base=base,
+            failed=failed,
+            say=lambda line: messages.put(("line", line)),
+        )
 
 
 def _received(messages: Any, workers: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -59,10 +59,11 @@ def run_missing(
         rows = store.read()
         check_rows(cells, rows, store.path)
 
-        def keep(row: Row) -> None:
+        def keep(row: dict[str, Any]) -> None:
             # Before it is stored: a row of other examples would spoil the study.
             check_rows(cells, [*rows, row], store.path)
             store.append(row)
+            rows.append(row)
 
         run_cells(study, cells, rows, keep, max_runs=max_runs, say=say)
         return left_of(study, cells, store.read())
@@ -78,7 +79,7 @@ def run_cells(
     study: StudyConfig,
     cells: Sequence[Cell],
     rows: Sequence[Row],
-    keep: Callable[[Row], None],
+    keep: Callable[[dict[str, Any]], None],
     *,
     max_runs: int | None = None,
     base: bool = True,
