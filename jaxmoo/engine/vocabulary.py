@@ -323,16 +323,17 @@ class _Call:
 
             # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
-            if sends and together == count:
-                place = jax.vmap(of_objective)((head, before))
-            elif sends:
-                place = jax.lax.fori_loop(0, count // together, of_some, place)
             if not sends:
                 gradients = jnp.zeros((engine.topology.objectives, *shape[1:]), place.dtype)
-            elif self.pieces > 1:
-                gradients = scatter(place, 0, engine.topology)[:, 0]
             else:
-                gradients = scatter(place[:, 0], layout.axis, engine.topology)
+                if together == count:
+                    local = jax.vmap(of_objective)((head, before))
+                else:
+                    local = place = jax.lax.fori_loop(0, count // together, of_some, place)
+                if self.pieces > 1:
+                    gradients = scatter(local, 0, engine.topology)[:, 0]
+                else:
+                    gradients = scatter(local[:, 0], layout.axis, engine.topology)
             if after is not None:
                 # One objective after the other: a TPU would sort the rows of all.
                 gradients = jax.lax.fori_loop(
@@ -357,8 +358,9 @@ class _Call:
             update = resolved.updates[0].reshape(gradients.shape[1:])
             return place, (update, call.new_rows(resolved, indices.members))
 
-        # The place of the local gradients is handed on, so that it is not cleared for every slice.
-        empty = jnp.zeros((count, *shape) if sends else (), layout.gathered_dtype)
+        # A place of the local gradients is handed on, so that it is not cleared for every slice.
+        needed = sends and together < count
+        empty = jnp.zeros((count, *shape) if needed else (), layout.gathered_dtype)
         slices = (jnp.arange(self.slices), states, inputs.indices)
         _, (pieces, rows) = jax.lax.scan(one, empty, slices)
         if self.deferred:  # [slices, K, rows, size] -> [K, V, size]

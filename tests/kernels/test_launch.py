@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from aggregators.families import families
 from jaxmoo import aggregators
@@ -125,6 +126,19 @@ def test_a_kernel_is_asked_for_where_solvers_are_traced():
                 return aggregators.weigh_blocks(aggregators.get("cagrad"), grams)[0]
 
         assert str(jax.make_jaxpr(solve)(grams)).count("pallas_call[") == kernels
+
+
+def test_tpus_get_no_kernel_where_the_compiler_divides():
+    """It cannot divide one."""
+    grams = jnp.asarray(problems(4))
+
+    def solve(grams):
+        with solving_on("tpu"):
+            return aggregators.weigh_blocks(aggregators.get("cagrad"), grams)[0]
+
+    for size, kernels in ((2, 0), (1, 1)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ("tensor",))):
+            assert str(jax.make_jaxpr(lambda x: solve(x))(grams)).count("pallas_call[") == kernels
 
 
 def test_float64_is_left_to_the_compiler():
