@@ -31,6 +31,12 @@ class MeasureConfig:
         None, "Most held-out examples per language; null asks all.", within=_AT_LEAST_1
     )
     batch_size: int = setting(16, "Sequences at a time.", within=_AT_LEAST_1, free=True)
+    smallest_effect: dict[str, float] = setting(
+        {},
+        "The smallest difference worth having, by measure, such as `{nll: 0.01, accuracy: 0.01}`: "
+        "arms whose difference is surely smaller are reported as equivalent.",
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

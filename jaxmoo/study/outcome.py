@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.evaluate.measures import MEASURES, summarise_measures
+from jaxmoo.study.examples import reported_part
 from jaxmoo.study.grid import Key
 from jaxmoo.study.rows import Row
 
@@ -50,7 +51,7 @@ def summary(row: Row, part: str) -> dict[str, dict[str, Any]]:
 
     Args:
       row: the row.
-      part: one of `jaxmoo.study.runner.PARTS`.
+      part: one of `jaxmoo.study.examples.PARTS`.
 
     Returns:
       As `jaxmoo.evaluate.measures.summarise_measures`.
@@ -75,7 +76,7 @@ def outcomes(study: StudyConfig, rows: Mapping[Key, Row]) -> dict[str, Arm]:
       left out.
     """
     rates = study.learning_rates
-    part = "report" if len(rates) > 1 else "all"
+    part = reported_part(rates)
     found = {}
     for name in study.arms:
         complete = tuple(

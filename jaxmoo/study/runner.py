@@ -17,7 +17,6 @@ import jax
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.config.training import Config, dated
-from jaxmoo.data.split import hash_fraction
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.measures import MEASURES, measured, score
@@ -25,16 +24,14 @@ from jaxmoo.evaluate.results import LanguageResult, read_results
 from jaxmoo.hf import resolve_source
 from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
+from jaxmoo.study.examples import PARTS, members, pack_examples, reported_part
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import summary
 from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.run import train
 
-__all__ = ["PARTS", "run_missing"]
-
-# Of a language's held-out examples: those by which learning rates are chosen, the others, and both.
-PARTS = ("tune", "report", "all")
+__all__ = ["run_missing"]
 
 
 def run_missing(
@@ -160,20 +157,24 @@ def _measure(
         "languages": {
             code: _parts(code, one, study.tune) for code, one in results.languages.items()
         },
+        "examples": pack_examples(
+            results.languages,
+            reported_part(study.learning_rates),
+            study.tune,
+            base=step is None,
+        ),
         **({"date": results.date} if results.date else {}),
     }
 
 
 def _parts(code: str, result: LanguageResult, tune: float) -> dict[str, dict[str, float]]:
-    # By the group, so that translations of one text are on the same side in all languages.
-    chosen = [hash_fraction(f"study:{unit}") < tune for unit in result.units]
     found = {}
     for part in PARTS:
-        kept = [i for i, c in enumerate(chosen) if part == "all" or c == (part == "tune")]
+        kept = members(result.units, part, tune)
         if not kept:
             raise DataError(
-                f"Language {code!r}: none of {len(chosen)} held-out examples falls into the part "
-                f"{part!r}. Hold out more (data.held_out, measure.max_examples)."
+                f"Language {code!r}: none of {len(result.units)} held-out examples falls into the "
+                f"part {part!r}. Hold out more (data.held_out, measure.max_examples)."
             )
         columns = {name: [values[i] for i in kept] for name, values in result.columns.items()}
         scores = {name: score(columns, name) for name in measured(columns)}
