@@ -26,6 +26,7 @@ class Measure(NamedTuple):
       denominator: column that the sum is divided by; None for the number of examples.
       higher_is_better: the direction.
       scale: factor of the quotient.
+      is_share: the share of examples that are right, each 0 or 1.
     """
 
     label: str
@@ -33,14 +34,17 @@ class Measure(NamedTuple):
     denominator: str | None
     higher_is_better: bool
     scale: float = 1.0
+    is_share: bool = False
 
 
 MEASURES = {
     "nll": Measure("NLL", "nats", "tokens", False),
     "bits_per_byte": Measure("bits/byte", "nats", "bytes", False, 1 / math.log(2)),
-    "accuracy": Measure("accuracy", "correct", None, True),
-    "accuracy_unnormalised": Measure("acc. unnormalised", "correct_unnormalised", None, True),
-    "exact_match": Measure("exact match", "exact", None, True),
+    "accuracy": Measure("accuracy", "correct", None, True, is_share=True),
+    "accuracy_unnormalised": Measure(
+        "acc. unnormalised", "correct_unnormalised", None, True, is_share=True
+    ),
+    "exact_match": Measure("exact match", "exact", None, True, is_share=True),
     "chrf": Measure("chrF", "chrf", None, True),
 }
 
