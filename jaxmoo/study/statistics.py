@@ -67,7 +67,7 @@ class Estimate(NamedTuple):
     @property
     def p(self) -> float:
         """Of the two-sided t-test that the mean is 0; not a number from fewer than three seeds."""
-        return min(1.0, 2 * self._tail(abs(self.mean)))
+        return 2 * self._tail(abs(self.mean))
 
     def p_below(self, bound: float) -> float:
         """Return p of the one-sided t-test that the mean is `bound` or above.
@@ -152,7 +152,8 @@ class Components(NamedTuple):
         number with a single seed or language.
       examples: variance of the mean that the choice of examples adds, the same one in all seeds, if
         the languages are given.
-      shared: as much of it as languages have in common, because their examples are parallel.
+      shared: what two languages' examples have in common of it, because they are parallel: what
+        mean squares of languages do not show.
       by_run: variance of a single seed's mean that examples add in this seed alone.
       units: how many examples are drawn independently.
     """
@@ -202,9 +203,11 @@ def components(differences: np.ndarray, influences: Sequence[Influence] = ()) ->
         own += _across(within)
     examples = _across(whole)
     by_run = max(float(np.sum(whole**2)) / seeds - examples, 0.0)
+    # Of the pairs of languages, that many are of two: the mean over those.
+    shared = (examples - own) * languages / (languages - 1) if languages > 1 else 0.0
     return Components(
         seeds, languages, by_seed, by_language, by_both,
-        max(examples, 0.0), max(examples - own, 0.0), by_run, len(numbers),
+        max(examples, 0.0), max(shared, 0.0), by_run, len(numbers),
     )  # fmt: skip
 
 
