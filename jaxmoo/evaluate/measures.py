@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoo.data.table import text_table
+from jaxmoo.evaluate.intervals import proportion
 
 __all__ = ["MEASURES", "Measure", "measured", "score", "summarise_measures", "summary_table"]
 
@@ -114,6 +115,9 @@ def summary_table(
 ) -> str:
     """Format scores as an aligned Markdown table: languages, their means, the worst.
 
+    A language's share of right answers comes with its 95 % interval
+    (`jaxmoo.evaluate.intervals.proportion`).
+
     Args:
       scores: per language its ``examples`` and scores by measure.
       seen: languages that were trained on.
@@ -131,7 +135,7 @@ def summary_table(
     rows: list[list[object]] = []
     for language in (*seen, *unseen):
         label = language if language in seen else f"{language} (unseen)"
-        values = [f"{scores[language][name]:.3f}" for name in summary]
+        values = [_shown(name, scores[language]) for name in summary]
         rows.append([label, scores[language]["examples"], *values])
     for group, languages in (("seen", seen), ("unseen", unseen)):
         if languages:
@@ -141,3 +145,12 @@ def summary_table(
     worst = [f"{one['worst_language']} {one['worst']:7.3f}" for one in summary.values()]
     rows.append(["worst", "", *worst])
     return text_table(["language", "examples", *(MEASURES[name].label for name in summary)], rows)
+
+
+def _shown(name: str, scores: Mapping[str, float]) -> str:
+    text = f"{scores[name]:.3f}"
+    if not MEASURES[name].is_share:
+        return text
+    number = scores["examples"]
+    low, high = proportion(scores[name] * number, number)
+    return f"{text} [{low:.2f}, {high:.2f}]"

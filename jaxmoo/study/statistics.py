@@ -256,8 +256,8 @@ def _of_terms(
     mean: float, values: tuple[float, ...], terms: Sequence[tuple[float, float]]
 ) -> Estimate:
     variance = math.fsum(term for term, _ in terms)
-    if variance <= 0:
-        return Estimate(mean, 0.0, 1, values)
+    if variance <= 0:  # nothing varies, so nothing tells by how much it might
+        return Estimate(mean, math.inf, 0, values)
     freedom = variance**2 / math.fsum(term * term / free for term, free in terms)
     return Estimate(mean, math.sqrt(variance), freedom, values)
 
