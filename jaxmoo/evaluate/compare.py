@@ -111,10 +111,9 @@ def compare(a: Results, b: Results, *, resamples: int = 2000, seed: int = 0) -> 
                 f"{MEASURES[name].denominator}."
             )
             continue
-        parts = {code: (*_scores(name, pair), _apart(name, pair)) for code, pair in pairs.items()}
         groups = {code: [code] for code in pairs} | {"seen mean": seen, "unseen mean": unseen}
         rows[name] = {
-            label: _row(name, [parts[code] for code in codes], resamples, seed)
+            label: _row(name, [pairs[code] for code in codes], resamples, seed)
             for label, codes in groups.items()
             if codes
         }
@@ -156,11 +155,6 @@ def _same_denominator(name: str, a: LanguageResult, b: LanguageResult) -> bool:
     return column is None or a.columns[column] == b.columns[column]
 
 
-def _scores(name: str, pair: tuple[LanguageResult, LanguageResult]) -> tuple[float, float]:
-    a, b = (score(one.columns, name) for one in pair)
-    return a, b
-
-
 def _apart(name: str, pair: tuple[LanguageResult, LanguageResult]) -> Differences:
     """What the two differ by on every example."""
     measure, first = MEASURES[name], pair[0]
@@ -172,10 +166,10 @@ def _apart(name: str, pair: tuple[LanguageResult, LanguageResult]) -> Difference
 
 
 def _row(
-    name: str, parts: list[tuple[float, float, Differences]], resamples: int, seed: int
+    name: str, pairs: list[tuple[LanguageResult, LanguageResult]], resamples: int, seed: int
 ) -> Row:
-    a, b = (float(np.mean([part[i] for part in parts])) for i in (0, 1))
-    apart = [part[2] for part in parts]
+    a, b = (float(np.mean([score(pair[i].columns, name) for pair in pairs])) for i in (0, 1))
+    apart = [_apart(name, pair) for pair in pairs]
     if min(len(set(one.units)) for one in apart) < SMALLEST:
         low = high = float("nan")
     elif MEASURES[name].is_share:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special
@@ -95,7 +95,7 @@ def proportion_difference(gained: float, lost: float, number: float) -> Interval
         share = (math.sqrt(max(b * b - 8 * number * c, 0.0)) - b) / (4 * number)
         variance = number * (2 * share + difference * (1 - difference))
         above = gained - lost - number * difference
-        if above == 0:
+        if abs(above) < 1e-9 * number:  # at what was found, where the variance may be 0
             return 0.0
         return above / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, above)
 
@@ -106,8 +106,9 @@ def proportion_difference(gained: float, lost: float, number: float) -> Interval
         if abs(found) >= 1 and found * side > 0:
             ends.append(side)
             continue
-        gap = lambda x, side=side: score(x) + side * z  # noqa: E731
-        ends.append(float(optimize.brentq(gap, found, bound, xtol=1e-10)))
+        # Positive below the end, negative above it.
+        end: Any = optimize.brentq(lambda x, away=side * z: score(x) + away, found, bound)
+        ends.append(float(end))
     return ends[0], ends[1]
 
 
@@ -242,7 +243,8 @@ def _sums(one: Differences, units: Sequence[Hashable]) -> tuple[np.ndarray, np.n
     """Values and what is below them, summed by unit."""
     number = {unit: i for i, unit in enumerate(units)}
     names = [number[unit] for unit in one.units]
-    return tuple(np.bincount(names, part, len(units)) for part in (one.values, one.below))
+    values, below = (np.bincount(names, part, len(units)) for part in (one.values, one.below))
+    return values, below
 
 
 def _spread(

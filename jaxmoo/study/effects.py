@@ -155,8 +155,9 @@ class Effects:
                 (arm.language(measure, code), like.language(measure, code)) for code in codes
             ]
             differences = np.array([[a[seed] - b[seed] for a, b in columns] for seed in seeds])
-        examples = [[self._examples[one][seed] for seed in seeds] for one in (name, self.baseline)]
-        if any(one is None for side in examples for one in side):
+        found = [[self._examples[one][seed] for seed in seeds] for one in (name, self.baseline)]
+        examples = [[one for one in side if one is not None] for side in found]
+        if any(len(side) < len(seeds) for side in examples):
             return differences, []
         influences = []
         for code in codes:
