@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from common import Pages, environment, markdown, prepare, ratio
 
+from jaxmoo.kernels import product as products
 from jaxmoo.kernels.cpu_grams import grams_by_slices
-from jaxmoo.kernels.product import product
 from jaxmoo.kernels.reductions import section_grams, weighted_sum
 
 K = 8
@@ -41,6 +41,10 @@ class Piece(NamedTuple):
     given: Callable[..., Any]  # with it
     plain: Callable[..., Any]  # without
     arguments: tuple[Any, ...]
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return products.product(x, kernel, "cpu")
 
 
 def pieces(entries: list[int]) -> Iterator[Piece]:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.blocks import path_string
 from jaxmoo.errors import ConfigError
+from jaxmoo.platforms import platform_of
 
 __all__ = [
     "batch_sharding",
@@ -111,7 +112,7 @@ def make_mesh(
       A mesh with axes ``("data", "language", "fsdp", "tensor")``.
 
     Raises:
-      ConfigError: as :func:`mesh_shape`.
+      ConfigError: as :func:`mesh_shape`, or the devices are of several kinds.
 
     Example:
       >>> dict(make_mesh(8, devices=jax.devices()[:1]).shape)
@@ -121,6 +122,7 @@ def make_mesh(
     shape = mesh_shape(
         num_languages, len(devices), language=language, fsdp=fsdp, data=data, tensor=tensor
     )
+    platform_of(devices)
     grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, (DATA, LANGUAGE, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 4)
 

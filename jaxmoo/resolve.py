@@ -122,6 +122,7 @@ def resolve(
     preference: jax.Array | None = None,
     match_norm: bool = False,
     second: Sequence[jax.Array] | None = None,
+    partitioned: bool | None = None,
 ) -> Resolution:
     """Resolve per-objective gradients into one gradient per array.
 
@@ -137,6 +138,7 @@ def resolve(
       match_norm: rescale each block's result to the norm of its mean gradient, unless it is
         stationary to within rounding.
       second: the same gradients of an independent second batch, for aggregators that need one.
+      partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -164,6 +166,7 @@ def resolve(
             active=active,
             preference=preference,
             match_norm=match_norm,
+            partitioned=partitioned,
             rescale=True,
             second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )

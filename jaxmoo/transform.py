@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
@@ -31,6 +32,7 @@ def resolve_conflicts(
     match_norm: bool = False,
     nonfinite: Literal["skip", "raise"] = "skip",
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Resolve conflicts between per-objective gradients, block by block.
 
@@ -61,6 +63,7 @@ def resolve_conflicts(
       nonfinite: ``"skip"`` leaves a non-finite objective out of its block and counts it;
         ``"raise"`` stops the program.
       seed: seed of aggregators that draw random numbers.
+      mesh: the devices that the gradients lie on; by default all of JAX's.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state
@@ -160,6 +163,7 @@ def resolve_conflicts(
             preference=share,
             match_norm=match_norm,
             second=None if second is None else jax.tree.leaves(second),
+            partitioned=None if mesh is None else mesh.size > 1,
         )
         after = next_state(
             state,

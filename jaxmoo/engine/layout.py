@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
+from jaxmoo.platforms import platform_of
 from jaxmoo.resolve import Section, section_place, section_uniform
 
 __all__ = ["Layout", "Topology", "gather", "scatter", "sections_of_piece"]
@@ -41,7 +42,7 @@ class Topology:
         """Read them from a mesh with the axes of :func:`jaxmoo.mesh.make_mesh`.
 
         Raises:
-          ConfigError: the mesh has other axes.
+          ConfigError: the mesh has other axes, or devices of several kinds.
         """
         missing = {DATA, LANGUAGE, FSDP} - set(mesh.axis_names)
         if missing:
@@ -50,7 +51,7 @@ class Topology:
                 "with jaxmoo.mesh.make_mesh."
             )
         data, language, fsdp = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
-        return cls(data, language, fsdp, objectives, mesh.devices.flat[0].platform)
+        return cls(data, language, fsdp, objectives, platform_of(mesh.devices.flat))
 
     @property
     def pieces(self) -> int:

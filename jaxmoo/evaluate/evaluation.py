@@ -37,13 +37,14 @@ from jaxmoo.evaluate.questions import (
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.models import Decoder
+from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "ask", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     data = dataclasses.replace(settings.data, date=begun)
     tokenizer, date = chat_tokenizer(tokenizer_of(settings.model, source), data)
     check_tokenizer(tokenizer, architecture.vocab_size, settings.model)
-    questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
+    questions = ask(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")
     if settings.new_tokens and ending_token(tokenizer) is None:
@@ -182,18 +183,20 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
     if done:
         say(f"Already evaluated: {', '.join(done)}.")
+    device_mesh = mesh.make_mesh(1)
     graph = nnx.graphdef(
         Decoder.abstract(
             opened.model.config,
             segments=opened.model.segments,
             dtype=jnp.dtype(settings.dtype),
+            platform=platform_of(device_mesh.devices.flat),
         )
     )
     parameters = nnx.state(opened.model)
     pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     evaluator = Evaluator(
         lambda parameters: nnx.merge(graph, parameters),
-        mesh.make_mesh(1),
+        device_mesh,
         batch_size=settings.batch_size,
         pad_id=pad_id,
         tokenizer=tokenizer,
@@ -223,10 +226,22 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     return results
 
 
-def _questions(
+def ask(
     settings: Evaluation, tokenizer: PreTrainedTokenizerFast, longest: int
 ) -> dict[str, Questions]:
-    """Every language's examples, checked and tokenised."""
+    """Read, check and tokenise every language's examples.
+
+    Args:
+      settings: what to evaluate.
+      tokenizer: the model's, with the chat template that is used.
+      longest: the most tokens that the model reads.
+
+    Returns:
+      Per language its questions.
+
+    Raises:
+      JaxmooError: the data cannot be used as asked.
+    """
     max_length = settings.max_length or min(longest, tokenizer.model_max_length)
     if max_length > longest:
         raise ConfigError(

@@ -110,6 +110,7 @@ def load_model(
     param_dtype: Any | None = jnp.float32,
     remat: str = "full",
     attention: str = "auto",
+    platform: str | None = None,
     shardings: Any = None,
 ) -> Decoder:
     """Load a model with its weights.
@@ -128,6 +129,7 @@ def load_model(
         them all exactly.
       remat: see `Decoder`.
       attention: see `Decoder`.
+      platform: see `Decoder`.
       shardings: a pytree of `jax.sharding.Sharding` matching the model's NNX state, or a function
         that makes one from the abstract state. By default everything goes to JAX's default
         device.
@@ -149,6 +151,7 @@ def load_model(
         param_dtype=jnp.float32 if param_dtype is None else param_dtype,
         remat=remat,
         attention=attention,
+        platform=platform,
     )
     weights = Weights(path)
     graphdef, state = nnx.split(model)

@@ -16,22 +16,23 @@ from jaxmoo.kernels.cpu_product import half_product
 __all__ = ["product"]
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, platform: str) -> jax.Array:
     """Multiply the last axis of activations by a matrix.
 
     Args:
       x: [..., I].
       kernel: [I, O], of the same dtype.
+      platform: the kind of devices, from :func:`jaxmoo.platforms.platform_of`.
 
     Returns:
       [..., O] in the same dtype; sums are formed in float32 at least.
 
     Example:
-      >>> product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 1), jnp.bfloat16)).ravel()
-      Array([3, 3], dtype=bfloat16)
+      >>> product(jnp.ones((2, 3)), jnp.ones((3, 1)), "cpu").ravel().tolist()
+      [3.0, 3.0]
     """
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and platform == "cpu":
         return half_product(x, kernel)
-    if jax.default_backend() == "gpu":
+    if platform == "gpu":
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
     return x @ kernel

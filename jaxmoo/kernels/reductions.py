@@ -22,6 +22,7 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.cpu_grams import grams_by_slices
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
+from jaxmoo.platforms import several_devices
 from jaxmoo.sharding import varying
 
 __all__ = [
@@ -48,10 +49,11 @@ def section_grams(
       arrays: per-objective gradients, each [K, S, ...]. Given all at once they share the cores of
         a CPU.
       partitioned: whether the compiler partitions the arrays over several devices. By default,
-        whether there are several.
-      platform: "gpu" where it is known that the arrays lie on NVIDIA GPUs, each piece by itself,
-        which takes a kernel that compilers cannot divide; "interpret" does what that kernel does on
-        any device.
+        whether JAX has several.
+      platform: the kind of devices on which the arrays lie, each piece by itself; see
+        :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
+        divide; "interpret" does what that kernel does on any device. By default it is decided
+        when the program is lowered, and takes no kernel.
 
     Returns:
       Gram matrices [S, K, K] of each array, float32 or float64. A non-finite row makes its own row
@@ -70,11 +72,15 @@ def section_grams(
         return whole(list(arrays))
     if platform in ("gpu", "interpret"):
         return grams_in_one_kernel(arrays, interpret=platform == "interpret")
+    if platform == "cpu":
+        return grams_by_slices(list(arrays))
+    if platform == "tpu":
+        return whole(list(arrays))
     return jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
 
 
 def _is_partitioned(given: bool | None) -> bool:
-    return jax.device_count() > 1 if given is None else given
+    return several_devices() if given is None else given
 
 
 def section_sizes(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Causal attention by the best implementation that the device at hand has.
+"""Causal attention by the best implementation that a kind of devices has.
 
 Three implementations compute the same thing:
 
@@ -28,28 +28,31 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.platforms import default_platform
 
 __all__ = ["IMPLEMENTATIONS", "attend", "choose_attention"]
 
 IMPLEMENTATIONS = ("xla", "cudnn", "tpu")
 
 
-def choose_attention(name: str, *, head_dim: int, dtype: Any) -> str:
-    """Choose the implementation that a model uses on JAX's default device.
+def choose_attention(name: str, *, head_dim: int, dtype: Any, platform: str | None = None) -> str:
+    """Choose the implementation that a model uses on one kind of devices.
 
     Args:
-      name: one of :data:`IMPLEMENTATIONS`, or "auto" for the fastest that can run here.
+      name: one of :data:`IMPLEMENTATIONS`, or "auto" for the fastest that can run there.
       head_dim: width of one head.
       dtype: dtype of the computation.
+      platform: the kind, from :func:`jaxmoo.platforms.platform_of`; by default that of JAX's
+        devices.
 
     Returns:
       One of :data:`IMPLEMENTATIONS`.
 
     Raises:
-      ConfigError: there is no such implementation, or it cannot run here.
+      ConfigError: there is no such implementation, or it cannot run there.
 
     Example:
-      >>> choose_attention("auto", head_dim=64, dtype=jnp.float32)
+      >>> choose_attention("auto", head_dim=64, dtype=jnp.float32, platform="cpu")
       'xla'
     """
     known = ("auto", *IMPLEMENTATIONS)
@@ -59,14 +62,18 @@ def choose_attention(name: str, *, head_dim: int, dtype: Any) -> str:
         )
     if name == "xla":
         return name
-    obstacles = {"cudnn": _cudnn_obstacle, "tpu": _tpu_obstacle}
+    checks = {"cudnn": _cudnn_obstacle, "tpu": _tpu_obstacle}
+    on = default_platform() if platform is None else platform
+
+    def obstacle(name: str) -> str | None:
+        return checks[name](head_dim, jnp.dtype(dtype), on)
+
     if name == "auto":
-        can_run = (n for n, check in obstacles.items() if check(head_dim, jnp.dtype(dtype)) is None)
-        return next(can_run, "xla")
-    obstacle = obstacles[name](head_dim, jnp.dtype(dtype))
-    if obstacle is not None:
+        return next((name for name in checks if obstacle(name) is None), "xla")
+    found = obstacle(name)
+    if found is not None:
         raise ConfigError(
-            f"attention {name!r} cannot run here: {obstacle}. Set attention to 'auto' for the best "
+            f"attention {name!r} cannot run here: {found}. Set attention to 'auto' for the best "
             "that can, or to 'xla', which always can."
         )
     return name
@@ -80,6 +87,7 @@ def attend(
     segment_ids: jax.Array | None = None,
     window: int | None = None,
     implementation: str = "xla",
+    platform: str | None = None,
 ) -> jax.Array:
     """Causal self-attention; N / G consecutive query heads share a key/value head.
 
@@ -90,6 +98,7 @@ def attend(
       segment_ids: int32 [B, S]; tokens attend only within their own segment.
       window: number of tokens that a token attends to, itself included; None for all before it.
       implementation: one of :data:`IMPLEMENTATIONS`.
+      platform: see :func:`choose_attention`. The TPU's kernel is interpreted on other kinds.
 
     Returns:
       [B, S, N, H] in the dtype of the queries.
@@ -108,7 +117,8 @@ def attend(
         return _fused_cudnn(window)(q_BSNH, k_BSGH, v_BSGH, segment_ids)
     if segment_ids is None:
         segment_ids = jnp.zeros(q_BSNH.shape[:2], jnp.int32)
-    attention = _fused_tpu(q_BSNH.shape[1], window, jax.default_backend() != "tpu")
+    on = default_platform() if platform is None else platform
+    attention = _fused_tpu(q_BSNH.shape[1], window, on != "tpu")
     return attention(q_BSNH, k_BSGH, v_BSGH, segment_ids)
 
 
@@ -198,10 +208,10 @@ def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- cuDNN ------------------------------------------------------------------------------------
 
 
-def _cudnn_obstacle(head_dim: int, dtype: np.dtype) -> str | None:
-    """Why cuDNN cannot run on the default device; None if it can."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
-        return f"it needs an NVIDIA GPU, and JAX's default device is {jax.devices()[0]}"
+def _cudnn_obstacle(head_dim: int, dtype: np.dtype, platform: str) -> str | None:
+    """Why cuDNN cannot run on a kind of devices; None if it can."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and the devices are of the kind {platform!r}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, and the model's dtype is {dtype}"
     example = jax.ShapeDtypeStruct((1, 128, 1, head_dim), dtype)
@@ -246,10 +256,10 @@ def _cudnn(
 _LANES = 128  # width of a TPU's vector registers: sequences and heads are multiples of it
 
 
-def _tpu_obstacle(head_dim: int, dtype: np.dtype) -> str | None:
-    """Why the TPU kernel cannot run on the default device; None if it can."""
-    if jax.default_backend() != "tpu":
-        return f"it needs a TPU, and JAX's default device is {jax.devices()[0]}"
+def _tpu_obstacle(head_dim: int, dtype: np.dtype, platform: str) -> str | None:
+    """Why the TPU kernel cannot run on a kind of devices; None if it can."""
+    if platform != "tpu":
+        return f"it needs a TPU, and the devices are of the kind {platform!r}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 or float32, and the model's dtype is {dtype}"
     return None

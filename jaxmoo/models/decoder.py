@@ -15,6 +15,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.layers import DecoderLayer, RMSNorm, rope_tables
+from jaxmoo.platforms import default_platform
 
 __all__ = ["Decoder"]
 
@@ -43,7 +44,9 @@ class Decoder(nnx.Module):
       remat: what the backward pass recomputes: "full" keeps only each layer's input (least
         memory), "dots" also the products with parameters, "none" everything (fastest).
       attention: implementation of attention, "xla", "cudnn" or "tpu", or "auto" for the fastest
-        that can run; chosen once, here, for JAX's default device.
+        that can run; chosen once, here, for `platform`.
+      platform: the kind of devices that it will run on, "cpu", "gpu" or "tpu"; see
+        :func:`jaxmoo.platforms.platform_of`. By default that of JAX's devices.
       rngs: random initial values; see `abstract` to have none.
 
     Raises:
@@ -68,20 +71,29 @@ class Decoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: str = "full",
         attention: str = "auto",
+        platform: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.segments = _check_segments(segments, config.num_hidden_layers)
         self.dtype = jnp.dtype(dtype)
         self.remat = check_remat(remat)
-        self.attention = choose_attention(attention, head_dim=config.head_dim, dtype=self.dtype)
+        self.platform = default_platform() if platform is None else platform
+        self.attention = choose_attention(
+            attention, head_dim=config.head_dim, dtype=self.dtype, platform=self.platform
+        )
         kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(param_dtype)}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
         ends = (*self.segments[1:], config.num_hidden_layers)
         self.layers = nnx.Dict(
             {
                 str(first): DecoderLayer(
-                    config, stack=(end - first,), attention=self.attention, rngs=rngs, **kw
+                    config,
+                    stack=(end - first,),
+                    attention=self.attention,
+                    platform=self.platform,
+                    rngs=rngs,
+                    **kw,
                 )
                 for first, end in zip(self.segments, ends, strict=True)
             }

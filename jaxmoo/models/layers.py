@@ -85,17 +85,19 @@ class Linear(nnx.Module):
         *,
         stack: tuple[int, ...] = (),
         bias: bool = False,
+        platform: str,
         dtype: Any,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
+        self.platform = platform
         self.dtype = dtype
         self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis: ``[..., in] -> [..., out]``."""
-        y = product(x, self.kernel[...].astype(self.dtype))
+        y = product(x, self.kernel[...].astype(self.dtype), self.platform)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -131,21 +133,22 @@ class Attention(nnx.Module):
         *,
         stack: tuple[int, ...] = (),
         attention: str = "xla",
+        platform: str,
         rngs: nnx.Rngs,
         **kw: Any,
     ):
+        self.platform = platform
         self.head_dim = config.head_dim
         self.attention = attention
         self.window = config.sliding_window
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        projection = partial(
-            Linear, config.hidden_size, stack=stack, bias=config.attention_bias, rngs=rngs, **kw
-        )
+        linear = partial(Linear, stack=stack, platform=platform, rngs=rngs, **kw)
+        projection = partial(linear, config.hidden_size, bias=config.attention_bias)
         self.q_proj = projection(width)
         self.k_proj = projection(kv_width)
         self.v_proj = projection(kv_width)
-        self.o_proj = Linear(width, config.hidden_size, stack=stack, rngs=rngs, **kw)
+        self.o_proj = linear(width, config.hidden_size)
         norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps, stack=stack, **kw)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
@@ -166,6 +169,7 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             window=self.window,
             implementation=self.attention,
+            platform=self.platform,
         )
         return self.combine(out_BSNH)
 
@@ -207,6 +211,7 @@ class DecoderLayer(nnx.Module):
       stack: leading axis of every parameter: ``(n,)`` declares n layers at once, ``()`` one.
         A stack is storage; only a module without the axis can be called.
       attention: one of :data:`jaxmoo.models.attention.IMPLEMENTATIONS`.
+      platform: see :class:`~jaxmoo.models.Decoder`.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
       rngs: source of random initial values.
@@ -218,15 +223,16 @@ class DecoderLayer(nnx.Module):
         *,
         stack: tuple[int, ...] = (),
         attention: str = "xla",
+        platform: str,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"stack": stack, "dtype": dtype, "param_dtype": param_dtype}
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.self_attn = Attention(config, attention=attention, rngs=rngs, **kw)
+        self.self_attn = Attention(config, attention=attention, platform=platform, rngs=rngs, **kw)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.mlp = MLP(config, rngs=rngs, **kw)
+        self.mlp = MLP(config, platform=platform, rngs=rngs, **kw)
 
     def __call__(
         self,

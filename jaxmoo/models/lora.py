@@ -111,6 +111,7 @@ class AdaptedLinear(Linear):
 
     def __init__(self, linear: Linear, lora: LoRA):
         self.dtype, self.kernel, self.bias = linear.dtype, linear.kernel, linear.bias
+        self.platform = linear.platform
         self.scale = lora.scale
         *stack, size_in, size_out = self.kernel.shape
         # Linear maps themselves, so that they are named, stacked, sharded and decayed as such.
@@ -119,6 +120,7 @@ class AdaptedLinear(Linear):
                 Linear(
                     *sizes,
                     stack=tuple(stack),
+                    platform=self.platform,
                     dtype=self.dtype,
                     param_dtype=jnp.float32,
                     rngs=nnx.Rngs(0),
@@ -140,6 +142,7 @@ class AdaptedLinear(Linear):
                 1,
                 1,
                 bias=self.bias is not None,
+                platform=self.platform,
                 dtype=self.dtype,
                 param_dtype=kernel.dtype,
                 rngs=nnx.Rngs(0),

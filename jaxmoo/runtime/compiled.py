@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import platform
-from collections.abc import Iterator
+import platform as machine
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxmoo.platforms import default_platform, platform_of
+
 __all__ = ["distrust_on_cpus", "kept_programs"]
 
 
-def distrust_on_cpus() -> None:
+def distrust_on_cpus(devices: Sequence[Any]) -> None:
     """Use no compilation cache, not even the user's, where several CPU devices work together.
 
     A CPU's program that was compiled here does its collective operations in one order. Read from
     the cache it does those that do not need each other in any order (jaxlib 0.10.2), on every
     device another, and they mistake each other's messages.
+
+    Args:
+      devices: those that work together.
     """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    if len(devices) > 1 and platform_of(devices) == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 @contextlib.contextmanager
-def kept_programs(directory: Path) -> Iterator[None]:
+def kept_programs(directory: Path, platform: str | None = None) -> Iterator[None]:
     """Keep what is compiled meanwhile in a directory, and take from there what is there already.
 
     JAX's persistent compilation cache with its own limits: programs that took a second or more. It
@@ -36,6 +41,7 @@ def kept_programs(directory: Path) -> Iterator[None]:
 
     Args:
       directory: where; made when it is needed.
+      platform: the kind of devices that programs are for; by default that of JAX's.
 
     Example:
       >>> import tempfile
@@ -48,7 +54,8 @@ def kept_programs(directory: Path) -> Iterator[None]:
         yield
         return
     compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(directory / _machine()))
+    place = directory / _place(default_platform() if platform is None else platform)
+    jax.config.update("jax_compilation_cache_dir", str(place))
     try:
         yield
     finally:
@@ -56,11 +63,11 @@ def kept_programs(directory: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _machine() -> str:
+def _place(platform: str) -> str:
     """Name what programs run on as far as JAX's own keys do not: the instructions of a CPU."""
-    if jax.default_backend() != "cpu":
-        return jax.default_backend()
-    description = platform.machine() + platform.processor()
+    if platform != "cpu":
+        return platform
+    description = machine.machine() + machine.processor()
     # Programs for another CPU would be loaded, and end in an illegal instruction.
     file = Path("/proc/cpuinfo")
     if file.exists():

@@ -139,7 +139,7 @@ def start(launch: Launch) -> bool:
         raise UnreachableError(
             f"Not all processes have come together within {launch.patience} seconds: {error}"
         ) from error
-    distrust_on_cpus()
+    distrust_on_cpus(jax.devices())
     return True
 
 

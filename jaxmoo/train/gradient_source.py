@@ -324,7 +324,7 @@ def _stacked(
     track = config.resolve.aggregator == "moco"
     resolver = optax.chain(
         track_gradients(common["num_objectives"]) if track else optax.identity(),
-        resolve_conflicts(**common),
+        resolve_conflicts(**common, mesh=device_mesh),
     )
     per_language = mesh.objective_shardings(device_mesh, params, stacked=STACKED)
     per_parameter = mesh.parameter_shardings(device_mesh, params, stacked=STACKED)

@@ -29,6 +29,7 @@ from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.paths import STACKED, named_leaves
 from jaxmoo.models.presets import preset
+from jaxmoo.platforms import platform_of
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.sizes import format_size
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
@@ -231,6 +232,7 @@ def abstract_step(
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
+        platform=platform_of(device_mesh.devices.flat),
     )
     graph, params, frozen = split_model(config, decoder)
 

@@ -68,7 +68,7 @@ class Reporter:
         self._read_at = 0.0
         self._parts = dict(job.clock.seconds)
         peak = job.config.train.peak_tflops
-        one = peak_flops(jax.devices()[0]) if peak is None else peak * 1e12
+        one = peak_flops(job.setup.device_mesh.devices.flat[0]) if peak is None else peak * 1e12
         self._peak = None if one is None else one * job.setup.device_mesh.size
 
     def __enter__(self) -> Reporter:
@@ -189,7 +189,7 @@ class Reporter:
             "seconds": self._seconds(),
             "goodput": self._job.clock.goodput(),
         }
-        memory = jax.local_devices()[0].memory_stats()
+        memory = self._job.setup.device_mesh.local_devices[0].memory_stats()
         if memory:
             row["device_memory_peak"] = memory["peak_bytes_in_use"]
         if done.step > self._start + 1:

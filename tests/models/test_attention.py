@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -115,8 +116,9 @@ CONFIG = DecoderConfig(
 
 def lowered_step(implementation: str, platform: str, *, packed: bool) -> str:
     """The gradients of a bfloat16 decoder on three languages, as a program for another device."""
-    model = Decoder.abstract(CONFIG, dtype=jnp.bfloat16)
-    for layers in model.layers.values():
+    kind = {"cuda": "gpu"}.get(platform, platform)
+    model = Decoder.abstract(CONFIG, dtype=jnp.bfloat16, platform=kind, attention="xla")
+    for layers in model.layers.values():  # whether cuDNN can, it asks of the device that is there
         layers.self_attn.attention = implementation
     graphdef, state = nnx.split(model)
     tokens = jax.ShapeDtypeStruct((LANGUAGES, 2, 256), jnp.int32)
@@ -151,8 +153,7 @@ def test_a_decoders_gradients_become_cudnns_calls(monkeypatch, packed):
         assert "tensor<6x256x2x16xbf16>" in types
 
 
-def test_a_decoders_gradients_become_the_tpus_kernel(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_a_decoders_gradients_become_the_tpus_kernel():
     text = lowered_step("tpu", "tpu", packed=True)
     assert text.count("tpu_custom_call") == 3  # forward, keys and values, queries
     assert "tensor<6x8x256x128xbf16>" in text  # languages in the batch, heads padded to 128
@@ -201,10 +202,10 @@ def test_rows_are_divided_over_devices_without_communication(eight_devices):
 
 
 def test_without_an_accelerator_the_others_say_why_they_cannot_run():
-    assert choose_attention("auto", head_dim=64, dtype=jnp.bfloat16) == "xla"
+    assert choose_attention("auto", head_dim=64, dtype=jnp.bfloat16, platform="cpu") == "xla"
     for name, missing in (("cudnn", "NVIDIA GPU"), ("tpu", "TPU")):
         with pytest.raises(ConfigError, match=f"'{name}' cannot run here: it needs an? {missing}"):
-            choose_attention(name, head_dim=64, dtype=jnp.bfloat16)
+            choose_attention(name, head_dim=64, dtype=jnp.bfloat16, platform="cpu")
     with pytest.raises(ConfigError, match=r"auto, xla, cudnn, tpu, got 'cudn'\. Did you mean"):
         choose_attention("cudn", head_dim=64, dtype=jnp.float32)
 
@@ -215,9 +216,9 @@ def test_cudnn_says_what_it_lacks(inputs):
         attend(q[0], k[0], v[0], implementation="cudnn")
 
 
-def test_on_a_tpu_its_kernel_is_chosen_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose_attention("auto", head_dim=96, dtype=jnp.bfloat16) == "tpu"
-    assert choose_attention("auto", head_dim=96, dtype=jnp.float16) == "xla"
+def test_on_a_tpu_its_kernel_is_chosen_where_it_can_run():
+    on_tpu = functools.partial(choose_attention, head_dim=96, platform="tpu")
+    assert on_tpu("auto", dtype=jnp.bfloat16) == "tpu"
+    assert on_tpu("auto", dtype=jnp.float16) == "xla"
     with pytest.raises(ConfigError, match=r"bfloat16 or float32.*dtype is float16"):
-        choose_attention("tpu", head_dim=96, dtype=jnp.float16)
+        on_tpu("tpu", dtype=jnp.float16)
