@@ -101,11 +101,20 @@ class Effects:
       arms: by name, with the baseline.
       baseline: the name of the arm that is subtracted.
       base: the row of the model before training; None where there is none.
+      other_languages: by default, count languages as drawn, for claims about others.
     """
 
-    def __init__(self, arms: Mapping[str, Arm], baseline: str, base: Row | None):
+    def __init__(
+        self,
+        arms: Mapping[str, Arm],
+        baseline: str,
+        base: Row | None,
+        *,
+        other_languages: bool = True,
+    ):
         self.arms = arms
         self.baseline = baseline
+        self.other_languages = other_languages
         self._examples = {
             name: {seed: unpack_examples(row, base, arm.part) for seed, row in arm.rows.items()}
             for name, arm in arms.items()
@@ -126,15 +135,18 @@ class Effects:
         """Arms other than the baseline that can be compared with it."""
         return [name for name in self.arms if name != self.baseline and self.seeds(name)]
 
-    def difference(self, name: str, measure: str, group: str, *, drawn: bool = True) -> Estimate:
+    def difference(
+        self, name: str, measure: str, group: str, *, other_languages: bool | None = None
+    ) -> Estimate:
         """Return an arm's difference in a group of languages.
 
         Args:
           name: the arm.
           measure: one of `jaxmoo.evaluate.measures.MEASURES`.
           group: ``seen``, ``unseen``, ``worst``, or a language.
-          drawn: count languages as drawn, for claims about others.
+          other_languages: count languages as drawn; None: as by default.
         """
+        drawn = self.other_languages if other_languages is None else other_languages
         return estimate(*self._parts(name, measure, group), other_languages=drawn)
 
     def components(self, name: str, measure: str, group: str) -> Components:

@@ -26,7 +26,8 @@ class Noise(NamedTuple):
 
     Attributes:
       seeds: between seeds, of one run, without what its examples add.
-      languages: of the mean over as many languages as there are, without their examples.
+      languages: of the mean over as many languages as there are, without their examples; 0 for
+        claims about these languages.
       examples: of the mean over as many examples as there are, the same ones in all seeds.
       by_run: what examples add to a single run.
       number: of examples per language.
@@ -65,7 +66,7 @@ def noise(effects: Effects, measure: str, group: str) -> Noise:
     for one in parts:
         within = one.examples - one.shared
         spread = 0.0
-        if one.languages > 1:
+        if one.languages > 1 and effects.other_languages:
             between = (one.by_language - one.by_both) / one.seeds
             spread = max(0.0, between / one.languages - within)
         own.append((max(0.0, one.by_seed / one.languages - one.by_run), spread))
@@ -147,7 +148,7 @@ def power_section(effects: Effects, measure: str, group: str) -> str:
     label = MEASURES[measure].label
     what = "the worst language" if group == "worst" else f"the {group} mean"
     parts = [f"{math.sqrt(found.seeds):.4f} between seeds"]
-    if found.of_languages > 1:
+    if found.of_languages > 1 and effects.other_languages:
         parts.append(
             f"{math.sqrt(found.languages):.4f} of the mean over {found.of_languages} languages"
         )

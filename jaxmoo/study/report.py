@@ -52,7 +52,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
             f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}). Run the study first."
         )
     measures = measures_of([row for arm in arms.values() for row in arm.rows.values()])
-    effects = Effects(arms, study.baseline, base_row(rows))
+    effects = _effects(study, arms, rows)
     parts = [_about(study, cells, stored, arms)]
     if effects.others():
         found = _verdicts(effects, measures, study)
@@ -102,13 +102,18 @@ def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> s
     check_rows(cells, rows, store.path)
     arms = outcomes(study, rows_of(cells, rows))
     measures = measures_of([row for arm in arms.values() for row in arm.rows.values()] or rows)
-    effects = Effects(arms, study.baseline, base_row(rows))
+    effects = _effects(study, arms, rows)
     wanted = [name for name in measures if name in study.measure.smallest_effect]
     return "\n\n".join(
         power_section(effects, measure, group)
         for measure in wanted or measures[:1]
         for group in ("seen", "worst")
     )
+
+
+def _effects(study: StudyConfig, arms: Mapping[str, Arm], rows: Sequence[Row]) -> Effects:
+    drawn = study.measure.other_languages
+    return Effects(arms, study.baseline, base_row(rows), other_languages=drawn)
 
 
 def main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
@@ -203,18 +208,21 @@ def _difference_tables(measure: str, found: Found, effects: Effects) -> str:
 def _difference_table(
     measure: str, group: str, found: Mapping[str, Verdict], effects: Effects
 ) -> str:
-    given = group != "worst"
+    # The wider or narrower interval that the test is not about.
+    drawn = not effects.other_languages
+    beside = [f"± {'other' if drawn else 'given'} languages"] if group != "worst" else []
     tested = not all(math.isnan(one.p_equivalent) for one in found.values())
     table = []
     for name, one in found.items():
         cells: list[object] = [name, len(one.estimate.values), _signed(one.estimate)]
-        if given:
-            cells.append(_plain_half(effects.difference(name, measure, group, drawn=False)))
+        if beside:
+            other = effects.difference(name, measure, group, other_languages=drawn)
+            cells.append(_plain_half(other))
         cells += [_p(one.p), _gain(one.gain)]
         if tested:
             cells.append(_p(one.p_equivalent))
         table.append([*cells, one.kind])
-    header = ["arm", "seeds", "difference", *(["± given languages"] if given else []), "p"]
+    header = ["arm", "seeds", "difference", *beside, "p"]
     header += ["gain up to", *(["p, equivalent"] if tested else []), "verdict"]
     return text_table(header, table)
 
@@ -224,11 +232,14 @@ def _reading(study: StudyConfig, effects: Effects, cells: Sequence[Cell]) -> str
     parallel = cells[0].config.data.columns.group is not None
     row = next(iter(next(iter(effects.arms.values())).rows.values()))
     few = [group for group in ("seen", "unseen") if 0 < len(row[group]) < LEAST]
-    parts = [
-        f"Differences to {study.baseline} are paired by seed, ± half of the 95 % interval. It "
-        "counts seeds, languages and held-out examples as drawn from more of their kind; *± given "
-        "languages* counts seeds and examples only, for a claim about these very languages."
-    ]
+    parts = [f"Differences to {study.baseline} are paired by seed, ± half of the 95 % interval."]
+    parts.append(
+        "It counts seeds, languages and held-out examples as drawn from more of their kind; *± "
+        "given languages* counts seeds and examples only, for a claim about these very languages."
+        if effects.other_languages
+        else "It counts seeds and held-out examples as drawn from more of their kind, for a claim "
+        "about these very languages; *± other languages* counts languages as well."
+    )
     if few:
         parts.append(
             f"With fewer than {LEAST} languages ({', '.join(few)}) they are taken as given."
@@ -241,8 +252,8 @@ def _reading(study: StudyConfig, effects: Effects, cells: Sequence[Cell]) -> str
                 if parallel
                 else "Examples are counted as part of their language, but not "
             )
-            + "examples in *± given languages* and in the worst language: there, intervals are of "
-            "seeds alone, and too narrow."
+            + "examples for given languages and the worst language: there, intervals are of seeds "
+            "alone, and too narrow."
         )
     parts.append(
         "*p* is that of the t-test that there is no difference, *p, equivalent* that of the two "

@@ -142,11 +142,25 @@ def test_intervals_count_examples_where_rows_have_them():
     known, unknown = effects(), effects(examples=False)
     assert known.of_examples and not unknown.of_examples
     for group in ("seen", "unseen", "worst", "fi"):
-        a, b = (one.difference("new", "nll", group, drawn=False) for one in (known, unknown))
+        a, b = (
+            one.difference("new", "nll", group, other_languages=False) for one in (known, unknown)
+        )
         assert a.mean == pytest.approx(b.mean)
         assert a.error > b.error
     assert known.difference("new", "nll", "unseen") == known.difference("new", "nll", "ja")
     assert effects(seeds=(1,)).difference("new", "nll", "seen").half == math.inf
+
+
+def test_claims_are_about_other_languages_or_these():
+    found = effects()
+    wide = found.difference("new", "nll", "seen")
+    these = Effects(found.arms, "mean", row(None, None), other_languages=False)
+    narrow = these.difference("new", "nll", "seen")
+    assert narrow == found.difference("new", "nll", "seen", other_languages=False)
+    assert wide == these.difference("new", "nll", "seen", other_languages=True)
+    assert wide.half > narrow.half and wide.mean == narrow.mean
+    assert noise(these, "nll", "seen").languages == 0
+    assert "of the mean over 3 languages" not in power_section(these, "nll", "seen")
 
 
 def test_verdicts_follow_the_tests():
@@ -239,7 +253,7 @@ def test_the_noise_of_a_pilot_adds_up_to_the_error_of_its_differences():
         parts = noise(found, "nll", group)
         assert parts.number == N and parts.of_languages == languages
         assert min(parts.seeds, parts.by_run, parts.examples) > 0
-        error = found.difference("new", "nll", group, drawn=False).error
+        error = found.difference("new", "nll", group, other_languages=False).error
         total = (parts.seeds + parts.by_run) / 8 + parts.examples
         assert math.sqrt(total) == pytest.approx(error)
     text = power_section(found, "nll", "seen")
