@@ -14,7 +14,7 @@ from jaxmoo.study.grid import make_cells
 from jaxmoo.study.jobs import run_side_by_side
 from jaxmoo.study.outcome import planned
 from jaxmoo.study.outlook import outlook
-from jaxmoo.study.report import write_report
+from jaxmoo.study.report import write_power, write_report
 from jaxmoo.study.rows import RowStore, check_rows, rows_of
 from jaxmoo.study.runner import left_of, run_missing
 
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> 
     if options.dry_run:
         print(outlook(planned(study, cells, rows_of(cells, rows)), rows))
         return 0
+    if options.power:
+        print(write_power(study, cells, store))
+        return 0
     left = 0
     if not options.report_only:
         wanted = [cell for cell in cells if cell.key.arm in (options.arms or study.arms)]
@@ -87,6 +90,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--dry-run", action="store_true", help="print what there is to do, and stop")
     what.add_argument(
         "--report-only", action="store_true", help="make tables and plot from the rows there are"
+    )
+    what.add_argument(
+        "--power",
+        action="store_true",
+        help="print the noise of the rows there are, as of a pilot, and how small a difference "
+        "more seeds or examples would find",
     )
     what.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument(

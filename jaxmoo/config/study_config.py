@@ -42,6 +42,12 @@ class MeasureConfig:
         "arms whose difference is surely smaller are reported as equivalent.",
         free=True,
     )
+    other_languages: bool = setting(
+        True,
+        "Test claims about other languages, too, with those measured as drawn from more. `false`: "
+        "about these very languages, as where they differ on purpose.",
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

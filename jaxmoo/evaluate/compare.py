@@ -1,24 +1,25 @@
 """Two evaluations of the same examples, side by side, with intervals of their differences.
 
-Examples are drawn again with replacement, the same ones for both (paired bootstrap, percentile
-intervals). Parallel examples, which name the group they belong to, are drawn together in all
-languages that have the same groups: a sentence that is hard in one language tends to be hard in
-all, and means over languages would otherwise seem more certain than they are.
-
-Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993; Koehn, *Statistical Significance Tests
-for Machine Translation Evaluation*, 2004.
+Parallel examples, which name the group they belong to, count together in all languages that have
+them: a sentence that is hard in one language tends to be hard in all, and means over languages
+would otherwise seem more certain than they are. `jaxmoo.evaluate.intervals` has the intervals.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
-from jaxmoo.evaluate.measures import MEASURES, measured
+from jaxmoo.evaluate.intervals import (
+    SMALLEST,
+    Differences,
+    mean_proportion_difference,
+    studentised_mean,
+)
+from jaxmoo.evaluate.measures import MEASURES, measured, score
 from jaxmoo.evaluate.results import LanguageResult, Results
 
 __all__ = ["Comparison", "Row", "compare"]
@@ -31,7 +32,7 @@ class Row(NamedTuple):
       a: score of the first evaluation.
       b: score of the second.
       difference: b - a.
-      low: lower end of the difference's 95 % interval; not a number with fewer than two units.
+      low: lower end of the difference's 95 % interval; not a number where there is none.
       high: its upper end.
     """
 
@@ -80,7 +81,7 @@ def compare(a: Results, b: Results, *, resamples: int = 2000, seed: int = 0) -> 
     Args:
       a: the first.
       b: the second; differences are b - a.
-      resamples: how often examples are drawn.
+      resamples: how often examples are drawn, for measures that are no share of examples.
       seed: of the draws.
 
     Returns:
@@ -92,7 +93,6 @@ def compare(a: Results, b: Results, *, resamples: int = 2000, seed: int = 0) -> 
     _check_same(a, b)
     seen = [code for code in a.languages if code in a.seen]
     unseen = [code for code in a.languages if code not in seen]
-    drawn: dict[tuple[str, ...], np.ndarray] = {}
     rows: dict[str, dict[str, Row]] = {}
     notes = []
     if a.date != b.date:
@@ -111,13 +111,17 @@ def compare(a: Results, b: Results, *, resamples: int = 2000, seed: int = 0) -> 
                 f"{MEASURES[name].denominator}."
             )
             continue
-        samples = {
-            code: _sampled(name, pair, drawn, resamples, seed) for code, pair in pairs.items()
+        groups = {code: [code] for code in pairs} | {"seen mean": seen, "unseen mean": unseen}
+        rows[name] = {
+            label: _row(name, [pairs[code] for code in codes], resamples, seed)
+            for label, codes in groups.items()
+            if codes
         }
-        rows[name] = {code: _row(one) for code, one in samples.items()}
-        for label, codes in (("seen mean", seen), ("unseen mean", unseen)):
-            if codes:
-                rows[name][label] = _row(np.mean([samples[code] for code in codes], axis=0))
+    if any(np.isnan(row.low) for found in rows.values() for row in found.values()):
+        notes.append(
+            f"No interval (-): fewer than {SMALLEST} examples that are drawn independently, with "
+            "which intervals would cover too little."
+        )
     if not rows:
         raise DataError(f"{a.path} and {b.path} have no measure in common.")
     return Comparison(rows, notes)
@@ -151,39 +155,28 @@ def _same_denominator(name: str, a: LanguageResult, b: LanguageResult) -> bool:
     return column is None or a.columns[column] == b.columns[column]
 
 
-def _sampled(
-    name: str,
-    pair: tuple[LanguageResult, LanguageResult],
-    drawn: dict[tuple[str, ...], np.ndarray],
-    resamples: int,
-    seed: int,
-) -> np.ndarray:
-    """Scores [2, 1 + R] of both: first as they are, then of every resample."""
+def _apart(name: str, pair: tuple[LanguageResult, LanguageResult]) -> Differences:
+    """What the two differ by on every example."""
     measure, first = MEASURES[name], pair[0]
-    units = tuple(sorted(set(first.units)))
-    if units not in drawn:
-        # The same units are drawn alike, whatever else is compared; others independently.
-        named = hashlib.sha256("\x1e".join(units).encode()).digest()
-        rng = np.random.default_rng([seed, int.from_bytes(named[:8], "big")])
-        counts = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), resamples)
-        drawn[units] = np.vstack([np.ones(len(units)), counts])
-    number = {unit: i for i, unit in enumerate(units)}
-    weights = drawn[units][:, [number[unit] for unit in first.units]]
-    below = np.ones(len(first.units))
+    a, b = (np.asarray(one.columns[measure.numerator], np.float64) for one in pair)
+    below = np.ones(len(a))
     if measure.denominator is not None:
         below = np.asarray(first.columns[measure.denominator], np.float64)
-    above = np.array([one.columns[measure.numerator] for one in pair], np.float64)
-    samples = measure.scale * (above @ weights.T) / (weights @ below)
-    if len(units) < 2:
-        samples[:, 1:] = np.nan
-    return samples
+    return Differences(measure.scale * (b - a), below, first.units)
 
 
-def _row(samples: np.ndarray) -> Row:
-    (a, *_), (b, *_) = samples
-    differences = samples[1, 1:] - samples[0, 1:]
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return Row(*map(float, (a, b, b - a, low, high)))
+def _row(
+    name: str, pairs: list[tuple[LanguageResult, LanguageResult]], resamples: int, seed: int
+) -> Row:
+    a, b = (float(np.mean([score(pair[i].columns, name) for pair in pairs])) for i in (0, 1))
+    apart = [_apart(name, pair) for pair in pairs]
+    if min(len(set(one.units)) for one in apart) < SMALLEST:
+        low = high = float("nan")
+    elif MEASURES[name].is_share:
+        low, high = mean_proportion_difference(apart)
+    else:
+        low, high = studentised_mean(apart, resamples=resamples, seed=seed)
+    return Row(a, b, b - a, low, high)
 
 
 def _interval(row: Row) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoo.data.table import text_table
+from jaxmoo.evaluate.intervals import proportion
 
 __all__ = ["MEASURES", "Measure", "measured", "score", "summarise_measures", "summary_table"]
 
@@ -26,6 +27,7 @@ class Measure(NamedTuple):
       denominator: column that the sum is divided by; None for the number of examples.
       higher_is_better: the direction.
       scale: factor of the quotient.
+      is_share: the share of examples that are right, each 0 or 1.
     """
 
     label: str
@@ -33,14 +35,17 @@ class Measure(NamedTuple):
     denominator: str | None
     higher_is_better: bool
     scale: float = 1.0
+    is_share: bool = False
 
 
 MEASURES = {
     "nll": Measure("NLL", "nats", "tokens", False),
     "bits_per_byte": Measure("bits/byte", "nats", "bytes", False, 1 / math.log(2)),
-    "accuracy": Measure("accuracy", "correct", None, True),
-    "accuracy_unnormalised": Measure("acc. unnormalised", "correct_unnormalised", None, True),
-    "exact_match": Measure("exact match", "exact", None, True),
+    "accuracy": Measure("accuracy", "correct", None, True, is_share=True),
+    "accuracy_unnormalised": Measure(
+        "acc. unnormalised", "correct_unnormalised", None, True, is_share=True
+    ),
+    "exact_match": Measure("exact match", "exact", None, True, is_share=True),
     "chrf": Measure("chrF", "chrf", None, True),
 }
 
@@ -110,6 +115,9 @@ def summary_table(
 ) -> str:
     """Format scores as an aligned Markdown table: languages, their means, the worst.
 
+    A language's share of right answers comes with its 95 % interval
+    (`jaxmoo.evaluate.intervals.proportion`).
+
     Args:
       scores: per language its ``examples`` and scores by measure.
       seen: languages that were trained on.
@@ -127,7 +135,7 @@ def summary_table(
     rows: list[list[object]] = []
     for language in (*seen, *unseen):
         label = language if language in seen else f"{language} (unseen)"
-        values = [f"{scores[language][name]:.3f}" for name in summary]
+        values = [_shown(name, scores[language]) for name in summary]
         rows.append([label, scores[language]["examples"], *values])
     for group, languages in (("seen", seen), ("unseen", unseen)):
         if languages:
@@ -137,3 +145,12 @@ def summary_table(
     worst = [f"{one['worst_language']} {one['worst']:7.3f}" for one in summary.values()]
     rows.append(["worst", "", *worst])
     return text_table(["language", "examples", *(MEASURES[name].label for name in summary)], rows)
+
+
+def _shown(name: str, scores: Mapping[str, float]) -> str:
+    text = f"{scores[name]:.3f}"
+    if not MEASURES[name].is_share:
+        return text
+    number = scores["examples"]
+    low, high = proportion(scores[name] * number, number)
+    return f"{text} [{low:.2f}, {high:.2f}]"

@@ -10,73 +10,102 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxmoo.evaluate.measures import MEASURES
-from jaxmoo.report.style import FAINT, INK, SEEN, UNSEEN, canvas, title
+from jaxmoo.report.style import FAINT, INK, canvas, title
+from jaxmoo.study.answer import GROUP_NAMES, headline
+from jaxmoo.study.effects import Verdict
 from jaxmoo.study.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ["forest", "language_map"]
 
-_GROUPS = {"seen": (SEEN, "o", -0.16), "unseen": (UNSEEN, "s", 0.16)}
+_LOOKS = {
+    "better": ("#009E73", "o", "#009E73"),
+    "equivalent": ("#0072B2", "s", "#0072B2"),
+    "undecided": ("#8A8A8A", "o", "white"),
+    "not better": ("#CC79A7", "v", "#CC79A7"),
+    "worse": ("#D55E00", "X", "#D55E00"),
+}
 
 
 def forest(
-    differences: Mapping[tuple[str, str], Mapping[str, Estimate]],
-    measures: Sequence[str],
+    found: Mapping[str, Mapping[str, Verdict]],
+    measure: str,
     baseline: str,
+    smallest: float | None,
     path: Path,
 ) -> Figure:
-    """Plot paired differences to the baseline with their intervals, a panel per measure.
+    """Plot differences to the baseline with their intervals, a panel per group of languages.
 
     Args:
-      differences: per measure and group of languages (``seen``, ``unseen``), by arm.
-      measures: which ones, of `jaxmoo.evaluate.measures.MEASURES`.
+      found: per group of languages (`jaxmoo.study.answer.GROUP_NAMES`), the verdict on every arm.
+      measure: what differs, of `jaxmoo.evaluate.measures.MEASURES`.
       baseline: the arm that stands at 0.
+      smallest: the smallest effect worth having, shown as a band; None where none is set.
       path: the image to write.
     """
-    arms = list(dict.fromkeys(arm for found in differences.values() for arm in found))
-    with canvas(path, 3.0 + 2.6 * len(measures), 1.7 + 0.36 * max(len(arms), 2)) as figure:
+    main = found["seen"]
+    higher = MEASURES[measure].higher_is_better
+    arms = sorted(main, key=lambda name: main[name].estimate.mean, reverse=higher)
+    with canvas(path, 2.4 + 2.7 * len(found), 1.9 + 0.3 * max(len(arms), 2)) as figure:
+        what = f", grey: less than {smallest:g}, not worth having" if smallest is not None else ""
         title(
             figure,
-            f"Difference to {baseline}, paired by seed",
-            "mean and 95 % t-interval; small strokes: single seeds",
+            f"{MEASURES[measure].label}: {headline(main, baseline)}",
+            f"difference to {baseline} and its 95 % interval{what}",
         )
-        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-        for axes, measure in zip(panels, measures, strict=True):
+        panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
+        limit = max(_limit(list(verdicts.values()), smallest or 0.0) for verdicts in found.values())
+        for axes, (group, verdicts) in zip(panels, found.items(), strict=True):
+            if smallest is not None:
+                axes.axvspan(-smallest, smallest, color="#E9E9E9", zorder=0)
             axes.axvline(0, color=INK, linewidth=0.9)
-            for group, look in _GROUPS.items():
-                found = differences.get((measure, group), {})
-                _points(axes, [found.get(arm) for arm in arms], group, look)
-            better = "right" if MEASURES[measure].higher_is_better else "left"
-            axes.set_title(MEASURES[measure].label, fontweight="bold")
-            axes.set_xlabel(f"better: {better}", color=FAINT)
+            _points(axes, [verdicts[name] for name in arms], limit)
+            axes.set_title(GROUP_NAMES[group], fontweight="bold")
+            axes.set_xlabel("better →" if higher else "← better", color=FAINT)
             axes.grid(axis="x")
             axes.locator_params(axis="x", nbins=4)
         panels[0].set_yticks(range(len(arms)), arms)
         panels[0].set_ylim(len(arms) - 0.5, -0.5)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower right", ncols=len(labels))
+        shown = {one.kind for verdicts in found.values() for one in verdicts.values()}
+        handles = [_handle(kind) for kind in _LOOKS if kind in shown]
+        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles))
         return figure
 
 
-def _points(
-    axes: Axes, estimates: Sequence[Estimate | None], group: str, look: tuple[str, str, float]
-) -> None:
-    colour, marker, shift = look
-    label: str | None = f"{group} languages"
-    for row, estimate in enumerate(estimates):
-        if estimate is None:
+def _limit(verdicts: Sequence[Verdict], smallest: float) -> float:
+    """Where a panel ends. An arm that is far off would press the others together."""
+    estimates = [one.estimate for one in verdicts if math.isfinite(one.estimate.half)]
+    ends = [max(abs(one.low), abs(one.high)) for one in estimates] or [0.0]
+    return max(1.25 * smallest, 1.05 * min(max(ends), 2.5 * float(np.median(ends))), 1e-6)
+
+
+def _points(axes: Axes, verdicts: Sequence[Verdict], limit: float) -> None:
+    estimates = [one.estimate for one in verdicts]
+    for y, (one, verdict) in enumerate(zip(estimates, verdicts, strict=True)):
+        colour, marker, fill = _LOOKS[verdict.kind]
+        if abs(one.mean) > 0.95 * limit:
+            side = math.copysign(1, one.mean)
+            axes.annotate(
+                f"{one.mean:+.2f}", (side * limit, y), (side * 0.72 * limit, y), va="center",
+                ha="center", color=colour, arrowprops={"arrowstyle": "->", "color": colour},
+            )  # fmt: skip
             continue
-        y = row + shift
-        if math.isfinite(estimate.half):
-            ends = [estimate.mean - estimate.half, estimate.mean + estimate.half]
-            axes.plot(ends, [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
-        count = len(estimate.values)
-        axes.plot(estimate.values, [y] * count, "|", color=colour, markersize=7, alpha=0.7)
-        axes.plot([estimate.mean], [y], marker, color=colour, markersize=5.5, label=label)
-        label = None  # one entry of the legend per group
+        if math.isfinite(one.half):
+            low, high = max(one.low, -limit), min(one.high, limit)
+            axes.plot([low, high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+        axes.plot([one.mean], [y], marker, color=colour, markerfacecolor=fill, markersize=6.5)
+    axes.set_xlim(-limit, limit)
+
+
+def _handle(kind: str) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    colour, marker, fill = _LOOKS[kind]
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=fill, label=kind)
 
 
 def language_map(
@@ -106,7 +135,7 @@ def language_map(
         title(
             figure,
             f"{look.label} of every language: difference to {baseline}, paired by seed",
-            "mean over seeds, blue: better; framed: the 95 % t-interval, of this language and arm "
+            "mean over seeds, blue: better; framed: the 95 % interval, of this language and arm "
             "alone, leaves out 0",
         )
         axes = figure.subplots()

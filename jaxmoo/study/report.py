@@ -10,13 +10,19 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.study.answer import GROUP_NAMES, answer, headline
+from jaxmoo.study.effects import Effects, Verdict, verdicts
 from jaxmoo.study.figure import forest, language_map
 from jaxmoo.study.grid import Cell
 from jaxmoo.study.outcome import GROUPS, Arm, measures_of, outcomes, summary
+from jaxmoo.study.power import power_section
 from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
-from jaxmoo.study.statistics import Estimate, holm, mean_interval, paired_difference
+from jaxmoo.study.statistics import LEAST, Estimate, mean_interval
 
-__all__ = ["write_report"]
+__all__ = ["main_measure", "write_power", "write_report"]
+
+# Per measure and group of languages, by arm.
+Found = Mapping[tuple[str, str], Mapping[str, Verdict]]
 
 _HEADS = {"seen": "seen mean", "unseen": "unseen mean", "worst": "worst language"}
 
@@ -46,21 +52,28 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
             f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}). Run the study first."
         )
     measures = measures_of([row for arm in arms.values() for row in arm.rows.values()])
-    differences = _differences(arms, measures, study.baseline)
+    effects = _effects(study, arms, rows)
     parts = [_about(study, cells, stored, arms)]
-    for measure in measures:
-        parts.append(_scores(measure, arms, base_row(rows)))
-    if any(differences.values()):
-        parts += [_difference_table(measure, differences, study) for measure in measures]
-        parts.append(_reading(study, differences))
-        forest(differences, measures, study.baseline, store.directory / "forest.svg")
+    if effects.others():
+        found = _verdicts(effects, measures, study)
+        main = main_measure(study, measures)
+        smallest = study.measure.smallest_effect.get(main)
+        parts.insert(0, answer(found, main, study.baseline, smallest))
+        forest(
+            {group: found[main, group] for group in GROUPS if (main, group) in found},
+            main, study.baseline, smallest, store.directory / "forest.svg",
+        )  # fmt: skip
         language_map(
-            _by_language(arms, measures[0], study.baseline),
-            *_languages(arms),
-            measures[0],
-            study.baseline,
+            _by_language(effects, main), *_languages(arms), main, study.baseline,
             store.directory / "languages.svg",
-        )
+        )  # fmt: skip
+        parts.append(f"![{headline(found[main, 'seen'], study.baseline)}](forest.svg)")
+        parts.append(_reading(study, effects, cells))
+        parts += [_difference_tables(measure, found, effects) for measure in measures]
+        parts.append("![Differences by language](languages.svg)")
+        if any(len(effects.seeds(name)) > 1 for name in effects.others()):
+            parts.append(power_section(effects, main, "seen"))
+    parts += [_scores(measure, arms, base_row(rows)) for measure in measures]
     if any(arm.tuned for arm in arms.values()):
         parts.append(_rates(study, arms))
     parts.append(_costs(arms))
@@ -68,6 +81,59 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     text = "\n\n".join(parts) + "\n"
     replace_text(store.directory / "study.md", text)
     return text
+
+
+def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> str:
+    """Describe the noise of stored rows, and how small a difference more of them would find.
+
+    Args:
+      study: the settings.
+      cells: the grid.
+      store: the rows, as of a pilot.
+
+    Returns:
+      Tables in Markdown, of every measure with a smallest effect, or of the first measure.
+
+    Raises:
+      DataError: there are too few rows.
+      ConfigError: rows are not of this study.
+    """
+    rows = store.read()
+    check_rows(cells, rows, store.path)
+    arms = outcomes(study, rows_of(cells, rows))
+    measures = measures_of([row for arm in arms.values() for row in arm.rows.values()] or rows)
+    effects = _effects(study, arms, rows)
+    wanted = [name for name in measures if name in study.measure.smallest_effect]
+    return "\n\n".join(
+        power_section(effects, measure, group)
+        for measure in wanted or measures[:1]
+        for group in ("seen", "worst")
+    )
+
+
+def _effects(study: StudyConfig, arms: Mapping[str, Arm], rows: Sequence[Row]) -> Effects:
+    drawn = study.measure.other_languages
+    return Effects(arms, study.baseline, base_row(rows), other_languages=drawn)
+
+
+def main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
+    """Return the measure that answers the question: the first that has a smallest effect."""
+    return next((name for name in study.measure.smallest_effect if name in measures), measures[0])
+
+
+def _verdicts(effects: Effects, measures: Sequence[str], study: StudyConfig) -> Found:
+    """Per measure and group, what every other arm's difference shows."""
+    row = next(iter(next(iter(effects.arms.values())).rows.values()))
+    return {
+        (measure, group): verdicts(
+            {name: effects.difference(name, measure, group) for name in effects.others()},
+            MEASURES[measure].higher_is_better,
+            study.measure.smallest_effect.get(measure),
+        )
+        for measure in measures
+        for group in GROUPS
+        if group == "worst" or row[group]
+    }
 
 
 def _about(
@@ -96,41 +162,13 @@ def _about(
     return "\n\n".join(lines)
 
 
-def _differences(
-    arms: Mapping[str, Arm], measures: Sequence[str], baseline: str
-) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """Per measure and group, every other arm minus the baseline."""
-    found: dict[tuple[str, str], dict[str, Estimate]] = {}
-    for measure in measures:
-        for group in GROUPS:
-            one = found[measure, group] = {}
-            if baseline not in arms:
-                continue
-            like = arms[baseline].scores(measure, group)
-            for name, arm in arms.items():
-                estimate = paired_difference(like, arm.scores(measure, group))
-                if name != baseline and estimate is not None:
-                    one[name] = estimate
-    return found
-
-
-def _by_language(
-    arms: Mapping[str, Arm], measure: str, baseline: str
-) -> dict[str, dict[str, Estimate]]:
-    """Per arm that shares a seed with the baseline, every language's difference to it."""
-    found = {}
-    for name, arm in arms.items():
-        differences = {
-            code: paired_difference(
-                arms[baseline].language(measure, code), arm.language(measure, code)
-            )
-            for codes in _languages(arms)
-            for code in codes
-        }
-        known = {code: one for code, one in differences.items() if one is not None}
-        if name != baseline and known:
-            found[name] = known
-    return found
+def _by_language(effects: Effects, measure: str) -> dict[str, dict[str, Estimate]]:
+    """Per arm, every language's difference to the baseline."""
+    codes = [code for group in _languages(effects.arms) for code in group]
+    return {
+        name: {code: effects.difference(name, measure, code) for code in codes}
+        for name in effects.others()
+    }
 
 
 def _languages(arms: Mapping[str, Arm]) -> tuple[list[str], list[str]]:
@@ -156,46 +194,76 @@ def _scores(measure: str, arms: Mapping[str, Arm], base: Row | None) -> str:
     return f"{title}\n\nMean ± 95 % t-interval over seeds.\n\n{text_table(header, table)}"
 
 
+def _difference_tables(measure: str, found: Found, effects: Effects) -> str:
+    better = "higher" if MEASURES[measure].higher_is_better else "lower"
+    title = f"### {MEASURES[measure].label} ({better} is better): difference to {effects.baseline}"
+    parts = [title]
+    for group, name in GROUP_NAMES.items():
+        if (measure, group) in found:
+            table = _difference_table(measure, group, found[measure, group], effects)
+            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def _difference_table(
-    measure: str, differences: Mapping[tuple[str, str], Mapping[str, Estimate]], study: StudyConfig
+    measure: str, group: str, found: Mapping[str, Verdict], effects: Effects
 ) -> str:
+    # The wider or narrower interval that the test is not about.
+    drawn = not effects.other_languages
+    beside = [f"± {'other' if drawn else 'given'} languages"] if group != "worst" else []
+    tested = not all(math.isnan(one.p_equivalent) for one in found.values())
     table = []
-    adjusted = {
-        group: holm({arm: one.p for arm, one in differences[measure, group].items()})
-        for group in GROUPS
-    }
-    for arm in study.arms:
-        if arm not in differences[measure, "seen"]:
-            continue
-        cells: list[object] = [arm, len(differences[measure, "seen"][arm].values)]
-        for group in GROUPS:
-            estimate = differences[measure, group].get(arm)
-            if estimate is None:
-                cells += ["", ""]
-            else:
-                p = adjusted[group][arm] if math.isfinite(estimate.half) else math.nan
-                cells += [_signed(estimate), "–" if math.isnan(p) else f"{p:.2f}"]
-        table.append(cells)
-    header = ["arm", "seeds"]
-    for head in _HEADS.values():
-        header += [head, "p"]
-    return (
-        f"### {MEASURES[measure].label}: difference to {study.baseline}\n\n"
-        f"{text_table(header, table)}"
-    )
+    for name, one in found.items():
+        cells: list[object] = [name, len(one.estimate.values), _signed(one.estimate)]
+        if beside:
+            other = effects.difference(name, measure, group, other_languages=drawn)
+            cells.append(_plain_half(other))
+        cells += [_p(one.p), _gain(one.gain)]
+        if tested:
+            cells.append(_p(one.p_equivalent))
+        table.append([*cells, one.kind])
+    header = ["arm", "seeds", "difference", *beside, "p"]
+    header += ["gain up to", *(["p, equivalent"] if tested else []), "verdict"]
+    return text_table(header, table)
 
 
-def _reading(
-    study: StudyConfig, differences: Mapping[tuple[str, str], Mapping[str, Estimate]]
-) -> str:
-    count = max(len(found) for found in differences.values())
-    return (
-        "Differences are paired by seed, ± the 95 % t-interval of their mean. p is that of the "
-        f"paired t-test, adjusted by Holm's rule over the comparisons with {study.baseline} in its "
-        f"column ({count}); columns and tables are not adjusted for one another. An interval is "
-        "over the random choices of training, with the same held-out examples.\n\n"
-        "![Differences](forest.svg)\n\n![Differences by language](languages.svg)"
+def _reading(study: StudyConfig, effects: Effects, cells: Sequence[Cell]) -> str:
+    count = len(effects.others())
+    parallel = cells[0].config.data.columns.group is not None
+    row = next(iter(next(iter(effects.arms.values())).rows.values()))
+    few = [group for group in ("seen", "unseen") if 0 < len(row[group]) < LEAST]
+    parts = [f"Differences to {study.baseline} are paired by seed, ± half of the 95 % interval."]
+    parts.append(
+        "It counts seeds, languages and held-out examples as drawn from more of their kind; *± "
+        "given languages* counts seeds and examples only, for a claim about these very languages."
+        if effects.other_languages
+        else "It counts seeds and held-out examples as drawn from more of their kind, for a claim "
+        "about these very languages; *± other languages* counts languages as well."
     )
+    if few:
+        parts.append(
+            f"With fewer than {LEAST} languages ({', '.join(few)}) they are taken as given."
+        )
+    if not effects.of_examples:
+        parts.append(
+            "**These rows hold no single examples.** "
+            + (
+                "What translations of one text have in common is therefore not counted, nor are "
+                if parallel
+                else "Examples are counted as part of their language, but not "
+            )
+            + "examples for given languages and the worst language: there, intervals are of seeds "
+            "alone, and too narrow."
+        )
+    parts.append(
+        "*p* is that of the t-test that there is no difference, *p, equivalent* that of the two "
+        "one-sided tests that it is the smallest effect or more; both are adjusted by Holm's rule "
+        f"over the {count} comparisons of a table. *Gain up to*: the better end of the interval, "
+        "the largest gain that is still possible. Verdicts are at 5 %: *equivalent*: smaller than "
+        "the smallest effect; *not better*: not better by the smallest effect, and perhaps worse. "
+        "Tables are not adjusted for one another."
+    )
+    return " ".join(parts)
 
 
 def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> str:
@@ -257,6 +325,22 @@ def _plus_minus(estimate: Estimate) -> str:
 
 def _signed(estimate: Estimate) -> str:
     return f"{estimate.mean:+.3f}" + _half(estimate)
+
+
+def _plain_half(estimate: Estimate) -> str:
+    return f"± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""
+
+
+def _p(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _gain(gain: float) -> str:
+    if not math.isfinite(gain):
+        return "?"
+    return f"{gain:.3f}" if gain > 0 else "none"
 
 
 def _half(estimate: Estimate) -> str:

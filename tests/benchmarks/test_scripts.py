@@ -106,6 +106,25 @@ def test_what_is_written_for_cpus_computes_what_it_is_timed_beside(monkeypatch):
     assert "| Gram by slices | 8 x 6e+01, float32 |" in script.report([row])
 
 
+def test_simulated_intervals_hold_or_not(monkeypatch):
+    script = module("intervals")
+    small = {"SIZES": (16,), "DESIGNS": ((3, 8, 20), (3, 8, 30)), "RESAMPLES": 50, "MANY": 999}
+    for name, value in small.items():
+        monkeypatch.setattr(script, name, value)
+    shares = list(script.accuracies(3))
+    assert [row["mean over languages"] for row in shares[:2]] == [1, 8]
+    assert all(row["examples"] == 16 and row["jaxmoo"].endswith(" %") for row in shares)
+    (first, *_) = script.likelihoods(2)
+    assert {"percentile", "BCa", "Student's t", "jaxmoo"} <= set(first)
+    found = list(script.studies(2, mixed=False))
+    assert len(found) == 2 * len(script.STUDIES) and "mixed model" not in found[0]
+    assert [row["true difference"] for row in script.equivalence(2)] == [0.05, 0.0]
+    counts = script.Counts()
+    for low in (-1, 1):
+        counts.add("half", low, 2, 0)
+    assert counts.shares() == {"half": "50.0 %"} and counts.width("half") == "2.000"
+
+
 def module(name):
     """A benchmark as a module; they import each other from their own folder."""
     path = ROOT / "benchmarks"

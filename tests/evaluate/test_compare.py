@@ -1,4 +1,4 @@
-"""Paired bootstrap: against scipy, and what may be compared."""
+"""Comparisons of two evaluations: which intervals they show, and what may be compared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from jaxmoo.commands.evaluate import main
 from jaxmoo.errors import CheckpointError, DataError
 from jaxmoo.evaluate.compare import compare
+from jaxmoo.evaluate.intervals import Differences, proportion_difference, studentised_mean
 from jaxmoo.evaluate.results import LanguageResult, Results, ResultStore, read_results
 
 N = 80
@@ -56,28 +57,22 @@ def test_results_of_different_dates_are_compared_with_a_word_on_it(pair):
         assert f"A 2026-07-26 and B {said}" in note and "--date" in note
 
 
-def test_intervals_are_those_of_scipy(pair):
-    from scipy.stats import bootstrap
-
-    found = compare(*pair, resamples=4000)
+def test_intervals_are_those_of_the_examples(pair):
+    found = compare(*pair)
     for code in ("en", "uk"):
-        a, b = (np.array(one.languages[code].columns["nats"]) for one in pair)
-        tokens = np.array(pair[0].languages[code].columns["tokens"])
-
-        def difference(a, b, tokens, axis=-1):
-            return (b.sum(axis) - a.sum(axis)) / tokens.sum(axis)
-
-        expected = bootstrap(
-            (a, b, tokens), difference, paired=True, vectorized=True, n_resamples=4000,
-            method="percentile", rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
+        a, b = (one.languages[code].columns for one in pair)
+        apart = Differences(
+            np.subtract(b["nats"], a["nats"]), np.array(a["tokens"]), pair[0].languages[code].units
+        )
         row = found.rows["nll"][code]
-        assert row.difference == pytest.approx(difference(a, b, tokens))
-        width = expected.high - expected.low
-        assert row.low == pytest.approx(expected.low, abs=0.1 * width)
-        assert row.high == pytest.approx(expected.high, abs=0.1 * width)
+        assert (row.low, row.high) == studentised_mean([apart])
+        assert row.difference == pytest.approx(sum(apart.values) / sum(apart.below))
         bits = found.rows["bits_per_byte"][code]
         assert bits.low == pytest.approx(row.low / 3 / math.log(2))
+        gained = sum(x < y for x, y in zip(a["correct"], b["correct"], strict=True))
+        lost = sum(x > y for x, y in zip(a["correct"], b["correct"], strict=True))
+        accuracy = found.rows["accuracy"][code]
+        assert accuracy[3:] == pytest.approx(proportion_difference(gained, lost, N))
 
 
 def test_means_over_independent_languages_are_surer_than_languages(pair):
@@ -103,16 +98,22 @@ def test_parallel_examples_are_drawn_together():
 
 
 def test_examples_of_one_group_are_drawn_as_one():
-    units = [str(i // 8) for i in range(N)]
+    units = [str(i // 5) for i in range(N)]
     wide = compare(results("a", units=units), results("b", shift=0.1, units=units, noise=0.0))
     one = compare(results("a", units=["0"] * N), results("b", units=["0"] * N))
     assert all(row.low <= row.difference <= row.high for row in wide.rows["nll"].values())
     assert math.isnan(one.rows["nll"]["en"].low) and " - |" in one.table()
+    assert "No interval (-): fewer than 12 examples" in one.table()
+    assert "No interval" not in wide.table()
 
 
 def test_equal_results_differ_by_nothing(pair):
-    for rows in compare(pair[0], pair[0]).rows.values():
-        assert all((row.difference, row.low, row.high) == (0, 0, 0) for row in rows.values())
+    """No answer differs: but of other examples, some might."""
+    rows = compare(pair[0], pair[0]).rows
+    for row in rows["nll"].values():
+        assert (row.difference, row.low, row.high) == (0, 0, 0)
+    for row in rows["accuracy"].values():
+        assert row.difference == 0 and row.low < -0.01 and row.high > 0.01
 
 
 def test_likelihoods_per_token_are_left_out_when_tokens_differ(pair):

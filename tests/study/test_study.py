@@ -16,6 +16,7 @@ import yaml
 from jaxmoo.commands.study import main
 from jaxmoo.config.study_config import load_study
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
+from jaxmoo.study.examples import unpack_examples
 from jaxmoo.study.figure import language_map
 from jaxmoo.study.grid import make_cells
 from jaxmoo.study.statistics import mean_interval
@@ -129,7 +130,13 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     line = next(line for line in table.splitlines() if line.startswith("| mean "))
     assert f"{np.mean(mean):.3f} ± {half:.3f}" in line
     assert f"{np.mean(np.subtract(mgda, mean)):+.3f} ± " in table
+    # The answer comes first; two seeds are too few for a test.
+    assert table.startswith("**mgda is not shown to be better than mean** in NLL")
+    assert "With fewer than 3 seeds (here 2) nothing is tested." in table.splitlines()[0]
     assert "4 of 4 runs" in table and "before training" in table
+    # All languages are taken as given, as there are two; examples are known.
+    assert "fewer than 3 languages (seen, unseen)" in table and "no single examples" not in table
+    assert re.search(r"\| mgda +\| +2 \| +[+-]\d\.\d{3} ± \d+\.\d{3} \|", table)
     assert all(b"<svg" in plot for plot in texts[0][1:])
     assert all(f"]({name})" in table for name in FILES[1:])
 
@@ -167,6 +174,27 @@ def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
     (frame,) = axes.patches
     assert round(frame.get_x()) == 1
     np.testing.assert_allclose(axes.images[0].get_array(), [[0.15, -0.31]])
+
+
+@pytest.mark.slow
+def test_power_is_told_from_the_rows_there_are(copy, capsys):
+    assert main(["--config", str(copy), "--power", "measure.smallest_effect={nll: 0.01}"]) == 0
+    out = capsys.readouterr().out
+    assert "### Power: NLL of the seen mean" in out and "Power: NLL of the worst" in out
+    assert re.search(r"\| seeds \| \d+ examples \| .*200 examples", out)
+    assert main(["--config", str(copy), "--power"]) == 0
+    assert "### Power: NLL of the seen mean" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_rows_keep_single_examples(finished):
+    base, *rows = rows_of(finished)
+    for row in rows:
+        for code, result in unpack_examples(row, base, "all").items():
+            scores = row["languages"][code]["all"]
+            assert result.scores()["accuracy"] == scores["accuracy"]
+            assert result.scores()["nll"] == pytest.approx(scores["nll"], abs=1e-3)
+            assert len(set(result.units)) == scores["examples"]
 
 
 @pytest.mark.slow
@@ -246,7 +274,9 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
     out = capsys.readouterr().out
     assert "3 of 4 runs" in out and "Unfinished: mgda (seed 2)." in out
     # One common seed: a difference without an interval.
-    assert re.search(r"\| mgda +\| +1 \| +[+-]\d\.\d{3} \| +– \|", out)
+    assert re.search(r"\| mgda +\| +1 \| +[+-]\d\.\d{3} \| +\| +– \| +\? \| +undecided", out)
+    assert main(["--config", str(copy), "--power"]) == 2
+    assert "Noise is known from two seeds on" in capsys.readouterr().err
     rewrite(copy, [])
     assert main(["--config", str(copy), "--report-only"]) == 2
     assert "no row to report" in capsys.readouterr().err
