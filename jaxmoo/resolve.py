@@ -260,8 +260,7 @@ def resolve_sections(
             ),
             lambda unit: scaled(unit, [None] * len(sections)),
         )
-    if active is None:
-        active = (jnp.diagonal(grams, axis1=1, axis2=2) != 0).any(0)
+    present = (jnp.diagonal(grams, axis1=1, axis2=2) != 0).any(0) if active is None else active
 
     products = {False: grams}  # what an aggregator reads, by whether it needs two batches
     if any(group.aggregator.cross_gram for group in groups):
@@ -279,7 +278,7 @@ def resolve_sections(
             unit,
         )
 
-    solved = _unsolved(num_blocks, len(active), grams.dtype)
+    solved = _unsolved(num_blocks, len(present), grams.dtype)
     power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
@@ -288,7 +287,7 @@ def resolve_sections(
             functools.partial(
                 _solve_block,
                 method,
-                active=active,
+                active=present,
                 preference=preference,
                 key=key,
                 match_norm=match_norm,
@@ -305,7 +304,7 @@ def resolve_sections(
     weights, update_norm, mean_norm = solved.weights, solved.update_norm, solved.mean_norm
     if rescale and not match_norm:
         weights, update_norm = weights * power[:, None], update_norm * power
-    grams, used = solved.gram, active & ~solved.nonfinite
+    grams, used = solved.gram, present & ~solved.nonfinite
     updates = [
         weighted_sum(s.values, _of_sections(weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
