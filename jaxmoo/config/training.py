@@ -6,6 +6,8 @@ else is derived from that by :mod:`jaxmoo.config.schema`: reading, checking, the
 :func:`schema_markdown` and the text of :func:`help_text`.
 """
 
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field, with a factory for lists and mappings.
+
 from __future__ import annotations
 
 import dataclasses
@@ -155,6 +157,12 @@ class TrainConfig:
         "the run shows what it is doing and ends; 0 waits for ever. The first step includes its "
         "compilation.",
         within=Range(least=0, most=10**9),
+        free=True,
+    )
+    compiler_options: dict[str, Any] = setting(
+        {},
+        "Options of XLA's compiler for the training step, besides those that a run sets by itself "
+        "on its kind of devices and prints; null leaves one to the compiler.",
         free=True,
     )
     log_every: int = setting(

@@ -212,10 +212,13 @@ class Backward:
 
     def scatter(self, gradients: jax.Array, axis: int | None) -> jax.Array:
         """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
-        x = scatter(gradients, axis, self.topology)
+        return self.join(scatter(gradients, axis, self.topology))
+
+    def join(self, gradients: jax.Array) -> jax.Array:
+        """Add up objectives' gradients [K, ...] over replicas if asked."""
         if self.topology.data > 1 and self.rules.replicas == "mean_then_resolve":
-            x = jax.lax.psum(x, DATA)
-        return x
+            return jax.lax.psum(gradients, DATA)
+        return gradients
 
     def resolve(
         self,

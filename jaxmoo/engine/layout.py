@@ -24,7 +24,7 @@ from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
 from jaxmoo.platforms import platform_of
 from jaxmoo.resolve import Section, section_place, section_uniform
 
-__all__ = ["Layout", "Topology", "gather", "scatter", "sections_of_piece"]
+__all__ = ["Layout", "Topology", "gather", "scatter", "scatter_vectors", "sections_of_piece"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +218,30 @@ def scatter(gradients: jax.Array, axis: int | None, topology: Topology) -> jax.A
     if top.language > 1:
         x = jax.lax.all_to_all(x, LANGUAGE, split_axis=at, concat_axis=0, tiled=True)
     return x.reshape(-1, *lead[1:], piece, *rest)[: top.objectives]
+
+
+def scatter_vectors(
+    numbers: jax.Array, vectors: jax.Array, topology: Topology
+) -> tuple[jax.Array, jax.Array]:
+    """Hand each device its columns of all objectives' vectors, of all examples of its replica.
+
+    Args:
+      numbers: [K / L, N] one for each vector.
+      vectors: [K / L, N, D]; D is divided by the number of pieces.
+      topology: the mesh.
+
+    Returns:
+      ``(numbers [K, F N], vectors [K, F N, D / pieces])``.
+    """
+    top, axes = topology, (LANGUAGE, FSDP)
+    cut = vectors.reshape(*vectors.shape[:2], top.pieces, -1)
+    cut = jax.lax.all_to_all(jnp.moveaxis(cut, 2, 0), axes, 0, 0, tiled=True)
+
+    def by_objective(x: jax.Array) -> jax.Array:  # [L F, K / L, N, ...]
+        x = jnp.moveaxis(x.reshape(top.language, top.fsdp, *x.shape[1:]), 1, 2)
+        return x.reshape(-1, top.fsdp * x.shape[3], *x.shape[4:])[: top.objectives]
+
+    return by_objective(jax.lax.all_gather(numbers, axes)), by_objective(cut)
 
 
 def sections_of_piece(

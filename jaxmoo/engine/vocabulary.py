@@ -25,7 +25,7 @@ from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import CallBlocks
-from jaxmoo.engine.layout import Layout, sections_of_piece
+from jaxmoo.engine.layout import Layout, scatter, scatter_vectors, sections_of_piece
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.kernels.cross_entropy import (
@@ -259,6 +259,23 @@ class _Call:
         """The block table's rows of all slices, [slices, 1, ...]."""
         return None if self.blocks is None else self.blocks.rows(self.engine.table)
 
+    def _lookups(self, mapped: TableCotangents) -> _Lookups | None:
+        """Sums of the vectors' cotangents, per objective.
+
+        They are this device's objectives', or, where gradients are exchanged in pieces, all
+        objectives' of its piece of every vector, which are fewer numbers than a table's.
+        """
+        tokens, vectors = mapped.tokens, mapped.vectors
+        if tokens is None or vectors is None:
+            return None
+        tokens, vectors = (
+            x.reshape(len(x), tokens[0].size, *x.shape[3:]) for x in (tokens, vectors)
+        )
+        if self.pieces > 1:
+            tokens, vectors = scatter_vectors(tokens, vectors, self.engine.topology)
+        sums = functools.partial(_sums_by_token, self.layout.shape[0], self.layout.gathered_dtype)
+        return jax.lax.map(lambda x: sums(*x), (tokens, vectors))
+
     def resolve(
         self, mapped: TableCotangents, value: jax.Array, states: Any, inputs: CallInputs
     ) -> TableResult:
@@ -275,11 +292,11 @@ class _Call:
         count = engine.topology.local_objectives
         height, size = self.stack.shape
         shape = (self.pieces, height, size // self.pieces)
+        sends = self.pieces == 1 or head is not None
         together = _objectives_at_once(head, height, engine.topology.platform)
-        looked_up = None
-        if mapped.tokens is not None and mapped.vectors is not None:
-            sums = functools.partial(_sums_by_token, layout.shape[0], layout.gathered_dtype)
-            looked_up = jax.lax.map(lambda x: sums(*x), (mapped.tokens, mapped.vectors))
+        lookups = self._lookups(mapped)
+        # Added to what this device sends, or to what it receives.
+        before, after = (lookups, None) if self.pieces == 1 else (None, lookups)
 
         def one(place: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             number, states, indices = xs
@@ -299,22 +316,32 @@ class _Call:
             def of_some(i: jax.Array, place: jax.Array) -> jax.Array:
                 some = jax.tree.map(
                     lambda x: jax.lax.dynamic_slice_in_dim(x, i * together, together),
-                    (head, looked_up),
+                    (head, before),
                 )
                 found = jax.vmap(of_objective)(some)
                 return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
 
             # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
-            if together == count:
-                place = jax.vmap(of_objective)((head, looked_up))
-            else:
+            if sends and together == count:
+                place = jax.vmap(of_objective)((head, before))
+            elif sends:
                 place = jax.lax.fori_loop(0, count // together, of_some, place)
-            if self.pieces > 1:
-                gradients = engine.scatter(place, 0)
+            if not sends:
+                gradients = jnp.zeros((engine.topology.objectives, *shape[1:]), place.dtype)
+            elif self.pieces > 1:
+                gradients = scatter(place, 0, engine.topology)[:, 0]
             else:
-                gradients = engine.scatter(place[:, 0], layout.axis)
-            gradients = gradients.reshape(len(gradients), height, -1)
+                gradients = scatter(place[:, 0], layout.axis, engine.topology)
+            if after is not None:
+                # One objective after the other: a TPU would sort the rows of all.
+                gradients = jax.lax.fori_loop(
+                    0,
+                    len(gradients),
+                    lambda k, x: _add_lookup(x, jax.tree.map(lambda y: y[k], after), first, k),
+                    gradients,
+                )
+            gradients = engine.join(gradients)
             if not self.resolves:
                 return place, (gradients if self.deferred else gradients[0], None)
             section = sections_of_piece(
@@ -331,7 +358,7 @@ class _Call:
             return place, (update, call.new_rows(resolved, indices.members))
 
         # The place of the local gradients is handed on, so that it is not cleared for every slice.
-        empty = jnp.zeros((count, *shape), layout.gathered_dtype)
+        empty = jnp.zeros((count, *shape) if sends else (), layout.gathered_dtype)
         slices = (jnp.arange(self.slices), states, inputs.indices)
         _, (pieces, rows) = jax.lax.scan(one, empty, slices)
         if self.deferred:  # [slices, K, rows, size] -> [K, V, size]
@@ -365,37 +392,33 @@ class _Lookups(NamedTuple):
 
 
 def _sums_by_token(vocabulary: int, dtype: Any, tokens: jax.Array, vectors: jax.Array) -> _Lookups:
-    """Add up vectors' cotangents [B, S, D] of equal tokens [B, S], in float32.
+    """Add up vectors' cotangents [N, D] of equal tokens [N], in float32.
 
     So that a table's gradient needs to be formed in no higher precision than it is sent in.
     """
-    tokens = tokens.reshape(-1)
     count = jnp.arange(tokens.size)
     first = jnp.full(vocabulary, tokens.size).at[tokens].min(count)[tokens]
-    vectors = vectors.reshape(tokens.size, -1)
     sums = jnp.zeros(vectors.shape, at_least_float32(vectors.dtype)).at[first].add(vectors)
     return _Lookups(jnp.where(first == count, tokens, -1), sums.astype(dtype))
 
 
-def _add_lookup(total: jax.Array, lookups: _Lookups, first: jax.Array) -> jax.Array:
+def _add_lookup(
+    totals: jax.Array, lookups: _Lookups, first: jax.Array, at: int | jax.Array = 0
+) -> jax.Array:
     """Add sums of cotangents to the rows of their tokens, in one slice.
 
     Args:
-      total: the slice's gradient so far, [pieces, height, D / pieces].
+      totals: the slice's gradients so far, [N, height, D].
       lookups: of all tokens.
       first: number of the slice's first token.
+      at: which of the N gradients.
     """
-    pieces, height, _ = total.shape
+    height = totals.shape[1]
     row = lookups.tokens - first
     outside = height + jnp.arange(row.size)  # numbers that do not occur twice
     row = jnp.where((row >= 0) & (row < height), row, outside)
-    new = lookups.sums.reshape(row.size, pieces, -1).swapaxes(0, 1).astype(total.dtype)
-
-    def add(piece: int | jax.Array, total: jax.Array) -> jax.Array:
-        return total.at[piece, row].add(new[piece], mode="drop", unique_indices=True)
-
-    # One piece after the other: a TPU's compiler would reorder them to add to all at once.
-    return add(0, total) if pieces == 1 else jax.lax.fori_loop(0, pieces, add, total)
+    new = lookups.sums.astype(totals.dtype)
+    return totals.at[at, row].add(new, mode="drop", unique_indices=True)
 
 
 def _from_scores(

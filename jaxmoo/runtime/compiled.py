@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform as machine
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,28 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmoo.platforms import default_platform, platform_of
 
-__all__ = ["distrust_on_cpus", "kept_programs"]
+__all__ = ["compiler_options", "distrust_on_cpus", "kept_programs", "nothing_kept"]
+
+# What makes better programs than the compilers' defaults, by their own account.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # Else nothing runs beside the exchange of gradients.
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+}
+
+
+def compiler_options(platform: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of XLA's compiler with which a training step is compiled.
+
+    Args:
+      platform: the kind of devices, from :func:`jaxmoo.platforms.platform_of`.
+      given: options that are set as well, or instead; None leaves one to the compiler.
+
+    Example:
+      >>> compiler_options("tpu", {"xla_tpu_enable_async_all_to_all": None})
+      {}
+    """
+    options = {**_OPTIONS.get(platform, {}), **given}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def distrust_on_cpus(devices: Sequence[Any]) -> None:
@@ -60,6 +81,26 @@ def kept_programs(directory: Path, platform: str | None = None) -> Iterator[None
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Use no compilation cache: what is compiled meanwhile could not be loaded here.
+
+    Example:
+      >>> with nothing_kept():
+      ...     print(jax.config.jax_enable_compilation_cache)
+      False
+    """
+    settings: Any = jax.config
+    before = settings.jax_enable_compilation_cache
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 
