@@ -31,7 +31,7 @@ def platform_of(devices: Iterable[Any]) -> str:
       >>> platform_of(jax.devices("cpu"))
       'cpu'
     """
-    kinds = sorted({_NAMES.get(device.platform, device.platform) for device in devices})
+    kinds: list[str] = sorted({_NAMES.get(str(d.platform), str(d.platform)) for d in devices})
     if len(kinds) != 1:
         raise ConfigError(
             f"expected devices of one kind, found {' and '.join(kinds) or 'none'}: one program "

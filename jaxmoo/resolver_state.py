@@ -71,6 +71,29 @@ def new_state(
     )
 
 
+def seeded(state: Any, seed: int) -> Any:
+    """Return a state before the first step as another seed would have made it.
+
+    Args:
+      state: any pytree with states of :func:`new_state` in it, as arrays.
+      seed: seed of aggregators that draw random numbers.
+
+    Example:
+      >>> state = {"resolver": new_state(1, (), 2, seed=0)}
+      >>> key = seeded(state, 5)["resolver"].key
+      >>> bool((key == new_state(1, (), 2, seed=5).key).all())
+      True
+    """
+
+    def with_key(x: Any) -> Any:
+        if not isinstance(x, ResolveConflictsState):
+            return x
+        key = jax.random.key_data(jax.random.key(seed))
+        return x._replace(key=jax.device_put(key, x.key.sharding))
+
+    return jax.tree.map(with_key, state, is_leaf=lambda x: isinstance(x, ResolveConflictsState))
+
+
 def next_state(
     state: ResolveConflictsState,
     *,

@@ -11,10 +11,12 @@ from jaxmoo.config.study_config import help_text, load_study
 from jaxmoo.config.yaml_text import dump
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.study.grid import make_cells
+from jaxmoo.study.jobs import run_side_by_side
+from jaxmoo.study.outcome import planned
 from jaxmoo.study.outlook import outlook
 from jaxmoo.study.report import write_report
-from jaxmoo.study.rows import RowStore, check_rows
-from jaxmoo.study.runner import run_missing
+from jaxmoo.study.rows import RowStore, check_rows, rows_of
+from jaxmoo.study.runner import left_of, run_missing
 
 __all__ = ["main"]
 
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> 
     if options.max_runs is not None and options.max_runs < 1:
         raise ConfigError(f"--max-runs takes a positive number, found {options.max_runs}.")
     study = load_study(options.config, options.overrides)
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs takes a positive number, found {options.jobs}.")
+    if options.jobs > 1 and options.max_runs is not None:
+        raise ConfigError("--max-runs is for one process: leave out --jobs.")
     for arm in options.arms or ():
         if arm not in study.arms:
             raise ConfigError(
@@ -51,13 +57,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> 
     rows = store.read()
     check_rows(cells, rows, store.path)
     if options.dry_run:
-        print(outlook(cells, rows))
+        print(outlook(planned(study, cells, rows_of(cells, rows)), rows))
         return 0
     left = 0
     if not options.report_only:
         wanted = [cell for cell in cells if cell.key.arm in (options.arms or study.arms)]
-        left = run_missing(study, wanted, max_runs=options.max_runs)
-    print(write_report(study, cells, store))
+        if options.jobs > 1:
+            run_side_by_side(study, wanted, options.jobs)
+        else:
+            run_missing(study, wanted, max_runs=options.max_runs)
+        left = left_of(study, wanted, store.read())
+    needed = planned(study, cells, rows_of(cells, store.read()))
+    print(write_report(study, needed, store))
     if left:
         print(f"\n{left} runs are still missing: the same command goes on with them.")
     return 0
@@ -80,6 +91,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument(
         "--arms", nargs="+", metavar="ARM", help="run only these (all); tables show all that ran"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run N processes at once, each with some of the arms, on the same device (1)",
     )
     parser.add_argument("--max-runs", type=int, metavar="N", help="end after N runs (all)")
     return parser

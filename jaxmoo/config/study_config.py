@@ -31,6 +31,17 @@ class MeasureConfig:
         None, "Most held-out examples per language; null asks all.", within=_AT_LEAST_1
     )
     batch_size: int = setting(16, "Sequences at a time.", within=_AT_LEAST_1, free=True)
+    skip: list[str] = setting(
+        [],
+        "Languages that are trained on but not measured, such as one whose replies are wrong on "
+        "purpose.",
+    )
+    smallest_effect: dict[str, float] = setting(
+        {},
+        "The smallest difference worth having, by measure, such as `{nll: 0.01, accuracy: 0.01}`: "
+        "arms whose difference is surely smaller are reported as equivalent.",
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,13 @@ class StudyConfig:
         MISSING,
         "Learning rates that every arm is given. With several, each arm is reported at the one "
         "that is best for it on the tuning examples.",
+        free=True,
+    )
+    tuning_seeds: list[int] = setting(
+        [],
+        "Seeds of runs by which each arm's learning rate is chosen, and which are not reported: "
+        "the others are then run at the chosen rate alone. Without any, all seeds are run at all "
+        "rates.",
         free=True,
     )
     tune: float = setting(
@@ -113,14 +131,27 @@ def _problems(study: StudyConfig) -> list[str]:
             f"baseline names {study.baseline!r}, which is not in arms."
             f"{did_you_mean(study.baseline, study.arms)} There are {', '.join(study.arms)}."
         )
-    lists: dict[str, list[Any]] = {"seeds": study.seeds, "learning_rates": study.learning_rates}
+    lists: dict[str, list[Any]] = {
+        "seeds": study.seeds,
+        "learning_rates": study.learning_rates,
+        "tuning_seeds": study.tuning_seeds,
+    }
     for name, numbers in lists.items():
-        if not numbers:
+        if not numbers and name != "tuning_seeds":
             problems.append(f"{name} is empty: name at least one.")
         twice = sorted({n for n in numbers if numbers.count(n) > 1})
         if twice:
             problems.append(f"{name} names {', '.join(map(str, twice))} more than once.")
-    problems += [f"seeds: {seed} is below 0." for seed in study.seeds if seed < 0]
+    for name in ("seeds", "tuning_seeds"):
+        problems += [f"{name}: {seed} is below 0." for seed in lists[name] if seed < 0]
+    both = sorted(set(study.seeds) & set(study.tuning_seeds))
+    if both:
+        problems.append(
+            f"{', '.join(map(str, both))} in both seeds and tuning_seeds: what chooses is not "
+            "reported."
+        )
+    if study.tuning_seeds and len(study.learning_rates) < 2:
+        problems.append("tuning_seeds have nothing to choose from: name several learning_rates.")
     problems += [
         f"learning_rates: {rate} is not above 0 and finite."
         for rate in study.learning_rates

@@ -81,7 +81,8 @@ class ModelConfig:
     remat: str = setting(
         "full",
         "What the backward pass computes again instead of keeping it: whole layers (`full`), all "
-        "but their matrix products (`dots`), or nothing (`none`: fastest, most memory).",
+        "but their matrix products and cuDNN's attention (`dots`), or nothing (`none`: fastest, "
+        "most memory).",
         choices=("full", "dots", "none"),
         free=True,
     )
@@ -309,10 +310,9 @@ def validate(config: Config) -> None:
             )
         if config.resolve.engine == "stacked" and config.train.microbatches > 1:
             problems.append("train.microbatches above 1 needs resolve.engine=backward.")
-        if config.model.attention in ("cudnn", "tpu") and config.mesh.tensor > 1:
+        if config.model.attention == "tpu" and config.mesh.tensor > 1:
             problems.append(
-                f"mesh.tensor above 1 needs model.attention=xla (or auto), not "
-                f"{config.model.attention}."
+                "mesh.tensor above 1 needs model.attention=xla or cudnn (or auto), not tpu."
             )
         try:
             re.compile(config.model.trainable)

@@ -29,6 +29,7 @@ PARTS = {
     "conflicts: combination": r"/combine/",
     "exchange of gradients": r"/exchange/",
     "conflicts: the rest": r"/jit\(_resolve_call\)/",
+    "vocabulary's gradients": r"jit\(resolve\)",
     "gathering of parameters": r"/gather_pieces/",
     "recomputed forward pass": r"rematted_computation",
     "backward pass": r"transpose\(",
@@ -116,7 +117,7 @@ def _sum(program: Program, into: frozenset[str], count: Callable[[Instruction], 
         if number and visit.loops:
             per_round[visit.loops[-1]] += number
         elif number:
-            parts[part_of(visit.instruction.source)] += number
+            parts[part_of(visit.source)] += number
     order = {name: parts[name] for name in (*PARTS, REST) if name in parts}
     return Cost(order, dict(per_round))
 
@@ -165,16 +166,24 @@ def _communications(program: Program, computation: str) -> Iterator[tuple[str, i
                 begun[one.name] = at, kind, count
             else:
                 yield kind, count, False
+        elif one.opcode == "async-start":
+            for kind, count in _inside(program, one):
+                begun[one.name] = at, kind, count
         elif one.opcode == "fusion" and one.name.startswith("async-collective-start"):
             # On TPUs: it is sent by the operations up to the fusion that ends it, which say so
             # once more.
             end = one.name.replace("-start", "-done")
             last = next(i for i, x in enumerate(instructions) if x.name == end)
-            for name in one.called:
-                for inner in program.computations[name].values():
-                    if (kind := kind_of(inner)) is not None:
-                        count = sent_bytes(program, name, inner)
-                        yield kind, count, any(products[at + 1 : last])
+            for kind, count in _inside(program, one):
+                yield kind, count, any(products[at + 1 : last])
+
+
+def _inside(program: Program, one: Instruction) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of the communications that an instruction consists of."""
+    for name in one.called:
+        for inner in program.computations[name].values():
+            if (kind := kind_of(inner)) is not None:
+                yield kind, sent_bytes(program, name, inner)
 
 
 _LARGE = 10**6  # bytes of a product's result: a Gram matrix hides nothing

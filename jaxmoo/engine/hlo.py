@@ -80,12 +80,14 @@ class Visit(NamedTuple):
         round of the innermost of these does, and that is taken to begin as often as if the loops
         around it had one round.
       loops: sources of the loops around it whose number of rounds is not known, outermost first.
+      source: its own, or else that of the loop, branch or call it is in.
     """
 
     instruction: Instruction
     computation: str
     times: int
     loops: tuple[str, ...]
+    source: str
 
 
 class Program:
@@ -128,13 +130,19 @@ class Program:
         Args:
           into: opcodes whose computations are visited, after the instruction; None for all.
         """
-        yield from self._walk(self.entry, 1, (), into)
+        yield from self._walk(self.entry, 1, (), "", into)
 
     def _walk(
-        self, computation: str, times: int, loops: tuple[str, ...], into: frozenset[str] | None
+        self,
+        computation: str,
+        times: int,
+        loops: tuple[str, ...],
+        source: str,
+        into: frozenset[str] | None,
     ) -> Iterator[Visit]:
         for one in self.computations[computation].values():
-            yield Visit(one, computation, times, loops)
+            mine = one.source or source
+            yield Visit(one, computation, times, loops, mine)
             # The last two repeat the names that the start has.
             if one.opcode in ("async-update", "async-done") or (into and one.opcode not in into):
                 continue
@@ -142,13 +150,13 @@ class Program:
             if one.opcode == "while":
                 rounds = self.rounds(one)
                 inner = times * (1 if rounds is None else rounds)
-                around = loops if rounds is not None else (*loops, one.source or one.name)
+                around = loops if rounds is not None else (*loops, mine or one.name)
             names = one.called
             if one.opcode == "while" and around is loops:
                 # Counters of a known number of rounds are compared by nobody.
                 names = re.findall(r"\bbody=%?([\w.\-]+)", one.rest)
             for name in names:
-                yield from self._walk(name, inner, around, into)
+                yield from self._walk(name, inner, around, mine, into)
 
     def rounds(self, loop: Instruction) -> int | None:
         """How many rounds a loop has; None where that depends on the data.

@@ -44,7 +44,7 @@ from jaxmoo.runs.fingerprint import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "ask", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     data = dataclasses.replace(settings.data, date=begun)
     tokenizer, date = chat_tokenizer(tokenizer_of(settings.model, source), data)
     check_tokenizer(tokenizer, architecture.vocab_size, settings.model)
-    questions = _questions(settings, tokenizer, architecture.max_position_embeddings)
+    questions = ask(settings, tokenizer, architecture.max_position_embeddings)
     for note in notes({code: asked.replies for code, asked in questions.items()}, "--max-length"):
         say(f"Note: {note}")
     if settings.new_tokens and ending_token(tokenizer) is None:
@@ -226,10 +226,22 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     return results
 
 
-def _questions(
+def ask(
     settings: Evaluation, tokenizer: PreTrainedTokenizerFast, longest: int
 ) -> dict[str, Questions]:
-    """Every language's examples, checked and tokenised."""
+    """Read, check and tokenise every language's examples.
+
+    Args:
+      settings: what to evaluate.
+      tokenizer: the model's, with the chat template that is used.
+      longest: the most tokens that the model reads.
+
+    Returns:
+      Per language its questions.
+
+    Raises:
+      JaxmooError: the data cannot be used as asked.
+    """
     max_length = settings.max_length or min(longest, tokenizer.model_max_length)
     if max_length > longest:
         raise ConfigError(

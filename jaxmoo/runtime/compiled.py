@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmoo.platforms import default_platform, platform_of
 
-__all__ = ["compiler_options", "distrust_on_cpus", "kept_programs"]
+__all__ = ["compiler_options", "distrust_on_cpus", "kept_programs", "nothing_kept"]
 
 # What makes better programs than the compilers' defaults, by their own account.
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -81,6 +81,26 @@ def kept_programs(directory: Path, platform: str | None = None) -> Iterator[None
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Use no compilation cache: what is compiled meanwhile could not be loaded here.
+
+    Example:
+      >>> with nothing_kept():
+      ...     print(jax.config.jax_enable_compilation_cache)
+      False
+    """
+    settings: Any = jax.config
+    before = settings.jax_enable_compilation_cache
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 

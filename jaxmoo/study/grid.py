@@ -58,7 +58,7 @@ def make_cells(study: StudyConfig) -> list[Cell]:
     """List the runs of a study in the order in which they are run.
 
     Seeds come outermost: whenever a study is stopped, the seeds before the last one are complete
-    and can be compared.
+    and can be compared. Seeds by which learning rates are chosen come first.
 
     Args:
       study: the settings.
@@ -71,7 +71,7 @@ def make_cells(study: StudyConfig) -> list[Cell]:
     """
     shared = [f"{name}={_value(value)}" for name, value in study.training.items()]
     cells, seen = [], {}
-    for seed in study.seeds:
+    for seed in (*study.tuning_seeds, *study.seeds):
         for rate in study.learning_rates:
             for arm, own in study.arms.items():
                 key = Key(arm, seed, rate)
@@ -107,6 +107,8 @@ def _settings(study: StudyConfig, config: Config) -> dict[str, Any]:
         decisive[name] = schema.values(config)[name]
     decisive["measure.choices"] = study.measure.choices
     decisive["measure.max_examples"] = study.measure.max_examples
+    if study.measure.skip:  # rows from before there was this setting are without it
+        decisive["measure.skip"] = study.measure.skip
     return decisive
 
 

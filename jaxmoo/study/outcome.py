@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.evaluate.measures import MEASURES, summarise_measures
-from jaxmoo.study.grid import Key
+from jaxmoo.study.examples import reported_part
+from jaxmoo.study.grid import Cell, Key
 from jaxmoo.study.rows import Row
 
-__all__ = ["GROUPS", "Arm", "outcomes", "summary"]
+__all__ = ["GROUPS", "Arm", "chosen_rate", "outcomes", "planned", "summary"]
 
 GROUPS = ("seen", "unseen", "worst")
 
@@ -50,7 +51,7 @@ def summary(row: Row, part: str) -> dict[str, dict[str, Any]]:
 
     Args:
       row: the row.
-      part: one of `jaxmoo.study.runner.PARTS`.
+      part: one of `jaxmoo.study.examples.PARTS`.
 
     Returns:
       As `jaxmoo.evaluate.measures.summarise_measures`.
@@ -59,42 +60,94 @@ def summary(row: Row, part: str) -> dict[str, dict[str, Any]]:
     return summarise_measures(scores, row["seen"], row["unseen"])
 
 
+def chosen_rate(
+    study: StudyConfig, name: str, rows: Mapping[Key, Row]
+) -> tuple[float | None, dict[float, float], tuple[int, ...]]:
+    """Choose an arm's learning rate.
+
+    It is that of the lowest NLL over the seen languages on the tuning examples, averaged over the
+    tuning seeds, or without any over all seeds, as far as they have all learning rates. Unseen
+    languages are never chosen by.
+
+    Args:
+      study: the settings.
+      name: the arm's.
+      rows: those of the grid that there are.
+
+    Returns:
+      The rate, None while it cannot be chosen; per rate what it was chosen by; and the seeds.
+    """
+    rates = study.learning_rates
+    seeds = tuple(
+        seed
+        for seed in study.tuning_seeds or study.seeds
+        if all(Key(name, seed, rate) in rows for rate in rates)
+    )
+    if not seeds:
+        return None, {}, ()
+    if len(rates) == 1:
+        return rates[0], {}, seeds
+    tuned = {
+        rate: statistics.fmean(
+            summary(rows[Key(name, seed, rate)], "tune")["nll"]["seen"] for seed in seeds
+        )
+        for rate in rates
+    }
+    return min(tuned, key=tuned.__getitem__), tuned, seeds
+
+
+def planned(
+    study: StudyConfig, cells: Sequence[Cell], rows: Mapping[Key, Row], *, known: bool = False
+) -> list[Cell]:
+    """Return which runs of a grid a study needs.
+
+    All, or with tuning seeds only those and, of every other seed, the run at the arm's chosen rate.
+
+    Args:
+      study: the settings.
+      cells: the grid.
+      rows: those of the grid that there are.
+      known: leave out runs whose rate is not chosen yet; otherwise the first rate stands for it.
+    """
+    if not study.tuning_seeds:
+        return list(cells)
+    rates = {arm: chosen_rate(study, arm, rows)[0] for arm in study.arms}
+    if not known:
+        rates = {arm: rate or study.learning_rates[0] for arm, rate in rates.items()}
+    return [
+        cell
+        for cell in cells
+        if cell.key.seed in study.tuning_seeds or cell.key.learning_rate == rates[cell.key.arm]
+    ]
+
+
 def outcomes(study: StudyConfig, rows: Mapping[Key, Row]) -> dict[str, Arm]:
     """Choose every arm's learning rate and gather its rows.
 
-    An arm's learning rate is that of the lowest NLL over the seen languages on the tuning
-    examples, averaged over the seeds that have all learning rates. The reported numbers are of the
-    other examples. Unseen languages are never chosen by.
+    Where there was something to choose, by :func:`chosen_rate`, the reported numbers are of the
+    other examples.
 
     Args:
       study: the settings.
       rows: those of the grid that there are.
 
     Returns:
-      Per arm, in the order of the settings; an arm without a seed that has all learning rates is
-      left out.
+      Per arm, in the order of the settings; an arm whose rate cannot be chosen, or without a run at
+      it, is left out.
     """
     rates = study.learning_rates
-    part = "report" if len(rates) > 1 else "all"
+    part = reported_part(rates)
     found = {}
     for name in study.arms:
-        complete = tuple(
-            seed for seed in study.seeds if all(Key(name, seed, rate) in rows for rate in rates)
-        )
-        if not complete:
+        best, tuned, seeds = chosen_rate(study, name, rows)
+        if best is None:
             continue
-        tuned: dict[float, float] = {}
-        if len(rates) > 1:
-            tuned = {
-                rate: math.fsum(
-                    summary(rows[Key(name, seed, rate)], "tune")["nll"]["seen"] for seed in complete
-                )
-                / len(complete)
-                for rate in rates
-            }
-        best = min(tuned, key=tuned.__getitem__) if tuned else rates[0]
-        own = {seed: rows[Key(name, seed, best)] for seed in complete}
-        found[name] = Arm(name, best, tuned, complete if tuned else (), own, part)
+        reported = study.seeds if study.tuning_seeds else seeds
+        own = {
+            seed: rows[Key(name, seed, best)] for seed in reported if Key(name, seed, best) in rows
+        }
+        if own:
+            found[name] = Arm(name, best, tuned, seeds if tuned else (), own, part)
     return found
 
 

@@ -10,32 +10,24 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.config.training import Config, dated
-from jaxmoo.data.split import hash_fraction
-from jaxmoo.errors import DataError
-from jaxmoo.evaluate.evaluation import Evaluation, evaluate
-from jaxmoo.evaluate.measures import MEASURES, measured, score
-from jaxmoo.evaluate.results import LanguageResult, read_results
-from jaxmoo.hf import resolve_source
+from jaxmoo.errors import InterruptedRunError, JaxmooError
+from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.study.grid import Cell
-from jaxmoo.study.outcome import summary
-from jaxmoo.study.rows import RowStore, base_row, check_rows, rows_of
+from jaxmoo.study.measure import measure
+from jaxmoo.study.outcome import planned, summary
+from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
+from jaxmoo.train.kept import Kept
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.run import train
-from jaxmoo.train.setup import make_run_mesh
+from jaxmoo.train.setup import make_run_mesh, prepare
 
-__all__ = ["PARTS", "run_missing"]
-
-# Of a language's held-out examples: those by which learning rates are chosen, the others, and both.
-PARTS = ("tune", "report", "all")
+__all__ = ["left_of", "run_cells", "run_missing"]
 
 
 def run_missing(
@@ -63,40 +55,115 @@ def run_missing(
       InterruptedRunError: when asked to stop; the run at hand is saved.
     """
     store = RowStore(study.output)
-    with store.claim(), kept_programs(store.directory.absolute() / ".compiled"):
+    with store.claim():
         rows = store.read()
         check_rows(cells, rows, store.path)
-        missing = [cell for cell in cells if cell.key not in rows_of(cells, rows)]
-        if missing and base_row(rows) is None:
-            say("Measuring the model before training ...")
-            store.append(_measure_base(study, missing[0].config, store.directory / "base"))
-            rows = store.read()
-        for number, cell in enumerate(missing[:max_runs], 1):
-            say(f"Run {number} of {len(missing)}: {cell.key} ...")
-            row = _run(study, _on_day(cell, rows))
+
+        def keep(row: dict[str, Any]) -> None:
             # Before it is stored: a row of other examples would spoil the study.
             check_rows(cells, [*rows, row], store.path)
             store.append(row)
             rows.append(row)
+
+        run_cells(study, cells, rows, keep, max_runs=max_runs, say=say)
+        return left_of(study, cells, store.read())
+
+
+def left_of(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) -> int:
+    """Return how many runs of a grid have no row yet."""
+    found = rows_of(cells, rows)
+    return sum(cell.key not in found for cell in planned(study, cells, found))
+
+
+def run_cells(
+    study: StudyConfig,
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    keep: Callable[[dict[str, Any]], None],
+    *,
+    max_runs: int | None = None,
+    base: bool = True,
+    failed: Callable[[Cell, JaxmooError], None] | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run what has no row yet, in the order of the grid, in this process.
+
+    Data, weights and compiled programs are made once, for all the runs that they suit.
+
+    Args:
+      study: the settings.
+      cells: the grid, or some of its arms.
+      rows: those there are.
+      keep: given every new row.
+      max_runs: end after so many runs; None for all.
+      base: measure the model before training, if there is no row of it.
+      failed: told of a run that cannot be done, whose arm is then left; None raises its error.
+      say: called with lines for a person to read.
+
+    Raises:
+      JaxmooError: a run cannot be done.
+      InterruptedRunError: when asked to stop; the run at hand is saved.
+    """
+    rows, kept = list(rows), Kept()
+    left_out: set[str] = set()
+
+    def todo() -> list[Cell]:
+        found = rows_of(cells, rows)
+        return [
+            cell
+            for cell in planned(study, cells, found, known=True)
+            if cell.key not in found and cell.key.arm not in left_out
+        ]
+
+    def take(row: dict[str, Any]) -> None:
+        keep(row)
+        rows.append(row)
+
+    with kept_programs(RowStore(study.output).directory.absolute() / ".compiled"):
+        done = 0
+        while (missing := todo()) and (max_runs is None or done < max_runs):
+            cell = _on_day(missing[0], rows)
+            if base and base_row(rows) is None:
+                say("Measuring the model before training ...")
+                take(_measure_base(study, cell, kept))
+            more = left_of(study, cells, rows)
+            say(f"Run {done + 1} of {done + more}: {cell.key} ...")
+            try:
+                row = _run(study, _on_day(cell, rows), kept)
+            except InterruptedRunError:
+                raise
+            except JaxmooError as error:
+                if failed is None:
+                    raise
+                failed(cell, error)
+                left_out.add(cell.key.arm)
+                continue
+            take(row)
+            done += 1
             if not study.keep_runs:
                 shutil.rmtree(cell.config.output)
             say(f"  {_line(row)}")
-    return max(0, len(missing) - (len(missing) if max_runs is None else max_runs))
 
 
-def _on_day(cell: Cell, rows: Sequence[dict[str, Any]]) -> Cell:
+def _on_day(cell: Cell, rows: Sequence[Row]) -> Cell:
     """A run on the date with which its study began, for chat templates that read the clock."""
     date = next((row["date"] for row in rows if row.get("date")), None)
     return dataclasses.replace(cell, config=dated(cell.config, date))
 
 
-def _run(study: StudyConfig, cell: Cell) -> dict[str, Any]:
+def _run(study: StudyConfig, cell: Cell, kept: Kept) -> dict[str, Any]:
     begun = time.perf_counter()
-    directory = Path(cell.config.output)
-    results = train(cell.config, _silent)
-    trained = time.perf_counter()
-    found = _measure(study, cell.config, directory, directory / "study.json", step=results["steps"])
-    steps = [row for row in read_metrics(directory) if row.get("loss")]
+    found: dict[str, Any] = {}
+    took = 0.0
+
+    def ask(setup: Any, params: Any) -> None:
+        nonlocal took
+        began = time.perf_counter()
+        found.update(measure(study, cell.config, setup, params, kept))
+        took = time.perf_counter() - began
+
+    results = train(cell.config, _silent, kept=kept, measure=ask)
+    steps = [row for row in read_metrics(cell.config.output) if row.get("loss")]
     row = {
         "arm": cell.key.arm,
         "seed": cell.key.seed,
@@ -111,75 +178,21 @@ def _run(study: StudyConfig, cell: Cell) -> dict[str, Any]:
         "norm_ratio": _mean([_norm_ratio(step) for step in steps]),
         # The first step compiles.
         "step_seconds": statistics.median([s["step_seconds"] for s in steps[1:] or steps]),
-        "train_seconds": trained - begun,
-        "measure_seconds": time.perf_counter() - trained,
+        "train_seconds": time.perf_counter() - begun - took,
+        "measure_seconds": took,
         "versions": versions(),
         "hardware": _hardware(cell.config),
     }
-    # What this run compiled and held is of no use to the next one.
-    jax.clear_caches()
-    gc.collect()
+    gc.collect()  # what this run held is of no use to the next one
     return row
 
 
-def _measure_base(study: StudyConfig, config: Config, directory: Path) -> dict[str, Any]:
-    source = resolve_source(config.model.source)
-    found = _measure(study, config, source, directory / "base.json", step=None)
-    shutil.rmtree(directory)
+def _measure_base(study: StudyConfig, cell: Cell, kept: Kept) -> dict[str, Any]:
+    setup = prepare(cell.config, _silent, kept=kept)
+    config = dated(cell.config, setup.date)
+    found = measure(study, config, setup, setup.state.params, kept, base=True)
     row = {"arm": None, "seed": None, "learning_rate": None, "settings": {}, **found}
     return row | {"versions": versions(), "hardware": _hardware(config)}
-
-
-def _measure(
-    study: StudyConfig, config: Config, model: Path, output: Path, *, step: int | None
-) -> dict[str, Any]:
-    """Scores of every language on every part of its held-out examples."""
-    data = config.data
-    evaluate(
-        Evaluation(
-            name=model.name,
-            model=model,
-            output=output,
-            data=data,
-            seen=data.seen,
-            unseen=data.unseen,
-            held_out=True,
-            step=step,
-            choices=study.measure.choices,
-            max_examples=study.measure.max_examples,
-            batch_size=study.measure.batch_size,
-            dtype=config.model.dtype,
-            skip_empty=True,
-        ),
-        _silent,
-    )
-    results = read_results(output)
-    return {
-        "seen": data.seen,
-        "unseen": data.unseen,
-        "data": {code: one.data for code, one in results.languages.items()},
-        "languages": {
-            code: _parts(code, one, study.tune) for code, one in results.languages.items()
-        },
-        **({"date": results.date} if results.date else {}),
-    }
-
-
-def _parts(code: str, result: LanguageResult, tune: float) -> dict[str, dict[str, float]]:
-    # By the group, so that translations of one text are on the same side in all languages.
-    chosen = [hash_fraction(f"study:{unit}") < tune for unit in result.units]
-    found = {}
-    for part in PARTS:
-        kept = [i for i, c in enumerate(chosen) if part == "all" or c == (part == "tune")]
-        if not kept:
-            raise DataError(
-                f"Language {code!r}: none of {len(chosen)} held-out examples falls into the part "
-                f"{part!r}. Hold out more (data.held_out, measure.max_examples)."
-            )
-        columns = {name: [values[i] for i in kept] for name, values in result.columns.items()}
-        scores = {name: score(columns, name) for name in measured(columns)}
-        found[part] = {"examples": len(kept), **scores}
-    return found
 
 
 def _norm_ratio(step: dict[str, Any]) -> float | None:
@@ -199,10 +212,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     means = summary(row, "all")
     parts = [f"{MEASURES[name].label} {one['seen']:.3f}" for name, one in means.items()]
-    seconds = "trained in {train_seconds:.0f} s, measured in {measure_seconds:.0f} s"
+    seconds = "trained in {train_seconds:.1f} s, measured in {measure_seconds:.1f} s"
     return f"seen mean: {', '.join(parts)}; {seconds.format(**row)}"
 
 

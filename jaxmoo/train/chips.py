@@ -19,6 +19,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, shown
+from jaxmoo.runtime.compiled import nothing_kept
 
 __all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "compile_for", "slice_of"]
 
@@ -305,7 +306,7 @@ def compile_for(place: Slice, traced: Any) -> Any:
     """
     platform = {"gpu": "cuda"}.get(place.chip.platform, place.chip.platform)
     try:
-        with answering_for(place.chip):
+        with answering_for(place.chip), nothing_kept():
             return traced.lower(lowering_platforms=(platform,)).compile()
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -27,6 +27,7 @@ from jaxmoo.train.condition import examine, largest
 from jaxmoo.train.evaluation import evaluate
 from jaxmoo.train.export import check_exports, export
 from jaxmoo.train.job import Job
+from jaxmoo.train.kept import Kept
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import check_packages, read_metrics
 from jaxmoo.train.reporter import NonFiniteLossError
@@ -40,7 +41,13 @@ __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 _say = functools.partial(print, flush=True)
 
 
-def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
+def train(
+    config: Config,
+    say: Callable[[str], None] = _say,
+    *,
+    kept: Kept | None = None,
+    measure: Callable[[Setup, Any], None] | None = None,
+) -> dict[str, Any]:
     """Run, or resume, the fine-tuning that the settings describe.
 
     Everything is written below ``config.output``; see
@@ -50,6 +57,8 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
     Args:
       config: the settings.
       say: called with lines for a person to read, in the first process.
+      kept: see :func:`~jaxmoo.train.setup.prepare`.
+      measure: called at the end with what was set up and the trained parameters.
 
     Returns:
       The results that are also in ``results.json``: settings of the method, held-out scores
@@ -71,7 +80,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
             directory.check(config)
             check_exports(config, directory)
             check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
-            setup = prepare(config, say)
+            setup = prepare(config, say, kept=kept)
             config = dated(config, setup.date)
             say(_plan(config, setup))
         with (
@@ -84,7 +93,7 @@ def train(config: Config, say: Callable[[str], None] = _say) -> dict[str, Any]:
                 data=batch_digest(setup.batches, 0),
                 versions=str(versions()),
             )
-            return _train(Job(config, setup, directory, stop, hang, say))
+            return _train(Job(config, setup, directory, stop, hang, say), measure)
 
 
 _LESS_MEMORY = (
@@ -93,14 +102,17 @@ _LESS_MEMORY = (
 )
 
 
-def _train(job: Job) -> dict[str, Any]:
+def _train(job: Job, measure: Callable[[Setup, Any], None] | None) -> dict[str, Any]:
     directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
     with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
-    return _finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+    results = _finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+    if measure is not None:
+        measure(job.setup, state.weights)
+    return results
 
 
 def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:

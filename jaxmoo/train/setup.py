@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -17,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import mesh
 from jaxmoo.config import Config, DataConfig, lora_of
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
-from jaxmoo.data.load import load_data
+from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate import Evaluator
@@ -29,15 +31,20 @@ from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
 from jaxmoo.models.paths import STACKED
 from jaxmoo.platforms import platform_of
+from jaxmoo.resolver_state import seeded
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.runtime.compiled import compiler_options, distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
+from jaxmoo.train.kept import Kept, corpus_key, program_key, weights_key
 from jaxmoo.train.optimizer import make_optimizer
-from jaxmoo.train.step import TrainState, compiled_step, initial_state
+from jaxmoo.train.step import TrainState, abstract_state, compiled_step, initial_state
 from jaxmoo.train.throughput import model_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["Setup", "make_run_mesh", "prepare", "run_attention", "step_spec"]
 
@@ -52,6 +59,7 @@ class Setup:
       base: fingerprint of its parameters that are not trained.
       corpus: tokenised examples.
       batches: training batches by step.
+      tokenizer: with the chat template that is used.
       device_mesh: how the devices are arranged.
       state: the state before the first step; the first step consumes it.
       frozen: parameters that stay as they are.
@@ -69,6 +77,7 @@ class Setup:
     base: str
     corpus: Corpus
     batches: LanguageBatches
+    tokenizer: PreTrainedTokenizerFast
     device_mesh: Mesh
     state: TrainState
     frozen: Any
@@ -144,7 +153,9 @@ def step_spec(data: DataConfig) -> dict[str, tuple[tuple[int, ...], Any]]:
     )
 
 
-def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
+def prepare(
+    config: Config, say: Callable[[str], None] = print, *, kept: Kept | None = None
+) -> Setup:
     """Load data and model and build the training step.
 
     Cheap checks come before expensive work: settings, data, then weights.
@@ -152,6 +163,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     Args:
       config: the run's settings.
       say: called with lines that tell a person what is going on.
+      kept: what earlier runs of this process had in common with this one, and later ones may have;
+        memory holds a second copy of the trained parameters then. None keeps nothing.
 
     Raises:
       JaxmooError: anything that would make the run fail or be wrong.
@@ -159,7 +172,6 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     data, model = config.data, config.model
     device_mesh = make_run_mesh(config)
     distrust_on_cpus(list(device_mesh.devices.flat))
-    everywhere = NamedSharding(device_mesh, P())
     arrays = step_spec(data).values()
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
     what = "a batch of data.batch_size x data.sequence_length x languages"
@@ -167,6 +179,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     source = resolve_source(model.source)
     architecture = load_model_config(source)
     check_model(config, architecture)
+
+    def shardings(tree: Any) -> Any:
+        return mesh.parameter_shardings(device_mesh, tree, stacked=STACKED)
+
     segments = run_segments(config, architecture)
     attention = run_attention(config, architecture, device_mesh)
     say(f"Attention: {attention}.")
@@ -175,85 +191,159 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Setup:
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"Compiler options of the training step (train.compiler_options): {named}.")
-
-    def shardings(tree: Any) -> Any:
-        return mesh.parameter_shardings(device_mesh, tree, stacked=STACKED)
-
     adapters = _adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
-
-    loaded = load_data(config, source, say)
-
-    decoder = load_model(
-        source,
-        segments=segments,
-        dtype=jax.numpy.dtype(model.dtype),
-        param_dtype=jax.numpy.dtype(model.param_dtype),
-        remat=model.remat,
-        attention=attention,
-        platform=platform,
-        shardings=shardings,
+    parts = Kept() if kept is None else kept
+    loaded = _data(config, source, say, kept)
+    weights = parts.part(
+        "weights",
+        weights_key(config),
+        lambda: _weights(config, source, attention, platform, device_mesh, shardings),
     )
-    graph, params, frozen = split_model(config, decoder)
+    params, merge = weights.params, weights.merge
     if adapters is not None:
         params = adapters
-
-    _check_weights(config, source, params, frozen, everywhere)
-
-    def merge(params: Any, frozen: Any) -> Decoder:
-        return nnx.merge(graph, params, frozen)
-
-    gradients = make_gradients(config, merge, params, frozen, device_mesh)
-    optimizer = make_optimizer(config)
-    state = initial_state(
-        gradients, optimizer, params, device_mesh, ema=config.optimizer.ema is not None
+        _check_weights(config, source, params, {}, device_mesh)
+    elif kept is not None:  # a step consumes its state
+        params = jax.tree.map(jnp.copy, params)
+    program = parts.part(
+        "programs",
+        program_key(config),
+        lambda: _program(config, weights, params, device_mesh, options, shared=kept is not None),
+        most=64,
     )
-
+    state = initial_state(
+        program.gradients,
+        program.optimizer,
+        params,
+        device_mesh,
+        ema=config.optimizer.ema is not None,
+    )
+    step = program.step
+    if kept is not None:
+        state = state._replace(resolver=seeded(state.resolver, config.seed))
+        step = functools.partial(step, rate=np.float32(config.optimizer.learning_rate))
+    # About as many rows as a training step has.
+    rows = data.batch_size * len(data.seen)
+    pad_id = loaded.batches.pad_id
+    evaluator = parts.part(
+        "evaluators",
+        (weights_key(config), rows, pad_id),
+        lambda: Evaluator(lambda tree: merge(*tree), device_mesh, batch_size=rows, pad_id=pad_id),
+    )
     return Setup(
         source=source,
         model=architecture,
-        base=fingerprint(frozen, everywhere),
+        base=weights.base,
         corpus=loaded.corpus,
         batches=loaded.batches,
+        tokenizer=loaded.tokenizer,
         device_mesh=device_mesh,
         state=state,
-        frozen=frozen,
-        gradients=gradients,
-        step=compiled_step(
-            gradients,
-            optimizer,
-            state,
-            device_mesh,
-            ema=config.optimizer.ema,
-            options=options,
-        ),
-        evaluator=Evaluator(
-            lambda weights: merge(*weights),
-            device_mesh,
-            # About as many rows as a training step has.
-            batch_size=data.batch_size * len(data.seen),
-            pad_id=loaded.batches.pad_id,
-        ),
+        frozen=weights.frozen,
+        gradients=program.gradients,
+        step=step,
+        evaluator=evaluator,
         merge=merge,
         ending=ending_token(loaded.tokenizer),
         date=loaded.date,
         flops=model_flops(
             architecture,
             params,
-            frozen,
+            weights.frozen,
             data.step_languages * data.batch_size * data.sequence_length,
             data.sequence_length,
         ),
     )
 
 
+def _data(config: Config, source: Path, say: Callable[[str], None], kept: Kept | None) -> RunData:
+    """The run's data; tokenised now, or for an earlier run."""
+    if kept is None or config.data.streaming:
+        return load_data(config, source, say)
+    loaded = kept.part("corpus", corpus_key(config), lambda: load_data(config, source, say))
+    batches = make_batches(config, loaded.corpus, loaded.batches.pad_id)
+    return dataclasses.replace(loaded, batches=batches)
+
+
+class _Weights(NamedTuple):
+    """A model as its files have it.
+
+    Attributes:
+      merge: ``(params, frozen) -> Decoder``.
+      params: what is trained; of adapters, shapes only.
+      frozen: the others.
+      base: fingerprint of `frozen`.
+    """
+
+    merge: Callable[[Any, Any], Decoder]
+    params: Any
+    frozen: Any
+    base: str
+
+
+def _weights(
+    config: Config,
+    source: Path,
+    attention: str,
+    platform: str,
+    device_mesh: Mesh,
+    shardings: Callable[[Any], Any],
+) -> _Weights:
+    model = config.model
+    decoder = load_model(
+        source,
+        segments=run_segments(config, load_model_config(source)),
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        attention=attention,
+        platform=platform,
+        shardings=shardings,
+    )
+    graph, params, frozen = split_model(config, decoder)
+    trained = {} if config.lora.rank is not None else params
+    _check_weights(config, source, trained, frozen, device_mesh)
+    base = fingerprint(frozen, NamedSharding(device_mesh, P()))
+    return _Weights(functools.partial(nnx.merge, graph), params, frozen, base)
+
+
+class _Program(NamedTuple):
+    """What turns batches into updates."""
+
+    gradients: GradientSource
+    optimizer: Any
+    step: Callable[..., Any]
+
+
+def _program(
+    config: Config,
+    weights: _Weights,
+    params: Any,
+    device_mesh: Mesh,
+    options: Mapping[str, Any],
+    *,
+    shared: bool,
+) -> _Program:
+    """The training step, compiled with options; `shared`, it is told the learning rate."""
+    gradients = make_gradients(config, weights.merge, params, weights.frozen, device_mesh)
+    if shared:
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0)
+        )
+    optimizer, ema = make_optimizer(config), config.optimizer.ema
+    state = abstract_state(gradients, optimizer, params, device_mesh, ema=ema is not None)
+    step = compiled_step(gradients, optimizer, state, device_mesh, ema=ema, options=options)
+    return _Program(gradients, optimizer, step)
+
+
 def _check_weights(
-    config: Config, source: Path, params: Any, frozen: Any, everywhere: NamedSharding
+    config: Config, source: Path, params: Any, frozen: Any, device_mesh: Mesh
 ) -> None:
     """Raise where weights are no numbers: no loss of theirs would be finite."""
     adapter = config.lora.adapter
     for tree, where in ((frozen, source), (params, adapter or source)):
         check_finite(
-            examine(tree, everywhere),
+            examine(tree, NamedSharding(device_mesh, P())),
             f"The weights in {where}",
             "The files are damaged, or what made them had diverged; take them from their source "
             "again.",

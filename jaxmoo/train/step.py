@@ -130,7 +130,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     ema: float | None = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Make the training step; see :func:`compiled_step`.
 
     Args:
@@ -139,19 +139,25 @@ def make_train_step(
       ema: decay of the moving average of the parameters that the state keeps, if any.
 
     Returns:
-      A function ``(state, frozen, batch) -> (state, metrics)``. Batch arrays are [K, B, ...].
+      A function ``(state, frozen, batch, rate=None) -> (state, metrics)``. Batch arrays are
+      [K, B, ...]. A number `rate` multiplies the optimiser's updates: one compiled step serves
+      several learning rates where the optimiser's own is 1.
       Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
       ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K],
       ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K]; ``loss_weights`` [K]
       where losses are weighed.
     """
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: Any, batch: Any, rate: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         losses, updates, resolver = gradients.compute(state.params, frozen, batch, state.resolver)
         # Of the gradient itself: blocks' norms are means over microbatches and replicas.
         grad_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(updates, state.opt_state, state.params)
+            if rate is not None:
+                updates = optax.tree.scale(rate, updates)
             params = optax.apply_updates(state.params, updates)
         resolved = gradients.diagnostics(resolver)
         average = state.ema
@@ -185,7 +191,7 @@ def compiled_step(
     *,
     ema: float | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Make the training step, compiled when it is first called.
 
     Args:

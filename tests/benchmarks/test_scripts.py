@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny_models
 from closeness import relative_error
 from devices import ROOT, run_python
+from tiny_tokenizer import chat_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +170,64 @@ def test_the_documented_rows_have_their_ordinary_step(chips):
     rows = list(chips.table())
     assert len(set(rows)) == len(rows)
     assert all(row.beside in rows for row in rows)
+
+
+def test_pages_and_tables_become_records(tmp_path):
+    data = module("study_data")
+    page = "# tar\n\n> Archivos.\n\n- Crea:\n\n`tar cf {{a.tar}} {{f}}`\n\n- Lista:\n\n`tar tf a`\n"
+    (tmp_path / "pages.es" / "common").mkdir(parents=True)
+    (tmp_path / "pages.es" / "common" / "tar.md").write_text(page)
+    found = dict(data.tldr(tmp_path))
+    assert found["es"] == [
+        {"page": "common/tar", "prompt": "Explain in Spanish: tar cf {{a.tar}} {{f}}",
+         "task": "Crea"},
+        {"page": "common/tar", "prompt": "Explain in Spanish: tar tf a", "task": "Lista"},
+    ]  # fmt: skip
+    table = 'index_id\tcategory\ttext\n{0}\tsports\tA "quote\n{1}\ttravel\tB\n'
+    for directory in ("eng_Latn", "fin_Latn"):
+        path = tmp_path / "data" / "annotated" / directory
+        path.mkdir(parents=True)
+        (path / "train.tsv").write_text(table.format(1, 2))
+        (path / "dev.tsv").write_text(table.format(1, 3))
+    found = dict(data.sib200(tmp_path))
+    assert [row["id"] for row in found["eng_Latn"]] == ["train-1", "train-2", "dev-1", "dev-3"]
+    right, wrong = found["fin_Latn"], found["fin_wrong"]
+    assert right[0]["text"] == 'A "quote'
+    assert [row | {"category": ""} for row in right] == [row | {"category": ""} for row in wrong]
+    assert sorted(row["category"] for row in wrong) == ["sports", "sports", "travel", "travel"]
+    assert right != wrong
+
+
+@pytest.mark.slow
+def test_the_script_of_the_studies_runs_and_goes_on(tmp_path):
+    """On a tiny model of bytes and a few records; the second time nothing is left to do."""
+    tiny_models.save("llama", tmp_path / "model", vocab_size=262, max_position_embeddings=96)
+    chat_tokenizer(
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    ).save_pretrained(tmp_path / "model")
+    for code in ("en", "es", "zh", "ru", "tr", "hi", "ja", "ta", "pt"):
+        rows = [{"page": f"{i}", "prompt": f"{code} {i}", "task": f"t{i}"} for i in range(40)]
+        (tmp_path / f"{code}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model.source": tmp_path / "model", "model.trainable": r"^layers\.2\.",
+        "data.source": tmp_path / "{language}.jsonl", "data.sequence_length": 64,
+        "data.chat_template": "null", "resolve.engine": "stacked",
+    }  # fmt: skip
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "STUDIES": "capacity", "JOBS": "2",
+        "WORK": str(tmp_path / "work"),
+        "EXTRA": " ".join(f"training.{name}={value}" for name, value in settings.items()),
+    }  # fmt: skip
+    command = ["bash", ROOT / "benchmarks/gpu_study.sh", "--smoke", tmp_path / "out"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=1200
+        )
+        log = (tmp_path / "out" / "capacity.log").read_text()
+        assert done.returncode == 0, done.stdout + done.stderr + log
+        rows = (tmp_path / "out" / "capacity.jsonl").read_text().splitlines()
+        # The model before training; two arms at three rates with the tuning seed, and the best.
+        assert len(rows) == 1 + 2 * 3 + 2
+        shutil.rmtree(tmp_path / "work")  # the rows' copy is what it goes on from
+    assert "Run 1" not in log

@@ -133,6 +133,34 @@ def test_what_is_sent_is_hidden_only_where_a_large_product_runs_beside_it():
     assert found["all-reduce"] == Sent(2 * 3 * MATRIX // 4, 2 * 3 * MATRIX // 4)
 
 
+ASYNC = """HloModule step, is_scheduled=true, num_partitions=4
+
+%wrapped (g: MAT) -> MAT {
+  %g = MAT parameter(0)
+  ROOT %inner = MAT all-to-all(%g), among=4, dimensions={0}
+}
+
+%gemm (a: MAT) -> MAT {
+  %a = MAT parameter(0)
+  ROOT %dot = MAT dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: MAT) -> MAT {
+  %x = MAT parameter(0)
+  %first = ((MAT), MAT) async-start(%x), calls=%wrapped
+  %product = MAT fusion(%x), calls=%gemm
+  %first.done = MAT async-done(%first), calls=%wrapped
+  %second = ((MAT), MAT) async-start(%product), calls=%wrapped
+  ROOT %second.done = MAT async-done(%second), calls=%wrapped
+}
+"""
+
+
+def test_communication_that_is_wrapped_is_found_where_it_begins_and_ends():
+    one = 3 * MATRIX // 4
+    assert sent(program(ASYNC)) == {"all-to-all": Sent(2 * one, one)}
+
+
 TPU = """HloModule step, is_scheduled=true, num_partitions=4
 
 %gather (g: bf16[256,1024]) -> bf16[1024,1024] {
@@ -205,6 +233,7 @@ def test_a_gather_that_is_part_of_three_fusions_is_sent_once_and_hidden():
         ("jit(step)/vmap(transpose(jvp()))/jit(_resolve_call)/solve/vmap()/while", "conflicts: so"),
         ("jit(step)/vmap(transpose(jvp()))/checkpoint/rematted_computation/mul", "recomputed"),
         ("jit(step)/vmap(transpose(jvp()))/checkpoint/dot_general", "backward"),
+        ("jit(step)/vmap(transpose(vmap(jvp(jit(resolve)))))/while/body/dot_general", "vocab"),
         ("", "everything else"),
     ],
 )

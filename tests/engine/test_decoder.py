@@ -12,7 +12,14 @@ from flax import nnx
 
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
-from jaxmoo.models import Decoder, DecoderConfig, language_loss, target_mask, token_nll
+from jaxmoo.models import (
+    Decoder,
+    DecoderConfig,
+    attention,
+    language_loss,
+    target_mask,
+    token_nll,
+)
 
 STACKED = r"^layers\.(\d+)\."
 LANGUAGES, ROWS, LENGTH = 4, 4, 10
@@ -32,8 +39,11 @@ def config(tied):
     )
 
 
-def graph_of(tied, remat="full"):
-    return nnx.split(Decoder.abstract(config(tied), remat=remat))[0]
+def graph_of(tied, remat="full", implementation="xla"):
+    model = Decoder.abstract(config(tied), remat=remat)
+    for layers in model.layers.values():  # whether cuDNN can, it asks of the device that is there
+        layers.self_attn.attention = implementation
+    return nnx.split(model)[0]
 
 
 @functools.cache
@@ -57,10 +67,10 @@ CASES = {  # whether tied, blocks, aggregator, what is recomputed
 }
 
 
-def found(case, device_mesh):
+def found(case, device_mesh, implementation="xla"):
     """Losses, update and weights that the engine gives on a mesh."""
     tied, blocks, aggregator, remat = CASES[case]
-    graph, params = graph_of(tied, remat), params_of(tied)
+    graph, params = graph_of(tied, remat, implementation), params_of(tied)
     engine = resolved_value_and_grad(
         lambda p, b: token_nll(nnx.merge(graph, p), b).sum(),
         params,
@@ -112,6 +122,26 @@ def test_the_update_is_that_of_stacked_gradients(case):
 def on_mesh(case, axis):
     """What a case gives on 2 x 2 x 2 devices."""
     return found(case, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, **{axis: 2}))
+
+
+def by_heads(case):
+    """The same, where a kernel that stands for cuDNN's sees some heads."""
+    heads = set()
+
+    def kernel(q, k, v, segment_ids, *, window):
+        heads.add((q.shape[2], k.shape[2]))
+        return attention._xla(q, k, v, segment_ids, window)
+
+    attention._cudnn = kernel
+    result = found(case, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, tensor=2), "cudnn")
+    assert (2, 1) in heads  # of 4 and 2
+    return result
+
+
+@pytest.mark.slow
+def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
+    case = "tied, sliced"
+    assert_near(eight_devices("engine.test_decoder", "by_heads", case), wanted(case))
 
 
 @pytest.mark.slow

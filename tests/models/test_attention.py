@@ -114,10 +114,12 @@ CONFIG = DecoderConfig(
 )
 
 
-def lowered_step(implementation: str, platform: str, *, packed: bool) -> str:
+def lowered_step(implementation: str, platform: str, *, packed: bool, remat: str = "full") -> str:
     """The gradients of a bfloat16 decoder on three languages, as a program for another device."""
     kind = {"cuda": "gpu"}.get(platform, platform)
-    model = Decoder.abstract(CONFIG, dtype=jnp.bfloat16, platform=kind, attention="xla")
+    model = Decoder.abstract(
+        CONFIG, dtype=jnp.bfloat16, platform=kind, attention="xla", remat=remat
+    )
     for layers in model.layers.values():  # whether cuDNN can, it asks of the device that is there
         layers.self_attn.attention = implementation
     graphdef, state = nnx.split(model)
@@ -151,6 +153,17 @@ def test_a_decoders_gradients_become_cudnns_calls(monkeypatch, packed):
         assert settings["sliding_window_length"] == 100
         assert ("tensor<6x1x256x256xbf16>" in types) == packed
         assert "tensor<6x256x2x16xbf16>" in types
+
+
+@pytest.mark.parametrize(("remat", "times"), [("full", 2), ("dots", 1)])
+def test_what_cudnn_gives_is_kept_beside_products(monkeypatch, remat, times):
+    """Its softmax's normalisers too: attention's forward pass is run no second time."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    text = lowered_step("cudnn", "cuda", packed=False, remat=remat)
+    assert len(re.findall(r"@__cudnn\$fmhaSoftmax\(", text)) == times
+    assert len(re.findall(r"@__cudnn\$fmhaSoftmaxBackward\(", text)) == 1
 
 
 def test_a_decoders_gradients_become_the_tpus_kernel():

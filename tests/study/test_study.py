@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,10 +14,15 @@ import pytest
 import yaml
 
 from jaxmoo.commands.study import main
+from jaxmoo.config.study_config import load_study
+from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.study.figure import language_map
+from jaxmoo.study.grid import make_cells
 from jaxmoo.study.statistics import mean_interval
+from jaxmoo.train.run import train
 
 ROOT = Path(__file__).parents[2]
+LABELS = ("sports", "travel", "law")
 FILES = ("study.md", "forest.svg", "languages.svg")
 
 
@@ -71,6 +77,21 @@ def test_a_seed_means_the_same_batches_in_every_arm(finished):
 
 
 @pytest.mark.slow
+def test_a_run_after_others_is_what_it_is_alone(finished, tmp_path):
+    """Here it has a compiled step of its own, and is evaluated from what it wrote."""
+    study = load_study(finished)
+    cell = make_cells(study)[-1]
+    config = dataclasses.replace(cell.config, output=str(tmp_path / "alone"))
+    train(config, lambda line: None)
+    asked = Evaluation.of_run(config.output, max_examples=None, max_length=None)
+    alone = evaluate(asked, lambda line: None)["languages"]
+    row = rows_of(finished)[-1]
+    assert (row["arm"], row["seed"]) == (cell.key.arm, cell.key.seed)
+    for code, parts in row["languages"].items():
+        assert parts["all"]["nll"] == pytest.approx(alone[code]["nll"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_held_out_examples_are_divided_alike_in_all_languages(finished):
     for row in rows_of(finished):
         sizes = [
@@ -111,6 +132,29 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     assert "4 of 4 runs" in table and "before training" in table
     assert all(b"<svg" in plot for plot in texts[0][1:])
     assert all(f"]({name})" in table for name in FILES[1:])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side(write_study, tmp_path, capsys):
+    """Tuning seeds come first, and every arm's other seeds at the rate that they chose alone."""
+    rates = [1e-3, 3e-2]
+    file = write_study(
+        tmp_path,
+        tuning_seeds=[7],
+        learning_rates=rates,
+        seeds=[1],
+        measure={"choices": ",".join(LABELS), "skip": ["fi"]},
+    )
+    assert main(["--config", str(file), "--jobs", "2"]) == 0
+    assert "6 of 6 runs" in capsys.readouterr().out
+    rows = {(row["arm"], row["seed"], row["learning_rate"]): row for row in rows_of(file)}
+    assert len(rows) == 7  # with the model before training
+    assert all(set(row["languages"]) == {"en", "tr"} for row in rows.values())  # not the skipped
+    for arm in ("mean", "mgda"):
+        tuned = {rate: rows[arm, 7, rate]["languages"]["en"]["tune"]["nll"] for rate in rates}
+        best = min(tuned, key=tuned.__getitem__)
+        assert (arm, 1, best) in rows
+    assert not any((file.parent / "study" / "runs").iterdir())
 
 
 def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
@@ -214,6 +258,8 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
         ({"baseline": "maen"}, "baseline names 'maen', which is not in arms. Did you mean 'mean'?"),
         ({"seeds": [1, 1]}, "seeds names 1 more than once"),
         ({"learning_rates": []}, "learning_rates is empty"),
+        ({"tuning_seeds": [2]}, "2 in both seeds and tuning_seeds"),
+        ({"tuning_seeds": [7]}, "tuning_seeds have nothing to choose from"),
         ({"learning_rates": [-1.0]}, "learning_rates: -1.0 is not above 0"),
         ({"arms": {"mean": ["seed=3"]}}, "arms.mean sets seed, which the grid sets"),
         ({"training": {"output": "x"}}, "training sets output, which the grid sets"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from types import SimpleNamespace
 
 import jax
@@ -37,10 +38,7 @@ def config_file(tmp_path_factory):
 def test_a_slice_is_named_by_chip_and_size(text, number):
     place = slice_of(text)
     assert place.name == text
-    size = 1
-    for n in place.grid:
-        size *= n
-    assert size == number
+    assert math.prod(place.grid) == number
 
 
 @pytest.mark.parametrize(
@@ -146,10 +144,13 @@ def test_a_small_step_is_compiled_for_a_chip(text, config_file):
     gpu = place.chip.platform == "gpu"
     assert ours.attention == ("cudnn" if gpu else "tpu")
     assert ours.total < place.chip.memory
-    # All languages' gradients are exchanged, as many bytes as ordinary training adds up.
-    assert sum(ours.collectives.values()) == pytest.approx(sum(plain.collectives.values()), rel=0.1)
-    for kind, found in ours.chip.sent.items():
-        assert 0 <= found.exposed <= found.bytes == ours.collectives[kind]
+    for one in (ours, plain):
+        # The tables alone are gathered and their gradients exchanged, in bfloat16.
+        devices = math.prod(place.grid)
+        tables = 2 * MODEL.vocab_size * MODEL.hidden_size * 2
+        assert sum(one.collectives.values()) > 2 * tables * (devices - 1) / devices
+        for kind, found in one.chip.sent.items():
+            assert 0 <= found.exposed <= found.bytes == one.collectives[kind]
     costs = [one.chip.launches if gpu else one.chip.cycles for one in (ours, plain)]
     assert costs[0].total > costs[1].total > 0
     assert costs[0].parts["conflicts: Gram matrices"] > 0

@@ -48,6 +48,6 @@ def test_the_attention_that_is_chosen_is_told(write_config):
     assert said == ["Attention: xla."]
 
 
-def test_kernels_and_a_tensor_axis_exclude_each_other(write_config):
+def test_the_tpus_kernel_and_a_tensor_axis_exclude_each_other(write_config):
     with pytest.raises(ConfigError, match=r"mesh\.tensor above 1 needs model\.attention=xla"):
-        load_config(write_config(), ["model.attention=cudnn", "mesh.tensor=2"])
+        load_config(write_config(), ["model.attention=tpu", "mesh.tensor=2"])
