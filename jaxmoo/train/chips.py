@@ -176,7 +176,7 @@ class Slice:
         except NotImplementedError as error:
             # JAX looks for GPUs first, and gives their compiler up where it finds none.
             raise ConfigError(
-                f"--chip {self.name}: JAX has not loaded the compiler for GPUs, since it found none. "
+                f"--chip {self.name}: JAX found no GPU and gave their compiler up. "
                 "Set JAX_PLATFORMS=cpu before JAX is first used."
             ) from error
         except RuntimeError as error:
