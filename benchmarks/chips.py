@@ -146,37 +146,39 @@ def _apart(row: Row) -> dict[str, Any]:
 
 
 def report(found: Sequence[dict[str, Any]]) -> str:
-    """The table, each step beside the ordinary one of the same tokens."""
+    """The tables, each step beside the ordinary one of the same tokens: GPUs, then TPUs."""
     by_row = {Row(*(one[name] for name in Row._fields)): one for one in found}
-    header = ["chips, model, tokens per language", "method", "blocks", "peak GB", "of plain"]
-    header += ["kernels", "of plain", "Mcycles", "of plain", "sent GB", "exposed GB", "of plain"]
-    lines = [[*header, "compiled in s"]]
-    for row, one in sorted(by_row.items(), key=lambda item: _order(item[0])):
-        name = f"{row.chip}, {row.model}, {row.length * row.rows:,}"
-        if one.get("peak") is None:
-            says = "does not fit" if one["fits"] is False else one["says"]
-            lines.append([name, row.method, row.blocks, says, *[""] * 9])
-            continue
-        plain = by_row.get(row.beside, {})
-        launches, cycles = (_total(one.get(kind)) for kind in ("launches", "cycles"))
-        exposed = sum(one["exposed"].values())
-        before = {
-            "peak": plain.get("peak"),
-            "launches": _total(plain.get("launches")),
-            "cycles": _total(plain.get("cycles")),
-            "exposed": sum(plain["exposed"].values()) if plain.get("exposed") else None,
-        }
-        lines.append(
-            [
-                *(name, row.method, row.blocks),
-                *(gigabytes(one["peak"]), _of(one["peak"], before["peak"])),
-                *("" if launches is None else f"{launches:,}", _of(launches, before["launches"])),
-                *("" if cycles is None else f"{cycles / 1e6:,.1f}", _of(cycles, before["cycles"])),
-                *(gigabytes(sum(one["sent"].values())), gigabytes(exposed)),
-                *(_of(exposed, before["exposed"]), f"{one['seconds']:.0f}"),
-            ]
-        )
-    return markdown(lines)
+    tables = []
+    for what, kind, unit in (("kernels", "launches", 1), ("Mcycles", "cycles", 1e6)):
+        header = ["chips, model, tokens per language", "method", "blocks", "peak GB", "of plain"]
+        header += [what, "of plain", "sent GB", "exposed GB", "of plain", "compiled in s"]
+        lines = []
+        for row, one in sorted(by_row.items(), key=lambda item: _order(item[0])):
+            if row.chip.startswith("v") == (kind == "cycles"):
+                lines.append(_line(row, one, by_row.get(row.beside, {}), kind, unit))
+        if lines:
+            tables.append(markdown([header, *lines]))
+    return "\n\n".join(tables)
+
+
+def _line(
+    row: Row, one: dict[str, Any], plain: dict[str, Any], kind: str, unit: float
+) -> list[str]:
+    name = f"{row.chip}, {row.model}, {row.length * row.rows:,}"
+    if one.get("peak") is None:
+        says = "does not fit" if one["fits"] is False else one["says"]
+        return [name, row.method, row.blocks, says, *[""] * 7]
+    count, before = _total(one.get(kind)), _total(plain.get(kind))
+    exposed = sum(one["exposed"].values())
+    ordinarily = sum(plain["exposed"].values()) if plain.get("exposed") else None
+    digits = ".1f" if unit > 1 else ".0f"
+    return [
+        *(name, row.method, row.blocks),
+        *(gigabytes(one["peak"]), _of(one["peak"], plain.get("peak"))),
+        *("" if count is None else f"{count / unit:,{digits}}", _of(count, before)),
+        *(gigabytes(sum(one["sent"].values())), gigabytes(exposed), _of(exposed, ordinarily)),
+        f"{one['seconds']:.0f}",
+    ]
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ DEVICES = {
     "qwen3-4b-base": (8, 32),
     "qwen3-8b-base": (8, 32),
     "qwen3-0.6b-base": (1, 24),
-    "qwen3-8b-base-lora": (1, 80),
+    "qwen3-8b-base-lora": (1, 40),
     "lora": (1, 8),
     "quickstart": (1, 8),
 }

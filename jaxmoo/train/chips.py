@@ -173,7 +173,13 @@ class Slice:
                 target_config=_description(self.chip),
                 topology=f"1x{hosts}x{number // hosts}",
             )
-        except (RuntimeError, NotImplementedError) as error:
+        except NotImplementedError as error:
+            # JAX looks for GPUs first, and gives their compiler up where it finds none.
+            raise ConfigError(
+                f"--chip {self.name}: JAX found no GPU and gave their compiler up. "
+                "Set JAX_PLATFORMS=cpu before JAX is first used."
+            ) from error
+        except RuntimeError as error:
             raise ConfigError(f"--chip {self.name}: its compiler says: {error}") from error
         return list(found.devices)
 
