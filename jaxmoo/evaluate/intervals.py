@@ -128,7 +128,7 @@ def mean_proportion_difference(languages: Sequence[Differences]) -> Interval:
 
     Example:
       >>> one = Differences(np.array([1, 0, 0, 0, 1, 0]), np.ones(6), list("abcdef"))
-      >>> mean_proportion_difference([one]) == proportion_difference(2, 0, 6)
+      >>> bool(np.allclose(mean_proportion_difference([one]), proportion_difference(2, 0, 6)))
       True
     """
     found, ends, sums = [], [], []
