@@ -300,7 +300,7 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(
     write_config, eight_devices, tmp_path
 ):
     few = {"data__unseen": [], "data__max_held_out": 2, "data__batch_size": 8}
-    # AdamW divides a gradient that is nothing but rounding by its size, down to eps.
+    # AdamW divides by its size even a gradient that is nothing but rounding, down to eps.
     few |= {"resolve__aggregator": "cagrad", "train__steps": 3, "optimizer__eps": 1e-5}
     config = write_config(**QUIET | few)
 
@@ -317,6 +317,8 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(
     for name, overrides in meshes.items():
         assert eight_devices("jaxmoo.commands.train", "main", command(name, *overrides)) == 0, name
     reference = weights(tmp_path / "one device")
+    before = load_file(Path(load_config(config).model.source) / "model.safetensors")
+    assert largest_difference(reference, before) > 1e-2
     first = read_metrics(tmp_path / "one device" / "metrics.jsonl")
     for name in ("stacked", *meshes):
         assert largest_difference(weights(tmp_path / name), reference) < 1e-5, name
