@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-smoke= only=
+smoke='' only=''
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --smoke) smoke=1 ;;
@@ -113,38 +113,22 @@ if [[ $smoke ]]; then
   section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 2 --num-blocks 1 --smoke \
     --methods mgda --rounds 1 --json "$out/kernels.json"
 else
-  if wanted kernels; then
-    section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 8 16 --rounds 10 \
-      --json "$out/kernels.json"
-  fi
-  if wanted 1.7b; then
-    step 1.7b Qwen3-1.7B 1024 4 --aggregators mean mgda cagrad pcgrad upgrad --blocks layer \
-      --no-stacked
-  fi
-  if wanted 0.6b; then
-    step 0.6b Qwen3-0.6B 1024 4 --aggregators cagrad --blocks layer module leaf
-  fi
-  if wanted packed; then
-    step packed Qwen3-0.6B 1024 4 "${one[@]}" --no-stacked --packing
-  fi
-  if wanted largest; then
-    for model in Llama-3.1-8B Qwen3-4B; do
-      section "largest: $model" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" "${one[@]}" \
-        "${large[@]}" --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
-    done
-  fi
-  if wanted lora; then
-    step lora Qwen3-1.7B 1024 4 "${one[@]}" --no-stacked --lora 16
-  fi
-  if wanted long; then
-    step long Qwen3-1.7B 4096 1 "${one[@]}" --no-stacked
-  fi
-  if wanted pytorch; then
-    # A part of the model: every contestant is a process that draws its weights on the host first.
-    section pytorch 100 benchmarks/peers.py "${platform[@]}" "${common[@]}" --rounds 2 --layers 4 \
-      --model Qwen3-0.6B --remat full --batch-size 1 --sequence-length 1024 \
-      --only "TorchJD by rows" TorchJD "PyTorch plain" --json "$out/peers.json"
-  fi
+  wanted kernels && section kernels 60 benchmarks/kernels.py "${platform[@]}" --languages 8 16 \
+    --rounds 10 --json "$out/kernels.json"
+  wanted 1.7b && step 1.7b Qwen3-1.7B 1024 4 --no-stacked --blocks layer \
+    --aggregators mean mgda cagrad pcgrad upgrad
+  wanted 0.6b && step 0.6b Qwen3-0.6B 1024 4 --aggregators cagrad --blocks layer module leaf
+  wanted packed && step packed Qwen3-0.6B 1024 4 "${one[@]}" --no-stacked --packing
+  wanted largest && for model in Llama-3.1-8B Qwen3-4B; do
+    section "largest: $model" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" "${one[@]}" \
+      "${large[@]}" --model "$model" --no-stacked --rounds 2 --json "$out/largest.json" && break
+  done
+  wanted lora && step lora Qwen3-1.7B 1024 4 "${one[@]}" --no-stacked --lora 16
+  wanted long && step long Qwen3-1.7B 4096 1 "${one[@]}" --no-stacked
+  # A part of the model: every contestant is a process that draws its weights on the host first.
+  wanted pytorch && section pytorch 100 benchmarks/peers.py "${platform[@]}" "${common[@]}" --rounds 2 \
+    --layers 4 --model Qwen3-0.6B --remat full --batch-size 1 --sequence-length 1024 \
+    --only "TorchJD by rows" TorchJD "PyTorch plain" --json "$out/peers.json"
 fi
 if [[ $planner ]]; then
   while kill -0 "$planner" 2> /dev/null && ((SECONDS < deadline)); do sleep 1; done
