@@ -162,6 +162,13 @@ def test_a_small_step_is_compiled_for_a_chip(text, config_file, eight_devices):
         assert sum(one.collectives.values()) > 2 * tables * (devices - 1) / devices
         for kind, sent in one.chip.sent.items():
             assert 0 <= sent.exposed <= sent.bytes == one.collectives[kind]
+    # Gradients are exchanged as in ordinary training, once for every language of a group.
+    exchanges = ("all-to-all", "reduce-scatter")
+    exchanged = [sum(one.collectives.get(kind, 0) for kind in exchanges) for one in found]
+    languages = 4 // ours.axes["language"]
+    assert exchanged[0] == pytest.approx(languages * exchanged[1], rel=0.01)
+    gathered = [one.collectives["all-gather"] for one in found]
+    assert gathered[0] == pytest.approx(gathered[1], rel=0.01)
     costs = [one.chip.launches if gpu else one.chip.cycles for one in found]
     assert costs[0].total > costs[1].total > 0
     assert costs[0].parts["conflicts: Gram matrices"] > 0
