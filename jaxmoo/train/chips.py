@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, shown
 from jaxmoo.runtime.compiled import nothing_kept
 
-__all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "compile_for", "slice_of"]
+__all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "answering_for", "compile_for", "slice_of"]
 
 GIB = 2**30
 
