@@ -40,6 +40,11 @@ class Row(NamedTuple):
     method: str  # "plain" for ordinary fine-tuning
     blocks: str
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Row:
+        """The step that a record is about."""
+        return cls(*(found[name] for name in cls._fields))
+
     @property
     def beside(self) -> Row:
         """The step that it is compared with."""
@@ -127,7 +132,7 @@ def _flags(row: Row) -> argparse.Namespace:
 
 def fill(rows: Sequence[Row], pages: Pages) -> None:
     """Measure the rows that are missing."""
-    there = {Row(*(found[name] for name in Row._fields)) for found in pages.rows}
+    there = {Row.of(found) for found in pages.rows}
     for row in (row for row in dict.fromkeys(rows) if row not in there):
         found = _apart(row)
         if "missing" in found:
@@ -138,7 +143,7 @@ def fill(rows: Sequence[Row], pages: Pages) -> None:
 
 def _apart(row: Row) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(measure, row).result()
         except BrokenProcessPool:
@@ -147,7 +152,7 @@ def _apart(row: Row) -> dict[str, Any]:
 
 def report(found: Sequence[dict[str, Any]]) -> str:
     """The tables, each step beside the ordinary one of the same tokens: GPUs, then TPUs."""
-    by_row = {Row(*(one[name] for name in Row._fields)): one for one in found}
+    by_row = {Row.of(one): one for one in found}
     tables = []
     for what, kind, unit in (("kernels", "launches", 1), ("Mcycles", "cycles", 1e6)):
         header = ["chips, model, tokens per language", "method", "blocks", "peak GB", "of plain"]
@@ -223,7 +228,7 @@ def main() -> None:
     if flags.json and Path(flags.json).exists():
         kept = json.loads(Path(flags.json).read_text())["rows"]
         if flags.again:
-            kept = [one for one in kept if Row(*(one[n] for n in Row._fields)) not in rows]
+            kept = [one for one in kept if Row.of(one) not in rows]
         pages.rows = kept
     fill(rows, pages)
     print(pages.markdown(report))

@@ -19,7 +19,12 @@ from jaxmoo.config.training import (
 )
 from jaxmoo.models import DecoderConfig
 from jaxmoo.train.chips import Slice
-from jaxmoo.train.gradient_source import GradientSource, make_gradients, ordinary_gradients
+from jaxmoo.train.gradient_source import (
+    GradientSource,
+    make_gradients,
+    ordinary,
+    ordinary_gradients,
+)
 from jaxmoo.train.planning import AbstractStep, Plan, abstract_step, plan, shape_of
 
 KINDS = ("layer", "module", "leaf", "bytes:25MiB", "shard")
@@ -110,7 +115,6 @@ def _settings(
     flags: argparse.Namespace, languages: int, layers: int | None, kind: Kind
 ) -> tuple[Config, DecoderConfig, Callable[..., GradientSource]]:
     plain = kind.engine == "plain"
-    k = 1 if plain else languages
     config = Config(
         output="unused",
         model=ModelConfig(
@@ -122,8 +126,8 @@ def _settings(
         ),
         data=DataConfig(
             source="unused",
-            seen=[f"l{i}" for i in range(k)],
-            batch_size=flags.batch_size * languages // k,
+            seen=[f"l{i}" for i in range(languages)],
+            batch_size=flags.batch_size,
             sequence_length=flags.sequence_length,
             packing=flags.packing,
         ),
@@ -141,6 +145,8 @@ def _settings(
             moment_dtype=flags.moment_dtype,
         ),
         train=TrainConfig(steps=1000),
-        mesh=MeshConfig(language=None if plain else flags.language),
+        mesh=MeshConfig(language=flags.language),
     )
-    return config, shape(flags, layers), ordinary_gradients if plain else make_gradients
+    if plain:
+        return ordinary(config), shape(flags, layers), ordinary_gradients
+    return config, shape(flags, layers), make_gradients

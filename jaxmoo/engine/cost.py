@@ -78,7 +78,8 @@ def collective_bytes(compiled: Any) -> dict[str, int]:
     its number of rounds. Of a conditional, all branches are counted.
 
     Args:
-      compiled: ``jax.jit(f).lower(...).compile()``.
+      compiled: ``jax.jit(f).lower(...).compile()``, for CPUs. Those of GPUs and TPUs spread one
+        communication over several instructions: :func:`jaxmoo.engine.chip_cost.sent` counts it.
 
     Returns:
       Bytes by kind of communication. What happens in a loop whose number of rounds depends on the

@@ -146,15 +146,15 @@ class Program:
             # The last two repeat the names that the start has.
             if one.opcode in ("async-update", "async-done") or (into and one.opcode not in into):
                 continue
-            inner, around = times, loops
+            names, inner, around = one.called, times, loops
             if one.opcode == "while":
                 rounds = self.rounds(one)
-                inner = times * (1 if rounds is None else rounds)
-                around = loops if rounds is not None else (*loops, mine or one.name)
-            names = one.called
-            if one.opcode == "while" and around is loops:
-                # Counters of a known number of rounds are compared by nobody.
-                names = re.findall(r"\bbody=%?([\w.\-]+)", one.rest)
+                if rounds is None:
+                    around = (*loops, mine or one.name)
+                else:
+                    inner = times * rounds
+                    # Counters of a known number of rounds are compared by nobody.
+                    names = re.findall(r"\bbody=%?([\w.\-]+)", one.rest)
             for name in names:
                 yield from self._walk(name, inner, around, mine, into)
 

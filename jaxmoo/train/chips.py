@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, shown
 from jaxmoo.runtime.compiled import nothing_kept
 
-__all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "compile_for", "slice_of"]
+__all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "answering_for", "compile_for", "slice_of"]
 
 GIB = 2**30
 
@@ -32,6 +32,7 @@ _DEEP = (
     *("8x16x16", "16x16x16", "16x16x24"),
 )
 _GPUS_PER_HOST = 8
+_CUDNN = 9, 10, 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,24 +78,22 @@ def _gpu(name: str, title: str, memory: int, **own: Any) -> Chip:
     return Chip(name, "gpu", memory, gpu=common | own, title=title)
 
 
-_HOPPER = {
-    "core_count": 132,
-    "fpus_per_core": 128,
-    "clock_rate_ghz": 1.98,
-    "l2_cache_size": 50 * 2**20,
-    "shared_memory_per_core": 228 * 1024,
-    "shared_memory_per_block_optin": 227 * 1024,
-    "cuda_compute_capability": (9, 0),
-}
-_AMPERE = {
-    "core_count": 108,
-    "fpus_per_core": 64,
-    "clock_rate_ghz": 1.41,
-    "l2_cache_size": 40 * 2**20,
-    "shared_memory_per_core": 164 * 1024,
-    "shared_memory_per_block_optin": 163 * 1024,
-    "cuda_compute_capability": (8, 0),
-}
+def _generation(
+    *, cores: int, units: int, ghz: float, l2_mib: int, shared_kib: int, capability: tuple[int, int]
+) -> dict[str, Any]:
+    return {
+        "core_count": cores,
+        "fpus_per_core": units,
+        "clock_rate_ghz": ghz,
+        "l2_cache_size": l2_mib * 2**20,
+        "shared_memory_per_core": shared_kib * 2**10,
+        "shared_memory_per_block_optin": (shared_kib - 1) * 2**10,  # CUDA keeps 1 KiB
+        "cuda_compute_capability": capability,
+    }
+
+
+_HOPPER = _generation(cores=132, units=128, ghz=1.98, l2_mib=50, shared_kib=228, capability=(9, 0))
+_AMPERE = _generation(cores=108, units=64, ghz=1.41, l2_mib=40, shared_kib=164, capability=(8, 0))
 
 # Peaks in FLOP/s are in `jaxmoo.train.throughput`, by what the devices call themselves.
 CHIPS: Mapping[str, Chip] = MappingProxyType(
@@ -250,18 +249,12 @@ def _description(chip: Chip) -> str:
         return f"{name}: {value}"
 
     fields = "\n".join(field(*item) for item in chip.gpu.items())
+    major, minor, patch = _CUDNN
     return (
         f'gpu_device_info {{\n{fields}\n}}\nplatform_name: "CUDA"\n'
-        f"dnn_version_info {{ {_words(_CUDNN)} }}\nruntime_version {{ major: 13 }}\n"
-        f'device_description_str: "{chip.title}"\n'
+        f"dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}\n"
+        f'runtime_version {{ major: 13 }}\ndevice_description_str: "{chip.title}"\n'
     )
-
-
-_CUDNN = {"major": 9, "minor": 10, "patch": 0}
-
-
-def _words(fields: Mapping[str, int]) -> str:
-    return " ".join(f"{name}: {value}" for name, value in fields.items())
 
 
 @contextlib.contextmanager
@@ -272,29 +265,37 @@ def answering_for(chip: Chip) -> Iterator[None]:
     being told. Nothing is answered for other chips, or where JAX asks in another way; then cuDNN is
     taken to be missing.
     """
-    asked = {}
-    if chip.platform == "gpu":
-        capability = chip.gpu["cuda_compute_capability"]
-        number = _CUDNN["major"] * 10_000 + _CUDNN["minor"] * 100 + _CUDNN["patch"]
+    module = _asking() if chip.platform == "gpu" else None
+    if module is None:
+        yield
+        return
+    capability = chip.gpu["cuda_compute_capability"]
+    major, minor, patch = _CUDNN
 
-        def pair(text: str) -> tuple[int, ...]:
-            return tuple(map(int, text.split(".")))
+    def pair(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
 
-        asked = {
-            "check_cudnn_version": lambda: number,
-            "check_compute_capability": lambda least: capability >= pair(least),
-            "is_cuda_compute_capability_equal": lambda other: capability == pair(other),
-        }
-    name = "jax._src.cudnn.fused_attention_stablehlo"
-    module = importlib.import_module(name) if asked else None
-    before = {name: getattr(module, name) for name in asked if hasattr(module, name)}
-    for name in before:
-        setattr(module, name, asked[name])
+    answers = {
+        "check_cudnn_version": lambda: major * 10_000 + minor * 100 + patch,
+        "check_compute_capability": lambda least: capability >= pair(least),
+        "is_cuda_compute_capability_equal": lambda other: capability == pair(other),
+    }
+    before = {name: getattr(module, name) for name in answers if hasattr(module, name)}
     try:
+        for name in before:
+            setattr(module, name, answers[name])
         yield
     finally:
         for name, function in before.items():
             setattr(module, name, function)
+
+
+def _asking() -> Any:
+    """JAX's own module that asks; None where a version has no such."""
+    try:
+        return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    except ImportError:
+        return None
 
 
 def compile_for(place: Slice, traced: Any) -> Any:

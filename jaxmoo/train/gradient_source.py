@@ -144,7 +144,8 @@ def make_gradients(
 def ordinary(config: Config) -> Config:
     """Return the settings of ordinary fine-tuning on the tokens of a run's step, as one batch.
 
-    For :func:`ordinary_gradients`, with whose step that of the run is compared.
+    For :func:`ordinary_gradients`, with whose step that of the run is compared. All devices of a
+    replica share its parameters, as without groups of languages.
 
     Args:
       config: the run's settings.
@@ -161,22 +162,17 @@ def ordinary(config: Config) -> Config:
             batch_size=data.batch_size * data.step_languages,
         ),
         resolve=ResolveConfig(aggregator="mean"),
-        mesh=dataclasses.replace(config.mesh, language=None),
+        mesh=dataclasses.replace(config.mesh, language=None, fsdp=None),
     )
 
 
-def ordinary_gradients(
-    config: Config,
-    merge: Callable[[Any, Any], Decoder],
-    params: Any,
-    frozen: Any,
-    device_mesh: Mesh,
-) -> GradientSource:
+def ordinary_gradients(*arguments: Any) -> GradientSource:
     """Make the source of the gradient of ordinary fine-tuning, sharded as the engine shards it.
 
-    The arguments are those of :func:`make_gradients`; the settings are :func:`ordinary`'s.
+    Args:
+      *arguments: those of :func:`make_gradients`, with the settings of :func:`ordinary`.
     """
-    engine = make_gradients(config, merge, params, frozen, device_mesh).engine
+    engine = make_gradients(*arguments).engine
     assert engine is not None
     return engine_source(
         dataclasses.replace(engine, rules=dataclasses.replace(engine.rules, groups=None))

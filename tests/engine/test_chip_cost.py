@@ -222,6 +222,31 @@ def test_a_gather_that_is_part_of_three_fusions_is_sent_once_and_hidden():
     assert sent(program(TPU)) == {"all-gather": Sent((28 + 1) * 3 * MATRIX // 4, 0)}
 
 
+SCATTER = """HloModule step, is_scheduled=true, num_partitions=4
+
+%all-reduce-scatter.3.clone (g: MAT, h: MAT) -> (PIECE, PIECE) {
+  %g = MAT parameter(0)
+  %h = MAT parameter(1)
+  %all = (MAT, MAT) all-reduce(%g, %h), among=4, to_apply=%add
+  %first = MAT get-tuple-element(%all), index=0
+  %second = MAT get-tuple-element(%all), index=1
+  %mine = PIECE dynamic-slice(%first), dynamic_slice_sizes={256,1024}
+  %other = PIECE dynamic-slice(%second), dynamic_slice_sizes={256,1024}
+  ROOT %both = (PIECE, PIECE) tuple(%mine, %other)
+}
+
+ENTRY %main (x: MAT) -> (PIECE, PIECE) {
+  %x = MAT parameter(0)
+  ROOT %fusion = (PIECE, PIECE) fusion(%x, %x), kind=kCustom, calls=%all-reduce-scatter.3.clone
+}
+"""
+
+
+def test_a_sum_of_which_every_device_keeps_a_piece_is_a_reduce_scatter():
+    one = 2 * 3 * MATRIX // 4
+    assert sent(program(SCATTER)) == {"reduce-scatter": Sent(one, one)}
+
+
 @pytest.mark.parametrize(
     ("source", "part"),
     [

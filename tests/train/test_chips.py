@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 import jax
 import pytest
 import yaml
+from jax.experimental import topologies
 
 from jaxmoo.commands.plan import main
-from jaxmoo.config import load_config
+from jaxmoo.config import load_config, validate
 from jaxmoo.errors import ConfigError
+from jaxmoo.mesh import mesh_shape
 from jaxmoo.models import DecoderConfig
 from jaxmoo.train.chips import CHIPS, ChipFullError, answering_for, compile_for, slice_of
 from jaxmoo.train.gradient_source import ordinary, ordinary_gradients
@@ -61,7 +64,7 @@ def test_what_does_not_exist_is_refused_with_what_there_is(text, says):
         slice_of(text)
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_without_its_compiler_the_command_to_install_it_is_named(chip, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     text = f"{chip.name}:{chip.grids[0] if chip.grids else 1}"
@@ -89,6 +92,28 @@ def test_a_mesh_that_does_not_divide_the_slice_is_refused(config_file):
         make_run_mesh(config, devices)
 
 
+def test_a_compiler_that_jax_gave_up_is_an_error_that_says_how_to_have_it(monkeypatch):
+    def gave_up(**_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", gave_up)
+    with pytest.raises(ConfigError, match="Set JAX_PLATFORMS=cpu before JAX is first used"):
+        slice_of("h100:8").devices()
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], ["mesh.language=4", "mesh.fsdp=2"], ["mesh.data=2"]], ids=str
+)
+def test_ordinary_training_shares_all_devices_of_a_replica(sizes, config_file):
+    config = ordinary(load_config(config_file, sizes))
+    validate(config)
+    assert (config.data.step_languages, config.data.batch_size) == (1, 4 * 2)
+    replicas = config.mesh.data
+    found = mesh_shape(1, 8, **dataclasses.asdict(config.mesh))
+    assert found == (replicas, 1, 8 // replicas, 1)
+
+
 def test_jax_is_told_of_the_gpu_that_it_asks_for_and_of_no_other():
     jax_asks = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     before = jax_asks.check_compute_capability
@@ -97,6 +122,9 @@ def test_jax_is_told_of_the_gpu_that_it_asks_for_and_of_no_other():
         assert jax_asks.check_compute_capability("9.0")
         assert not jax_asks.check_compute_capability("10.0")
         assert jax_asks.is_cuda_compute_capability_equal("9.0")
+    assert jax_asks.check_compute_capability is before
+    with pytest.raises(ZeroDivisionError), answering_for(CHIPS["h100"]):
+        raise ZeroDivisionError
     assert jax_asks.check_compute_capability is before
     with answering_for(CHIPS["a100"]):
         assert not jax_asks.check_compute_capability("9.0")
@@ -162,6 +190,13 @@ def test_a_small_step_is_compiled_for_a_chip(text, config_file, eight_devices):
         assert sum(one.collectives.values()) > 2 * tables * (devices - 1) / devices
         for kind, sent in one.chip.sent.items():
             assert 0 <= sent.exposed <= sent.bytes == one.collectives[kind]
+    # Gradients are exchanged as in ordinary training, once for every language of a group.
+    exchanges = ("all-to-all", "reduce-scatter")
+    exchanged = [sum(one.collectives.get(kind, 0) for kind in exchanges) for one in found]
+    languages = 4 // ours.axes["language"]
+    assert exchanged[0] == pytest.approx(languages * exchanged[1], rel=0.01)
+    gathered = [one.collectives["all-gather"] for one in found]
+    assert gathered[0] == pytest.approx(gathered[1], rel=0.01)
     costs = [one.chip.launches if gpu else one.chip.cycles for one in found]
     assert costs[0].total > costs[1].total > 0
     assert costs[0].parts["conflicts: Gram matrices"] > 0
