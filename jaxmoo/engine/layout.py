@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoo.blocks.sections import Section, section_place, section_uniform
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
 from jaxmoo.platforms import platform_of
-from jaxmoo.resolve import Section, section_place, section_uniform
 
 __all__ = ["Layout", "Topology", "gather", "scatter", "scatter_vectors", "sections_of_piece"]
 
