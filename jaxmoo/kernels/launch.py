@@ -22,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxmoo.kernels.folded import folded
 from jaxmoo.kernels.linear import elementary, in_kernel
 from jaxmoo.platforms import interpreted, like_gpu, like_tpu
 from jaxmoo.sharding import divided_by_compiler
@@ -105,7 +105,7 @@ def _many(
         with elementary(platform):
             return solver(*(next(each) if one else None for one in there), **dict(settings))
 
-    @custom_vmap
+    @folded
     def many(*arrays: jax.Array) -> Any:
         given = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
         results, tree = jax.tree.flatten(jax.eval_shape(solve, *given))
@@ -134,16 +134,6 @@ def _many(
             x > 0 if like.dtype == bool else x for x, like in zip(shaped, results, strict=True)
         ]
         return jax.tree.unflatten(tree, shaped)
-
-    @many.def_vmap
-    def _(size: int, batched: Any, *arrays: jax.Array) -> Any:
-        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        found = many(*map(fold, arrays, batched))
-        found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda _: True, found)
 
     return many
 
