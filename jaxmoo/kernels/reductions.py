@@ -75,8 +75,9 @@ def gram_parts(
       arrays: see :func:`section_grams`.
       partitioned: likewise.
       platform: the kind of devices on which the arrays lie, each piece by itself; see
-        :mod:`jaxmoo.platforms`. On a GPU that takes a kernel, which compilers cannot
-        divide, and on a TPU one per array. By default it is decided when the program is lowered,
+        :mod:`jaxmoo.platforms`. On a GPU that takes a kernel, and on a TPU one per array, but
+        neither where the compiler divides the pieces further: it cannot divide a kernel, and
+        would gather what that reads. By default it is decided when the program is lowered,
         and takes no kernel.
 
     Returns:
@@ -86,8 +87,7 @@ def gram_parts(
     def whole(arrays: list[jax.Array]) -> list[jax.Array]:
         return [cross_grams(x, x) for x in arrays]
 
-    divided = _is_partitioned(partitioned) or (like_tpu(platform) and divided_by_compiler())
-    if divided or not arrays:
+    if _is_partitioned(partitioned) or divided_by_compiler() or not arrays:
         found = whole(list(arrays))
     elif like_gpu(platform):
         return grams_in_one_kernel(arrays, interpret=interpreted(platform))
