@@ -4,6 +4,10 @@ The kind is a property of the devices that a program will run on, those of its m
 process that makes it: a program can be compiled here for chips that are elsewhere. Whatever depends
 on it is therefore told, from the mesh down. What JAX has here is only the default of functions that
 people call by themselves.
+
+What a program does on GPUs and TPUs can be seen without them: ``"interpret"`` and
+``"interpret-tpu"`` stand for the program of a GPU and of a TPU with its kernels interpreted, on any
+device.
 """
 
 from __future__ import annotations
@@ -15,7 +19,14 @@ import jax
 
 from jaxmoo.errors import ConfigError
 
-__all__ = ["default_platform", "platform_of", "several_devices"]
+__all__ = [
+    "default_platform",
+    "interpreted",
+    "like_gpu",
+    "like_tpu",
+    "platform_of",
+    "several_devices",
+]
 
 
 def platform_of(devices: Iterable[Any]) -> str:
@@ -42,6 +53,26 @@ def platform_of(devices: Iterable[Any]) -> str:
 
 # Devices that are there are called gpu, those of a description by the name of their driver.
 _NAMES = {"cuda": "gpu", "rocm": "gpu"}
+
+
+def like_gpu(platform: str | None) -> bool:
+    """Whether a program has the form that GPUs want."""
+    return platform in ("gpu", "interpret")
+
+
+def like_tpu(platform: str | None) -> bool:
+    """Whether a program has the form that TPUs want."""
+    return platform in ("tpu", "interpret-tpu")
+
+
+def interpreted(platform: str | None) -> bool:
+    """Whether a program's kernels are interpreted.
+
+    Example:
+      >>> like_tpu("interpret-tpu"), interpreted("interpret-tpu"), interpreted("tpu")
+      (True, True, False)
+    """
+    return platform in ("interpret", "interpret-tpu")
 
 
 def default_platform() -> str:

@@ -6,7 +6,6 @@ The functions here know blocks and aggregators, nothing of optax, languages or m
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +16,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
-from jaxmoo.aggregators import Aggregator, combine_block, weigh_block
-from jaxmoo.aggregators.solvers import mean_norm as norm_of
-from jaxmoo.aggregators.weighing import draw
+from jaxmoo.aggregators import Aggregator, combine_block
+from jaxmoo.aggregators.solved import Solved, matching, solve_block, unsolved
 from jaxmoo.blocks import Partition
+from jaxmoo.blocks.sections import Section, cut, of_sections, sum_by_block, uniform_sections
 from jaxmoo.errors import ConfigError
-from jaxmoo.kernels.launch import in_one_launch, solving_on
-from jaxmoo.kernels.linear import diagonal, pairs
+from jaxmoo.kernels.launch import solving_on
 from jaxmoo.kernels.reductions import (
     cross_grams,
     gram_parts,
@@ -37,7 +35,6 @@ from jaxmoo.sharding import automatic, spec_of
 __all__ = [
     "Group",
     "Resolution",
-    "Section",
     "conflict_share",
     "group_blocks",
     "resolve",
@@ -99,20 +96,6 @@ def group_blocks(
                 f"{', '.join(part.names[:8])}{', ...' if len(part) > 8 else ''}."
             )
     return tuple(Group(aggregators.get(choices[p]), tuple(b)) for p, b in members.items())
-
-
-class Section(NamedTuple):
-    """Per-objective gradients of one array, or of one device's piece of it, cut into sections.
-
-    A section lies in one block. K objectives, S sections.
-    """
-
-    values: jax.Array  # [K, S, ...]
-    labels: Any  # int [S]: the block each section belongs to
-    # (key, labels' block numbers [S]) -> uniform numbers [S, ...] for coordinate-wise rules
-    uniform: Callable[[jax.Array, jax.Array], jax.Array]
-    # 0 where another device holds the same values and counts them, else 1
-    counted: jax.Array | float = 1.0
 
 
 def resolve(
@@ -232,7 +215,7 @@ def resolve_sections(
     def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
         """Sums [B, ...] of sections' quantities, each given in parts [S, P, ...]."""
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
-        return total(_sum_by_block(counted, labels, num_blocks))
+        return total(sum_by_block(counted, labels, num_blocks))
 
     def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
         return blocks_of(
@@ -278,14 +261,14 @@ def resolve_sections(
             unit,
         )
 
-    solved = _unsolved(num_blocks, len(present), grams.dtype)
+    solved = unsolved(num_blocks, len(present), grams.dtype)
     power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         method, mine = group.aggregator, np.asarray(group.blocks)
         solve = jax.vmap(
             functools.partial(
-                _solve_block,
+                solve_block,
                 method,
                 active=present,
                 preference=preference,
@@ -306,7 +289,7 @@ def resolve_sections(
         weights, update_norm = weights * power[:, None], update_norm * power
     grams, used = solved.gram, present & ~solved.nonfinite
     updates = [
-        weighted_sum(s.values, _of_sections(weights, n), partitioned=partitioned)
+        weighted_sum(s.values, of_sections(weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
     for group in groups:
@@ -328,7 +311,7 @@ def resolve_sections(
             )
         )
         if match_norm:
-            scale = jnp.where(member, jax.vmap(_matching)(mean_norm, norms, grams), 1)
+            scale = jnp.where(member, jax.vmap(matching)(mean_norm, norms, grams), 1)
             updates = [
                 u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
                 for u, n in zip(updates, labels, strict=True)
@@ -346,25 +329,7 @@ def resolve_sections(
     )
 
 
-class _Solved(NamedTuple):
-    """What the Gram matrix of a block gives; [B, ...] of B blocks."""
-
-    gram: jax.Array  # [K, K], zero where an objective is left out
-    nonfinite: jax.Array  # bool [K]: present, but not finite
-    weights: jax.Array  # [K]
-    mean_norm: jax.Array  # []
-    update_norm: jax.Array  # []
-
-
-def _unsolved(num_blocks: int, k: int, dtype: Any) -> _Solved:
-    """Those of blocks that no group solves."""
-    shapes: list[tuple[int, ...]] = [(k, k), (k,), (k,), (), ()]
-    return _Solved(*(jnp.zeros((num_blocks, *shape), dtype) for shape in shapes))._replace(
-        nonfinite=jnp.zeros((num_blocks, k), bool)
-    )
-
-
-def _put(solved: _Solved, found: _Solved, group: Group) -> _Solved:
+def _put(solved: Solved, found: Solved, group: Group) -> Solved:
     """Put what is known of a group's blocks among that of all."""
     mine = np.asarray(group.blocks)
     if group.member is None and np.array_equal(mine, np.arange(len(solved.gram))):
@@ -377,110 +342,6 @@ def _put(solved: _Solved, found: _Solved, group: Group) -> _Solved:
         return x.at[mine].set(new)
 
     return jax.tree.map(put, solved, found)
-
-
-def _solve_block(
-    method: Aggregator,
-    gram: jax.Array,
-    product: jax.Array,
-    state: Any,
-    number: jax.Array,
-    *,
-    active: jax.Array,
-    preference: jax.Array | None,
-    key: jax.Array,
-    match_norm: bool,
-) -> tuple[_Solved, Any]:
-    """Solve one block, given its Gram matrix and the one that the method reads."""
-    if method.elementary:
-        importance = None if preference is None else preference.astype(gram.dtype)
-        drawn = draw(method, key, number, len(active))
-        found = _solve_elementary(
-            gram, active, importance, drawn, method=method, match_norm=match_norm
-        )
-        return found, state
-
-    def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
-        if method.combine is not None:
-            return jnp.zeros(len(active), gram.dtype), state
-        return weigh_block(
-            method,
-            product if method.cross_gram else gram,
-            state=state,
-            key=key,
-            block=number,
-            active=used,
-            preference=preference,
-        )
-
-    return _solve(gram, active, preference, weigh, match_norm)
-
-
-@in_one_launch
-def _solve_elementary(
-    gram: jax.Array,
-    active: jax.Array,
-    preference: jax.Array | None,
-    drawn: jax.Array | None,
-    *,
-    method: Aggregator,
-    match_norm: bool,
-) -> _Solved:
-    """Solve one block by a method of which a kernel takes everything."""
-
-    def weigh(gram: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
-        return weigh_block(method, gram, active=used, preference=preference, drawn=drawn)
-
-    return _solve(gram, active, preference, weigh, match_norm)[0]
-
-
-def _solve(
-    gram: jax.Array,
-    active: jax.Array,
-    preference: jax.Array | None,
-    weigh: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]],
-    match_norm: bool,
-) -> tuple[_Solved, Any]:
-    """Weigh one block's objectives, without those that are not finite, and measure the update."""
-    finite = jnp.isfinite(diagonal(gram))
-    used = active & finite
-    gram = jnp.where(pairs(used), gram, 0.0)
-    weights, state = weigh(gram, used)
-    mean_norm = norm_of(gram, _share(used, preference, gram.dtype))
-    update_norm = norm_of(gram, weights)
-    if match_norm:
-        scale = _matching(mean_norm, update_norm, gram)
-        weights, update_norm = weights * scale, update_norm * scale
-    return _Solved(gram, active & ~finite, weights, mean_norm, update_norm), state
-
-
-# Numbers up to which sums by block go over all sections, block by block.
-_FEW = 2**20
-
-
-@jax.named_scope("gram")
-def _sum_by_block(
-    parts: Sequence[jax.Array], labels: Sequence[jax.Array], num_blocks: int
-) -> jax.Array:
-    """Sums [B, ...] of sections' quantities [S, P, ...] by the block each lies in, int [S]."""
-    if num_blocks > 1 and sum(x.size for x in parts) * num_blocks > _FEW:
-        parts = [x.sum(1, keepdims=True) for x in parts]
-    every = jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])
-    if num_blocks == 1:
-        return every.sum(0, keepdims=True)
-    pairs = zip(parts, labels, strict=True)
-    block = jnp.concatenate([jnp.repeat(n, x.shape[1]) for x, n in pairs])
-    if every.size * num_blocks > _FEW:
-        return jax.ops.segment_sum(every, block, num_blocks)
-    # A scatter is slow on GPUs. What lies in other blocks is selected away: it may not be finite.
-    mine = block == jnp.arange(num_blocks)[:, None]
-    mine = mine.reshape(*mine.shape, *(1,) * (every.ndim - 1))
-    return jnp.where(mine, every, 0).sum(1)
-
-
-def _of_sections(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """Quantities [S, ...] of the blocks [B, ...] that sections lie in."""
-    return jnp.broadcast_to(x, (len(labels), *x.shape[1:])) if len(x) == 1 else x[labels]
 
 
 def _members(group: Group, num_blocks: int) -> jax.Array:
@@ -523,40 +384,6 @@ def _combine(
     return jnp.where(member.reshape(-1, *(1,) * (update.ndim - 1)), ruled, update)
 
 
-def uniform_sections(
-    index: int, shape: Sequence[int], count: int
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Make the source of random numbers of one whole array.
-
-    Args:
-      index: number of the array; sections of one block draw independently.
-      shape: the array's shape.
-      count: S, sections.
-
-    Returns:
-      ``(key, block numbers [S]) -> float32 [S, size / S]``.
-    """
-    size = math.prod(shape) // count
-
-    def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:
-        return jax.vmap(lambda place, number: section_uniform(key, place, number, (size,)))(
-            section_place(index, np.arange(count)), numbers
-        )
-
-    return uniform
-
-
-def section_place(index: int, section: Any) -> Any:
-    """Number that no other section of any array has."""
-    return index * 65_536 + section
-
-
-def section_uniform(key: jax.Array, place: Any, number: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform random numbers of one section, from the step's key, its place and its block."""
-    key = jax.random.fold_in(jax.random.fold_in(key, place), number)
-    return jax.random.uniform(key, shape, jnp.float32)
-
-
 def conflict_share(grams: jax.Array) -> jax.Array:
     """Share of pairs of present objectives whose gradients have a negative inner product.
 
@@ -574,27 +401,3 @@ def conflict_share(grams: jax.Array) -> jax.Array:
     count = present.sum(-1)
     pairs = count * (count - 1)
     return (grams < 0).sum((-2, -1)) / jnp.maximum(pairs, 1).astype(jnp.float32)
-
-
-def cut(x: jax.Array, count: int) -> jax.Array:
-    """View [K, *shape] as [K, S, ...]; sections are equal parts of the leading axis."""
-    if count == 1:
-        return x[:, None]
-    if x.ndim > 1 and x.shape[1] == count:
-        return x
-    return x.reshape(x.shape[0], count, -1)
-
-
-def _share(used: jax.Array, preference: jax.Array | None, dtype: Any) -> jax.Array:
-    """Weights of the mean gradient over the objectives used, [K]."""
-    share = jnp.where(used, 1.0 if preference is None else preference, 0).astype(dtype)
-    return share / jnp.maximum(jnp.sum(share), float(jnp.finfo(dtype).tiny))
-
-
-def _matching(mean_norm: jax.Array, update_norm: jax.Array, gram: jax.Array) -> jax.Array:
-    """Factor that brings a block's update to its mean gradient's norm."""
-    # A norm this far below the gradients' is rounding (its square, 1e-5 of theirs in float32): the
-    # block is stationary, and scaling it up would make a step of noise.
-    largest = jnp.max(diagonal(gram))
-    stationary = update_norm**2 <= 84 * float(jnp.finfo(gram.dtype).eps) * largest
-    return jnp.where(stationary, 1.0, mean_norm / jnp.where(stationary, 1.0, update_norm))

@@ -28,7 +28,7 @@ def spec_of(x: Any) -> P:
 def divided_by_compiler() -> bool:
     """Whether the compiler divides what is traced here over an axis of the mesh.
 
-    It cannot divide a kernel for TPUs.
+    It cannot divide kernels: for TPUs it refuses, for GPUs it gathers what they read.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmoo.blocks.sections import Section, section_place, section_uniform
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
-from jaxmoo.platforms import platform_of
-from jaxmoo.resolve import Section, section_place, section_uniform
+from jaxmoo.platforms import like_tpu, platform_of
 
 __all__ = ["Layout", "Topology", "gather", "scatter", "scatter_vectors", "sections_of_piece"]
 
@@ -35,7 +35,7 @@ class Topology:
     language: int
     fsdp: int
     objectives: int  # K
-    platform: str  # "cpu", "gpu" or "tpu"; "interpret", "interpret-tpu": as the latter do
+    platform: str  # see jaxmoo.platforms
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
@@ -61,7 +61,7 @@ class Topology:
     @property
     def tpu(self) -> bool:
         """Whether what is computed has the form that TPUs want."""
-        return self.platform in ("tpu", "interpret-tpu")
+        return like_tpu(self.platform)
 
     @property
     def local_objectives(self) -> int:

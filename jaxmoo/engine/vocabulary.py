@@ -35,20 +35,9 @@ from jaxmoo.kernels.cross_entropy import (
     scores,
     table_gradient,
 )
+from jaxmoo.platforms import like_gpu, like_tpu
 
 __all__ = ["HeadResiduals", "logits_at_once", "lookup", "nll"]
-
-# Logits of one slice and one objective that exist at one time. The fewer, the more positions
-# without a target are skipped, and the more often the sum is read and written. On a GPU the host
-# waits at every round of a loop whose length depends on the data: one large product is faster.
-_MOST_LOGITS = {
-    "cpu": 2**21,
-    "tpu": 2**26,
-    "gpu": 2**27,
-    "interpret": 2**27,
-    "interpret-tpu": 2**26,
-}
-_GPU = ("gpu", "interpret")  # the second does on any device what is done on a GPU
 
 
 class HeadResiduals(NamedTuple):
@@ -206,7 +195,7 @@ def logits_at_once() -> int:
     and the memory is the same for any number of objectives. Elsewhere each has 128 MiB.
     """
     engine = current()
-    if isinstance(engine, Backward) and engine.topology.platform in _GPU:
+    if isinstance(engine, Backward) and like_gpu(engine.topology.platform):
         return 2**27 // engine.topology.local_objectives
     return 2**25
 
@@ -369,6 +358,18 @@ class _Call:
         return TableResult(pieces.reshape(value.shape).astype(value.dtype), None, rows)
 
 
+def _most_logits(platform: str) -> int:
+    """How many logits of one slice and one objective exist at one time.
+
+    The fewer, the more positions without a target are skipped, and the more often the sum is read
+    and written. On a GPU the host waits at every round of a loop whose length depends on the data:
+    one large product is faster.
+    """
+    if like_gpu(platform):
+        return 2**27
+    return 2**26 if like_tpu(platform) else 2**21
+
+
 def _objectives_at_once(head: HeadResiduals | None, height: int, platform: str) -> int:
     """Of how many objectives the gradients of one slice are formed at once.
 
@@ -378,7 +379,7 @@ def _objectives_at_once(head: HeadResiduals | None, height: int, platform: str) 
     if head is None or platform == "cpu":
         return 1
     count, rows, length = head.targets.shape
-    most = _MOST_LOGITS[platform] // (rows * length * height)
+    most = _most_logits(platform) // (rows * length * height)
     return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
 
 
@@ -428,8 +429,7 @@ def _from_scores(
 ) -> jax.Array:
     """Gradient of one objective's scores with respect to one slice of the table, in pieces."""
     rows, length = head.targets.shape
-    most = _MOST_LOGITS.get(platform, _MOST_LOGITS["cpu"])
-    chunks = -(-length * rows * table.shape[0] // most)
+    chunks = -(-length * rows * table.shape[0] // _most_logits(platform))
     chunk = -(-length // chunks)  # all of about the same size
     fill = -length % chunk
     h = jnp.pad(head.h, ((0, 0), (0, fill), (0, 0)))

@@ -22,16 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxmoo.kernels.folded import folded
 from jaxmoo.kernels.linear import elementary, in_kernel
+from jaxmoo.platforms import interpreted, like_gpu, like_tpu
 from jaxmoo.sharding import divided_by_compiler
 
 __all__ = ["in_one_launch", "solving_on"]
 
-_PLATFORMS = ("gpu", "tpu", "interpret", "interpret-tpu")
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -40,8 +40,8 @@ def solving_on(platform: str | None) -> Iterator[None]:
     """Say for which devices solvers are traced.
 
     Args:
-      platform: "gpu" and "tpu" make every solve that is traced one kernel, "interpret" and
-        "interpret-tpu" do what these kernels do on any device; anything else leaves solvers to XLA.
+      platform: see :mod:`jaxmoo.platforms`. Of GPUs and TPUs it makes every solve that is traced
+        one kernel; anything else leaves solvers to XLA.
     """
     token = _platform.set(platform)
     try:
@@ -71,8 +71,8 @@ def in_one_launch(solver: Callable[..., Any]) -> Callable[..., Any]:
             zero = jnp.zeros((), arrays[0].dtype)
             typed = (x + zero if isinstance(x, float) else x for x in arrays)
             return solver(*typed, **static)
-        wanted = platform in _PLATFORMS and not (platform == "tpu" and divided_by_compiler())
-        if not wanted or arrays[0].dtype != jnp.float32:
+        wanted = like_gpu(platform) or (like_tpu(platform) and not divided_by_compiler())
+        if platform is None or not wanted or arrays[0].dtype != jnp.float32:
             return solver(*arrays, **static)
         k = arrays[0].shape[-1]
         fill = pl.next_power_of_2(k) - k
@@ -105,7 +105,7 @@ def _many(
         with elementary(platform):
             return solver(*(next(each) if one else None for one in there), **dict(settings))
 
-    @custom_vmap
+    @folded
     def many(*arrays: jax.Array) -> Any:
         given = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
         results, tree = jax.tree.flatten(jax.eval_shape(solve, *given))
@@ -135,16 +135,6 @@ def _many(
         ]
         return jax.tree.unflatten(tree, shaped)
 
-    @many.def_vmap
-    def _(size: int, batched: Any, *arrays: jax.Array) -> Any:
-        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        found = many(*map(fold, arrays, batched))
-        found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda _: True, found)
-
     return many
 
 
@@ -165,14 +155,14 @@ def _read(ref: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _numbers(x: jax.Array, platform: str) -> jax.Array:
     """Flags and integers as float32, except on GPUs, where that is a launch of its own."""
-    return x if platform == "gpu" else x.astype(jnp.float32)
+    return x if like_gpu(platform) else x.astype(jnp.float32)
 
 
 def _options(platform: str, k: int) -> dict[str, Any]:
     """What each back end is told besides the kernel's body."""
-    if platform.startswith("interpret"):
+    if interpreted(platform):
         return {"interpret": True}
-    if platform == "tpu":
+    if like_tpu(platform):
         return {}
     warps = max(1, min(16, k * k // 256))  # eight numbers a thread
     return {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=1)}

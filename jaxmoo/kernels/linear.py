@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
+from jaxmoo.platforms import like_gpu
+
 _elementary: contextvars.ContextVar[str | None] = contextvars.ContextVar("elementary", default=None)
 
 
@@ -52,7 +54,7 @@ def vecmat(vector: jax.Array, matrix: jax.Array) -> jax.Array:
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product of matrices [K, K], as :func:`matvec`."""
     # On a GPU a kernel has no smaller product than of 16 rows.
-    if _elementary.get() in ("gpu", "interpret") and a.shape[0] < 16:
+    if like_gpu(_elementary.get()) and a.shape[0] < 16:
         return jnp.sum(a[:, :, None] * b[None, :, :], axis=1)
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.kernels.cpu_product import half_product
+from jaxmoo.platforms import like_gpu
 
 __all__ = ["exchanging", "product"]
 
@@ -63,7 +64,7 @@ def product(x: jax.Array, kernel: jax.Array, platform: str) -> jax.Array:
         return _in_pieces(x, kernel, pieces)
     if x.dtype == jnp.bfloat16 and platform == "cpu":
         return half_product(x, kernel)
-    if platform == "gpu":
+    if like_gpu(platform):
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
     return x @ kernel
 

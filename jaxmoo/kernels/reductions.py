@@ -23,7 +23,7 @@ from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.cpu_grams import grams_by_slices
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
 from jaxmoo.kernels.tpu_grams import tpu_gram
-from jaxmoo.platforms import several_devices
+from jaxmoo.platforms import interpreted, like_gpu, like_tpu, several_devices
 from jaxmoo.sharding import divided_by_compiler, varying
 
 __all__ = [
@@ -75,9 +75,10 @@ def gram_parts(
       arrays: see :func:`section_grams`.
       partitioned: likewise.
       platform: the kind of devices on which the arrays lie, each piece by itself; see
-        :func:`jaxmoo.platforms.platform_of`. On a GPU that takes a kernel, which compilers cannot
-        divide, and on a TPU one per array; "interpret" and "interpret-tpu" do what these do on
-        any device. By default it is decided when the program is lowered, and takes no kernel.
+        :mod:`jaxmoo.platforms`. On a GPU that takes a kernel, and on a TPU one per array, but
+        neither where the compiler divides the pieces further: it cannot divide a kernel, and
+        would gather what that reads. By default it is decided when the program is lowered,
+        and takes no kernel.
 
     Returns:
       [S, P, K, K] of each array, float32 or float64: their sums over P are the Gram matrices.
@@ -86,14 +87,12 @@ def gram_parts(
     def whole(arrays: list[jax.Array]) -> list[jax.Array]:
         return [cross_grams(x, x) for x in arrays]
 
-    if platform in ("gpu", "interpret") and not _is_partitioned(partitioned):
-        return grams_in_one_kernel(arrays, interpret=platform == "interpret")
-    if _is_partitioned(partitioned) or not arrays:
+    if _is_partitioned(partitioned) or divided_by_compiler() or not arrays:
         found = whole(list(arrays))
-    elif platform in ("tpu", "interpret-tpu") and not divided_by_compiler():
-        found = [tpu_gram(x, interpret=platform != "tpu") for x in arrays]
-    elif platform == "tpu":
-        found = whole(list(arrays))
+    elif like_gpu(platform):
+        return grams_in_one_kernel(arrays, interpret=interpreted(platform))
+    elif like_tpu(platform):
+        found = [tpu_gram(x, interpret=interpreted(platform)) for x in arrays]
     elif platform == "cpu":
         found = grams_by_slices(list(arrays))
     else:

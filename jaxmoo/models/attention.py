@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
@@ -28,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.kernels.folded import folded
 from jaxmoo.mesh import TENSOR
 from jaxmoo.platforms import default_platform
 
@@ -183,32 +183,15 @@ def _fused(
         *primals, g = args
         return vjp(*primals)[1](g)
 
-    folded, folded_forward, folded_gradients = (
-        _folded(wrap(function)) for function in (kernel, forward, gradients)
+    whole, whole_forward, whole_gradients = (
+        folded(wrap(function)) for function in (kernel, forward, gradients)
     )
-    attention = jax.custom_vjp(folded)
+    attention = jax.custom_vjp(whole)
     attention.defvjp(
-        lambda *inputs: (folded_forward(*inputs), inputs),
-        lambda inputs, g: (*folded_gradients(*inputs, g), None),
+        lambda *inputs: (whole_forward(*inputs), inputs),
+        lambda inputs, g: (*whole_gradients(*inputs, g), None),
     )
     return attention
-
-
-def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a function of arrays [B, ...] a vmap that calls it with a larger batch."""
-    call = custom_vmap(function)
-
-    @call.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> Any:
-        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        out = call(*jax.tree.map(fold, args, tuple(batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call
 
 
 # --- cuDNN ------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from jax.sharding import AbstractMesh
 
 from aggregators.families import families
 from jaxmoo import aggregators
+from jaxmoo.blocks.sections import Section
 from jaxmoo.kernels.launch import solving_on
-from jaxmoo.resolve import Group, Resolution, Section, resolve_sections
+from jaxmoo.resolve import Group, Resolution, resolve_sections
 
 FAMILIES = ("random", "imbalanced", "correlated", "imbalanced low-rank", "zero-row", "opposed")
 
@@ -114,6 +115,24 @@ def test_a_block_is_solved_whole_in_a_kernel(name, k):
             *(jax.tree.leaves(getattr(r, field)) for r in (found, expected)), strict=True
         ):
             np.testing.assert_allclose(x, y, atol=1e-5, err_msg=field)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "unit_mean" else pytest.mark.slow)
+        for name in aggregators.names()
+        if name != "constant" and aggregators.get(name).elementary
+    ],
+)
+def test_what_a_method_calls_elementary_the_kernels_compilers_take(name):
+    """All of it: captured arrays, or operations that kernels lack, are errors here."""
+    k = 5
+    given = jax.ShapeDtypeStruct((k, 6), jnp.float32), jax.ShapeDtypeStruct((k,), bool)
+    for form, target in (("gpu", "cuda"), ("tpu", "tpu")):
+        lowered = resolution(name, form).trace(*given).lower(lowering_platforms=(target,))
+        call = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[form]
+        assert call in lowered.as_text()
 
 
 def test_a_kernel_is_asked_for_where_solvers_are_traced():

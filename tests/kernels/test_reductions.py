@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from jaxmoo.kernels.reductions import scaled_grams, section_grams, section_sizes, weighted_sum
+from jaxmoo.kernels.reductions import (
+    gram_parts,
+    scaled_grams,
+    section_grams,
+    section_sizes,
+    weighted_sum,
+)
 
 SHAPES = [(3, 1, 5), (8, 4, 40_000), (2, 3, 16_384), (1, 2, 7), (4, 6), (3, 2, 5, 7)]
 
@@ -107,3 +114,17 @@ def test_arrays_of_any_shape_are_taken_at_once_and_mapped_and_differentiated():
     mapped, (slope, wanted) = both(x)
     np.testing.assert_allclose(mapped[1], 4 * expected[0], rtol=1e-5, atol=1e-2)
     np.testing.assert_allclose(slope, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_there_is_no_kernel_where_the_compiler_divides(platform):
+    """It cannot divide one, and on GPUs would gather all gradients for it."""
+    x = jax.ShapeDtypeStruct((2, 1, 256, 128), jnp.bfloat16)
+
+    def grams(x):
+        return gram_parts([x], partitioned=False, platform=platform)
+
+    for size, kernels in ((2, 0), (1, 1)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ("tensor",))):
+            program = str(jax.make_jaxpr(lambda x: grams(x))(x))
+        assert program.count("pallas_call[") == kernels
