@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.study.examples import unpack_examples
 from jaxmoo.study.figure import language_map
 from jaxmoo.study.grid import make_cells
+from jaxmoo.study.jobs import _received
 from jaxmoo.study.statistics import mean_interval
 from jaxmoo.train.run import train
 
@@ -162,6 +166,23 @@ def test_processes_side_by_side(write_study, tmp_path, capsys):
         best = min(tuned, key=tuned.__getitem__)
         assert (arm, 1, best) in rows
     assert not any((file.parent / "study" / "runs").iterdir())
+
+
+def test_a_process_that_is_killed_is_reported_with_its_arms():
+    """And what it had said before is not lost, nor is what others say."""
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for name, end in (("mean, mgda", os._exit), ("pcgrad", sys.exit)):
+        messages, sent = context.Pipe(duplex=False)
+        worker = context.Process(target=end, args=(9 if end is os._exit else 0,), name=name)
+        worker.start()
+        sent.send(("line", name))
+        sent.close()
+        workers.append((messages, worker))
+    said = sorted(_received(workers))
+    assert [one for one in said if one[0] == "line"] == [("line", "mean, mgda"), ("line", "pcgrad")]
+    (error,) = (text for kind, text in said if kind == "error")
+    assert error.startswith("mean, mgda: the process of these arms ended with exit code 9.")
 
 
 def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
