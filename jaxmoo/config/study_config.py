@@ -163,6 +163,11 @@ def _problems(study: StudyConfig) -> list[str]:
         for rate in study.learning_rates
         if rate not in Range(above=0)
     ]
+    problems += [
+        f"measure.smallest_effect.{name}: {effect} is not above 0 and finite."
+        for name, effect in study.measure.smallest_effect.items()
+        if effect not in Range(above=0)
+    ]
     own = {"seed": "seeds", "output": "output", "optimizer.learning_rate": "learning_rates"}
     sections = {"training": list(study.training)}
     for arm, texts in study.arms.items():

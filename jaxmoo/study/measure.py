@@ -40,10 +40,9 @@ def measure(
       DataError: a part has no examples.
     """
     results = _answers(study, config, setup, params, kept)
-    skip = study.measure.skip
     return {
-        "seen": [code for code in config.data.seen if code not in skip],
-        "unseen": [code for code in config.data.unseen if code not in skip],
+        "seen": [code for code in config.data.seen if code in results],
+        "unseen": config.data.unseen,
         "data": {code: one.data for code, one in results.items()},
         "languages": {code: _parts(code, one, study.tune) for code, one in results.items()},
         "examples": pack_examples(
@@ -66,7 +65,7 @@ def _answers(
             output=Path("study.json"),
             data=data,
             seen=[code for code in data.seen if code not in asked.skip],
-            unseen=[code for code in data.unseen if code not in asked.skip],
+            unseen=data.unseen,
             held_out=True,
             choices=asked.choices,
             max_examples=asked.max_examples,
@@ -77,7 +76,7 @@ def _answers(
     merge, pad_id = setup.merge, setup.batches.pad_id
     evaluator = kept.part(
         "measuring",
-        (weights_key(config), asked.batch_size, pad_id),
+        weights_key(config),
         lambda: Evaluator(
             lambda weights: merge(*weights),
             setup.device_mesh,

@@ -319,6 +319,12 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
         ({"arms": {"mean": [], "b": ["data.unseen=[]"]}}, "arms differ in data.seen"),
         ({"base": "nowhere.yaml"}, "There is no config file nowhere.yaml"),
         ({"arms": ["mean"]}, "arms must be a mapping to lists"),
+        ({"measure": {"skip": ["fin"]}}, "skip names 'fin', which is not in .*Did you mean 'fi'"),
+        ({"measure": {"skip": ["tr"]}}, "skip names 'tr', .* is left out of data.unseen"),
+        ({"measure": {"skip": ["en", "fi"]}}, "skip names all of data.seen"),
+        ({"measure": {"smallest_effect": {"nlll": 0.1}}}, "names 'nlll', .*Did you mean 'nll'"),
+        ({"measure": {"smallest_effect": {"accuracy": 0.1}}}, "It takes measure.choices"),
+        ({"measure": {"smallest_effect": {"nll": 0}}}, "smallest_effect.nll: 0.* is not above 0"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_run(
