@@ -98,7 +98,7 @@ class Effects:
     """Differences of arms to the baseline, with uncertainty from all that is drawn.
 
     Args:
-      arms: by name, with the baseline.
+      arms: by name, with the baseline; at least one.
       baseline: the name of the arm that is subtracted.
       base: the row of the model before training; None where there is none.
       other_languages: by default, count languages as drawn, for claims about others.
@@ -119,6 +119,16 @@ class Effects:
             name: {seed: unpack_examples(row, base, arm.part) for seed, row in arm.rows.items()}
             for name, arm in arms.items()
         }
+
+    @property
+    def row(self) -> Row:
+        """One of the rows, all of which are of the same languages and measures."""
+        return next(iter(next(iter(self.arms.values())).rows.values()))
+
+    @property
+    def part(self) -> str:
+        """Which part of the held-out examples is reported, of all arms."""
+        return next(iter(self.arms.values())).part
 
     @property
     def of_examples(self) -> bool:

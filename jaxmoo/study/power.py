@@ -70,14 +70,13 @@ def noise(effects: Effects, measure: str, group: str) -> Noise:
             between = (one.by_language - one.by_both) / one.seeds
             spread = max(0.0, between / one.languages - within)
         own.append((max(0.0, one.by_seed / one.languages - one.by_run), spread))
-    row = next(iter(effects.arms[names[0]].rows.values()))
-    part = effects.arms[names[0]].part
+    examples = [of[effects.part]["examples"] for of in effects.row["languages"].values()]
     return Noise(
         seeds=statistics.median(seeds for seeds, _ in own),
         languages=statistics.median(languages for _, languages in own),
         examples=statistics.median(one.examples for one in parts),
         by_run=statistics.median(one.by_run for one in parts),
-        number=round(statistics.median(of[part]["examples"] for of in row["languages"].values())),
+        number=round(statistics.median(examples)),
         of_languages=parts[0].languages,
         units=parts[0].units,
     )

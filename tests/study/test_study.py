@@ -299,8 +299,9 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
     assert main(["--config", str(copy), "--power"]) == 2
     assert "Noise is known from two seeds on" in capsys.readouterr().err
     rewrite(copy, [])
-    assert main(["--config", str(copy), "--report-only"]) == 2
-    assert "no row to report" in capsys.readouterr().err
+    for asked in ("--report-only", "--power"):
+        assert main(["--config", str(copy), asked]) == 2
+        assert "no row to report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
