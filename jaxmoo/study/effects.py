@@ -166,13 +166,12 @@ class Effects:
     def _parts(self, name: str, measure: str, group: str) -> tuple[np.ndarray, list[Influence]]:
         arm, like = self.arms[name], self.arms[self.baseline]
         seeds = self.seeds(name)
-        row = arm.rows[seeds[0]]
         if group == "worst":
             ours, theirs = arm.scores(measure, group), like.scores(measure, group)
             differences = np.array([[ours[seed] - theirs[seed]] for seed in seeds])
-            codes = list(row["languages"])
+            codes = list(self.row["languages"])
         else:
-            codes = list(row[group]) if group in GROUPS else [group]
+            codes = list(self.row[group]) if group in GROUPS else [group]
             columns = [
                 (arm.language(measure, code), like.language(measure, code)) for code in codes
             ]
@@ -182,27 +181,21 @@ class Effects:
         if any(len(side) < len(seeds) for side in examples):
             return differences, []
         influences = []
+        worst = [one.worst_languages(measure) for one in (arm, like)] if group == "worst" else []
         for code in codes:
             a, b = (np.array([_influence(measure, one[code]) for one in side]) for side in examples)
-            if group == "worst":
+            if worst:
                 # Only the worst language counts, which may be another one in each run.
                 a, b = (
-                    one * np.array([[code == self._worst(which, measure, seed)] for seed in seeds])
-                    for one, which in ((a, name), (b, self.baseline))
+                    one * np.array([[code == found[seed]] for seed in seeds])
+                    for one, found in zip((a, b), worst, strict=True)
                 )
             influences.append(Influence(a - b, examples[0][0][code].units))
-        if group == "worst":
+        if worst:
             values = np.hstack([one.values for one in influences])
             units = [unit for one in influences for unit in one.units]
             influences = [Influence(values, units)]
         return differences, influences
-
-    def _worst(self, name: str, measure: str, seed: int) -> str:
-        arm = self.arms[name]
-        scores = {
-            code: parts[arm.part][measure] for code, parts in arm.rows[seed]["languages"].items()
-        }
-        return (min if MEASURES[measure].higher_is_better else max)(scores, key=scores.__getitem__)
 
 
 def _influence(measure: str, result: LanguageResult) -> np.ndarray:

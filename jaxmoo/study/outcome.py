@@ -41,6 +41,13 @@ class Arm(NamedTuple):
         found = {seed: summary(row, self.part)[measure] for seed, row in self.rows.items()}
         return {seed: one[group] for seed, one in found.items() if group in one}
 
+    def worst_languages(self, measure: str) -> dict[int, str]:
+        """By seed, the language that is worst by a measure."""
+        return {
+            seed: summary(row, self.part)[measure]["worst_language"]
+            for seed, row in self.rows.items()
+        }
+
     def language(self, measure: str, code: str) -> dict[int, float]:
         """By seed, a measure of one language."""
         return {seed: row["languages"][code][self.part][measure] for seed, row in self.rows.items()}

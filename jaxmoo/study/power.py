@@ -13,6 +13,7 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.study.effects import Effects
+from jaxmoo.study.statistics import satterthwaite
 
 __all__ = ["Noise", "detectable", "noise", "power_section"]
 
@@ -106,11 +107,9 @@ def detectable(found: Noise, seeds: int, examples: int, *, equivalence: bool = F
         (found.languages, found.of_languages - 1),
         (found.examples / more, found.units * more - 1),
     ]
-    kept = [(term, free) for term, free in terms if term > 0]
-    variance = math.fsum(term for term, _ in kept)
+    variance, freedom = satterthwaite(terms)
     if variance == 0:
         return 0.0
-    freedom = variance**2 / math.fsum(term * term / free for term, free in kept)
     # Of equivalence both one-sided tests have to reject.
     level, power = (0.95, (1 + _POWER) / 2) if equivalence else (0.975, _POWER)
     return math.sqrt(variance) * float(special.stdtrit(freedom, [level, power]).sum())
