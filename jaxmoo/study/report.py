@@ -10,7 +10,7 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.files.atomic import replace_text
-from jaxmoo.study.answer import GROUP_NAMES, answer, headline
+from jaxmoo.study.answer import GROUP_NAMES, answer, half, headline, with_half
 from jaxmoo.study.effects import Effects, Verdict, verdicts
 from jaxmoo.study.figure import forest, language_map
 from jaxmoo.study.grid import Cell, Key
@@ -175,7 +175,7 @@ def _scores(measure: str, effects: Effects, base: Row | None) -> str:
         table.append(["before training", "", "", *values])
     for name, arm in effects.arms.items():
         found = [arm.scores(measure, group) for group in GROUPS]
-        values = [_plus_minus(mean_interval([*one.values()])) if one else "" for one in found]
+        values = [with_half(mean_interval([*one.values()])) if one else "" for one in found]
         table.append([name, f"{arm.learning_rate:g}", len(arm.rows), *values])
     better = "higher" if MEASURES[measure].higher_is_better else "lower"
     header = ["arm", "learning rate", "seeds", *_HEADS.values()]
@@ -203,10 +203,10 @@ def _difference_table(
     tested = not all(math.isnan(one.p_equivalent) for one in found.values())
     table = []
     for name, one in found.items():
-        cells: list[object] = [name, len(one.estimate.values), _signed(one.estimate)]
+        cells: list[object] = [name, len(one.estimate.values), with_half(one.estimate, "+")]
         if beside:
             other = effects.difference(name, measure, group, other_languages=drawn)
-            cells.append(_plain_half(other))
+            cells.append(half(other))
         cells += [_p(one.p), _gain(one.gain)]
         if tested:
             cells.append(_p(one.p_equivalent))
@@ -307,18 +307,6 @@ def _circumstances(rows: Sequence[Row]) -> str:
     return f"Hardware: {once([row['hardware'] for row in rows])}. Versions: {once(packages)}."
 
 
-def _plus_minus(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f}" + _half(estimate)
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.3f}" + _half(estimate)
-
-
-def _plain_half(estimate: Estimate) -> str:
-    return f"± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""
-
-
 def _p(p: float) -> str:
     if math.isnan(p):
         return "–"
@@ -329,7 +317,3 @@ def _gain(gain: float) -> str:
     if not math.isfinite(gain):
         return "?"
     return f"{gain:.3f}" if gain > 0 else "none"
-
-
-def _half(estimate: Estimate) -> str:
-    return f" ± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""
