@@ -96,7 +96,6 @@ class StudyConfig:
         "Share of the held-out examples by which learning rates are chosen; the others are "
         "reported. With one learning rate nothing is chosen and all are reported.",
         within=Range(above=0, below=1),
-        free=True,
     )
     keep_runs: bool = setting(
         False,

@@ -136,6 +136,8 @@ def _settings(study: StudyConfig, config: Config) -> dict[str, Any]:
     decisive["measure.max_examples"] = study.measure.max_examples
     if study.measure.skip:  # rows from before there was this setting are without it
         decisive["measure.skip"] = study.measure.skip
+    if study.tune != schema.leaves(StudyConfig)["tune"].default:  # nor was it kept in rows
+        decisive["tune"] = study.tune
     return decisive
 
 

@@ -13,6 +13,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, ask
 from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.measures import measured, score
 from jaxmoo.evaluate.results import LanguageResult
+from jaxmoo.runtime.memory import named_when_full
 from jaxmoo.study.examples import PARTS, members, pack_examples, reported_part
 from jaxmoo.train.kept import Kept, corpus_key, weights_key
 from jaxmoo.train.setup import Setup
@@ -38,8 +39,10 @@ def measure(
 
     Raises:
       DataError: a part has no examples.
+      MemoryFullError: memory has run out.
     """
-    results = _answers(study, config, setup, params, kept)
+    with named_when_full("Use a smaller measure.batch_size."):
+        results = _answers(study, config, setup, params, kept)
     return {
         "seen": [code for code in config.data.seen if code in results],
         "unseen": config.data.unseen,

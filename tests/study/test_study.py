@@ -255,6 +255,8 @@ def test_other_settings_are_refused_by_name(copy, capsys):
     assert "resolve.match_norm: true -> false" in capsys.readouterr().err
     assert main(["--config", str(copy), "measure.choices=law,travel", "--report-only"]) == 2
     assert "measure.choices:" in capsys.readouterr().err
+    assert main(["--config", str(copy), "tune=0.3", "--report-only"]) == 2
+    assert "tune: null -> 0.3" in capsys.readouterr().err
     assert (copy.parent / "study" / "rows.jsonl").read_bytes() == before
 
 
