@@ -40,7 +40,7 @@ def with_half(estimate: Estimate, sign: str = "") -> str:
 def by_kind(found: Mapping[str, Verdict]) -> dict[str, list[str]]:
     """Return the arms of each kind of verdict, the best mean first."""
     kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for name in sorted(found, key=lambda name: -(found[name].gain - found[name].estimate.half)):
+    for name in sorted(found, key=lambda name: -found[name].mean_gain):
         kinds[found[name].kind].append(name)
     return kinds
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmoo.evaluate.measures import MEASURES
+from jaxmoo.evaluate.measures import MEASURES, quotient
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.study.examples import unpack_examples
 from jaxmoo.study.outcome import GROUPS, Arm
@@ -37,16 +37,28 @@ class Verdict(NamedTuple):
       p: of the test that there is none, adjusted for the number of arms.
       p_equivalent: of the test that it is the smallest effect or more, adjusted likewise; not a
         number where no smallest effect is set.
-      gain: the largest gain within the 95 % interval: how much the arm may still be worth; 0 or
-        below where any gain is excluded.
+      higher_is_better: the measure's direction.
       kind: one of `KINDS`.
     """
 
     estimate: Estimate
     p: float
     p_equivalent: float
-    gain: float
+    higher_is_better: bool
     kind: str
+
+    @property
+    def mean_gain(self) -> float:
+        """How much better the arm is: the mean difference, whatever the measure's direction."""
+        return self.estimate.mean if self.higher_is_better else -self.estimate.mean
+
+    @property
+    def gain(self) -> float:
+        """How much the arm may still be worth: the largest gain within the 95 % interval.
+
+        It is 0 or below where any gain is excluded.
+        """
+        return self.mean_gain + self.estimate.half
 
 
 def verdicts(
@@ -90,7 +102,7 @@ def verdicts(
             kind = "not better"
         else:
             kind = "undecided"
-        found[arm] = Verdict(estimates[arm], p[arm], equal[arm], gain.high, kind)
+        found[arm] = Verdict(estimates[arm], p[arm], equal[arm], higher_is_better, kind)
     return found
 
 
@@ -200,9 +212,6 @@ class Effects:
 
 def _influence(measure: str, result: LanguageResult) -> np.ndarray:
     """How much each example moves a score: the first order of leaving it in."""
-    what = MEASURES[measure]
-    above = np.asarray(result.columns[what.numerator], np.float64)
-    below = np.ones_like(above)
-    if what.denominator is not None:
-        below = np.asarray(result.columns[what.denominator], np.float64)
-    return what.scale * (above - above.sum() / below.sum() * below) / below.sum()
+    above, below = quotient(result.columns, measure)
+    scale = MEASURES[measure].scale
+    return scale * (above - above.sum() / below.sum() * below) / below.sum()

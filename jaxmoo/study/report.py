@@ -19,7 +19,7 @@ from jaxmoo.study.power import power_section
 from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
 from jaxmoo.study.statistics import LEAST, Estimate, mean_interval
 
-__all__ = ["main_measure", "write_power", "write_report"]
+__all__ = ["write_power", "write_report"]
 
 # Per measure and group of languages, by arm.
 Found = Mapping[tuple[str, str], Mapping[str, Verdict]]
@@ -48,7 +48,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     parts = [_about(study, cells, stored, effects)]
     if effects.others():
         found = _verdicts(effects, measures, study)
-        main = main_measure(study, measures)
+        main = _main_measure(study, measures)
         smallest = study.measure.smallest_effect.get(main)
         parts.insert(0, answer(found, main, study.baseline, smallest))
         forest(
@@ -60,7 +60,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
             study.baseline, store.directory / "languages.svg",
         )  # fmt: skip
         parts.append(f"![{headline(found[main, 'seen'], study.baseline)}](forest.svg)")
-        parts.append(_reading(study, effects, cells))
+        parts.append(_reading(effects, cells))
         parts += [_difference_tables(measure, found, effects) for measure in measures]
         parts.append("![Differences by language](languages.svg)")
         if any(len(effects.seeds(name)) > 1 for name in effects.others()):
@@ -114,7 +114,7 @@ def _effects(
     return Effects(arms, study.baseline, base_row(rows), other_languages=drawn)
 
 
-def main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
+def _main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
     """Return the measure that answers the question: the first that has a smallest effect."""
     return next((name for name in study.measure.smallest_effect if name in measures), measures[0])
 
@@ -216,11 +216,11 @@ def _difference_table(
     return text_table(header, table)
 
 
-def _reading(study: StudyConfig, effects: Effects, cells: Sequence[Cell]) -> str:
+def _reading(effects: Effects, cells: Sequence[Cell]) -> str:
     count = len(effects.others())
     parallel = cells[0].config.data.columns.group is not None
     few = [group for group in ("seen", "unseen") if 0 < len(effects.row[group]) < LEAST]
-    parts = [f"Differences to {study.baseline} are paired by seed, ± half of the 95 % interval."]
+    parts = [f"Differences to {effects.baseline} are paired by seed, ± half of the 95 % interval."]
     parts.append(
         "It counts seeds, languages and held-out examples as drawn from more of their kind; *± "
         "given languages* counts seeds and examples only, for a claim about these very languages."
