@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> 
     options = _parser(prog).parse_intermixed_args(arguments)
     if options.max_runs is not None and options.max_runs < 1:
         raise ConfigError(f"--max-runs takes a positive number, found {options.max_runs}.")
-    study = load_study(options.config, options.overrides)
     if options.jobs < 1:
         raise ConfigError(f"--jobs takes a positive number, found {options.jobs}.")
     if options.jobs > 1 and options.max_runs is not None:
         raise ConfigError("--max-runs is for one process: leave out --jobs.")
+    study = load_study(options.config, options.overrides)
     for arm in options.arms or ():
         if arm not in study.arms:
             raise ConfigError(

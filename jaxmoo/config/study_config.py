@@ -96,7 +96,6 @@ class StudyConfig:
         "Share of the held-out examples by which learning rates are chosen; the others are "
         "reported. With one learning rate nothing is chosen and all are reported.",
         within=Range(above=0, below=1),
-        free=True,
     )
     keep_runs: bool = setting(
         False,
@@ -162,6 +161,11 @@ def _problems(study: StudyConfig) -> list[str]:
         f"learning_rates: {rate} is not above 0 and finite."
         for rate in study.learning_rates
         if rate not in Range(above=0)
+    ]
+    problems += [
+        f"measure.smallest_effect.{name}: {effect} is not above 0 and finite."
+        for name, effect in study.measure.smallest_effect.items()
+        if effect not in Range(above=0)
     ]
     own = {"seed": "seeds", "output": "output", "optimizer.learning_rate": "learning_rates"}
     sections = {"training": list(study.training)}

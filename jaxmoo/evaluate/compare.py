@@ -19,7 +19,7 @@ from jaxmoo.evaluate.intervals import (
     mean_proportion_difference,
     studentised_mean,
 )
-from jaxmoo.evaluate.measures import MEASURES, measured, score
+from jaxmoo.evaluate.measures import MEASURES, measured, quotient, score
 from jaxmoo.evaluate.results import LanguageResult, Results
 
 __all__ = ["Comparison", "Row", "compare"]
@@ -157,12 +157,8 @@ def _same_denominator(name: str, a: LanguageResult, b: LanguageResult) -> bool:
 
 def _apart(name: str, pair: tuple[LanguageResult, LanguageResult]) -> Differences:
     """What the two differ by on every example."""
-    measure, first = MEASURES[name], pair[0]
-    a, b = (np.asarray(one.columns[measure.numerator], np.float64) for one in pair)
-    below = np.ones(len(a))
-    if measure.denominator is not None:
-        below = np.asarray(first.columns[measure.denominator], np.float64)
-    return Differences(measure.scale * (b - a), below, first.units)
+    (a, below), (b, _) = (quotient(one.columns, name) for one in pair)
+    return Differences(MEASURES[name].scale * (b - a), below, pair[0].units)
 
 
 def _row(

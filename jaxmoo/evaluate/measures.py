@@ -15,7 +15,15 @@ import numpy as np
 from jaxmoo.data.table import text_table
 from jaxmoo.evaluate.intervals import proportion
 
-__all__ = ["MEASURES", "Measure", "measured", "score", "summarise_measures", "summary_table"]
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "measured",
+    "quotient",
+    "score",
+    "summarise_measures",
+    "summary_table",
+]
 
 
 class Measure(NamedTuple):
@@ -73,6 +81,27 @@ def score(columns: Columns, name: str) -> float:
     below = len(values) if measure.denominator is None else math.fsum(columns[measure.denominator])
     # Exactly rounded, so that the order of the examples leaves no trace.
     return measure.scale * math.fsum(values) / below
+
+
+def quotient(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a measure sums of each example, and what it divides the sum by the sum of.
+
+    Args:
+      columns: numbers per example, by name.
+      name: one of `MEASURES`.
+
+    Returns:
+      Two arrays [examples], the second of ones where a measure is a mean over examples.
+
+    Example:
+      >>> [one.tolist() for one in quotient({"correct": [1, 0]}, "accuracy")]
+      [[1.0, 0.0], [1.0, 1.0]]
+    """
+    measure = MEASURES[name]
+    above = np.asarray(columns[measure.numerator], np.float64)
+    if measure.denominator is None:
+        return above, np.ones_like(above)
+    return above, np.asarray(columns[measure.denominator], np.float64)
 
 
 def summarise_measures(

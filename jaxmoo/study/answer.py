@@ -9,7 +9,7 @@ from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.study.effects import KINDS, Verdict
 from jaxmoo.study.statistics import LEAST, Estimate
 
-__all__ = ["GROUP_NAMES", "answer", "by_kind", "headline"]
+__all__ = ["GROUP_NAMES", "answer", "by_kind", "half", "headline", "with_half"]
 
 GROUP_NAMES = {
     "seen": "mean of the languages trained on",
@@ -18,10 +18,29 @@ GROUP_NAMES = {
 }
 
 
+def half(estimate: Estimate) -> str:
+    """Show half the width of a 95 % interval; nothing where there is none."""
+    return f"± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""
+
+
+def with_half(estimate: Estimate, sign: str = "") -> str:
+    """Show a mean with half of its 95 % interval.
+
+    Args:
+      estimate: the mean.
+      sign: ``+`` to show a plus, too.
+
+    Example:
+      >>> with_half(Estimate(0.03, 0.004, 9, ()), "+")
+      '+0.030 ± 0.009'
+    """
+    return f"{estimate.mean:{sign}.3f} {half(estimate)}".rstrip()
+
+
 def by_kind(found: Mapping[str, Verdict]) -> dict[str, list[str]]:
     """Return the arms of each kind of verdict, the best mean first."""
     kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for name in sorted(found, key=lambda name: -(found[name].gain - found[name].estimate.half)):
+    for name in sorted(found, key=lambda name: -found[name].mean_gain):
         kinds[found[name].kind].append(name)
     return kinds
 
@@ -131,11 +150,7 @@ def _short(found: Mapping[str, Verdict], group: str) -> str:
 
 
 def _listed(names: Sequence[str], found: Mapping[str, Verdict]) -> str:
-    return ", ".join(f"{name} ({_signed(found[name].estimate)})" for name in names)
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.3f} ± {estimate.half:.3f}"
+    return ", ".join(f"{name} ({with_half(found[name].estimate, '+')})" for name in names)
 
 
 def _are(names: Sequence[str]) -> str:

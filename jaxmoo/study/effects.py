@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmoo.evaluate.measures import MEASURES
+from jaxmoo.evaluate.measures import MEASURES, quotient
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.study.examples import unpack_examples
 from jaxmoo.study.outcome import GROUPS, Arm
@@ -37,16 +37,28 @@ class Verdict(NamedTuple):
       p: of the test that there is none, adjusted for the number of arms.
       p_equivalent: of the test that it is the smallest effect or more, adjusted likewise; not a
         number where no smallest effect is set.
-      gain: the largest gain within the 95 % interval: how much the arm may still be worth; 0 or
-        below where any gain is excluded.
+      higher_is_better: the measure's direction.
       kind: one of `KINDS`.
     """
 
     estimate: Estimate
     p: float
     p_equivalent: float
-    gain: float
+    higher_is_better: bool
     kind: str
+
+    @property
+    def mean_gain(self) -> float:
+        """How much better the arm is: the mean difference, whatever the measure's direction."""
+        return self.estimate.mean if self.higher_is_better else -self.estimate.mean
+
+    @property
+    def gain(self) -> float:
+        """How much the arm may still be worth: the largest gain within the 95 % interval.
+
+        It is 0 or below where any gain is excluded.
+        """
+        return self.mean_gain + self.estimate.half
 
 
 def verdicts(
@@ -90,7 +102,7 @@ def verdicts(
             kind = "not better"
         else:
             kind = "undecided"
-        found[arm] = Verdict(estimates[arm], p[arm], equal[arm], gain.high, kind)
+        found[arm] = Verdict(estimates[arm], p[arm], equal[arm], higher_is_better, kind)
     return found
 
 
@@ -98,7 +110,7 @@ class Effects:
     """Differences of arms to the baseline, with uncertainty from all that is drawn.
 
     Args:
-      arms: by name, with the baseline.
+      arms: by name, with the baseline; at least one.
       baseline: the name of the arm that is subtracted.
       base: the row of the model before training; None where there is none.
       other_languages: by default, count languages as drawn, for claims about others.
@@ -119,6 +131,16 @@ class Effects:
             name: {seed: unpack_examples(row, base, arm.part) for seed, row in arm.rows.items()}
             for name, arm in arms.items()
         }
+
+    @property
+    def row(self) -> Row:
+        """One of the rows, all of which are of the same languages and measures."""
+        return next(iter(next(iter(self.arms.values())).rows.values()))
+
+    @property
+    def part(self) -> str:
+        """Which part of the held-out examples is reported, of all arms."""
+        return next(iter(self.arms.values())).part
 
     @property
     def of_examples(self) -> bool:
@@ -156,13 +178,12 @@ class Effects:
     def _parts(self, name: str, measure: str, group: str) -> tuple[np.ndarray, list[Influence]]:
         arm, like = self.arms[name], self.arms[self.baseline]
         seeds = self.seeds(name)
-        row = arm.rows[seeds[0]]
         if group == "worst":
             ours, theirs = arm.scores(measure, group), like.scores(measure, group)
             differences = np.array([[ours[seed] - theirs[seed]] for seed in seeds])
-            codes = list(row["languages"])
+            codes = list(self.row["languages"])
         else:
-            codes = list(row[group]) if group in GROUPS else [group]
+            codes = list(self.row[group]) if group in GROUPS else [group]
             columns = [
                 (arm.language(measure, code), like.language(measure, code)) for code in codes
             ]
@@ -172,34 +193,25 @@ class Effects:
         if any(len(side) < len(seeds) for side in examples):
             return differences, []
         influences = []
+        worst = [one.worst_languages(measure) for one in (arm, like)] if group == "worst" else []
         for code in codes:
             a, b = (np.array([_influence(measure, one[code]) for one in side]) for side in examples)
-            if group == "worst":
+            if worst:
                 # Only the worst language counts, which may be another one in each run.
                 a, b = (
-                    one * np.array([[code == self._worst(which, measure, seed)] for seed in seeds])
-                    for one, which in ((a, name), (b, self.baseline))
+                    one * np.array([[code == found[seed]] for seed in seeds])
+                    for one, found in zip((a, b), worst, strict=True)
                 )
             influences.append(Influence(a - b, examples[0][0][code].units))
-        if group == "worst":
+        if worst:
             values = np.hstack([one.values for one in influences])
             units = [unit for one in influences for unit in one.units]
             influences = [Influence(values, units)]
         return differences, influences
 
-    def _worst(self, name: str, measure: str, seed: int) -> str:
-        arm = self.arms[name]
-        scores = {
-            code: parts[arm.part][measure] for code, parts in arm.rows[seed]["languages"].items()
-        }
-        return (min if MEASURES[measure].higher_is_better else max)(scores, key=scores.__getitem__)
-
 
 def _influence(measure: str, result: LanguageResult) -> np.ndarray:
     """How much each example moves a score: the first order of leaving it in."""
-    what = MEASURES[measure]
-    above = np.asarray(result.columns[what.numerator], np.float64)
-    below = np.ones_like(above)
-    if what.denominator is not None:
-        below = np.asarray(result.columns[what.denominator], np.float64)
-    return what.scale * (above - above.sum() / below.sum() * below) / below.sum()
+    above, below = quotient(result.columns, measure)
+    scale = MEASURES[measure].scale
+    return scale * (above - above.sum() / below.sum() * below) / below.sum()

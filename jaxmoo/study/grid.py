@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxmoo.config import schema
-from jaxmoo.config.study_config import StudyConfig
+from jaxmoo.config.study_config import MeasureConfig, StudyConfig
 from jaxmoo.config.training import Config, load_config
 from jaxmoo.config.yaml_text import flow
-from jaxmoo.errors import ConfigError
+from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.outputs import typed_path
 
 __all__ = ["Cell", "Key", "make_cells"]
@@ -20,6 +21,9 @@ __all__ = ["Cell", "Key", "make_cells"]
 _PLACES = ("output", "model.source", "data.source", "data.subset", "data.split", "data.codes")
 # What a run of a study would leave behind for nobody.
 _LEAN = ("export=false", "report=false", "tensorboard=false", "train.gram_every=0")
+# What is measured, of `jaxmoo.evaluate.measures.MEASURES`.
+_OF_REPLIES = ("nll", "bits_per_byte")
+_OF_CHOICES = ("accuracy", "accuracy_unnormalised")
 
 
 class Key(NamedTuple):
@@ -67,7 +71,8 @@ def make_cells(study: StudyConfig) -> list[Cell]:
       One cell per arm, seed and learning rate, each with checked settings.
 
     Raises:
-      ConfigError: the base file or an arm's settings are wrong; names the arm.
+      ConfigError: the base file or an arm's settings are wrong, naming the arm; or `measure` names
+        a language or a measure that there is none of.
     """
     shared = [f"{name}={_value(value)}" for name, value in study.training.items()]
     cells, seen = [], {}
@@ -92,7 +97,29 @@ def make_cells(study: StudyConfig) -> list[Cell]:
     languages = {(*cell.config.data.seen, "|", *cell.config.data.unseen) for cell in cells}
     if len(languages) > 1:
         raise ConfigError("arms differ in data.seen or data.unseen, so they cannot be compared.")
+    _check_measure(study.measure, cells[0].config.data.seen)
     return cells
+
+
+def _check_measure(asked: MeasureConfig, seen: Sequence[str]) -> None:
+    """Raise where it names what this study does not have."""
+    for code in asked.skip:
+        if code not in seen:
+            raise ConfigError(
+                f"measure.skip names {code!r}, which is not in data.seen."
+                f"{did_you_mean(code, seen)} There are {', '.join(seen)}; a language that is not "
+                "trained on is left out of data.unseen."
+            )
+    if set(asked.skip) >= set(seen):
+        raise ConfigError("measure.skip names all of data.seen: leave one to be measured.")
+    names = _OF_REPLIES if asked.choices is None else (*_OF_REPLIES, *_OF_CHOICES)
+    for name in asked.smallest_effect:
+        if name not in names:
+            hint = " It takes measure.choices." if name in _OF_CHOICES else ""
+            raise ConfigError(
+                f"measure.smallest_effect names {name!r}, which this study does not measure."
+                f"{hint or did_you_mean(name, names)} There are {', '.join(names)}."
+            )
 
 
 def _settings(study: StudyConfig, config: Config) -> dict[str, Any]:
@@ -109,6 +136,8 @@ def _settings(study: StudyConfig, config: Config) -> dict[str, Any]:
     decisive["measure.max_examples"] = study.measure.max_examples
     if study.measure.skip:  # rows from before there was this setting are without it
         decisive["measure.skip"] = study.measure.skip
+    if study.tune != schema.leaves(StudyConfig)["tune"].default:  # nor was it kept in rows
+        decisive["tune"] = study.tune
     return decisive
 
 

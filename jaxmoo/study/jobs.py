@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from jaxmoo.config.study_config import StudyConfig
@@ -50,35 +51,33 @@ def run_side_by_side(
         found = rows_of(cells, rows)
         missing = (cell for cell in planned(study, cells, found) if cell.key not in found)
         arms = list(dict.fromkeys(cell.key.arm for cell in missing))
-        shares = [set(arms[number::jobs]) for number in range(min(jobs, len(arms)))]
-        messages = context.Queue()
-        workers = [
-            context.Process(
-                target=_work,
-                args=(study, [c for c in cells if c.key.arm in share], rows, messages),
-                kwargs={"base": number == 0},
-                daemon=True,
-            )
-            for number, share in enumerate(shares)
-        ]
+        workers: list[tuple[Connection, BaseProcess]] = []
         try:
-            for worker in workers:
+            for share in (arms[number::jobs] for number in range(min(jobs, len(arms)))):
+                messages, sent = context.Pipe(duplex=False)
+                worker = context.Process(
+                    target=_work,
+                    args=(study, [c for c in cells if c.key.arm in share], rows, sent),
+                    kwargs={"base": not workers},
+                    name=", ".join(share),
+                    daemon=True,
+                )
                 worker.start()
+                sent.close()  # so that the messages end with the process, however it ends
+                workers.append((messages, worker))
             errors = []
-            for kind, content in _received(messages, workers):
+            for kind, content in _received(workers):
                 if kind == "row":
-                    check_rows(cells, [*rows, content], store.path)
-                    store.append(content)
-                    rows.append(content)
+                    store.add(cells, content)
                 elif kind == "line":
                     say(content)
                 else:
                     say(f"Failed: {content}")
                     errors.append(content)
         finally:
-            for worker in workers:
+            for _, worker in workers:
                 worker.terminate()
-            for worker in workers:
+            for _, worker in workers:
                 worker.join(timeout=30)
                 worker.kill()
         if errors:
@@ -86,39 +85,47 @@ def run_side_by_side(
 
 
 def _work(
-    study: StudyConfig, cells: list[Cell], rows: list[Row], messages: Any, *, base: bool
+    study: StudyConfig, cells: list[Cell], rows: list[Row], messages: Connection, *, base: bool
 ) -> None:
     """What a process does."""
     from jaxmoo.study.runner import run_cells  # in whose process JAX takes the device
 
     def failed(cell: Cell, error: JaxmooError) -> None:
-        messages.put(("error", f"{cell.key}: {error}"))
+        messages.send(("error", f"{cell.key}: {error}"))
 
-    # Whoever stops this process says so.
-    with contextlib.suppress(InterruptedRunError, KeyboardInterrupt):
+    # Whoever stops this process says so; a broken pipe means that nobody writes its rows any more.
+    with contextlib.suppress(InterruptedRunError, KeyboardInterrupt, BrokenPipeError):
         run_cells(
             study,
             cells,
             rows,
-            lambda row: messages.put(("row", row)),
+            lambda row: messages.send(("row", row)),
             base=base,
             failed=failed,
-            say=lambda line: messages.put(("line", line)),
+            say=lambda line: messages.send(("line", line)),
         )
 
 
-def _received(messages: Any, workers: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """What processes say, until all have ended."""
-    while True:
-        ended = not any(worker.is_alive() for worker in workers)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                yield messages.get(timeout=0.1 if ended else 1)
-        if ended:
-            break
-    for number, worker in enumerate(workers, 1):
-        if worker.exitcode:
-            yield "error", f"process {number} ended with exit code {worker.exitcode}"
+def _received(workers: Sequence[tuple[Connection, BaseProcess]]) -> Iterator[tuple[str, Any]]:
+    """What processes say, until all have ended, and which of them ended before they were done."""
+    left = dict(workers)
+    while left:
+        for messages in wait(list(left)):
+            assert isinstance(messages, Connection)
+            try:
+                message = messages.recv()
+            except (EOFError, OSError):
+                worker = left.pop(messages)
+                worker.join()
+                if worker.exitcode:
+                    yield (
+                        "error",
+                        f"{worker.name}: the process of these arms ended with exit code "
+                        f"{worker.exitcode}. Its finished runs are stored; the same command goes "
+                        "on with the others.",
+                    )
+                continue
+            yield message
 
 
 @contextlib.contextmanager

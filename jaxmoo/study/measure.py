@@ -13,6 +13,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, ask
 from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.measures import measured, score
 from jaxmoo.evaluate.results import LanguageResult
+from jaxmoo.runtime.memory import named_when_full
 from jaxmoo.study.examples import PARTS, members, pack_examples, reported_part
 from jaxmoo.train.kept import Kept, corpus_key, weights_key
 from jaxmoo.train.setup import Setup
@@ -38,12 +39,13 @@ def measure(
 
     Raises:
       DataError: a part has no examples.
+      MemoryFullError: memory has run out.
     """
-    results = _answers(study, config, setup, params, kept)
-    skip = study.measure.skip
+    with named_when_full("Use a smaller measure.batch_size."):
+        results = _answers(study, config, setup, params, kept)
     return {
-        "seen": [code for code in config.data.seen if code not in skip],
-        "unseen": [code for code in config.data.unseen if code not in skip],
+        "seen": [code for code in config.data.seen if code in results],
+        "unseen": config.data.unseen,
         "data": {code: one.data for code, one in results.items()},
         "languages": {code: _parts(code, one, study.tune) for code, one in results.items()},
         "examples": pack_examples(
@@ -66,7 +68,7 @@ def _answers(
             output=Path("study.json"),
             data=data,
             seen=[code for code in data.seen if code not in asked.skip],
-            unseen=[code for code in data.unseen if code not in asked.skip],
+            unseen=data.unseen,
             held_out=True,
             choices=asked.choices,
             max_examples=asked.max_examples,
@@ -77,7 +79,7 @@ def _answers(
     merge, pad_id = setup.merge, setup.batches.pad_id
     evaluator = kept.part(
         "measuring",
-        (weights_key(config), asked.batch_size, pad_id),
+        weights_key(config),
         lambda: Evaluator(
             lambda weights: merge(*weights),
             setup.device_mesh,

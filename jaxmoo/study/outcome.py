@@ -12,7 +12,7 @@ from jaxmoo.study.examples import reported_part
 from jaxmoo.study.grid import Cell, Key
 from jaxmoo.study.rows import Row
 
-__all__ = ["GROUPS", "Arm", "chosen_rate", "outcomes", "planned", "summary"]
+__all__ = ["GROUPS", "Arm", "chosen_rate", "measures_of", "outcomes", "planned", "summary"]
 
 GROUPS = ("seen", "unseen", "worst")
 
@@ -40,6 +40,13 @@ class Arm(NamedTuple):
         """By seed, a measure's mean over seen or unseen languages, or of the worst language."""
         found = {seed: summary(row, self.part)[measure] for seed, row in self.rows.items()}
         return {seed: one[group] for seed, one in found.items() if group in one}
+
+    def worst_languages(self, measure: str) -> dict[int, str]:
+        """By seed, the language that is worst by a measure."""
+        return {
+            seed: summary(row, self.part)[measure]["worst_language"]
+            for seed, row in self.rows.items()
+        }
 
     def language(self, measure: str, code: str) -> dict[int, float]:
         """By seed, a measure of one language."""
@@ -151,7 +158,7 @@ def outcomes(study: StudyConfig, rows: Mapping[Key, Row]) -> dict[str, Arm]:
     return found
 
 
-def measures_of(rows: Sequence[Row]) -> list[str]:
-    """Names of the measures that rows have, in the order of `MEASURES`."""
-    first = next(iter(rows[0]["languages"].values()))["all"]
+def measures_of(row: Row) -> list[str]:
+    """Names of the measures that a row has, in the order of `MEASURES`."""
+    first = next(iter(row["languages"].values()))["all"]
     return [name for name in MEASURES if name in first]

@@ -13,6 +13,7 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.study.effects import Effects
+from jaxmoo.study.statistics import satterthwaite
 
 __all__ = ["Noise", "detectable", "noise", "power_section"]
 
@@ -70,14 +71,13 @@ def noise(effects: Effects, measure: str, group: str) -> Noise:
             between = (one.by_language - one.by_both) / one.seeds
             spread = max(0.0, between / one.languages - within)
         own.append((max(0.0, one.by_seed / one.languages - one.by_run), spread))
-    row = next(iter(effects.arms[names[0]].rows.values()))
-    part = effects.arms[names[0]].part
+    examples = [of[effects.part]["examples"] for of in effects.row["languages"].values()]
     return Noise(
         seeds=statistics.median(seeds for seeds, _ in own),
         languages=statistics.median(languages for _, languages in own),
         examples=statistics.median(one.examples for one in parts),
         by_run=statistics.median(one.by_run for one in parts),
-        number=round(statistics.median(of[part]["examples"] for of in row["languages"].values())),
+        number=round(statistics.median(examples)),
         of_languages=parts[0].languages,
         units=parts[0].units,
     )
@@ -107,11 +107,9 @@ def detectable(found: Noise, seeds: int, examples: int, *, equivalence: bool = F
         (found.languages, found.of_languages - 1),
         (found.examples / more, found.units * more - 1),
     ]
-    kept = [(term, free) for term, free in terms if term > 0]
-    variance = math.fsum(term for term, _ in kept)
+    variance, freedom = satterthwaite(terms)
     if variance == 0:
         return 0.0
-    freedom = variance**2 / math.fsum(term * term / free for term, free in kept)
     # Of equivalence both one-sided tests have to reject.
     level, power = (0.95, (1 + _POWER) / 2) if equivalence else (0.975, _POWER)
     return math.sqrt(variance) * float(special.stdtrit(freedom, [level, power]).sum())

@@ -10,16 +10,16 @@ from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.files.atomic import replace_text
-from jaxmoo.study.answer import GROUP_NAMES, answer, headline
+from jaxmoo.study.answer import GROUP_NAMES, answer, half, headline, with_half
 from jaxmoo.study.effects import Effects, Verdict, verdicts
 from jaxmoo.study.figure import forest, language_map
-from jaxmoo.study.grid import Cell
+from jaxmoo.study.grid import Cell, Key
 from jaxmoo.study.outcome import GROUPS, Arm, measures_of, outcomes, summary
 from jaxmoo.study.power import power_section
 from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
 from jaxmoo.study.statistics import LEAST, Estimate, mean_interval
 
-__all__ = ["main_measure", "write_power", "write_report"]
+__all__ = ["write_power", "write_report"]
 
 # Per measure and group of languages, by arm.
 Found = Mapping[tuple[str, str], Mapping[str, Verdict]]
@@ -43,20 +43,12 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
       ConfigError: rows are not of this study.
     """
     rows = store.read()
-    check_rows(cells, rows, store.path)
-    stored = rows_of(cells, rows)
-    arms = outcomes(study, stored)
-    if not arms:
-        raise DataError(
-            f"{store.path} has no row to report: no arm has a seed with all learning rates "
-            f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}). Run the study first."
-        )
-    measures = measures_of([row for arm in arms.values() for row in arm.rows.values()])
-    effects = _effects(study, arms, rows)
-    parts = [_about(study, cells, stored, arms)]
+    effects = _effects(study, cells, rows, store)
+    arms, measures, stored = effects.arms, measures_of(effects.row), rows_of(cells, rows)
+    parts = [_about(study, cells, stored, effects)]
     if effects.others():
         found = _verdicts(effects, measures, study)
-        main = main_measure(study, measures)
+        main = _main_measure(study, measures)
         smallest = study.measure.smallest_effect.get(main)
         parts.insert(0, answer(found, main, study.baseline, smallest))
         forest(
@@ -64,16 +56,16 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
             main, study.baseline, smallest, store.directory / "forest.svg",
         )  # fmt: skip
         language_map(
-            _by_language(effects, main), *_languages(arms), main, study.baseline,
-            store.directory / "languages.svg",
+            _by_language(effects, main), effects.row["seen"], effects.row["unseen"], main,
+            study.baseline, store.directory / "languages.svg",
         )  # fmt: skip
         parts.append(f"![{headline(found[main, 'seen'], study.baseline)}](forest.svg)")
-        parts.append(_reading(study, effects, cells))
+        parts.append(_reading(effects, cells))
         parts += [_difference_tables(measure, found, effects) for measure in measures]
         parts.append("![Differences by language](languages.svg)")
         if any(len(effects.seeds(name)) > 1 for name in effects.others()):
             parts.append(power_section(effects, main, "seen"))
-    parts += [_scores(measure, arms, base_row(rows)) for measure in measures]
+    parts += [_scores(measure, effects, base_row(rows)) for measure in measures]
     if any(arm.tuned for arm in arms.values()):
         parts.append(_rates(study, arms))
     parts.append(_costs(arms))
@@ -98,11 +90,8 @@ def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> s
       DataError: there are too few rows.
       ConfigError: rows are not of this study.
     """
-    rows = store.read()
-    check_rows(cells, rows, store.path)
-    arms = outcomes(study, rows_of(cells, rows))
-    measures = measures_of([row for arm in arms.values() for row in arm.rows.values()] or rows)
-    effects = _effects(study, arms, rows)
+    effects = _effects(study, cells, store.read(), store)
+    measures = measures_of(effects.row)
     wanted = [name for name in measures if name in study.measure.smallest_effect]
     return "\n\n".join(
         power_section(effects, measure, group)
@@ -111,19 +100,27 @@ def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> s
     )
 
 
-def _effects(study: StudyConfig, arms: Mapping[str, Arm], rows: Sequence[Row]) -> Effects:
+def _effects(
+    study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row], store: RowStore
+) -> Effects:
+    check_rows(cells, rows, store.path)
+    arms = outcomes(study, rows_of(cells, rows))
+    if not arms:
+        raise DataError(
+            f"{store.path} has no row to report: no arm has a seed with all learning rates "
+            f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}). Run the study first."
+        )
     drawn = study.measure.other_languages
     return Effects(arms, study.baseline, base_row(rows), other_languages=drawn)
 
 
-def main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
+def _main_measure(study: StudyConfig, measures: Sequence[str]) -> str:
     """Return the measure that answers the question: the first that has a smallest effect."""
     return next((name for name in study.measure.smallest_effect if name in measures), measures[0])
 
 
 def _verdicts(effects: Effects, measures: Sequence[str], study: StudyConfig) -> Found:
     """Per measure and group, what every other arm's difference shows."""
-    row = next(iter(next(iter(effects.arms.values())).rows.values()))
     return {
         (measure, group): verdicts(
             {name: effects.difference(name, measure, group) for name in effects.others()},
@@ -132,20 +129,19 @@ def _verdicts(effects: Effects, measures: Sequence[str], study: StudyConfig) -> 
         )
         for measure in measures
         for group in GROUPS
-        if group == "worst" or row[group]
+        if group == "worst" or effects.row[group]
     }
 
 
 def _about(
-    study: StudyConfig, cells: Sequence[Cell], stored: Mapping, arms: Mapping[str, Arm]
+    study: StudyConfig, cells: Sequence[Cell], stored: Mapping[Key, Row], effects: Effects
 ) -> str:
-    first = next(iter(arms.values()))
-    row = next(iter(first.rows.values()))
-    examples = [parts[first.part]["examples"] for parts in row["languages"].values()]
+    row, part = effects.row, effects.part
+    examples = [parts[part]["examples"] for parts in row["languages"].values()]
     spread = f"{min(examples)} to {max(examples)}" if len(set(examples)) > 1 else f"{examples[0]}"
     lines = [
         f"{len(stored)} of {len(cells)} runs. Scores are of {spread} held-out examples per language"
-        + (" that learning rates were not chosen by" if first.part == "report" else "")
+        + (" that learning rates were not chosen by" if part == "report" else "")
         + f"; seen: {', '.join(row['seen'])}"
         + (f"; unseen: {', '.join(row['unseen'])}." if row["unseen"] else ".")
     ]
@@ -164,29 +160,22 @@ def _about(
 
 def _by_language(effects: Effects, measure: str) -> dict[str, dict[str, Estimate]]:
     """Per arm, every language's difference to the baseline."""
-    codes = [code for group in _languages(effects.arms) for code in group]
+    codes = [*effects.row["seen"], *effects.row["unseen"]]
     return {
         name: {code: effects.difference(name, measure, code) for code in codes}
         for name in effects.others()
     }
 
 
-def _languages(arms: Mapping[str, Arm]) -> tuple[list[str], list[str]]:
-    """Those seen, and those unseen."""
-    row = next(iter(next(iter(arms.values())).rows.values()))
-    return row["seen"], row["unseen"]
-
-
-def _scores(measure: str, arms: Mapping[str, Arm], base: Row | None) -> str:
+def _scores(measure: str, effects: Effects, base: Row | None) -> str:
     table = []
-    first = next(iter(arms.values()))
     if base is not None:
-        scores = summary(base, first.part)[measure]
+        scores = summary(base, effects.part)[measure]
         values = [f"{scores[group]:.3f}" if group in scores else "" for group in GROUPS]
         table.append(["before training", "", "", *values])
-    for name, arm in arms.items():
+    for name, arm in effects.arms.items():
         found = [arm.scores(measure, group) for group in GROUPS]
-        values = [_plus_minus(mean_interval([*one.values()])) if one else "" for one in found]
+        values = [with_half(mean_interval([*one.values()])) if one else "" for one in found]
         table.append([name, f"{arm.learning_rate:g}", len(arm.rows), *values])
     better = "higher" if MEASURES[measure].higher_is_better else "lower"
     header = ["arm", "learning rate", "seeds", *_HEADS.values()]
@@ -214,10 +203,10 @@ def _difference_table(
     tested = not all(math.isnan(one.p_equivalent) for one in found.values())
     table = []
     for name, one in found.items():
-        cells: list[object] = [name, len(one.estimate.values), _signed(one.estimate)]
+        cells: list[object] = [name, len(one.estimate.values), with_half(one.estimate, "+")]
         if beside:
             other = effects.difference(name, measure, group, other_languages=drawn)
-            cells.append(_plain_half(other))
+            cells.append(half(other))
         cells += [_p(one.p), _gain(one.gain)]
         if tested:
             cells.append(_p(one.p_equivalent))
@@ -227,12 +216,11 @@ def _difference_table(
     return text_table(header, table)
 
 
-def _reading(study: StudyConfig, effects: Effects, cells: Sequence[Cell]) -> str:
+def _reading(effects: Effects, cells: Sequence[Cell]) -> str:
     count = len(effects.others())
     parallel = cells[0].config.data.columns.group is not None
-    row = next(iter(next(iter(effects.arms.values())).rows.values()))
-    few = [group for group in ("seen", "unseen") if 0 < len(row[group]) < LEAST]
-    parts = [f"Differences to {study.baseline} are paired by seed, ± half of the 95 % interval."]
+    few = [group for group in ("seen", "unseen") if 0 < len(effects.row[group]) < LEAST]
+    parts = [f"Differences to {effects.baseline} are paired by seed, ± half of the 95 % interval."]
     parts.append(
         "It counts seeds, languages and held-out examples as drawn from more of their kind; *± "
         "given languages* counts seeds and examples only, for a claim about these very languages."
@@ -319,18 +307,6 @@ def _circumstances(rows: Sequence[Row]) -> str:
     return f"Hardware: {once([row['hardware'] for row in rows])}. Versions: {once(packages)}."
 
 
-def _plus_minus(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f}" + _half(estimate)
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.3f}" + _half(estimate)
-
-
-def _plain_half(estimate: Estimate) -> str:
-    return f"± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""
-
-
 def _p(p: float) -> str:
     if math.isnan(p):
         return "–"
@@ -341,7 +317,3 @@ def _gain(gain: float) -> str:
     if not math.isfinite(gain):
         return "?"
     return f"{gain:.3f}" if gain > 0 else "none"
-
-
-def _half(estimate: Estimate) -> str:
-    return f" ± {estimate.half:.3f}" if math.isfinite(estimate.half) else ""

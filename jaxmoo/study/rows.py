@@ -92,8 +92,17 @@ class RowStore:
             rows.append(row)
         return rows
 
-    def append(self, row: Row) -> None:
-        """Add a row; a reader, or who comes after a crash, sees all of it or nothing."""
+    def add(self, cells: Sequence[Cell], row: Row) -> None:
+        """Add a row; a reader, or who comes after a crash, sees all of it or nothing.
+
+        Args:
+          cells: the grid.
+          row: the new one.
+
+        Raises:
+          ConfigError, DataError: as `check_rows`: a row of other examples would spoil the study.
+        """
+        check_rows(cells, [*self.read(), row], self.path)
         old = self.path.read_text("utf-8") if self.path.exists() else ""
         replace_text(self.path, old + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

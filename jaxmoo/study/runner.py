@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import platform
@@ -36,7 +37,7 @@ def run_missing(
     *,
     max_runs: int | None = None,
     say: Callable[[str], None] = print,
-) -> int:
+) -> None:
     """Run what has no row yet, in the order of the grid.
 
     A run that was interrupted goes on from its last checkpoint.
@@ -47,9 +48,6 @@ def run_missing(
       max_runs: end after so many runs; None for all.
       say: called with lines for a person to read.
 
-    Returns:
-      How many runs are still missing.
-
     Raises:
       JaxmooError: a run cannot be done, or stored rows are not of this study.
       InterruptedRunError: when asked to stop; the run at hand is saved.
@@ -58,15 +56,8 @@ def run_missing(
     with store.claim():
         rows = store.read()
         check_rows(cells, rows, store.path)
-
-        def keep(row: dict[str, Any]) -> None:
-            # Before it is stored: a row of other examples would spoil the study.
-            check_rows(cells, [*rows, row], store.path)
-            store.append(row)
-            rows.append(row)
-
+        keep = functools.partial(store.add, cells)
         run_cells(study, cells, rows, keep, max_runs=max_runs, say=say)
-        return left_of(study, cells, store.read())
 
 
 def left_of(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) -> int:
@@ -123,12 +114,12 @@ def run_cells(
         done = 0
         while (missing := todo()) and (max_runs is None or done < max_runs):
             cell = _on_day(missing[0], rows)
-            if base and base_row(rows) is None:
-                say("Measuring the model before training ...")
-                take(_measure_base(study, cell, kept))
-            more = left_of(study, cells, rows)
-            say(f"Run {done + 1} of {done + more}: {cell.key} ...")
             try:
+                if base and base_row(rows) is None:
+                    say("Measuring the model before training ...")
+                    take(_measure_base(study, cell, kept))
+                more = left_of(study, cells, rows)
+                say(f"Run {done + 1} of {done + more}: {cell.key} ...")
                 row = _run(study, _on_day(cell, rows), kept)
             except InterruptedRunError:
                 raise

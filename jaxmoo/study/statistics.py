@@ -26,7 +26,7 @@ __all__ = [
     "estimate",
     "holm",
     "mean_interval",
-    "paired_difference",
+    "satterthwaite",
     "variance_terms",
 ]
 
@@ -52,7 +52,9 @@ class Estimate(NamedTuple):
     @property
     def half(self) -> float:
         """Half the width of the 95 % interval; infinite with fewer than two seeds."""
-        return self._half(0.975)
+        if not math.isfinite(self.error):
+            return math.inf
+        return float(special.stdtrit(self.freedom, 0.975)) * self.error
 
     @property
     def low(self) -> float:
@@ -84,11 +86,6 @@ class Estimate(NamedTuple):
         """
         return self._tail(bound - abs(self.mean))
 
-    def _half(self, quantile: float) -> float:
-        if not math.isfinite(self.error):
-            return math.inf
-        return float(special.stdtrit(self.freedom, quantile)) * self.error
-
     def _tail(self, distance: float) -> float:
         """How often a mean is off by more than this to one side."""
         if len(self.values) < LEAST or not math.isfinite(self.error):
@@ -109,24 +106,6 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     mean, n = math.fsum(values) / len(values), len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     return Estimate(mean, error, n - 1, tuple(values))
-
-
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:
-    """Return the mean of ``b - a`` over the seeds that both have, with its t-interval.
-
-    Args:
-      a: by seed, the baseline.
-      b: by seed.
-
-    Returns:
-      The estimate; None when there is no common seed.
-
-    Example:
-      >>> paired_difference({1: 2.0, 2: 3.0}, {1: 2.5, 2: 3.5, 3: 9.0}).values
-      (0.5, 0.5)
-    """
-    common = [seed for seed in a if seed in b]
-    return mean_interval([b[seed] - a[seed] for seed in common]) if common else None
 
 
 class Influence(NamedTuple):
@@ -255,11 +234,28 @@ def estimate(
 def _of_terms(
     mean: float, values: tuple[float, ...], terms: Sequence[tuple[float, float]]
 ) -> Estimate:
-    variance = math.fsum(term for term, _ in terms)
+    variance, freedom = satterthwaite(terms)
     if variance <= 0:  # nothing varies, so nothing tells by how much it might
         return Estimate(mean, math.inf, 0, values)
-    freedom = variance**2 / math.fsum(term * term / free for term, free in terms)
     return Estimate(mean, math.sqrt(variance), freedom, values)
+
+
+def satterthwaite(terms: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return a variance and its degrees of freedom (Satterthwaite 1946).
+
+    Args:
+      terms: what adds up to it, each with its degrees of freedom.
+
+    Returns:
+      The sum, and how many degrees of freedom its uncertainty is like; 0 where it is all 0.
+
+    Example:
+      >>> satterthwaite([(1.0, 4.0), (1.0, 4.0)])
+      (2.0, 8.0)
+    """
+    variance = math.fsum(term for term, _ in terms)
+    spread = math.fsum(term * term / free for term, free in terms if term)
+    return variance, variance**2 / spread if spread else 0.0
 
 
 def variance_terms(parts: Components, other_languages: bool) -> list[tuple[float, float]]:

@@ -185,6 +185,9 @@ def test_verdicts_follow_the_tests():
     flipped = verdicts(found, False, 0.05)
     assert flipped["better"].kind == "worse" and flipped["worse"].kind == "better"
     assert flipped["undecided"].gain == pytest.approx(-0.02 + 0.1 * t)
+    # One seed has no interval, but its mean says which is the best.
+    single = {"low": mean_interval([0.1]), "high": mean_interval([0.2])}
+    assert by_kind(verdicts(single, True, None))["undecided"] == ["high", "low"]
     # Without a smallest effect nothing is equivalent, and from two seeds nothing is tested.
     assert verdicts({"a": found["equivalent"]}, True, None)["a"].kind == "undecided"
     two = verdicts({"a": of(0.3, 0.001, seeds=2)}, True, 0.05)["a"]

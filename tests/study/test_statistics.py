@@ -18,7 +18,6 @@ from jaxmoo.study.statistics import (
     estimate,
     holm,
     mean_interval,
-    paired_difference,
     variance_terms,
 )
 
@@ -30,7 +29,7 @@ def test_intervals_and_p_values_are_those_of_scipy(n):
     found = mean_interval(list(a))
     expected = stats.t.interval(0.95, n - 1, loc=a.mean(), scale=stats.sem(a))
     np.testing.assert_allclose([found.low, found.high], expected)
-    paired = paired_difference(dict(enumerate(a)), dict(enumerate(b)))
+    paired = mean_interval(list(b - a))
     assert paired.p == pytest.approx(stats.ttest_rel(b, a).pvalue)
     assert paired.mean == pytest.approx((b - a).mean())
     for bound in (0.1, 0.5):
@@ -46,7 +45,6 @@ def test_too_few_values_have_no_interval_and_no_test():
     assert math.isfinite(two.half) and math.isnan(two.p) and math.isnan(two.p_equivalent(9.0))
     assert mean_interval([0.0] * 3).p == 1 and mean_interval([1.0] * 3).p == 0
     assert mean_interval([1.0] * 3).p_equivalent(2.0) == 0
-    assert paired_difference({1: 1.0}, {2: 1.0}) is None
 
 
 def mean_squares(scores):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.study.examples import unpack_examples
 from jaxmoo.study.figure import language_map
 from jaxmoo.study.grid import make_cells
+from jaxmoo.study.jobs import _received
 from jaxmoo.study.statistics import mean_interval
 from jaxmoo.train.run import train
 
@@ -164,6 +168,23 @@ def test_processes_side_by_side(write_study, tmp_path, capsys):
     assert not any((file.parent / "study" / "runs").iterdir())
 
 
+def test_a_process_that_is_killed_is_reported_with_its_arms():
+    """And what it had said before is not lost, nor is what others say."""
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for name, end in (("mean, mgda", os._exit), ("pcgrad", sys.exit)):
+        messages, sent = context.Pipe(duplex=False)
+        worker = context.Process(target=end, args=(9 if end is os._exit else 0,), name=name)
+        worker.start()
+        sent.send(("line", name))
+        sent.close()
+        workers.append((messages, worker))
+    said = sorted(_received(workers))
+    assert [one for one in said if one[0] == "line"] == [("line", "mean, mgda"), ("line", "pcgrad")]
+    (error,) = (text for kind, text in said if kind == "error")
+    assert error.startswith("mean, mgda: the process of these arms ended with exit code 9.")
+
+
 def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
     of = {"en": mean_interval([-0.1, -0.2]), "tr": mean_interval([0.30, 0.32])}
     figure = language_map({"mgda": of}, ["en"], ["tr"], "nll", "mean", tmp_path / "map.svg")
@@ -234,6 +255,8 @@ def test_other_settings_are_refused_by_name(copy, capsys):
     assert "resolve.match_norm: true -> false" in capsys.readouterr().err
     assert main(["--config", str(copy), "measure.choices=law,travel", "--report-only"]) == 2
     assert "measure.choices:" in capsys.readouterr().err
+    assert main(["--config", str(copy), "tune=0.3", "--report-only"]) == 2
+    assert "tune: null -> 0.3" in capsys.readouterr().err
     assert (copy.parent / "study" / "rows.jsonl").read_bytes() == before
 
 
@@ -278,8 +301,9 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
     assert main(["--config", str(copy), "--power"]) == 2
     assert "Noise is known from two seeds on" in capsys.readouterr().err
     rewrite(copy, [])
-    assert main(["--config", str(copy), "--report-only"]) == 2
-    assert "no row to report" in capsys.readouterr().err
+    for asked in ("--report-only", "--power"):
+        assert main(["--config", str(copy), asked]) == 2
+        assert "no row to report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -298,6 +322,12 @@ def test_an_unfinished_study_says_what_is_missing(copy, capsys):
         ({"arms": {"mean": [], "b": ["data.unseen=[]"]}}, "arms differ in data.seen"),
         ({"base": "nowhere.yaml"}, "There is no config file nowhere.yaml"),
         ({"arms": ["mean"]}, "arms must be a mapping to lists"),
+        ({"measure": {"skip": ["fin"]}}, "skip names 'fin', which is not in .*Did you mean 'fi'"),
+        ({"measure": {"skip": ["tr"]}}, "skip names 'tr', .* is left out of data.unseen"),
+        ({"measure": {"skip": ["en", "fi"]}}, "skip names all of data.seen"),
+        ({"measure": {"smallest_effect": {"nlll": 0.1}}}, "names 'nlll', .*Did you mean 'nll'"),
+        ({"measure": {"smallest_effect": {"accuracy": 0.1}}}, "It takes measure.choices"),
+        ({"measure": {"smallest_effect": {"nll": 0}}}, "smallest_effect.nll: 0.* is not above 0"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_run(
