@@ -19,7 +19,14 @@ from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block
 from jaxmoo.aggregators.solved import Solved, matching, solve_block, unsolved
 from jaxmoo.blocks import Partition
-from jaxmoo.blocks.sections import Section, cut, of_sections, sum_by_block, uniform_sections
+from jaxmoo.blocks.sections import (
+    Section,
+    cut,
+    of_sections,
+    section_place,
+    sum_by_block,
+    uniform_sections,
+)
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.launch import solving_on
 from jaxmoo.kernels.reductions import (
@@ -31,6 +38,7 @@ from jaxmoo.kernels.reductions import (
     weighted_sum,
 )
 from jaxmoo.sharding import automatic, spec_of
+from jaxmoo.sketched import Sketch, sketched_grams
 
 __all__ = [
     "Group",
@@ -62,6 +70,7 @@ class Resolution(NamedTuple):
     update_norm: jax.Array  # [B]
     mean_norm: jax.Array  # [B]
     nonfinite: jax.Array  # bool [B, K]: present, but non-finite in this block
+    gram_error: jax.Array  # [B]: estimated relative error of gram; 0 where it is exact
 
 
 def group_blocks(
@@ -110,6 +119,7 @@ def resolve(
     match_norm: bool = False,
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
+    sketch: Sketch | None = None,
 ) -> Resolution:
     """Resolve per-objective gradients into one gradient per array.
 
@@ -126,6 +136,7 @@ def resolve(
         stationary to within rounding.
       second: the same gradients of an independent second batch, for aggregators that need one.
       partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
+      sketch: how Gram matrices are estimated; None for exact ones.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -141,7 +152,12 @@ def resolve(
     ) -> Resolution:
         held = [index for index, x in enumerate(leaves) if x.size]
         sections = [
-            Section(cut(x, len(labels)), labels, uniform_sections(index, x.shape[1:], len(labels)))
+            Section(
+                cut(x, len(labels)),
+                labels,
+                uniform_sections(index, x.shape[1:], len(labels)),
+                places=section_place(index, np.arange(len(labels))),
+            )
             for index, x, labels in ((i, leaves[i], part.labels[i]) for i in held)
         ]
         resolved = resolve_sections(
@@ -155,6 +171,7 @@ def resolve(
             match_norm=match_norm,
             partitioned=partitioned,
             rescale=True,
+            sketch=sketch,
             second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )
         updates = [x.reshape(x.shape[1:]) if not x.size else x for x in leaves]
@@ -182,6 +199,7 @@ def resolve_sections(
     partitioned: bool | None = None,
     platform: str | None = None,
     rescale: bool = False,
+    sketch: Sketch | None = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Resolution:
@@ -201,6 +219,8 @@ def resolve_sections(
       platform: likewise; on a GPU a solve is one kernel as well.
       rescale: whether gradients whose squares leave float32's range are scaled, in a second and
         third pass over them. Else the largest count as not finite, the smallest as zero.
+      sketch: see :func:`resolve`. The sections' values are then gradients of the objectives whose
+        weights ``sketch.own`` gives, and the updates sums over these alone.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
 
@@ -225,23 +245,40 @@ def resolve_sections(
             ]
         )
 
-    values = [s.values for s in sections]
-    grams = gram_parts(values, partitioned=partitioned, platform=platform)
-    grams = pooled(blocks_of(grams))
-    # In each block, gradients have been multiplied by it where they meet each other.
-    unit = jnp.ones(num_blocks, grams.dtype)
-    if rescale:
-        grams, unit = grams_in_range(
-            grams,
-            active,
-            lambda: jax.ops.segment_max(
-                jnp.concatenate(
-                    [section_sizes(s.values, partitioned=partitioned) for s in sections]
+    def exact() -> tuple[jax.Array, jax.Array, jax.Array]:
+        values = [s.values for s in sections]
+        grams = gram_parts(values, partitioned=partitioned, platform=platform)
+        grams = pooled(blocks_of(grams))
+        unit = jnp.ones(num_blocks, grams.dtype)
+        if rescale:
+            grams, unit = grams_in_range(
+                grams,
+                active,
+                lambda: jax.ops.segment_max(
+                    jnp.concatenate(
+                        [section_sizes(s.values, partitioned=partitioned) for s in sections]
+                    ),
+                    every,
+                    num_blocks,
                 ),
-                every,
-                num_blocks,
-            ),
-            lambda unit: scaled(unit, [None] * len(sections)),
+                lambda unit: scaled(unit, [None] * len(sections)),
+            )
+        return grams, unit, jnp.zeros_like(unit)
+
+    # In each block, gradients have been multiplied by the unit where they meet each other.
+    if sketch is None:
+        grams, unit, gram_error = exact()
+    else:
+        grams, unit, gram_error = sketched_grams(
+            sections,
+            labels,
+            numbers,
+            sketch,
+            key=key,
+            active=active,
+            platform=platform,
+            rescale=rescale,
+            total=total,
         )
     present = (jnp.diagonal(grams, axis1=1, axis2=2) != 0).any(0) if active is None else active
 
@@ -288,8 +325,9 @@ def resolve_sections(
     if rescale and not match_norm:
         weights, update_norm = weights * power[:, None], update_norm * power
     grams, used = solved.gram, present & ~solved.nonfinite
+    shares = weights if sketch is None else sketch.own(weights)
     updates = [
-        weighted_sum(s.values, of_sections(weights, n), partitioned=partitioned)
+        weighted_sum(s.values, of_sections(shares, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
     for group in groups:
@@ -326,6 +364,7 @@ def resolve_sections(
         update_norm=update_norm / unit,
         mean_norm=mean_norm / unit,
         nonfinite=solved.nonfinite,
+        gram_error=gram_error,
     )
 
 

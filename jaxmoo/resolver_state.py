@@ -18,6 +18,8 @@ from jaxmoo.resolve import Group, conflict_share
 
 __all__ = [
     "ResolveConflictsState",
+    "ResolverState",
+    "SketchedConflictsState",
     "new_state",
     "next_state",
     "normalised",
@@ -43,20 +45,43 @@ class ResolveConflictsState(NamedTuple):
     mean_norm: jax.Array  # float32 [B]: norm of the objectives' (preference-weighted) mean
     skipped: jax.Array | None  # int32 [K]: steps in which the objective was non-finite somewhere
 
+class SketchedConflictsState(NamedTuple):
+    """:class:`ResolveConflictsState` where Gram matrices are estimated from sketches."""
+
+    step: jax.Array
+    key: jax.Array
+    aggregator: Any
+    gram: jax.Array | None  # estimated, and so is what follows from it
+    weights: jax.Array | None
+    conflict: jax.Array
+    update_norm: jax.Array
+    mean_norm: jax.Array
+    skipped: jax.Array | None
+    gram_error: jax.Array  # float32 [B]: relative error of gram (Frobenius norm), itself estimated
+
+
+ResolverState = ResolveConflictsState | SketchedConflictsState
+
 
 def new_state(
-    num_blocks: int, groups: Sequence[Group], num_objectives: int | None, seed: int
-) -> ResolveConflictsState:
+    num_blocks: int,
+    groups: Sequence[Group],
+    num_objectives: int | None,
+    seed: int,
+    *,
+    sketched: bool = False,
+) -> ResolverState:
     """Return the state before the first step.
 
     Args:
       num_blocks: B.
       groups: blocks by aggregator.
       num_objectives: K, or None where it is not known.
-      seed: seed of aggregators that draw random numbers.
+      seed: seed of aggregators that draw random numbers, and of sketches.
+      sketched: whether Gram matrices are estimated.
     """
     b, k = num_blocks, num_objectives
-    return ResolveConflictsState(
+    state = ResolveConflictsState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
         aggregator=tuple(
@@ -69,6 +94,7 @@ def new_state(
         mean_norm=jnp.zeros(b, jnp.float32),
         skipped=None if k is None else jnp.zeros(k, jnp.int32),
     )
+    return SketchedConflictsState(*state, jnp.zeros(b, jnp.float32)) if sketched else state
 
 
 def seeded(state: Any, seed: int) -> Any:
@@ -86,16 +112,16 @@ def seeded(state: Any, seed: int) -> Any:
     """
 
     def with_key(x: Any) -> Any:
-        if not isinstance(x, ResolveConflictsState):
+        if not isinstance(x, ResolverState):
             return x
         key = jax.random.key_data(jax.random.key(seed))
         return x._replace(key=jax.device_put(key, x.key.sharding))
 
-    return jax.tree.map(with_key, state, is_leaf=lambda x: isinstance(x, ResolveConflictsState))
+    return jax.tree.map(with_key, state, is_leaf=lambda x: isinstance(x, ResolverState))
 
 
 def next_state(
-    state: ResolveConflictsState,
+    state: ResolverState,
     *,
     aggregator: Any,
     gram: jax.Array,
@@ -103,8 +129,9 @@ def next_state(
     update_norm: jax.Array,
     mean_norm: jax.Array,
     nonfinite: jax.Array,
+    gram_error: jax.Array,
     stop: bool,
-) -> ResolveConflictsState:
+) -> ResolverState:
     """Return the state after a step, in the types of the state before it.
 
     Args:
@@ -115,6 +142,7 @@ def next_state(
       update_norm: norms of the resolved gradients [B].
       mean_norm: norms of the mean gradients [B].
       nonfinite: [B, K], true where an objective's gradient was not finite.
+      gram_error: estimated relative errors of the Gram matrices [B].
       stop: whether a gradient that is not finite stops the program.
     """
     skipped = nonfinite.any(0)
@@ -131,10 +159,12 @@ def next_state(
         mean_norm=mean_norm,
         skipped=None if state.skipped is None else state.skipped + skipped,
     )
+    if isinstance(state, SketchedConflictsState):
+        return in_types_of(state, SketchedConflictsState(*after, gram_error))
     return in_types_of(state, after)
 
 
-def step_key(state: ResolveConflictsState) -> jax.Array:
+def step_key(state: ResolverState) -> jax.Array:
     """The PRNG key of the step that a state is before."""
     # Counters and keys of a state that was cast as a whole are integers again.
     key = jax.random.wrap_key_data(jnp.asarray(state.key).astype(jnp.uint32))

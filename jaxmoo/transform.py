@@ -18,6 +18,7 @@ from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
 from jaxmoo.resolve import Group, group_blocks, resolve
 from jaxmoo.resolver_state import new_state, next_state, normalised, step_key
+from jaxmoo.sketched import Sketch, check_sketchable, sketch_size
 
 __all__ = ["freeze", "resolve_conflicts"]
 
@@ -31,6 +32,7 @@ def resolve_conflicts(
     preference: Sequence[float] | jax.Array | None = None,
     match_norm: bool = False,
     nonfinite: Literal["skip", "raise"] = "skip",
+    gram: str = "exact",
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +64,11 @@ def resolve_conflicts(
         within rounding is left as it is.
       nonfinite: ``"skip"`` leaves a non-finite objective out of its block and counts it;
         ``"raise"`` stops the program.
-      seed: seed of aggregators that draw random numbers.
+      gram: ``"exact"``, or ``"sketch:N"`` to estimate each block's Gram matrix from random sketches
+        of N numbers per objective, fresh at every step. The combination stays exact. Of many
+        objectives that takes less work, but arrays that lie on several devices are gathered: there
+        it is a feature of :func:`jaxmoo.resolved_value_and_grad`.
+      seed: seed of aggregators that draw random numbers, and of sketches.
       mesh: the devices that the gradients lie on; by default all of JAX's.
 
     Returns:
@@ -105,6 +111,10 @@ def resolve_conflicts(
                 f"{each.name} keeps state per objective: pass num_objectives=K, the length of "
                 "the objective axis."
             )
+    size = sketch_size(gram)
+    if size is not None:
+        check_sketchable(chosen)
+    sketch = None if size is None else Sketch(size)
     share = None if preference is None else normalised(preference, num_objectives)
 
     def cut(tree: Any) -> tuple[Partition, tuple[Group, ...]]:
@@ -116,7 +126,7 @@ def resolve_conflicts(
 
     def init(params: Any) -> Any:  # a ResolveConflictsState
         part, groups = cut(params)
-        return new_state(len(part), groups, num_objectives, seed)
+        return new_state(len(part), groups, num_objectives, seed, sketched=sketch is not None)
 
     def update(
         updates: Any,
@@ -164,6 +174,7 @@ def resolve_conflicts(
             match_norm=match_norm,
             second=None if second is None else jax.tree.leaves(second),
             partitioned=None if mesh is None else mesh.size > 1,
+            sketch=sketch,
         )
         after = next_state(
             state,
@@ -173,6 +184,7 @@ def resolve_conflicts(
             update_norm=resolved.update_norm,
             mean_norm=resolved.mean_norm,
             nonfinite=resolved.nonfinite,
+            gram_error=resolved.gram_error,
             stop=nonfinite == "raise",
         )
         return jax.tree.unflatten(treedef, resolved.updates), after

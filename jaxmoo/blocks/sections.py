@@ -14,6 +14,7 @@ __all__ = [
     "Section",
     "cut",
     "of_sections",
+    "section_key",
     "section_place",
     "section_uniform",
     "sum_by_block",
@@ -36,6 +37,7 @@ class Section(NamedTuple):
     uniform: Callable[[jax.Array, jax.Array], jax.Array]
     # 0 where another device holds the same values and counts them, else 1
     counted: jax.Array | float = 1.0
+    places: Any = None  # int [S]: numbers that no other section of any array has, where asked for
 
 
 def cut(x: jax.Array, count: int) -> jax.Array:
@@ -100,7 +102,11 @@ def section_place(index: int, section: Any) -> Any:
     return index * 65_536 + section
 
 
+def section_key(key: jax.Array, place: Any, number: Any) -> jax.Array:
+    """PRNG key of one section, from the step's key, its place and its block."""
+    return jax.random.fold_in(jax.random.fold_in(key, place), number)
+
+
 def section_uniform(key: jax.Array, place: Any, number: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform random numbers of one section, from the step's key, its place and its block."""
-    key = jax.random.fold_in(jax.random.fold_in(key, place), number)
-    return jax.random.uniform(key, shape, jnp.float32)
+    """Uniform random numbers of one section; see :func:`section_key`."""
+    return jax.random.uniform(section_key(key, place, number), shape, jnp.float32)

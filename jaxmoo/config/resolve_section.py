@@ -12,6 +12,7 @@ import jax
 from jaxmoo import aggregators, blocks, weighting
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.sketched import check_sketchable, sketch_size
 
 __all__ = ["ResolveConfig", "check_resolve", "check_sampled"]
 
@@ -52,6 +53,12 @@ class ResolveConfig:
         "Order over the replicas of `mesh.data`: average each language's gradients first (exact), "
         "resolve in each replica and average (least traffic), or average Gram matrices only.",
         choices=("mean_then_resolve", "resolve_then_mean", "pooled_gram"),
+    )
+    gram: str = setting(
+        "exact",
+        "How each block's inner products of the languages' gradients are formed: `exact`, or "
+        "`sketch:N`, estimated from random sketches of N numbers per language. Devices then send "
+        "no more than in ordinary training, whatever the number of languages and of replicas.",
     )
     nonfinite: str = setting(
         "skip",
@@ -109,6 +116,7 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
                     f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
                     "which a training run does not compute. Use it in your own optax chain."
                 )
+    problems += _check_gram(resolve)
     if resolve.aggregator == "moco" and resolve.engine != "stacked":
         problems.append(
             "resolve.aggregator: moco follows every language's whole gradient; it needs "
@@ -128,6 +136,25 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
             )
         if weight not in _POSITIVE:
             problems.append(f"resolve.preference.{code} must be above 0, found {weight}.")
+    return problems
+
+
+def _check_gram(resolve: ResolveConfig) -> list[str]:
+    problems = []
+    try:
+        if sketch_size(resolve.gram) is None:
+            return []
+        check_sketchable([aggregators.get(resolve.aggregator, **resolve.options)])
+    except ConfigError as error:
+        problems.append(f"resolve.{error}")
+    except (TypeError, ValueError):
+        pass  # that the method's options do not suit it was found before
+    if resolve.replicas != "mean_then_resolve":
+        problems.append(
+            f"resolve.gram={resolve.gram} adds up the sketches of all replicas, which is what "
+            "resolve.replicas=mean_then_resolve means, at the traffic of the others; found "
+            f"{resolve.replicas}."
+        )
     return problems
 
 

@@ -28,12 +28,21 @@ from jaxmoo.blocks.sections import Section
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import BlockIndices, CallBlocks
-from jaxmoo.engine.layout import Layout, Topology, gather, scatter, sections_of_piece
+from jaxmoo.engine.layout import (
+    Layout,
+    Topology,
+    gather,
+    reduce_pieces,
+    scatter,
+    sections_of_piece,
+    sections_of_whole,
+)
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA
 from jaxmoo.resolve import Group, Resolution, resolve_sections
+from jaxmoo.sketched import Sketch
 
 __all__ = ["GATHERED", "Backward", "CallInputs", "StepInputs", "over_objectives"]
 
@@ -190,26 +199,92 @@ class Backward:
         """The backward step of one call, given the gradients [K / L, ...] of whole arrays."""
         layouts = [self.layouts[p.leaf] for p in in_pass]
         of_in_pass, of_deferred = cotangents
-        gradients = [self.scatter(ct, x.axis) for ct, x in zip(of_in_pass, layouts, strict=True)]
         accumulators = tuple(
             self.scatter(ct, self.layouts[p.leaf].axis).astype(p.accumulator.dtype)
             for ct, p in zip(of_deferred, deferred, strict=True)
         )
         indices = inputs.indices
         if self.rules.groups is None or indices is None or not in_pass:
-            return CallCotangents(tuple(x[0] for x in gradients), accumulators, call.no_rows())
-        sections = [
-            sections_of_piece(x[:, None], layout, p.leaf, label[None], layer[None], self.topology)
-            for x, layout, p, label, layer in zip(
-                gradients, layouts, in_pass, indices.labels, indices.layers, strict=True
+            pairs = zip(of_in_pass, layouts, strict=True)
+            updates = tuple(self.scatter(ct, x.axis)[0] for ct, x in pairs)
+            return CallCotangents(updates, accumulators, call.no_rows())
+        if self.rules.sketch is None:
+            pairs = zip(of_in_pass, layouts, strict=True)
+            sections = [
+                sections_of_piece(
+                    self.scatter(ct, layout.axis)[:, None],
+                    layout,
+                    p.leaf,
+                    label[None],
+                    layer[None],
+                    self.topology,
+                )
+                for (ct, layout), p, label, layer in zip(
+                    pairs, in_pass, indices.labels, indices.layers, strict=True
+                )
+            ]
+            resolved = self.resolve(sections, call, indices, states, inputs.step)
+            updates = tuple(
+                update.reshape(layout.piece_shape(self.topology.pieces))
+                for update, layout in zip(resolved.updates, layouts, strict=True)
             )
-        ]
-        resolved = self.resolve(sections, call, indices, states, inputs.step)
-        updates = tuple(
-            update.reshape(layout.piece_shape(self.topology.pieces))
-            for update, layout in zip(resolved.updates, layouts, strict=True)
-        )
+        else:
+            leaves = [p.leaf for p in in_pass]
+            resolved = self.resolve_sketched(
+                of_in_pass, layouts, leaves, call, indices, states, inputs.step
+            )
+            updates = tuple(resolved.updates)
         return CallCotangents(updates, accumulators, call.new_rows(resolved, indices.members))
+
+    def resolve_sketched(
+        self,
+        gradients: Sequence[jax.Array],
+        layouts: Sequence[Layout],
+        leaves: Sequence[int],
+        call: CallBlocks,
+        indices: BlockIndices,
+        states: tuple[Any, ...],
+        step: StepInputs,
+    ) -> Resolution:
+        """Resolve blocks by sketches, which alone are exchanged.
+
+        Args:
+          gradients: per array, of this device's objectives and examples [K / L, ...].
+          layouts: the arrays' layouts.
+          leaves: their numbers.
+          call: the blocks.
+          indices: of the call.
+          states: aggregators' states of the blocks.
+          step: see :class:`StepInputs`.
+
+        Returns:
+          The resolution, with updates of this device's pieces.
+        """
+        top = self.topology
+        assert self.rules.sketch is not None
+
+        def exchange(sketches: jax.Array) -> jax.Array:  # [K / L, B, m] -> [K, B, m / pieces]
+            fill = -sketches.shape[2] % (2 * top.pieces)
+            return self.scatter(jnp.pad(sketches, ((0, 0), (0, 0), (0, fill))), 1)
+
+        resolved = self.resolve(
+            [
+                sections_of_whole(x, leaf, label, layer)
+                for x, leaf, label, layer in zip(
+                    gradients, leaves, indices.labels, indices.layers, strict=True
+                )
+            ],
+            call,
+            indices,
+            states,
+            step,
+            sketch=Sketch(self.rules.sketch, exchange, top.own),
+        )
+        updates = [
+            reduce_pieces(x.reshape(layout.shape), layout.axis, top)
+            for x, layout in zip(resolved.updates, layouts, strict=True)
+        ]
+        return resolved._replace(updates=updates)
 
     def scatter(self, gradients: jax.Array, axis: int | None) -> jax.Array:
         """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
@@ -228,8 +303,9 @@ class Backward:
         indices: BlockIndices,
         states: tuple[Any, ...],
         step: StepInputs,
+        sketch: Sketch | None = None,
     ) -> Resolution:
-        """Resolve blocks of which this device holds its pieces."""
+        """Resolve blocks of which this device holds its pieces, or, with a sketch, its part."""
         groups = [
             Group(group.aggregator, group.candidates, member)
             for group, member in zip(call.groups, indices.members, strict=True)
@@ -249,6 +325,7 @@ class Backward:
             platform=self.topology.platform,
             total=(lambda x: x) if call.device_local else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
+            sketch=sketch,
         )
         if self.rules.replicas == "mean_then_resolve":
             return resolved
@@ -261,7 +338,9 @@ class Backward:
         """Work out which blocks a call resolves; see :class:`CallBlocks`."""
         if self.rules.groups is None:
             uses = []
-        call = CallBlocks.of(self.layouts, self.rules, uses, self.topology, may_be_local=True)
+        call = CallBlocks.of(
+            self.layouts, self.rules, uses, self.topology, may_be_local=self.rules.sketch is None
+        )
         if call.device_local:
             labels = [self.layouts[use.leaf].block_labels for use in uses]
             self.device_local.update(int(label) for label in np.concatenate(labels).flat)

@@ -23,6 +23,7 @@ class BlockRules:
       preference: weights of the objectives [K], or None.
       match_norm: see :func:`jaxmoo.resolve_conflicts`.
       replicas: how the gradients of replicas are joined; see ``resolved_value_and_grad``.
+      sketch: entries of the sketches that Gram matrices are estimated from; None: they are exact.
     """
 
     groups: Sequence[Group] | None
@@ -30,6 +31,7 @@ class BlockRules:
     preference: np.ndarray | None
     match_norm: bool
     replicas: str
+    sketch: int | None = None
 
     @functools.cached_property
     def group_of(self) -> np.ndarray:

@@ -16,6 +16,7 @@ class Diagnostics(NamedTuple):
     """What is known of blocks that were resolved, float32; N rows, K objectives."""
 
     gram: jax.Array  # [N, K, K]
+    gram_error: jax.Array  # [N]: estimated relative error; 0 where Gram matrices are exact
     mean_norm: jax.Array  # [N]
     nonfinite: jax.Array  # [N, K]: 1 where an objective was present and not finite
     resolved: jax.Array  # [N]: how often the block was resolved

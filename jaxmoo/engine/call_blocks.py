@@ -136,6 +136,7 @@ class CallBlocks(NamedTuple):
         """The rows' new values, to be returned as their cotangents."""
         diagnostics = Diagnostics(
             gram=resolved.gram,
+            gram_error=resolved.gram_error,
             mean_norm=resolved.mean_norm,
             nonfinite=resolved.nonfinite.astype(jnp.float32),
             resolved=jnp.ones(self.num_blocks, jnp.float32),

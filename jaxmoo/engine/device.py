@@ -217,7 +217,8 @@ class DevicePass:
         alone = self.rules.replicas != "mean_then_resolve"
         scale = jnp.where(weights > 0, 1 / jnp.where(weights > 0, weights, 1), 0)
         scale = scale * top.data if alone else scale
-        several = top.tpu and top.language > 1 and top.local_objectives > 1
+        exchanged = self.rules.sketch is None  # gradients, not their sum
+        several = top.tpu and top.language > 1 and top.local_objectives > 1 and exchanged
         pieces = top.pieces if several else 1
 
         def loss(differentiated: Any, batch: Any, scale: jax.Array) -> tuple[jax.Array, Any]:

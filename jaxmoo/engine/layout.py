@@ -24,7 +24,16 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
 from jaxmoo.platforms import like_tpu, platform_of
 
-__all__ = ["Layout", "Topology", "gather", "scatter", "scatter_vectors", "sections_of_piece"]
+__all__ = [
+    "Layout",
+    "Topology",
+    "gather",
+    "reduce_pieces",
+    "scatter",
+    "scatter_vectors",
+    "sections_of_piece",
+    "sections_of_whole",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,15 @@ class Topology:
     def total(self, x: jax.Array) -> jax.Array:
         """Sum over the devices that hold the other pieces."""
         return x if self.pieces == 1 else jax.lax.psum(x, (LANGUAGE, FSDP))
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """Take quantities [B, K] of all objectives to those of this device's [B, K / L]."""
+        if self.language == 1:
+            return x
+        count = self.local_objectives
+        x = jnp.pad(x, ((0, 0), (0, count * self.language - self.objectives)))
+        first = jax.lax.axis_index(LANGUAGE) * count
+        return jax.lax.dynamic_slice_in_dim(x, first, count, 1)
 
     def replica_mean(self, tree: Any) -> Any:
         """Average over replicas."""
@@ -220,6 +238,25 @@ def scatter(gradients: jax.Array, axis: int | None, topology: Topology) -> jax.A
     return x.reshape(-1, *lead[1:], piece, *rest)[: top.objectives]
 
 
+@jax.named_scope("exchange")
+def reduce_pieces(x: jax.Array, axis: int | None, topology: Topology) -> jax.Array:
+    """Sum one gradient over all devices, of which each keeps its piece.
+
+    Args:
+      x: of the whole array: this device's part of the sum.
+      axis: the array's axis along which devices hold pieces.
+      topology: the mesh.
+
+    Returns:
+      This device's piece, summed over the replicas as well.
+    """
+    if topology.pieces > 1 and axis is None:
+        x = jax.lax.psum(x, (LANGUAGE, FSDP))
+    elif topology.pieces > 1:
+        x = jax.lax.psum_scatter(x, (LANGUAGE, FSDP), scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(x, DATA) if topology.data > 1 else x
+
+
 def scatter_vectors(
     numbers: jax.Array, vectors: jax.Array, topology: Topology
 ) -> tuple[jax.Array, jax.Array]:
@@ -242,6 +279,27 @@ def scatter_vectors(
         return x.reshape(-1, top.fsdp * x.shape[3], *x.shape[4:])[: top.objectives]
 
     return by_objective(jax.lax.all_gather(numbers, axes)), by_objective(cut)
+
+
+def sections_of_whole(
+    gradients: jax.Array, leaf: int, labels: jax.Array, layer: jax.Array | int
+) -> Section:
+    """Cut one device's gradients of a whole array into sections of blocks.
+
+    Args:
+      gradients: [k, ...] of one layer, or of an array without layers.
+      leaf: the array's number.
+      labels: int [parts]: block of each equal part of its leading axis.
+      layer: number of the layer in its stack.
+    """
+    parts = len(labels)
+    values = gradients.reshape(len(gradients), parts, -1)
+    places = section_place(leaf, layer * parts + jnp.arange(parts))
+
+    def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:
+        raise NotImplementedError("Coordinate-wise rules need the gradients of all objectives.")
+
+    return Section(values, labels, uniform, places=places)
 
 
 def sections_of_piece(

@@ -28,15 +28,16 @@ from jaxmoo.engine.loss_function import LossFunction
 from jaxmoo.engine.usage import Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
-from jaxmoo.resolve import group_blocks
+from jaxmoo.resolve import Group, group_blocks
 from jaxmoo.resolver_state import (
-    ResolveConflictsState,
+    ResolverState,
     new_state,
     next_state,
     normalised,
     step_key,
 )
 from jaxmoo.sharding import automatic, spec_of
+from jaxmoo.sketched import check_sketchable, sketch_size
 from jaxmoo.stacked import num_objectives as objectives_of
 
 __all__ = ["ResolvedGradients", "resolved_value_and_grad"]
@@ -62,6 +63,7 @@ def resolved_value_and_grad(
     replicas: str = "mean_then_resolve",
     microbatches: int = 1,
     accumulation: str = "resolve_each",
+    gram: str = "exact",
     dtype: Any = None,
     seed: int = 0,
     has_aux: bool = False,
@@ -107,9 +109,14 @@ def resolved_value_and_grad(
         the whole step, so that ``mean`` gives what one large batch gives. ``"accumulate_first"``
         adds up every objective's gradients and resolves once, which is what one large batch gives
         with every aggregator, and needs K times the memory of the gradient.
+      gram: ``"exact"``, or ``"sketch:N"``: the Gram matrices of blocks resolved in the pass are
+        estimated from random sketches of N numbers per objective, fresh at every step, which are
+        exchanged in the gradients' place; each device combines its own objectives' gradients, and
+        the sums are exchanged as in ordinary training, whatever K and the number of replicas.
+        Blocks that are resolved after the pass are exchanged, and exact.
       dtype: dtype in which matrices are gathered and their gradients are sent, such as that of
         the computation; by default each parameter's own. Gram matrices and sums are float32.
-      seed: seed of aggregators that draw random numbers.
+      seed: seed of aggregators that draw random numbers, and of sketches.
       has_aux: whether ``loss_fn`` returns ``(scalar, aux)``. Like the losses, aux is added up over
         devices and microbatches that hold some of an objective's examples: give sums and counts.
 
@@ -151,6 +158,9 @@ def resolved_value_and_grad(
             "Name a method; aggregator='mean' averages the objectives."
         )
     groups = None if aggregator is None else group_blocks(part, aggregator)
+    sketch = sketch_size(gram)
+    if sketch is not None:
+        _check_sketch(groups, replicas, accumulation, microbatches, mesh)
     for group in groups or ():
         if group.aggregator.cross_gram:
             raise ConfigError(
@@ -179,7 +189,7 @@ def resolved_value_and_grad(
         loss=loss,
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
-        rules=BlockRules(groups, len(part), share, match_norm, replicas),
+        rules=BlockRules(groups, len(part), share, match_norm, replicas, sketch),
         mesh=mesh,
         topology=topology,
         nonfinite=nonfinite,
@@ -220,20 +230,26 @@ class ResolvedGradients:
         """Number of trainable arrays."""
         return self.loss.num_trained
 
-    def init(self) -> ResolveConflictsState:
+    def init(self) -> ResolverState:
         """Return the state before the first step, on the mesh."""
 
         # Were it elsewhere than where a step leaves it, the second step would be compiled anew.
         @functools.partial(jax.jit, out_shardings=NamedSharding(self.mesh, P()))
-        def make() -> ResolveConflictsState:
+        def make() -> ResolverState:
             groups = self.rules.groups or ()
-            return new_state(len(self.partition), groups, self.topology.objectives, self.seed)
+            return new_state(
+                len(self.partition),
+                groups,
+                self.topology.objectives,
+                self.seed,
+                sketched=self.rules.sketch is not None,
+            )
 
         return make()
 
     def __call__(
-        self, params: Any, batch: Any, state: ResolveConflictsState, frozen: Any = None
-    ) -> tuple[Any, Any, ResolveConflictsState]:
+        self, params: Any, batch: Any, state: ResolverState, frozen: Any = None
+    ) -> tuple[Any, Any, ResolverState]:
         """Compute the losses and the resolved gradient of one step; call it within ``jax.jit``.
 
         Args:
@@ -278,7 +294,7 @@ class ResolvedGradients:
 
     def _step(
         self, per_device: DevicePass, leaves: Any, frozen: Any, batch: Any, state: Any
-    ) -> tuple[jax.Array, Any, list[jax.Array], ResolveConflictsState]:
+    ) -> tuple[jax.Array, Any, list[jax.Array], ResolverState]:
         """Run every device's part of a step, and put the parts together."""
         k = self.topology.objectives
         pad = self.topology.local_objectives * self.topology.language - k
@@ -395,7 +411,7 @@ class ResolvedGradients:
             for group, s in zip(self.rules.groups or (), state, strict=True)
         )
 
-    def _next_state(self, state: ResolveConflictsState, table: BlockTable) -> ResolveConflictsState:
+    def _next_state(self, state: ResolverState, table: BlockTable) -> ResolverState:
         found = Diagnostics.of(table.diagnostics, self.topology.objectives)
         return next_state(
             state,
@@ -408,7 +424,36 @@ class ResolvedGradients:
             update_norm=found.update_norm,
             mean_norm=found.mean_norm,
             nonfinite=found.nonfinite,
+            gram_error=found.gram_error,
             stop=self.nonfinite == "raise",
+        )
+
+
+def _check_sketch(
+    groups: Sequence[Group] | None,
+    replicas: str,
+    accumulation: str,
+    microbatches: int,
+    mesh: Mesh,
+) -> None:
+    """Refuse what Gram matrices cannot be sketched with."""
+    if groups is None:
+        raise ConfigError("gram: ordinary training has no Gram matrix. Use gram='exact'.")
+    check_sketchable(group.aggregator for group in groups)
+    if replicas != "mean_then_resolve":
+        raise ConfigError(
+            "gram: sketches of all replicas are added up, which is what "
+            f"replicas='mean_then_resolve' means, at the traffic of the others; found {replicas!r}."
+        )
+    if accumulation == "accumulate_first" and microbatches > 1:
+        raise ConfigError(
+            "gram: accumulate_first keeps every objective's gradient until the end of the step, so "
+            "that nothing is left to sketch. Use gram='exact', or accumulation='resolve_each'."
+        )
+    if mesh.shape.get(TENSOR, 1) > 1:
+        raise ConfigError(
+            f"gram: the compiler would gather gradients to sketch them where mesh.tensor divides "
+            f"them ({mesh.shape[TENSOR]}). Use gram='exact', or mesh.tensor=1."
         )
 
 

@@ -231,11 +231,13 @@ class _Call:
         self.stack = dataclasses.replace(
             self.layout, shape=(rows // self.slices, size), layers=self.slices, labels=labels
         )
+        self.resolves = not self.deferred and engine.rules.groups is not None
+        self.sketched = self.resolves and engine.rules.sketch is not None
         # On a TPU columns are the lanes of registers. What devices send to each other would be cut
         # along them by a slow copy, if it did not come from the product in pieces.
-        in_pieces = engine.topology.tpu and self.layout.axis == 1
+        # A sketch is sent instead.
+        in_pieces = engine.topology.tpu and self.layout.axis == 1 and not self.sketched
         self.pieces = engine.topology.pieces if in_pieces else 1
-        self.resolves = not self.deferred and engine.rules.groups is not None
         self.blocks = self._blocks(jnp.arange(self.slices)) if self.resolves else None
         self.inputs = CallInputs(None if self.blocks is None else self.blocks.indices, engine.step)
 
@@ -319,6 +321,21 @@ class _Call:
                     local = jax.vmap(of_objective)((head, before))
                 else:
                     local = place = jax.lax.fori_loop(0, count // together, of_some, place)
+                if self.sketched:
+                    call, stack = self._blocks(number), indices._replace(layers=(number,))
+                    resolved = engine.resolve_sketched(
+                        [local[:, 0]],
+                        [self.stack],
+                        [self.table.leaf],
+                        call,
+                        stack,
+                        states,
+                        inputs.step,
+                    )
+                    return place, (
+                        resolved.updates[0],
+                        call.new_rows(resolved, indices.members),
+                    )
                 if self.pieces > 1:
                     gradients = scatter(local, 0, engine.topology)[:, 0]
                 else:

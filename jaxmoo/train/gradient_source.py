@@ -127,6 +127,7 @@ def make_gradients(
         "num_objectives": config.data.step_languages,
         "preference": None if preference is None else [preference.get(c, 1.0) for c in seen],
         "match_norm": resolution.match_norm,
+        "gram": resolution.gram,
         "seed": config.seed,
     }
     if resolution.engine == "stacked":

@@ -11,6 +11,7 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "conflict_share": 0.31,                # pairs of languages with opposed gradients, all blocks
      "weights": {"en": 0.11, ...},          # mean over blocks
      "loss_weights": {"en": 1.2, ...},      # what resolve.weighting multiplied losses by
+     "gram_error": 0.02,                    # of sketched Gram matrices, relative; mean over blocks
      "cosine": [[1.0, ...], ...],           # between the languages' gradients, mean over blocks
      "skipped": {"en": 0, ...},             # steps so far in which it was not finite somewhere
      "tokens": 4100, "language_tokens": {"en": 512, ...},  # of the step, without padding

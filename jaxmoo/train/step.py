@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmoo.resolver_state import SketchedConflictsState
 from jaxmoo.train.gradient_source import GradientSource
 
 __all__ = [
@@ -145,7 +146,7 @@ def make_train_step(
       Metrics, for K languages and B blocks: ``loss`` [K], ``grad_norm`` [], ``conflict`` [B],
       ``update_norm`` [B], ``mean_norm`` [B], ``weights`` [B, K], ``cosine`` [K, K],
       ``language_norm`` [K], ``language_conflict`` [K], ``skipped`` [K]; ``loss_weights`` [K]
-      where losses are weighed.
+      where losses are weighed; ``gram_error`` [B] where Gram matrices are sketched.
     """
 
     def step(
@@ -176,6 +177,8 @@ def make_train_step(
             "gram": resolved.gram,
             "skipped": resolved.skipped,
         }
+        if isinstance(resolved, SketchedConflictsState):
+            metrics["gram_error"] = resolved.gram_error
         if gradients.loss_weights is not None:
             metrics["loss_weights"] = gradients.loss_weights(state.resolver)
         return TrainState(state.step + 1, params, resolver, opt_state, average), metrics

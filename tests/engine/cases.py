@@ -169,6 +169,19 @@ CASES = {
     "separate layers": Case(
         toy=Toy(layers=2, form="list", tied=True, shared=True), aggregator="moco"
     ),
+    "sketched, module, one objective absent": Case(
+        blocks="module",
+        aggregator=("moco", "pcgrad", "cagrad"),
+        change=one_absent,
+        options={"gram": "sketch:64"},
+    ),
+    "sketched, nine objectives, not finite, with preference and norm": Case(
+        k=9,
+        aggregator=("upgrad", "nash_mtl"),
+        change=one_not_finite,
+        options={"gram": "sketch:40", "preference": [1, 2, 3, 4, 5, 4, 3, 2, 1], "match_norm": True},
+    ),
+    "sketched, shard": Case(blocks="shard", options={"gram": "sketch:30"}, steps=1),
     "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),
 }
 
@@ -180,19 +193,27 @@ RUNS = {
         "shard",
         "a rule for each part, nine objectives",
         "separate layers",
+        "sketched, module, one objective absent",
     ],
     "2x2": [
         "layer, with preference and norm",
         "shard",
         "tied in a loop, three objectives",
         "read outside of blocks",
+        "sketched, shard",
     ],
     "8x1": ["accumulated", "leaf, tied and shared", "a rule for each part, nine objectives"],
     "4x2": [
         "bytes within layers, tied, five objectives",
         "a function, stack in a loop, not finite",
+        "sketched, nine objectives, not finite, with preference and norm",
     ],
-    "2x2x2": ["aggregators", "module, one objective absent", "separate layers"],
+    "2x2x2": [
+        "aggregators",
+        "module, one objective absent",
+        "separate layers",
+        "sketched, module, one objective absent",
+    ],
 }
 # These run on the last of the meshes; what they give is defined in test_replicas.py.
 REPLICAS = {

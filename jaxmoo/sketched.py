@@ -1,0 +1,171 @@
+"""Gram matrices of blocks from sketches of their gradients.
+
+Exact Gram matrices take every objective's gradient of a piece to one device. Sketches add up over
+arrays, devices and examples as gradients do, and are short, so that they alone can be exchanged: the
+Gram matrix is then an estimate, and the combination, with the weights that follow from it, exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoo.aggregators import Aggregator
+from jaxmoo.blocks.sections import Section, section_key, sum_by_block
+from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.contraction import cross_grams
+from jaxmoo.kernels.reductions import grams_in_range
+from jaxmoo.kernels.sketch import sketch_sections
+
+__all__ = ["Sketch", "check_sketchable", "is_small", "sketch_size", "sketched_grams"]
+
+# Told apart from what aggregators draw from the same key.
+_SKETCH = 0x5E7C4
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sketch:
+    """How Gram matrices are estimated. K objectives, of which a device holds gradients of k.
+
+    Attributes:
+      size: m, entries of a block's sketch.
+      exchange: takes sketches [k, B, m] of this device's gradients to entries of all objectives'
+        [K, B, n], summed over the devices that hold parts of a gradient; the first of every
+        device's entries has an even number.
+      own: takes weights [B, K] to those of this device's objectives [B, k].
+    """
+
+    size: int
+    exchange: Callable[[jax.Array], jax.Array] = _as_it_is
+    own: Callable[[jax.Array], jax.Array] = _as_it_is
+
+
+def sketch_size(gram: str) -> int | None:
+    """Read how Gram matrices are formed.
+
+    Args:
+      gram: ``"exact"``, or ``"sketch:N"`` for sketches of N entries.
+
+    Returns:
+      N, or None.
+
+    Raises:
+      ConfigError: it is neither.
+
+    Example:
+      >>> sketch_size("sketch:16384"), sketch_size("exact")
+      (16384, None)
+    """
+    if gram == "exact":
+        return None
+    found = re.fullmatch(r"sketch:(\d+)", str(gram))
+    if found is None or int(found[1]) < 2:
+        raise ConfigError(
+            f"gram: expected 'exact' or 'sketch:N' with N at least 2, found {gram!r}. "
+            "'sketch:16384' is a good start."
+        )
+    return int(found[1])
+
+
+def check_sketchable(methods: Iterable[Aggregator]) -> None:
+    """Refuse methods that cannot be given an estimated Gram matrix.
+
+    Raises:
+      ConfigError: with the reason.
+    """
+    for method in methods:
+        if method.combine is not None:
+            raise ConfigError(
+                f"gram: {method.name} works coordinate by coordinate and reads no Gram matrix that "
+                "could be sketched. Use gram='exact'."
+            )
+        if method.cross_gram:
+            raise ConfigError(
+                f"gram: {method.name} multiplies gradients of two batches, which are not sketched. "
+                "Use gram='exact'."
+            )
+
+
+def is_small(size: int, num_objectives: int) -> bool:
+    """Whether a sketch is too small for its number of objectives.
+
+    A sketch of N entries changes lengths in a space of K dimensions by a factor of about
+    1 +- sqrt(K / N). Beyond a tenth, the weights of the least important objectives are noise.
+
+    Example:
+      >>> is_small(16_384, 64), is_small(1024, 64)
+      (False, True)
+    """
+    return math.sqrt(num_objectives / size) > 0.1
+
+
+def sketched_grams(
+    sections: Sequence[Section],
+    labels: Sequence[jax.Array],
+    numbers: jax.Array,
+    sketch: Sketch,
+    *,
+    key: jax.Array,
+    active: jax.Array | None,
+    platform: str | None,
+    rescale: bool,
+    total: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Estimate the Gram matrices of B blocks.
+
+    Args:
+      sections: gradients [k, S, ...] of arrays, with places.
+      labels: per array, int [S]: the block that each section lies in.
+      numbers: int [B], from which blocks draw.
+      sketch: how.
+      key: of the step.
+      active: bool [K], or None.
+      platform: see :func:`jaxmoo.kernels.sketch.sketch_sections`.
+      rescale: see :func:`jaxmoo.resolve.resolve_sections`.
+      total: sums over the devices that hold the sketches' other entries.
+
+    Returns:
+      ``(Gram matrices [B, K, K], what the gradients were multiplied by [B], relative error [B])``.
+      The error is estimated from the two halves of the sketches, the even entries and the odd:
+      each gives half of the Gram matrix, and what they differ by is about as large as what their
+      sum is wrong by.
+    """
+    key = jax.random.fold_in(key, _SKETCH)
+    sketches = []
+    for section, mine in zip(sections, labels, strict=True):
+        keys = jax.vmap(section_key, (None, 0, 0))(key, section.places, numbers[mine])
+        found = sketch_sections(section.values, keys, sketch.size, platform=platform)
+        sketches.append(jnp.moveaxis(found, 0, 1)[:, None] * section.counted)
+    z = sketch.exchange(jnp.moveaxis(sum_by_block(sketches, labels, len(numbers)), 1, 0))
+
+    def halves(z: jax.Array) -> jax.Array:  # [2, B, K, K]
+        return total(jnp.stack([cross_grams(x, x) for x in (z[..., ::2], z[..., 1::2])]))
+
+    both = halves(z)
+    grams, unit = both.sum(0), jnp.ones(len(numbers), both.dtype)
+    if rescale:
+        sizes = jnp.where(jnp.isfinite(z), jnp.abs(z), jnp.inf).max(2).T
+        grams, unit = grams_in_range(
+            grams, active, lambda: sizes, lambda unit: halves(z * unit[None, :, None]).sum(0)
+        )
+    return grams, unit, _relative(both[0] - both[1], both.sum(0))
+
+
+def _relative(difference: jax.Array, gram: jax.Array) -> jax.Array:
+    """Frobenius norms of differences over those of Gram matrices, [B], of what is finite."""
+    finite = jnp.isfinite(gram) & jnp.isfinite(difference)
+    largest = jnp.where(finite, jnp.abs(gram), 0).max((1, 2), keepdims=True)
+    by = jnp.where(finite & (largest > 0), 1 / jnp.where(largest > 0, largest, 1), 0)
+    norms = [
+        jnp.sqrt(((jnp.where(finite, x, 0) * by) ** 2).sum((1, 2))) for x in (difference, gram)
+    ]
+    return norms[0] / jnp.where(norms[1] > 0, norms[1], 1)

@@ -1,0 +1,84 @@
+"""Sketches keep inner products, to within what their size promises, and add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoo.kernels.sketch import _draw, sketch_sections
+
+
+def matrix(key, n, m):
+    """The map by its definition, [m, n]: rows of signed and rolled entries, added up."""
+    draws = jax.device_get(_draw(key, -(-n // m), m))
+    found = np.zeros((m, n))
+    for i in range(n):
+        row, column = divmod(i, m)
+        bucket = (column + draws.offsets[row]) % m
+        found[bucket, i] = draws.columns[column] * draws.rows[row]
+    return found
+
+
+@pytest.mark.parametrize("platform", ["cpu", "interpret", None])
+@pytest.mark.parametrize(("n", "m"), [(1, 6), (37, 8), (64, 8), (50, 7), (20, 64)])
+def test_it_is_one_linear_map_on_every_platform(platform, n, m):
+    x = np.random.default_rng(0).normal(size=(3, 2, n)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 2)
+    found = sketch_sections(jnp.asarray(x), keys, m, platform=platform)
+    for section in range(2):
+        wanted = x[:, section] @ matrix(keys[section], n, m).T
+        np.testing.assert_allclose(found[:, section], wanted, atol=1e-5)
+
+
+def test_sections_have_their_own_draws_and_objectives_share_them():
+    x = jnp.ones((2, 3, 100))
+    first, second = sketch_sections(x, jax.random.split(jax.random.key(0), 3), 16)
+    np.testing.assert_array_equal(first, second)
+    assert len({tuple(section) for section in first.tolist()}) == 3
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["any gradients", "every row the same"])
+def test_inner_products_are_right_on_average_and_vary_as_stated(alike):
+    """Rows that are all the same meet their like at one offset in m, and must not add up."""
+    m, rows, draws = 32, 40, 4000
+    x = np.random.default_rng(1).normal(size=(2, rows, m))
+    x[1] += 0.5 * x[0]
+    if alike:
+        x[:] = x[:, :1]
+    x = jnp.asarray(x.reshape(2, 1, -1), jnp.float32)
+    keys = jax.random.split(jax.random.key(2), (draws, 1))
+    z = jax.lax.map(lambda key: sketch_sections(x, key, m, platform="interpret")[:, 0], keys)
+    found = np.asarray(jnp.einsum("tkm,tlm->tkl", z, z), np.float64)
+    exact = np.asarray(jnp.einsum("ksn,lsn->kl", x, x), np.float64)
+    squares = np.diag(exact)
+    variance = (squares[:, None] * squares + exact**2) / m
+    np.testing.assert_allclose(found.mean(0), exact, atol=4 * np.sqrt(6 * variance.max() / draws))
+    measured = found.var(0)
+    if alike:  # with few rows besides, the stated bound is close
+        assert (measured < 6 * squares[:, None] * squares / m).all()
+    else:
+        np.testing.assert_allclose(measured, variance, rtol=0.15)
+
+
+def test_a_row_that_fits_is_kept_exactly():
+    """Entries of one row do not meet."""
+    x = np.random.default_rng(3).normal(size=(4, 1, 100)).astype(np.float32)
+    z = sketch_sections(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 128)[:, 0]
+    np.testing.assert_allclose(z @ z.T, x[:, 0] @ x[:, 0].T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_and_harms_no_other(bad):
+    x = np.ones((3, 1, 1000), np.float32)
+    x[1, 0, 700] = bad
+    z = sketch_sections(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 64)[:, 0]
+    assert np.isfinite(z).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_sums_are_formed_in_float32(dtype):
+    x = jnp.full((1, 1, 2**14), 1.0, dtype)
+    z = sketch_sections(x, jax.random.split(jax.random.key(0), 1), 2)
+    assert z.dtype == jnp.float32
+    # 8,192 rows of signs: sums beyond what 8 bits of a mantissa hold are odd or even as they must.
+    assert np.array_equal(np.asarray(z) % 2, np.zeros((1, 1, 2)))
