@@ -39,16 +39,17 @@ class Row(NamedTuple):
     rows: int  # per language
     method: str  # "plain" for ordinary fine-tuning
     blocks: str
+    gram: str = "exact"
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Row:
         """The step that a record is about."""
-        return cls(*(found[name] for name in cls._fields))
+        return cls(**{name: found[name] for name in cls._fields if name in found})
 
     @property
     def beside(self) -> Row:
         """The step that it is compared with."""
-        return self._replace(method="plain", blocks="layer")
+        return self._replace(method="plain", blocks="layer", gram="exact")
 
 
 def table() -> Iterator[Row]:
@@ -76,7 +77,8 @@ def product(flags: argparse.Namespace) -> Iterator[Row]:
             yield one
             for blocks in flags.blocks or BLOCKS:
                 for method in flags.aggregators or AGGREGATORS:
-                    yield one._replace(method=method, blocks=blocks)
+                    for gram in flags.grams:
+                        yield one._replace(method=method, blocks=blocks, gram=gram)
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -91,7 +93,8 @@ def measure(row: Row) -> dict[str, Any]:
     place = slice_of(row.chip)
     flags = _flags(row)
     plain = row.method == "plain"
-    kind = programs.PLAIN if plain else programs.Kind("backward", row.method, row.blocks)
+    kind = programs.Kind("backward", row.method, row.blocks, row.gram)
+    kind = programs.PLAIN if plain else kind
     try:
         plan = programs.count(flags, LANGUAGES, None, kind, place)
     except ChipFullError as error:
@@ -155,7 +158,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     by_row = {Row.of(one): one for one in found}
     tables = []
     for what, kind, unit in (("kernels", "launches", 1), ("Mcycles", "cycles", 1e6)):
-        header = ["chips, model, tokens per language", "method", "blocks", "peak GB", "of plain"]
+        header = ["chips, model, tokens per language", "method", "blocks", "Gram"]
+        header += ["peak GB", "of plain"]
         header += [what, "of plain", "sent GB", "exposed GB", "of plain", "compiled in s"]
         lines = []
         for row, one in sorted(by_row.items(), key=lambda item: _order(item[0])):
@@ -172,13 +176,13 @@ def _line(
     name = f"{row.chip}, {row.model}, {row.length * row.rows:,}"
     if one.get("peak") is None:
         says = "does not fit" if one["fits"] is False else one["says"]
-        return [name, row.method, row.blocks, says, *[""] * 7]
+        return [name, row.method, row.blocks, row.gram, says, *[""] * 7]
     count, before = _total(one.get(kind)), _total(plain.get(kind))
     exposed = sum(one["exposed"].values())
     ordinarily = sum(plain["exposed"].values()) if plain.get("exposed") else None
     digits = ".1f" if unit > 1 else ".0f"
     return [
-        *(name, row.method, row.blocks),
+        *(name, row.method, row.blocks, row.gram),
         *(gigabytes(one["peak"]), _of(one["peak"], plain.get("peak"))),
         *("" if count is None else f"{count / unit:,{digits}}", _of(count, before)),
         *(gigabytes(sum(one["sent"].values())), gigabytes(exposed), _of(exposed, ordinarily)),
@@ -191,7 +195,7 @@ def _order(row: Row) -> tuple[Any, ...]:
     methods = ("plain", *AGGREGATORS)
     first = next((i for i, x in enumerate(every) if x[:4] == row[:4]), len(every))
     place = methods.index(row.method) if row.method in methods else len(methods)
-    return first, row[:4], row.method != "plain", BLOCKS.index(row.blocks), place
+    return first, row[:4], row.method != "plain", BLOCKS.index(row.blocks), place, row.gram
 
 
 def _total(cost: dict[str, Any] | None) -> int | None:
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="published models")
     parser.add_argument("--aggregators", nargs="*")
     parser.add_argument("--blocks", nargs="*")
+    parser.add_argument("--grams", nargs="*", default=["exact"], help="exact, sketch:N (exact)")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1, help="rows per language (1)")
     parser.add_argument("--only", help="of the table, the rows of chips that begin so")

@@ -38,11 +38,13 @@ class Kind(NamedTuple):
         batch, by the same code.
       aggregator: the method; of no consequence to "plain".
       blocks: kind of blocks; likewise.
+      gram: how Gram matrices are formed; likewise.
     """
 
     engine: str
     aggregator: str
     blocks: str
+    gram: str = "exact"
 
 
 PLAIN = Kind("plain", "mean", "layer")
@@ -58,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packing", action="store_true", help="four texts share a row")
     parser.add_argument("--lora", type=int, help="rank of adapters, which alone learn")
     parser.add_argument("--language", type=int, help="size of the mesh axis of this name")
+    parser.add_argument("--replicas", type=int, default=1, help="size of the mesh axis data (1)")
     parser.add_argument("--dtype", default="float32", help="precision of the computation")
     parser.add_argument("--param-dtype", default="float32", help="precision of the parameters")
     parser.add_argument("--moment-dtype", default="float32", help="of AdamW's average gradient")
@@ -66,13 +69,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", default="auto", help="its implementation, where it is run")
     parser.add_argument("--aggregators", nargs="*", default=["cagrad"])
     parser.add_argument("--blocks", nargs="*", default=list(KINDS))
+    parser.add_argument("--grams", nargs="*", default=["exact"], help="exact, sketch:N (exact)")
     parser.add_argument("--no-stacked", action="store_true", help="leave out the stacked path")
     parser.add_argument("--json", help="file for the numbers")
 
 
 def contestants(flags: argparse.Namespace) -> list[Kind]:
     """Every step that is compared with plain training."""
-    found = [Kind("backward", m, kind) for kind in flags.blocks for m in flags.aggregators]
+    found = [
+        Kind("backward", method, kind, gram)
+        for kind in flags.blocks
+        for method in flags.aggregators
+        for gram in flags.grams
+    ]
     if not flags.no_stacked:
         found.append(Kind("stacked", flags.aggregators[0], flags.blocks[0]))
     return found
@@ -135,6 +144,7 @@ def _settings(
         resolve=ResolveConfig(
             aggregator=kind.aggregator,
             blocks=kind.blocks,
+            gram=kind.gram,
             engine="backward" if plain else kind.engine,
         ),
         # A constant rate and no clipping, so that other code bases can do the same.
@@ -145,7 +155,7 @@ def _settings(
             moment_dtype=flags.moment_dtype,
         ),
         train=TrainConfig(steps=1000),
-        mesh=MeshConfig(language=flags.language),
+        mesh=MeshConfig(language=flags.language, data=flags.replicas),
     )
     if plain:
         return ordinary(config), shape(flags, layers), ordinary_gradients

@@ -140,11 +140,13 @@ def sketched_grams(
       sum is wrong by.
     """
     key = jax.random.fold_in(key, _SKETCH)
-    sketches = []
-    for section, mine in zip(sections, labels, strict=True):
-        keys = jax.vmap(section_key, (None, 0, 0))(key, section.places, numbers[mine])
-        found = sketch_sections(section.values, keys, sketch.size, platform=platform)
-        sketches.append(jnp.moveaxis(found, 0, 1)[:, None] * section.counted)
+    keys = jax.vmap(section_key, (None, 0, 0))(
+        key,
+        jnp.concatenate([jnp.asarray(section.places) for section in sections]),
+        numbers[jnp.concatenate(labels)],
+    )
+    found = sketch_sections([s.values for s in sections], keys, sketch.size, platform=platform)
+    sketches = [jnp.moveaxis(x, 0, 1)[:, None] for x in found]
     z = sketch.exchange(jnp.moveaxis(sum_by_block(sketches, labels, len(numbers)), 1, 0))
 
     def halves(z: jax.Array) -> jax.Array:  # [2, B, K, K]

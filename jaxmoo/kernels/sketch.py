@@ -21,80 +21,105 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
 
 from jaxmoo.dtypes import at_least_float32
 
 __all__ = ["sketch_sections"]
 
 
-class _Draws(NamedTuple):
-    """What is random in the sketch of one section; R rows."""
+class Draws(NamedTuple):
+    """What is random in the sketches of one array's sections; R rows of m entries."""
 
-    columns: jax.Array  # float32 [m]: signs
-    rows: jax.Array  # float32 [R]: signs
-    offsets: jax.Array  # int32 [R], below m
+    columns: jax.Array  # float32 [S, m]: signs
+    rows: jax.Array  # float32 [S, R]: signs
+    offsets: jax.Array  # int32 [S, R], below m
 
 
-def _draw(key: jax.Array, rows: int, size: int) -> _Draws:
+def draws(keys: jax.Array, lengths: Sequence[int], sections: Sequence[int], size: int) -> list[Draws]:
+    """Draw what sketches need, for several arrays at once.
+
+    Args:
+      keys: PRNG keys of all sections of all arrays, one array's after another's.
+      lengths: entries of a section, per array.
+      sections: S, per array.
+      size: m.
+    """
+    most = max(-(-n // size) for n in lengths)
     words = -(-size // 32)
-    bits = jax.random.bits(key, (words + rows,), jnp.uint32)
-    columns = (bits[:words, None] >> jnp.arange(32, dtype=jnp.uint32)).reshape(-1)[:size] & 1
-    row = bits[words:]
-    return _Draws(
-        columns=1 - 2 * columns.astype(jnp.float32),
-        rows=1 - 2 * (row >> 31).astype(jnp.float32),
-        offsets=((row & 0x7FFFFFFF) % size).astype(jnp.int32),
-    )
+
+    def of_section(pair: jax.Array) -> jax.Array:  # the same numbers however many there are
+        count = jnp.arange(max(most, words), dtype=jnp.uint32)
+        return threefry_2x32(pair, jnp.concatenate([count, jnp.zeros_like(count)])).reshape(2, -1)
+
+    pairs = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
+    signs, rows = jnp.moveaxis(jax.vmap(of_section)(pairs), 1, 0)
+    signs = signs[:, :words, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    columns = 1 - 2 * signs.reshape(len(keys), -1)[:, :size].astype(jnp.float32)
+    row_signs = 1 - 2 * (rows >> 31).astype(jnp.float32)
+    offsets = ((rows & 0x7FFFFFFF) % size).astype(jnp.int32)
+    found, first = [], 0
+    for n, count in zip(lengths, sections, strict=True):
+        here, rows_here = slice(first, first + count), -(-n // size)
+        found.append(Draws(columns[here], row_signs[here, :rows_here], offsets[here, :rows_here]))
+        first += count
+    return found
 
 
 @jax.named_scope("sketch")
 def sketch_sections(
-    x: jax.Array, keys: jax.Array, size: int, *, platform: str | None = None
-) -> jax.Array:
+    arrays: Sequence[jax.Array], keys: jax.Array, size: int, *, platform: str | None = None
+) -> list[jax.Array]:
     """Sketch every section of every objective's gradients; the objectives share the draws.
 
     Args:
-      x: per-objective gradients [K, S, ...].
-      keys: PRNG keys [S], one per section.
+      arrays: per-objective gradients, each [K, S, ...].
+      keys: PRNG keys of all sections, one array's after another's.
       size: m, entries of a sketch.
       platform: the kind of devices on which the gradients lie; see :mod:`jaxmoo.platforms`. By
         default it is decided when the program is lowered.
 
     Returns:
-      [K, S, m], float32, or float64 of float64 gradients. An entry that is not finite makes one of
-      its sketch's not finite.
+      [K, S, m] of each array, float32, or float64 of float64 gradients. An entry that is not finite
+      makes one of its sketch's not finite.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (2, 1, 100_000))
-      >>> z = sketch_sections(x, jax.random.split(jax.random.key(1), 1), 4096)
+      >>> (z,) = sketch_sections([x], jax.random.split(jax.random.key(1), 1), 4096)
       >>> z.shape
       (2, 1, 4096)
       >>> bool(abs((z[0] * z[0]).sum() / (x[0] * x[0]).sum() - 1) < 0.05)
       True
     """
-    k, sections = x.shape[:2]
-    x = x.reshape(k, sections, -1)
-    rows = -(-x.shape[2] // size)
-    draws = jax.vmap(lambda key: _draw(key, rows, size))(keys)
-    if platform == "cpu":
-        return _row_by_row(x, draws)
-    if platform is not None:
-        return _at_once(x, draws)
-    return jax.lax.platform_dependent(x, draws, cpu=_row_by_row, default=_at_once)
+    arrays = [x.reshape(*x.shape[:2], -1) for x in arrays]
+    lengths, sections = [x.shape[2] for x in arrays], [x.shape[1] for x in arrays]
+    drawn = draws(keys, lengths, sections, size)
+
+    def each(
+        sketch: Callable[[jax.Array, Draws], jax.Array], arrays: Any, drawn: Any
+    ) -> list[jax.Array]:
+        return [sketch(x, mine) for x, mine in zip(arrays, drawn, strict=True)]
+
+    row_by_row, at_once = (functools.partial(each, f) for f in (_row_by_row, _at_once))
+    if platform is None:
+        return jax.lax.platform_dependent(arrays, drawn, cpu=row_by_row, default=at_once)
+    return (row_by_row if platform == "cpu" else at_once)(arrays, drawn)
 
 
-def _row_by_row(x: jax.Array, draws: _Draws) -> jax.Array:
+def _row_by_row(x: jax.Array, draws: Draws) -> jax.Array:
     """Add one row after the other to what stays in a core's cache."""
     k, sections, n = x.shape
     size = draws.columns.shape[1]
     wide = at_least_float32(x.dtype)
     full = n // size
 
-    def of_section(s: jax.Array, mine: _Draws) -> jax.Array:
+    def of_section(s: jax.Array, mine: Draws) -> jax.Array:
         def add(total: jax.Array, row: jax.Array, r: jax.Array | int) -> jax.Array:
             sign = (mine.columns * mine.rows[r]).astype(wide)
             here = jax.lax.dynamic_slice(total, (0, mine.offsets[r]), (k, size))
@@ -116,7 +141,7 @@ def _row_by_row(x: jax.Array, draws: _Draws) -> jax.Array:
     return jnp.moveaxis(found, 0, 1)
 
 
-def _at_once(x: jax.Array, draws: _Draws) -> jax.Array:
+def _at_once(x: jax.Array, draws: Draws) -> jax.Array:
     """As one sum over rows, of entries that are taken from where they were rolled from."""
     k, sections, n = x.shape
     size, wide = draws.columns.shape[1], at_least_float32(x.dtype)

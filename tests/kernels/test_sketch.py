@@ -5,18 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoo.kernels.sketch import _draw, sketch_sections
+from jaxmoo.kernels.sketch import draws, sketch_sections
 
 
 def matrix(key, n, m):
     """The map by its definition, [m, n]: rows of signed and rolled entries, added up."""
-    draws = jax.device_get(_draw(key, -(-n // m), m))
+    (drawn,) = jax.device_get(draws(key[None], [n], [1], m))
     found = np.zeros((m, n))
     for i in range(n):
         row, column = divmod(i, m)
-        bucket = (column + draws.offsets[row]) % m
-        found[bucket, i] = draws.columns[column] * draws.rows[row]
+        bucket = (column + drawn.offsets[0, row]) % m
+        found[bucket, i] = drawn.columns[0, column] * drawn.rows[0, row]
     return found
+
+
+def sketch(x, keys, m, **options):
+    """Of one array [K, S, n]."""
+    return sketch_sections([x], keys, m, **options)[0]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "interpret", None])
@@ -24,7 +29,7 @@ def matrix(key, n, m):
 def test_it_is_one_linear_map_on_every_platform(platform, n, m):
     x = np.random.default_rng(0).normal(size=(3, 2, n)).astype(np.float32)
     keys = jax.random.split(jax.random.key(1), 2)
-    found = sketch_sections(jnp.asarray(x), keys, m, platform=platform)
+    found = sketch(jnp.asarray(x), keys, m, platform=platform)
     for section in range(2):
         wanted = x[:, section] @ matrix(keys[section], n, m).T
         np.testing.assert_allclose(found[:, section], wanted, atol=1e-5)
@@ -32,7 +37,7 @@ def test_it_is_one_linear_map_on_every_platform(platform, n, m):
 
 def test_sections_have_their_own_draws_and_objectives_share_them():
     x = jnp.ones((2, 3, 100))
-    first, second = sketch_sections(x, jax.random.split(jax.random.key(0), 3), 16)
+    first, second = sketch(x, jax.random.split(jax.random.key(0), 3), 16)
     np.testing.assert_array_equal(first, second)
     assert len({tuple(section) for section in first.tolist()}) == 3
 
@@ -47,7 +52,7 @@ def test_inner_products_are_right_on_average_and_vary_as_stated(alike):
         x[:] = x[:, :1]
     x = jnp.asarray(x.reshape(2, 1, -1), jnp.float32)
     keys = jax.random.split(jax.random.key(2), (draws, 1))
-    z = jax.lax.map(lambda key: sketch_sections(x, key, m, platform="interpret")[:, 0], keys)
+    z = jax.lax.map(lambda key: sketch(x, key, m, platform="interpret")[:, 0], keys)
     found = np.asarray(jnp.einsum("tkm,tlm->tkl", z, z), np.float64)
     exact = np.asarray(jnp.einsum("ksn,lsn->kl", x, x), np.float64)
     squares = np.diag(exact)
@@ -60,10 +65,19 @@ def test_inner_products_are_right_on_average_and_vary_as_stated(alike):
         np.testing.assert_allclose(measured, variance, rtol=0.15)
 
 
+def test_draws_do_not_depend_on_what_else_is_sketched():
+    """A call of the engine sees a few arrays of those that a whole tree has."""
+    x, y = jnp.ones((2, 3, 100)), jnp.ones((2, 2, 1000))
+    keys = jax.random.split(jax.random.key(0), 5)
+    both = sketch_sections([x, y], keys, 16)
+    np.testing.assert_array_equal(both[0], sketch(x, keys[:3], 16))
+    np.testing.assert_array_equal(both[1], sketch(y, keys[3:], 16))
+
+
 def test_a_row_that_fits_is_kept_exactly():
     """Entries of one row do not meet."""
     x = np.random.default_rng(3).normal(size=(4, 1, 100)).astype(np.float32)
-    z = sketch_sections(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 128)[:, 0]
+    z = sketch(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 128)[:, 0]
     np.testing.assert_allclose(z @ z.T, x[:, 0] @ x[:, 0].T, rtol=1e-5, atol=1e-4)
 
 
@@ -71,14 +85,14 @@ def test_a_row_that_fits_is_kept_exactly():
 def test_what_is_not_finite_stays_so_and_harms_no_other(bad):
     x = np.ones((3, 1, 1000), np.float32)
     x[1, 0, 700] = bad
-    z = sketch_sections(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 64)[:, 0]
+    z = sketch(jnp.asarray(x), jax.random.split(jax.random.key(0), 1), 64)[:, 0]
     assert np.isfinite(z).all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_sums_are_formed_in_float32(dtype):
     x = jnp.full((1, 1, 2**14), 1.0, dtype)
-    z = sketch_sections(x, jax.random.split(jax.random.key(0), 1), 2)
+    z = sketch(x, jax.random.split(jax.random.key(0), 1), 2)
     assert z.dtype == jnp.float32
     # 8,192 rows of signs: sums beyond what 8 bits of a mantissa hold are odd or even as they must.
     assert np.array_equal(np.asarray(z) % 2, np.zeros((1, 1, 2)))
