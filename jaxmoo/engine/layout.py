@@ -293,7 +293,8 @@ def sections_of_whole(
       layer: number of the layer in its stack.
     """
     parts = len(labels)
-    values = gradients.reshape(len(gradients), parts, -1)
+    shape = gradients.shape[1:] or (1,)
+    values = gradients.reshape(len(gradients), parts, shape[0] // parts, *shape[1:])
     places = section_place(leaf, layer * parts + jnp.arange(parts))
 
     def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:

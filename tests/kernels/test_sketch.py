@@ -42,6 +42,29 @@ def test_sections_have_their_own_draws_and_objectives_share_them():
     assert len({tuple(section) for section in first.tolist()}) == 3
 
 
+@pytest.mark.parametrize("shape", [(40,), (6, 5), (50, 3, 2), (3, 20), (2, 40), (1,)])
+def test_on_tpus_it_is_linear_too_and_right_on_average(shape):
+    """Vectors, matrices of short and of long rows."""
+    size, m, times = int(np.prod(shape)), 16, 3000
+    keys = jax.random.split(jax.random.key(0), times)
+    unit = jnp.eye(size).reshape(size, 1, *shape)
+
+    def of(x, keys):
+        each = lambda key: sketch(x, key[None], m, platform="interpret-tpu")[:, 0]  # noqa: E731
+        return jax.lax.map(each, keys)
+
+    maps = np.asarray(of(unit, keys[:2]), np.float64)  # [2, n, m]
+    assert set(np.unique(maps)) <= {-1, 0, 1}
+    assert (np.abs(maps).sum(2) == 1).all()
+    x = np.random.default_rng(1).normal(size=(2, 1, *shape)).astype(np.float32)
+    flat = x.reshape(2, -1).astype(np.float64)
+    z = np.asarray(of(jnp.asarray(x), keys), np.float64)
+    np.testing.assert_allclose(z[0], flat @ maps[0], atol=1e-5)
+    found, exact = np.einsum("tkm,tlm->tkl", z, z), flat @ flat.T
+    spread = found.std(0).max() / np.sqrt(times)
+    np.testing.assert_allclose(found.mean(0), exact, atol=4 * spread + 1e-5)
+
+
 @pytest.mark.parametrize("alike", [False, True], ids=["any gradients", "every row the same"])
 def test_inner_products_are_right_on_average_and_vary_as_stated(alike):
     """Rows that are all the same meet their like at one offset in m, and must not add up."""
