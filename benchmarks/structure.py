@@ -32,7 +32,17 @@ HERE = Path(__file__).resolve().parents[1]
 ROOMS = (
     *("errors", "sizes", "dtypes", "platforms", "sharding", "files", "runtime", "kernels"),
     *("parameters", "registry", "aggregators", "weighting", "blocks", "stacked", "mesh"),
-    *("sketched", "resolve", "resolver_state", "transform", "engine", "models", "config", "hf", "data"),
+    *(
+        "sketched",
+        "resolve",
+        "resolver_state",
+        "transform",
+        "engine",
+        "models",
+        "config",
+        "hf",
+        "data",
+    ),
     *("runs", "convert", "evaluate", "report", "train", "analysis", "study", "commands", "(top)"),
 )
 # The same before these rooms were made (commit 2dcd765), in the order that suits that code best.

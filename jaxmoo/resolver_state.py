@@ -45,6 +45,7 @@ class ResolveConflictsState(NamedTuple):
     mean_norm: jax.Array  # float32 [B]: norm of the objectives' (preference-weighted) mean
     skipped: jax.Array | None  # int32 [K]: steps in which the objective was non-finite somewhere
 
+
 class SketchedConflictsState(NamedTuple):
     """:class:`ResolveConflictsState` where Gram matrices are estimated from sketches."""
 

@@ -1,8 +1,8 @@
 """Gram matrices of blocks from sketches of their gradients.
 
 Exact Gram matrices take every objective's gradient of a piece to one device. Sketches add up over
-arrays, devices and examples as gradients do, and are short, so that they alone can be exchanged: the
-Gram matrix is then an estimate, and the combination, with the weights that follow from it, exact.
+arrays, devices and examples as gradients do, and are short: they can be exchanged instead. The
+Gram matrix is then an estimate; the combination, with the weights that follow from it, is exact.
 """
 
 from __future__ import annotations

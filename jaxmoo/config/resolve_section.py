@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxmoo import aggregators, blocks, weighting
+from jaxmoo.aggregators import Aggregator
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.sketched import check_sketchable, sketch_size
@@ -98,7 +99,7 @@ class ResolveConfig:
 
 def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     """Return what is wrong with the settings of the resolution, a sentence each."""
-    problems = []
+    problems, method = [], None
     methods = aggregators.names()
     if resolve.aggregator not in methods:
         problems.append(
@@ -116,7 +117,7 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
                     f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
                     "which a training run does not compute. Use it in your own optax chain."
                 )
-    problems += _check_gram(resolve)
+    problems += _check_gram(resolve, method)
     if resolve.aggregator == "moco" and resolve.engine != "stacked":
         problems.append(
             "resolve.aggregator: moco follows every language's whole gradient; it needs "
@@ -139,16 +140,14 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     return problems
 
 
-def _check_gram(resolve: ResolveConfig) -> list[str]:
+def _check_gram(resolve: ResolveConfig, method: Aggregator | None) -> list[str]:
     problems = []
     try:
         if sketch_size(resolve.gram) is None:
             return []
-        check_sketchable([aggregators.get(resolve.aggregator, **resolve.options)])
+        check_sketchable([] if method is None else [method])
     except ConfigError as error:
         problems.append(f"resolve.{error}")
-    except (TypeError, ValueError):
-        pass  # that the method's options do not suit it was found before
     if resolve.replicas != "mean_then_resolve":
         problems.append(
             f"resolve.gram={resolve.gram} adds up the sketches of all replicas, which is what "

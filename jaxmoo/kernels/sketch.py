@@ -51,7 +51,9 @@ class Draws(NamedTuple):
     offsets: jax.Array  # int32 [S, R], below m
 
 
-def draws(keys: jax.Array, lengths: Sequence[int], sections: Sequence[int], size: int) -> list[Draws]:
+def draws(
+    keys: jax.Array, lengths: Sequence[int], sections: Sequence[int], size: int
+) -> list[Draws]:
     """Draw what sketches need, for several arrays at once.
 
     Args:
@@ -166,9 +168,7 @@ def _at_once(x: jax.Array, draws: Draws) -> jax.Array:
     rows = jnp.pad(x, ((0, 0), (0, 0), (0, -n % size))).reshape(k, sections, -1, size)
     origin = (jnp.arange(size) - draws.offsets[..., None]) % size  # [S, R, m]
     rolled = jnp.take_along_axis(rows, origin[None], axis=3, mode="promise_in_bounds")
-    columns = jnp.take_along_axis(
-        draws.columns[:, None], origin, axis=2, mode="promise_in_bounds"
-    )
+    columns = jnp.take_along_axis(draws.columns[:, None], origin, axis=2, mode="promise_in_bounds")
     signs = columns * draws.rows[..., None]
     return (rolled.astype(wide) * signs.astype(wide)).sum(2)
 

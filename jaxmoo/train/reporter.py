@@ -182,9 +182,7 @@ class Reporter:
                 if "loss_weights" in measured
                 else {}
             ),
-            **(
-                {"gram_error": measured["gram_error"].mean()} if "gram_error" in measured else {}
-            ),
+            **({"gram_error": measured["gram_error"].mean()} if "gram_error" in measured else {}),
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
             **({"malformed": malformed} if (malformed := batches.malformed()) else {}),

@@ -36,6 +36,7 @@ from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.runtime.compiled import compiler_options, distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
+from jaxmoo.sketched import is_small, sketch_size
 from jaxmoo.train.condition import check_finite, examine
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
 from jaxmoo.train.kept import Kept, corpus_key, program_key, weights_key
@@ -187,6 +188,7 @@ def prepare(
     attention = run_attention(config, architecture, device_mesh)
     say(f"Attention: {attention}.")
     platform = platform_of(device_mesh.devices.flat)
+    _tell_of_sketches(config, platform, say)
     options = compiler_options(platform, config.train.compiler_options)
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -254,6 +256,25 @@ def prepare(
             data.sequence_length,
         ),
     )
+
+
+def _tell_of_sketches(config: Config, platform: str, say: Callable[[str], None]) -> None:
+    """Say that Gram matrices are estimates, and if it is likely that they are poor ones."""
+    size = sketch_size(config.resolve.gram)
+    if size is None:
+        return
+    say(
+        f"Gram matrices: estimated from sketches of {size:,} numbers per language and block; how "
+        "well is in metrics.jsonl (gram_error)."
+    )
+    # On TPUs it takes four times the numbers: see jaxmoo.kernels.sketch.
+    times, languages = 4 if platform == "tpu" else 1, config.data.step_languages
+    if is_small(size // times, languages):
+        say(
+            f"Note: resolve.gram={config.resolve.gram} is small for {languages} languages: the "
+            "weights of some will be noise. Take at least "
+            f"sketch:{times * 100 * languages}, or exact."
+        )
 
 
 def _data(config: Config, source: Path, say: Callable[[str], None], kept: Kept | None) -> RunData:

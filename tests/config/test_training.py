@@ -249,6 +249,24 @@ def test_what_belongs_to_fixed_languages_is_refused_when_they_are_sampled(load, 
         load("data.languages_per_step=1", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resolve.gram=sketch", "resolve.gram: expected 'exact' or 'sketch:N'"),
+        ("resolve.aggregator=graddrop", "resolve.gram: graddrop works coordinate by coordinate"),
+        ("resolve.replicas=pooled_gram", "resolve.replicas=mean_then_resolve means"),
+        ("train={steps: 1, microbatches: 2, accumulation: accumulate_first}", "nothing to sketch"),
+        ("mesh.tensor=2", "needs mesh.tensor=1"),
+    ],
+)
+def test_what_cannot_be_sketched_is_refused(load, override, message):
+    load("resolve.gram=sketch:1024")
+    if not override.startswith("resolve.gram"):
+        load(override)
+    with pytest.raises(ConfigError, match=message):
+        load("resolve.gram=sketch:1024", override)
+
+
 def test_errors_in_the_file_name_it_and_the_line(load):
     with pytest.raises(ConfigError, match=r"run\.yaml: line 8: train\.steps must be an integer"):
         load(text=MINIMAL.replace("10", "ten"))

@@ -179,7 +179,11 @@ CASES = {
         k=9,
         aggregator=("upgrad", "nash_mtl"),
         change=one_not_finite,
-        options={"gram": "sketch:40", "preference": [1, 2, 3, 4, 5, 4, 3, 2, 1], "match_norm": True},
+        options={
+            "gram": "sketch:40",
+            "preference": [1, 2, 3, 4, 5, 4, 3, 2, 1],
+            "match_norm": True,
+        },
     ),
     "sketched, shard": Case(blocks="shard", options={"gram": "sketch:30"}, steps=1),
     "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),

@@ -13,6 +13,7 @@ from jaxmoo.engine import block, resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError, JaxmooError
 
 K, TOY = 8, Toy()
+SKETCH = "sketch:64"
 (BATCH,) = batches(K)
 
 
@@ -160,6 +161,14 @@ def test_blocks_are_not_mapped_over_their_parameters(k):
         ({"accumulation": "first"}, "accumulation: expected one of resolve_each"),
         ({"microbatches": 0}, "microbatches: expected at least 1"),
         ({"preference": [1, 1]}, "expected 8 weights"),
+        ({"gram": "sketched"}, "gram: expected 'exact' or 'sketch:N'"),
+        ({"gram": "sketch:1"}, "with N at least 2, found 'sketch:1'"),
+        ({"gram": SKETCH, "aggregator": "graddrop"}, "graddrop works coordinate by coordinate"),
+        ({"gram": SKETCH, "replicas": "pooled_gram"}, "replicas='mean_then_resolve' means"),
+        (
+            {"gram": SKETCH, "microbatches": 2, "accumulation": "accumulate_first"},
+            "nothing is left to sketch",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_traced(options, message):

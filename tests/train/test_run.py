@@ -139,6 +139,7 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
         data__languages_per_step=2,
         data__sampling={"temperature": 2.0},
         data__chat_template=str(template),
+        resolve__gram="sketch:2048",  # drawn anew at every step
     )
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert main(["--config", str(config), f"output={unbroken}"]) == 0
@@ -161,7 +162,8 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
     assert steps == list(range(1, 7))
     rows, resumed = (read_metrics(run / "metrics.jsonl") for run in (unbroken, killed))
-    for name in ("loss", "weights", "cosine", "skipped", "tokens", "epochs"):
+    assert all(0 < row["gram_error"] < 0.5 for row in rows)
+    for name in ("loss", "weights", "cosine", "skipped", "tokens", "epochs", "gram_error"):
         assert [row[name] for row in rows] == [row[name] for row in resumed], name
 
     # Each step has the metrics of its own languages, and rows with more than one example.
