@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def compiled(objectives, aggregator, device_mesh):
+def compiled(objectives, aggregator, device_mesh, *, rows=LANGUAGES, gram="exact"):
     """A whole step, compiled for a mesh, and the number of its blocks."""
     graph, params = nnx.split(Decoder.abstract(CONFIG))
     optimizer = optax.adamw(1e-4)
@@ -40,6 +40,7 @@ def compiled(objectives, aggregator, device_mesh):
         mesh=device_mesh,
         num_objectives=objectives,
         aggregator=aggregator,
+        gram=gram,
         blocks=choose({r"embedding$": "slices:4", ".*": "layer"}),
         stacked=STACKED,
         weight_fn=lambda b: target_mask(b).sum(),
@@ -62,7 +63,7 @@ def compiled(objectives, aggregator, device_mesh):
     adam, *rest = jax.eval_shape(optimizer.init, placed)
     adam = adam._replace(count=everywhere(adam.count), mu=placed, nu=placed)
     sharding = mesh.batch_sharding(device_mesh)
-    shape = (objectives, LANGUAGES // objectives, 32)
+    shape = (objectives, rows // objectives, 32)
     batch = {
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
         "loss_mask": jax.ShapeDtypeStruct(shape, bool, sharding=sharding),
@@ -83,6 +84,20 @@ def costs(count):
         "blocks": blocks,
         "devices": count,
     }
+
+
+def sketched(size, languages, data, rows):
+    """Bytes sent by a step that sketches and by a plain one, on eight devices; its blocks."""
+    devices = jax.devices()[:8]
+    step, blocks = compiled(
+        languages,
+        "cagrad",
+        mesh.make_mesh(languages, data=data, devices=devices),
+        rows=rows,
+        gram=f"sketch:{size}",
+    )
+    plain, _ = compiled(1, None, mesh.make_mesh(1, data=data, devices=devices), rows=rows)
+    return cost.collective_bytes(step), cost.collective_bytes(plain), blocks
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=["one device", "eight devices"])
@@ -107,3 +122,22 @@ def test_gradients_take_the_bytes_of_plain_fsdp_and_a_gram_matrix_per_block(foun
     assert gradients[0] == gradients[1] > 0
     # Of what is summed over 8 devices 2 x 7/8 travels: a Gram matrix of float32 per block.
     assert found["sent"][0]["all-reduce"] == 2 * 7 / 8 * 4 * 8 * 8 * found["blocks"]
+
+
+def test_sketched_gradients_take_the_bytes_of_plain_training_for_any_k_and_replicas(eight_devices):
+    """Exact ones would take K / L times plain's, and K times between replicas."""
+    size, languages, data, pieces = 256, 64, 2, 4
+    found, plain, blocks = eight_devices(
+        "engine.test_step_cost", "sketched", size, languages, data, languages * data
+    )
+    groups = min(languages, pieces)
+    # What every device sends of its K / L sketches to those that hold the other pieces.
+    exchanged = (languages // groups) * 4 * size * blocks * (pieces - 1) / pieces
+    kinds = ("reduce-scatter", "all-to-all")
+    sent = [sum(x.get(kind, 0) for kind in kinds) for x in (found, plain)]
+    assert sent[0] - sent[1] == exchanged
+    # Sums over all devices: sketches, between replicas; two halves of a Gram matrix per block.
+    summed = 2 * (data - 1) / data * 4 * languages * size / pieces * blocks
+    summed += 2 * (pieces - 1) / pieces * 4 * 2 * languages**2 * blocks
+    more = found["all-reduce"] - plain.get("all-reduce", 0)
+    assert abs(more - summed) < 4000  # losses and counts of tokens
