@@ -80,7 +80,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def step_name(row: dict[str, Any]) -> str:
     """What a row of a step is called."""
     plain = row["engine"] == "plain"
-    return "plain" if plain else f"{row['engine']} {row['aggregator']}"
+    gram = row.get("gram", "exact")
+    sketched = "" if gram == "exact" else f", {gram}"
+    return "plain" if plain else f"{row['engine']} {row['aggregator']}{sketched}"
 
 
 def gigabytes(x: float | None) -> str:

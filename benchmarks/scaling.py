@@ -104,7 +104,7 @@ def measure(flags: argparse.Namespace, languages: int, layers: int | None, pages
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    header = ["step", "blocks", "Gram", "devices", "K", "layers", "peak GB", "of plain", "TFLOP"]
+    header = ["step", "blocks", "devices", "K", "layers", "peak GB", "of plain", "TFLOP"]
     header += ["of plain", "gradients sent MB", "gathered MB", "compiled in s", "CPU s"]
     timed = any("ratio" in row for row in rows)
     table = [[*header, *(["s", "of plain"] if timed else [])]]
@@ -114,7 +114,6 @@ def report(rows: list[dict[str, Any]]) -> str:
             [
                 step_name(row),
                 "" if plain else f"{row['blocks']} ({row['number of blocks']})",
-                "" if plain else row["gram"],
                 *(str(row[x]) for x in ("devices", "languages", "layers")),
                 gigabytes(row["peak"]),
                 f"{row['peak ratio']:.3f}",

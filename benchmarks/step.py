@@ -94,6 +94,7 @@ def described(flags: argparse.Namespace, kind: Kind, program: Program) -> dict[s
         "engine": kind.engine,
         "aggregator": kind.aggregator,
         "blocks": kind.blocks,
+        "gram": kind.gram,
         "number of blocks": len(program.step.gradients.partition),
         "compile seconds": program.seconds,
         "peak": program.peak,
