@@ -158,8 +158,7 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     by_row = {Row.of(one): one for one in found}
     tables = []
     for what, kind, unit in (("kernels", "launches", 1), ("Mcycles", "cycles", 1e6)):
-        header = ["chips, model, tokens per language", "method", "blocks", "Gram"]
-        header += ["peak GB", "of plain"]
+        header = ["chips, model, tokens per language", "method", "blocks", "peak GB", "of plain"]
         header += [what, "of plain", "sent GB", "exposed GB", "of plain", "compiled in s"]
         lines = []
         for row, one in sorted(by_row.items(), key=lambda item: _order(item[0])):
@@ -174,15 +173,16 @@ def _line(
     row: Row, one: dict[str, Any], plain: dict[str, Any], kind: str, unit: float
 ) -> list[str]:
     name = f"{row.chip}, {row.model}, {row.length * row.rows:,}"
+    method = row.method if row.gram == "exact" else f"{row.method}, {row.gram}"
     if one.get("peak") is None:
         says = "does not fit" if one["fits"] is False else one["says"]
-        return [name, row.method, row.blocks, row.gram, says, *[""] * 7]
+        return [name, method, row.blocks, says, *[""] * 7]
     count, before = _total(one.get(kind)), _total(plain.get(kind))
     exposed = sum(one["exposed"].values())
     ordinarily = sum(plain["exposed"].values()) if plain.get("exposed") else None
     digits = ".1f" if unit > 1 else ".0f"
     return [
-        *(name, row.method, row.blocks, row.gram),
+        *(name, method, row.blocks),
         *(gigabytes(one["peak"]), _of(one["peak"], plain.get("peak"))),
         *("" if count is None else f"{count / unit:,{digits}}", _of(count, before)),
         *(gigabytes(sum(one["sent"].values())), gigabytes(exposed), _of(exposed, ordinarily)),
