@@ -16,13 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Grams
 from jaxmoo.blocks.sections import Section, section_key, sum_by_block
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.reductions import grams_in_range
 from jaxmoo.kernels.sketch import sketch_sections
 
-__all__ = ["Sketch", "check_sketchable", "is_small", "sketch_size", "sketched_grams"]
+__all__ = [
+    "Sketch",
+    "check_sketchable",
+    "is_small",
+    "sketch_blocks",
+    "sketch_size",
+    "sketched_grams",
+]
 
 # Told apart from what aggregators draw from the same key.
 _SKETCH = 0x5E7C4
@@ -108,58 +116,72 @@ def is_small(size: int, num_objectives: int) -> bool:
     return math.sqrt(num_objectives / size) > 0.1
 
 
-def sketched_grams(
+def sketch_blocks(
     sections: Sequence[Section],
-    labels: Sequence[jax.Array],
     numbers: jax.Array,
-    sketch: Sketch,
+    size: int,
     *,
     key: jax.Array,
-    active: jax.Array | None,
     platform: str | None,
-    rescale: bool,
-    total: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Estimate the Gram matrices of B blocks.
+) -> jax.Array:
+    """Sketch the gradients of B blocks.
 
     Args:
       sections: gradients [k, S, ...] of arrays, with places.
-      labels: per array, int [S]: the block that each section lies in.
       numbers: int [B], from which blocks draw.
-      sketch: how.
+      size: m.
       key: of the step.
-      active: bool [K], or None.
       platform: see :func:`jaxmoo.kernels.sketch.sketch_sections`.
-      rescale: see :func:`jaxmoo.resolve.resolve_sections`.
-      total: sums over the devices that hold the sketches' other entries.
 
     Returns:
-      ``(Gram matrices [B, K, K], what the gradients were multiplied by [B], relative error [B])``.
-      The error is estimated from the two halves of the sketches, the even entries and the odd:
-      each gives half of the Gram matrix, and what they differ by is about as large as what their
-      sum is wrong by.
+      [k, B, m].
     """
     key = jax.random.fold_in(key, _SKETCH)
+    labels = [jnp.asarray(section.labels) for section in sections]
     keys = jax.vmap(section_key, (None, 0, 0))(
         key,
         jnp.concatenate([jnp.asarray(section.places) for section in sections]),
         numbers[jnp.concatenate(labels)],
     )
-    found = sketch_sections([s.values for s in sections], keys, sketch.size, platform=platform)
-    sketches = [jnp.moveaxis(x, 0, 1)[:, None] for x in found]
-    z = sketch.exchange(jnp.moveaxis(sum_by_block(sketches, labels, len(numbers)), 1, 0))
+    found = sketch_sections([s.values for s in sections], keys, size, platform=platform)
+    parts = [jnp.moveaxis(x, 0, 1)[:, None] for x in found]
+    return jnp.moveaxis(sum_by_block(parts, labels, len(numbers)), 1, 0)
+
+
+def sketched_grams(
+    z: jax.Array,
+    sketch: Sketch,
+    *,
+    active: jax.Array | None = None,
+    rescale: bool = False,
+    total: Callable[[jax.Array], jax.Array],
+) -> Grams:
+    """Estimate Gram matrices from the sketches of this device's gradients.
+
+    The error is estimated from the two halves of the sketches, the even entries and the odd: each
+    gives half of the Gram matrix, and what they differ by is about as large as what their sum is
+    wrong by.
+
+    Args:
+      z: [k, B, m], from :func:`sketch_blocks`.
+      sketch: how sketches are exchanged.
+      active: bool [K], or None.
+      rescale: see :func:`jaxmoo.resolve.resolve_sections`.
+      total: sums over the devices that hold the sketches' other entries.
+    """
+    z = sketch.exchange(z)
 
     def halves(z: jax.Array) -> jax.Array:  # [2, B, K, K]
         return total(jnp.stack([cross_grams(x, x) for x in (z[..., ::2], z[..., 1::2])]))
 
     both = halves(z)
-    grams, unit = both.sum(0), jnp.ones(len(numbers), both.dtype)
+    gram, unit = both.sum(0), jnp.ones(z.shape[1], both.dtype)
     if rescale:
         sizes = jnp.where(jnp.isfinite(z), jnp.abs(z), jnp.inf).max(2).T
-        grams, unit = grams_in_range(
-            grams, active, lambda: sizes, lambda unit: halves(z * unit[None, :, None]).sum(0)
+        gram, unit = grams_in_range(
+            gram, active, lambda: sizes, lambda unit: halves(z * unit[None, :, None]).sum(0)
         )
-    return grams, unit, _relative(both[0] - both[1], both.sum(0))
+    return Grams(gram, unit, _relative(both[0] - both[1], both.sum(0)))
 
 
 def _relative(difference: jax.Array, gram: jax.Array) -> jax.Array:

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Group
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
-from jaxmoo.resolve import Group, group_blocks, resolve
+from jaxmoo.resolve import group_blocks, resolve
 from jaxmoo.resolver_state import new_state, next_state, normalised, step_key
 from jaxmoo.sketched import Sketch, check_sketchable, sketch_size
 

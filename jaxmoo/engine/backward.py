@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxmoo.block_solve import Group, Resolution
 from jaxmoo.blocks.sections import Section
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable
@@ -41,7 +42,7 @@ from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA
-from jaxmoo.resolve import Group, Resolution, resolve_sections
+from jaxmoo.resolve import resolve_sections
 from jaxmoo.sketched import Sketch
 
 __all__ = ["GATHERED", "Backward", "CallInputs", "StepInputs", "over_objectives"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxmoo.resolve import Group
+from jaxmoo.block_solve import Group
 
 __all__ = ["BlockRules"]
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Group
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable, Diagnostics
@@ -28,7 +29,7 @@ from jaxmoo.engine.loss_function import LossFunction
 from jaxmoo.engine.usage import Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
-from jaxmoo.resolve import Group, group_blocks
+from jaxmoo.resolve import group_blocks
 from jaxmoo.resolver_state import (
     ResolverState,
     new_state,
