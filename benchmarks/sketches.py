@@ -8,7 +8,8 @@ weights, one real batch per step, and forms every layer's Gram matrix exactly an
 several sizes, by the form of CPUs and GPUs and by that of TPUs. Every method that reads a Gram
 matrix solves all of them, through the same steps; what is compared are the updates: the length of
 the difference over that of the exact one, from the exact Gram matrix in float64. Then resolving one
-layer is timed, exact beside sketched, in alternation. Prints Markdown; ``--json`` keeps the numbers.
+layer is timed, exact beside sketched, in alternation. Prints Markdown; ``--json`` keeps the
+numbers.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def methods() -> list[Aggregator]:
     return found
 
 
-def gradients(
-    overrides: Sequence[str], steps: int
-) -> tuple[Partition, Iterator[list[jax.Array]]]:
+def gradients(overrides: Sequence[str], steps: int) -> tuple[Partition, Iterator[list[jax.Array]]]:
     """The trained layers, and every language's gradients of them, [K, ...] per array and step."""
     config = load_config("configs/quickstart.yaml", overrides)
     source = resolve_source(config.model.source)
@@ -212,9 +211,7 @@ def accuracy(pages: Pages, flags: argparse.Namespace) -> None:
         row = {"what": "method", "method": method.name}
         pages.add(row | {"form": "mean", "size": 0} | summary([off(mean, wanted, grams)]))
         for form, size in runs:
-            errors = [
-                off(weights(method, found), wanted, grams) for found in estimated[form, size]
-            ]
+            errors = [off(weights(method, found), wanted, grams) for found in estimated[form, size]]
             pages.add(row | {"form": form, "size": size} | summary(errors))
 
 
@@ -249,14 +246,15 @@ def timing(pages: Pages, flags: argparse.Namespace) -> None:
         common = random.standard_normal((1, 2**16), np.float32)
         updates = [
             jnp.asarray(
-                random.standard_normal((k, *shape), np.float32)
-                + np.resize(common, (1, *shape))
+                random.standard_normal((k, *shape), np.float32) + np.resize(common, (1, *shape))
             )
             for shape in LAYER
         ]
         for name in flags.timed:
             forms = ["exact", f"sketch:{GOAL_SIZE}"]
-            pages.add({"what": "time", "objectives": k, "method": name} | paired(name, forms, updates))
+            pages.add(
+                {"what": "time", "objectives": k, "method": name} | paired(name, forms, updates)
+            )
 
 
 def paired(name: str, grams: Sequence[str], updates: list[jax.Array]) -> dict[str, Any]:
