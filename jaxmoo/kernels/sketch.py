@@ -115,10 +115,10 @@ def sketch_sections(
     sections = [x.shape[1] for x in arrays]
     if like_tpu(platform):
         ends = np.cumsum([0, *sections])
-        pairs = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
+        words = jax.vmap(lambda key: jax.random.bits(key, (3,), jnp.uint32))(keys)
         bounds = itertools.pairwise(ends)
         return [
-            _folded(x, pairs[first:last], size)
+            _folded(x, words[first:last], size)
             for x, (first, last) in zip(arrays, bounds, strict=True)
         ]
     arrays = [x.reshape(*x.shape[:2], -1) for x in arrays]
@@ -188,7 +188,7 @@ def _at_once(x: jax.Array, draws: Draws) -> jax.Array:
     return jnp.stack(of_rows, 2)
 
 
-def _folded(x: jax.Array, pairs: jax.Array, size: int) -> jax.Array:
+def _folded(x: jax.Array, words: jax.Array, size: int) -> jax.Array:
     """Add up groups of rows of matrices, as they lie, with random signs [K, S, h, ...]."""
     k, sections = x.shape[:2]
     width = math.prod(x.shape[3:])
@@ -201,12 +201,17 @@ def _folded(x: jax.Array, pairs: jax.Array, size: int) -> jax.Array:
     group -= group % (8 if group > 8 else 2)  # as many as registers hold
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % group), (0, 0)))
     x = x.reshape(k, sections, -1, group, width)
-    signs = jax.vmap(functools.partial(_signs, shape=x.shape[2:]))(pairs)
+    signs = jax.vmap(functools.partial(_signs, shape=x.shape[2:]))(words)
     wide = at_least_float32(x.dtype)
     folded = (x.astype(wide) * signs.astype(wide)).sum(2)
     # Even rows of a group, and odd ones: entries of a column meet each other in both alike.
     sums = jnp.moveaxis(folded.reshape(k, sections, -1, 2, width), 3, 2)
-    return _as_one(sums.reshape(k, sections, 2, -1), size)
+    found = _as_one(sums.reshape(k, sections, 2, -1), size)
+    # Arrays are heavy in the same channels, which must not meet at every step.
+    offsets = (words[:, 2] % (size - size % 2)).astype(jnp.int32)
+    even = found[..., : size - size % 2]
+    rolled = jax.vmap(lambda x, by: jnp.roll(x, by, 1), (1, 0), 1)(even, offsets)
+    return jnp.pad(rolled, ((0, 0), (0, 0), (0, size % 2)))
 
 
 def _signs(pair: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -120,3 +120,17 @@ def test_sums_are_formed_in_float32(dtype):
     assert z.dtype == jnp.float32
     # Each sum is a whole number of entries, which takes more than 8 bits of mantissa.
     assert np.array_equal(np.asarray(z) * 128 % 129, np.zeros((1, 1, 2)))
+
+
+def test_on_tpus_entries_that_are_heavy_in_several_arrays_meet_by_chance_only():
+    """As the channels of a layer's norms are."""
+    m, times = 32, 2000
+    x = jnp.zeros((1, 1, 12)).at[..., 5].set(1.0)
+    keys = jax.random.split(jax.random.key(0), (times, 2))
+
+    def of(keys):
+        return sum(sketch_sections([x, x], keys, m, platform="interpret-tpu"))
+
+    z = np.asarray(jax.lax.map(of, keys))
+    met = (np.abs(z).max(3) != 1).mean()
+    np.testing.assert_allclose(met, 1 / m, atol=4 * np.sqrt(1 / m / times))
