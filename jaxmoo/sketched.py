@@ -158,9 +158,9 @@ def sketched_grams(
 ) -> Grams:
     """Estimate Gram matrices from the sketches of this device's gradients.
 
-    The error is estimated from the two halves of the sketches, the even entries and the odd: each
-    gives half of the Gram matrix, and what they differ by is about as large as what their sum is
-    wrong by.
+    The error is estimated from products of the even entries of sketches with the odd, which hold
+    other entries of the gradients: what is in these products by chance is about as large as what is
+    by chance in the Gram matrix.
 
     Args:
       z: [k, B, m], from :func:`sketch_blocks`.
@@ -171,25 +171,25 @@ def sketched_grams(
     """
     z = sketch.exchange(z)
 
-    def halves(z: jax.Array) -> jax.Array:  # [2, B, K, K]
-        return total(jnp.stack([cross_grams(x, x) for x in (z[..., ::2], z[..., 1::2])]))
+    def products(z: jax.Array) -> jax.Array:  # [2, B, K, K]
+        between = cross_grams(z[..., ::2], z[..., 1::2])
+        return total(jnp.stack([cross_grams(z, z), between + jnp.swapaxes(between, 1, 2)]))
 
-    both = halves(z)
-    gram, unit = both.sum(0), jnp.ones(z.shape[1], both.dtype)
+    gram, by_chance = products(z)
+    unit = jnp.ones(z.shape[1], gram.dtype)
     if rescale:
         sizes = jnp.where(jnp.isfinite(z), jnp.abs(z), jnp.inf).max(2).T
         gram, unit = grams_in_range(
-            gram, active, lambda: sizes, lambda unit: halves(z * unit[None, :, None]).sum(0)
+            gram, active, lambda: sizes, lambda unit: products(z * unit[None, :, None])[0]
         )
-    return Grams(gram, unit, _relative(both[0] - both[1], both.sum(0)))
+        by_chance = products(z * unit[None, :, None])[1]
+    return Grams(gram, unit, _relative(by_chance, gram))
 
 
-def _relative(difference: jax.Array, gram: jax.Array) -> jax.Array:
-    """Frobenius norms of differences over those of Gram matrices, [B], of what is finite."""
-    finite = jnp.isfinite(gram) & jnp.isfinite(difference)
+def _relative(error: jax.Array, gram: jax.Array) -> jax.Array:
+    """Frobenius norms of errors over those of Gram matrices, [B], of what is finite."""
+    finite = jnp.isfinite(gram) & jnp.isfinite(error)
     largest = jnp.where(finite, jnp.abs(gram), 0).max((1, 2), keepdims=True)
     by = jnp.where(finite & (largest > 0), 1 / jnp.where(largest > 0, largest, 1), 0)
-    norms = [
-        jnp.sqrt(((jnp.where(finite, x, 0) * by) ** 2).sum((1, 2))) for x in (difference, gram)
-    ]
+    norms = [jnp.sqrt(((jnp.where(finite, x, 0) * by) ** 2).sum((1, 2))) for x in (error, gram)]
     return norms[0] / jnp.where(norms[1] > 0, norms[1], 1)
