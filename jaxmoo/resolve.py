@@ -37,7 +37,7 @@ from jaxmoo.kernels.reductions import (
     weighted_sum,
 )
 from jaxmoo.sharding import automatic, spec_of
-from jaxmoo.sketched import Sketch, sketch_blocks, sketched_grams
+from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
 __all__ = [
     "conflict_share",
@@ -93,7 +93,7 @@ def resolve(
     match_norm: bool = False,
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
-    sketch: Sketch | None = None,
+    sketch: int | None = None,
 ) -> Resolution:
     """Resolve per-objective gradients into one gradient per array.
 
@@ -110,7 +110,7 @@ def resolve(
         stationary to within rounding.
       second: the same gradients of an independent second batch, for aggregators that need one.
       partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
-      sketch: how Gram matrices are estimated; None for exact ones.
+      sketch: size of the sketches that Gram matrices are estimated from; None for exact ones.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -173,7 +173,7 @@ def resolve_sections(
     partitioned: bool | None = None,
     platform: str | None = None,
     rescale: bool = False,
-    sketch: Sketch | None = None,
+    sketch: int | None = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Resolution:
@@ -193,8 +193,7 @@ def resolve_sections(
       platform: likewise; on a GPU a solve is one kernel as well.
       rescale: whether gradients whose squares leave float32's range are scaled, in a second and
         third pass over them. Else the largest count as not finite, the smallest as zero.
-      sketch: see :func:`resolve`. The sections' values are then gradients of the objectives whose
-        weights ``sketch.own`` gives, and the updates sums over these alone.
+      sketch: see :func:`resolve`; for blocks without other pieces.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
 
@@ -242,8 +241,8 @@ def resolve_sections(
     if sketch is None:
         grams = exact()
     else:
-        z = sketch_blocks(sections, numbers, sketch.size, key=key, platform=platform)
-        grams = sketched_grams(z, sketch, active=active, rescale=rescale, total=total)
+        z = sketch_blocks(sections, numbers, sketch, key=key, platform=platform)
+        grams = grams_of_sketches(z, active=active, rescale=rescale)
     unit, crossed = grams.unit, None
     present = grams.present if active is None else active
     if any(group.aggregator.cross_gram for group in groups):
@@ -272,9 +271,8 @@ def resolve_sections(
         match_norm=match_norm,
         platform=platform,
     )
-    weights = found.weights if sketch is None else sketch.own(found.weights)
     updates = [
-        weighted_sum(s.values, of_sections(weights, n), partitioned=partitioned)
+        weighted_sum(s.values, of_sections(found.weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
     update_norm, used = found.update_norm, present & ~found.nonfinite

@@ -7,7 +7,6 @@ Gram matrix is then an estimate; the combination, with the weights that follow f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,37 +23,15 @@ from jaxmoo.kernels.reductions import grams_in_range
 from jaxmoo.kernels.sketch import sketch_sections
 
 __all__ = [
-    "Sketch",
     "check_sketchable",
+    "grams_of_sketches",
     "is_small",
     "sketch_blocks",
     "sketch_size",
-    "sketched_grams",
 ]
 
 # Told apart from what aggregators draw from the same key.
 _SKETCH = 0x5E7C4
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-    return x
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sketch:
-    """How Gram matrices are estimated. K objectives, of which a device holds gradients of k.
-
-    Attributes:
-      size: m, entries of a block's sketch.
-      exchange: takes sketches [k, B, m] of this device's gradients to entries of all objectives'
-        [K, B, n], summed over the devices that hold parts of a gradient; the first of every
-        device's entries has an even number.
-      own: takes weights [B, K] to those of this device's objectives [B, k].
-    """
-
-    size: int
-    exchange: Callable[[jax.Array], jax.Array] = _as_it_is
-    own: Callable[[jax.Array], jax.Array] = _as_it_is
 
 
 def sketch_size(gram: str) -> int | None:
@@ -148,28 +125,25 @@ def sketch_blocks(
     return jnp.moveaxis(sum_by_block(parts, labels, len(numbers)), 1, 0)
 
 
-def sketched_grams(
+def grams_of_sketches(
     z: jax.Array,
-    sketch: Sketch,
     *,
     active: jax.Array | None = None,
     rescale: bool = False,
-    total: Callable[[jax.Array], jax.Array],
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Grams:
-    """Estimate Gram matrices from the sketches of this device's gradients.
+    """Estimate Gram matrices.
 
     The error is estimated from products of the even entries of sketches with the odd, which hold
     other entries of the gradients: what is in these products by chance is about as large as what is
     by chance in the Gram matrix.
 
     Args:
-      z: [k, B, m], from :func:`sketch_blocks`.
-      sketch: how sketches are exchanged.
+      z: sketches of all objectives [K, B, n], or a device's part of their entries.
       active: bool [K], or None.
       rescale: see :func:`jaxmoo.resolve.resolve_sections`.
       total: sums over the devices that hold the sketches' other entries.
     """
-    z = sketch.exchange(z)
 
     def products(z: jax.Array) -> jax.Array:  # [2, B, K, K]
         between = cross_grams(z[..., ::2], z[..., 1::2])
