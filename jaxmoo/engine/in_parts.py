@@ -6,7 +6,8 @@ backward step is run for all objectives up to these factors. From them follow, o
 objectives' gradients, and their weighted sum: in one product, of factors that carry the weights.
 
 The parts are found in the traced program. What the cotangents of the arguments need is run at once;
-what only the parameters' gradients need is left, and run again and again.
+what only the parameters' gradients need is left, and run again and again. Which axes of the program
+are the objectives' is seen from a second trace, for one objective more.
 """
 
 from __future__ import annotations
@@ -50,44 +51,47 @@ class _Program(NamedTuple):
         return known | dict(zip(self.jaxpr.invars, given, strict=True))
 
 
+class Factor(NamedTuple):
+    """A value that gradients are made of."""
+
+    value: jax.Array
+    axis: int | None  # of the objectives; None: it is the same for all
+    linear: bool  # whether it grows with the cotangents
+
+
 class Factors(NamedTuple):
     """What the gradients of parameters are made of, for K objectives; see the module."""
 
-    whole: _Program  # for K objectives
-    one: _Program  # for a single one
-    count: int  # outputs that are gradients, the first of all
-    rest: Sequence[int]  # numbers of the operations that only these need
-    values: Sequence[tuple[int, Any]]  # variables' numbers among all, and values
-    axes: Sequence[int | None]  # of the objectives in each value
-    linear: Sequence[bool]  # whether a value grows with the cotangents
+    jaxpr: Any  # the program
+    gradients: Sequence[Any]  # the variables that are gradients
+    rest: Sequence[Any]  # the operations that only these need
+    alone: Sequence[Any]  # the same for a single objective
+    known: dict[Any, Factor]  # by variable
 
     def of(self, k: jax.Array) -> list[jax.Array]:
         """Objective k's gradients of the parameters."""
-        slices = [
-            x if axis is None else jax.lax.dynamic_slice_in_dim(x, k, 1, axis)
-            for (_, x), axis in zip(self.values, self.axes, strict=True)
-        ]
-        return self._finish(self.one, slices)
+        slices = {
+            v: x if axis is None else jax.lax.dynamic_slice_in_dim(x, k, 1, axis)
+            for v, (x, axis, _) in self.known.items()
+        }
+        return self._finish(self.alone, slices)
 
     def combined(self, weights: jax.Array) -> list[jax.Array]:
         """Sum of all objectives' gradients times their weights [K].
 
         Those of weight 0 have no part in it, and may be not finite.
         """
-        scaled = []
-        for (_, x), axis, linear in zip(self.values, self.axes, self.linear, strict=True):
+        scaled = {}
+        for variable, (x, axis, linear) in self.known.items():
             if axis is not None and jnp.issubdtype(x.dtype, jnp.inexact):
                 by = weights.reshape(-1, *(1,) * (x.ndim - 1 - axis))
                 x = jnp.where(by != 0, (x * by.astype(x.dtype)) if linear else x, 0)
-            scaled.append(x)
-        return self._finish(self.whole, scaled)
+            scaled[variable] = x
+        return self._finish(self.rest, scaled)
 
-    def _finish(self, program: _Program, values: Sequence[Any]) -> list[jax.Array]:
-        variables = _variables(program.jaxpr)
-        known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-        known |= {variables[n]: x for (n, _), x in zip(self.values, values, strict=True)}
-        _evaluate(program.jaxpr, self.rest, known)
-        return [_read(v, known) for v in program.jaxpr.outvars[: self.count]]
+    def _finish(self, equations: Sequence[Any], known: dict[Any, Any]) -> list[jax.Array]:
+        _evaluate(self.jaxpr, equations, known)
+        return [_read(v, known) for v in self.gradients]
 
 
 def backward_in_parts(
@@ -124,68 +128,100 @@ def backward_in_parts(
         return [*of_parameters, *of_given]
 
     arguments = [*parameters, *given, *fixed, *cotangents]
-    shapes = [x.shape if i < count else (1, *x.shape[1:]) for i, x in enumerate(arguments)]
-    alone = [jax.ShapeDtypeStruct(s, x.dtype) for s, x in zip(shapes, arguments, strict=True)]
-    whole, one = _Program.of(pull, arguments), _Program.of(pull, alone)
-    if whole.names() != one.names():
+
+    def shapes(added: int) -> list[jax.ShapeDtypeStruct]:
+        every = [x.shape for x in arguments]
+        every[count:] = [(n + added, *rest) for n, *rest in every[count:]]
+        return [jax.ShapeDtypeStruct(s, x.dtype) for s, x in zip(every, arguments, strict=True)]
+
+    program, other = (_Program.of(pull, shapes(added)) for added in (0, 1))
+    jaxpr = program.jaxpr
+    if program.names() != other.names():
+        return None
+    needed = _needed(jaxpr, jaxpr.outvars[count:])
+    rest = sorted(_needed(jaxpr, jaxpr.outvars) - needed)
+    depends = _depends(jaxpr, jaxpr.invars[ends[2] :])
+    alike = dict(zip(_variables(jaxpr), _variables(other.jaxpr), strict=True))
+    alone = []
+    try:
+        axes = {v: _axis(v.aval.shape, x.aval.shape, objectives) for v, x in alike.items()}
+        for i in rest:
+            parameters_of_one = _of_one(
+                jaxpr.eqns[i].params, other.jaxpr.eqns[i].params, objectives
+            )
+            alone.append(jaxpr.eqns[i].replace(params=parameters_of_one))
+    except _DifferentError:
         return None
 
-    needed = _needed(whole.jaxpr, whole.jaxpr.outvars[count:])
-    every = _needed(whole.jaxpr, whole.jaxpr.outvars)
-    rest = sorted(every - needed)
-    known = whole.environment(arguments)
-    _evaluate(whole.jaxpr, sorted(needed), known)
-
-    made = {v for i in rest for v in whole.jaxpr.eqns[i].outvars}
-    wanted = [v for i in rest for v in _inputs(whole.jaxpr.eqns[i])]
-    wanted += whole.jaxpr.outvars[:count]
-    boundary = dict.fromkeys(
-        v for v in wanted if not isinstance(v, core.Literal) and v not in made and v in known
-    )
-    numbers = {v: n for n, v in enumerate(_variables(whole.jaxpr))}
-    boundary = {v: None for v in boundary if v in numbers}
-    alike = _variables(one.jaxpr)
-    depends = _depends(whole.jaxpr, whole.jaxpr.invars[ends[2] :])
-    axes: list[int | None] = []
-    for v in boundary:
-        before, after = v.aval.shape, alike[numbers[v]].aval.shape
-        differs = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-        if len(differs) > 1 or any((before[i], after[i]) != (objectives, 1) for i in differs):
-            return None
-        if not differs and v in depends:  # objectives have been added up already
-            return None
-        axes.append(differs[0] if differs else None)
+    known = program.environment(arguments)
+    _evaluate(jaxpr, [jaxpr.eqns[i] for i in sorted(needed)], known)
+    read = [v for i in rest for v in _inputs(jaxpr.eqns[i])]
+    read += [v for v in jaxpr.outvars[:count] if not isinstance(v, core.Literal)]
+    boundary = [v for v in dict.fromkeys(read) if v in known]
+    if any(v in depends and axes[v] is None for v in boundary):
+        return None  # objectives have been added up already
     factors = Factors(
-        whole=whole,
-        one=one,
-        count=count,
-        rest=rest,
-        values=[(numbers[v], known[v]) for v in boundary],
-        axes=axes,
-        linear=[v in depends for v in boundary],
+        jaxpr=jaxpr,
+        gradients=jaxpr.outvars[:count],
+        rest=[jaxpr.eqns[i] for i in rest],
+        alone=alone,
+        known={v: Factor(known[v], axes.get(v), v in depends) for v in boundary},
     )
-    return [_read(v, known) for v in whole.jaxpr.outvars[count:]], factors
+    return [_read(v, known) for v in jaxpr.outvars[count:]], factors
+
+
+class _DifferentError(Exception):
+    """Programs for K and for K + 1 objectives do not differ in K alone."""
+
+
+def _axis(shape: tuple[int, ...], other: tuple[int, ...], objectives: int) -> int | None:
+    """The objectives' axis of a variable, from its shapes for K and K + 1 of them."""
+    found = [i for i, pair in enumerate(zip(shape, other, strict=True)) if pair[0] != pair[1]]
+    if not found:
+        return None
+    if len(found) > 1 or (shape[found[0]], other[found[0]]) != (objectives, objectives + 1):
+        raise _DifferentError
+    return found[0]
+
+
+def _of_one(parameters: dict[str, Any], other: dict[str, Any], objectives: int) -> dict[str, Any]:
+    """An operation's parameters for a single objective, from those for K and K + 1."""
+
+    def one(value: Any, more: Any) -> Any:
+        if isinstance(value, tuple) and isinstance(more, tuple) and len(value) == len(more):
+            found = [one(x, y) for x, y in zip(value, more, strict=True)]
+            return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+        if type(value) is int and (value, more) == (objectives, objectives + 1):
+            return 1
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+            value, more, given = str(value), str(more), value
+        else:
+            given = value
+        if value == more:
+            return given
+        raise _DifferentError
+
+    return {name: one(value, other[name]) for name, value in parameters.items()}
 
 
 def _variables(jaxpr: Any) -> list[Any]:
     """All variables in the order in which they are made."""
     made = [v for equation in jaxpr.eqns for v in equation.outvars]
-    return [*jaxpr.invars, *made]
+    return [*jaxpr.constvars, *jaxpr.invars, *made]
 
 
 def _read(variable: Any, known: dict[Any, Any]) -> Any:
     return variable.val if isinstance(variable, core.Literal) else known[variable]
 
 
-def _evaluate(jaxpr: Any, numbers: Sequence[int], known: dict[Any, Any]) -> None:
+def _evaluate(jaxpr: Any, equations: Sequence[Any], known: dict[Any, Any]) -> None:
     """Run some of a program's operations, and note what they make."""
-    equations = [jaxpr.eqns[number] for number in numbers]
     made = {v for equation in equations for v in equation.outvars}
     read = dict.fromkeys(v for equation in equations for v in _inputs(equation))
     asked = dict.fromkeys(v for equation in jaxpr.eqns for v in _inputs(equation))
     asked |= dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, core.Literal))
     inputs, outputs = [v for v in read if v not in made], [v for v in asked if v in made]
-    part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=equations)
+    part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=list(equations))
     found = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*(known[v] for v in inputs))
     known.update(zip(outputs, found, strict=True))
 
@@ -199,14 +235,14 @@ def _run(jaxpr: Any, consts: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """Run a program, and those that it calls as parts of it."""
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, given, strict=True))
-    for number, equation in enumerate(jaxpr.eqns):
+    for equation in jaxpr.eqns:
         inner = list(inner_jaxprs(equation))
         if equation.primitive.name in _CALLS and len(inner) == 1:
             inputs = [_read(v, known) for v in equation.invars]
             made = _run(inner[0], _consts(equation), inputs)
             known.update(zip(equation.outvars, made, strict=True))
         else:
-            _evaluate(jaxpr, [number], known)
+            _evaluate(jaxpr, [equation], known)
     return [_read(v, known) for v in jaxpr.outvars]
 
 
