@@ -63,10 +63,10 @@ class ResolveConfig:
     )
     keep: str = setting(
         "gradients",
-        "With `gram: sketch:N`, what a device holds of a block while it is resolved: its languages' "
-        "`gradients`, or `one` of them at a time, so that memory does not depend on the number of "
-        "languages. That takes one more product per matrix, forms the vocabulary's gradients twice "
-        "and recomputes every layer, as `model.remat: full` does.",
+        "With `gram: sketch:N`, what a device holds of a block while it is resolved: its "
+        "languages' `gradients`, or `one` of them at a time, so that memory does not depend on "
+        "the number of languages. That takes one more product per matrix, forms the vocabulary's "
+        "gradients twice and recomputes every layer, as `model.remat: full` does.",
         choices=("gradients", "one"),
     )
     nonfinite: str = setting(
