@@ -153,20 +153,25 @@ def _row_by_row(x: jax.Array, draws: Draws) -> jax.Array:
     full = n // size
 
     def of_section(s: jax.Array, mine: Draws) -> jax.Array:
+        def piece(start: jax.Array | int, length: int) -> jax.Array:
+            begin = (jnp.zeros_like(s), s, jnp.asarray(start, s.dtype))
+            return jax.lax.dynamic_slice(x, begin, (k, 1, length))[:, 0]
+
         def add(total: jax.Array, row: jax.Array, r: jax.Array | int) -> jax.Array:
             sign = (mine.columns * mine.rows[r]).astype(wide)
-            start = (0, 2 * size * mine.sums[r] + mine.offsets[r])
-            here = jax.lax.dynamic_slice(total, start, (k, size))
-            return jax.lax.dynamic_update_slice(total, here + row.astype(wide) * sign, start)
+            start = 2 * size * mine.sums[r] + mine.offsets[r]
+            here = jax.lax.dynamic_slice_in_dim(total, start, size, 1)
+            row = here + row.astype(wide) * sign
+            return jax.lax.dynamic_update_slice_in_dim(total, row, start, 1)
 
         def one(r: jax.Array, total: jax.Array) -> jax.Array:
-            return add(total, jax.lax.dynamic_slice(x, (0, s, r * size), (k, 1, size))[:, 0], r)
+            return add(total, piece(r * size, size), r)
 
         total = jnp.zeros((k, 4 * size), wide)
         if full:
             total = jax.lax.fori_loop(0, full, one, total)
         if n % size:
-            last = jax.lax.dynamic_slice(x, (0, s, full * size), (k, 1, n % size))[:, 0]
+            last = piece(full * size, n % size)
             total = add(total, jnp.pad(last, ((0, 0), (0, -n % size))), full)
         return total.reshape(k, 2, 2, size).sum(2)
 
