@@ -15,9 +15,9 @@ two entries meet. No entry is in both sums: what these have in common is as rand
 with the inner products, and tells its size. They are the even and the odd entries of the sketch.
 
 TPUs cannot roll by any offset without copying. There whole rows of a matrix are folded as they lie,
-with a random sign for every entry: also right on average, but entries of one column meet each
-other, and since gradients are large in the same columns of many rows, it takes about four times the
-size to be as accurate.
+with a random sign for every entry, and only what is left is rolled: also right on average, but
+entries of one column meet each other. Where few columns hold most of a gradient, the variance is
+larger, and has no bound.
 
 References:
   Charikar, Chen and Farach-Colton, *Finding frequent items in data streams*, 2002; Weinberger et
