@@ -26,9 +26,10 @@ import running
 from common import Pages, environment, markdown, scientific
 
 from jaxmoo import aggregators
+from jaxmoo.block_solve import Group
 from jaxmoo.blocks.sections import Section
 from jaxmoo.kernels.launch import solving_on
-from jaxmoo.resolve import Group, resolve_sections
+from jaxmoo.resolve import resolve_sections
 
 METHODS = ("cagrad", "mgda", "dualproj", "upgrad", "nash_mtl", "fairgrad")
 # Of the largest gradient. Fair bargaining has no solution for rank-deficient and opposed gradients,

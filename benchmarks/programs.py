@@ -70,6 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--aggregators", nargs="*", default=["cagrad"])
     parser.add_argument("--blocks", nargs="*", default=list(KINDS))
     parser.add_argument("--grams", nargs="*", default=["exact"], help="exact, sketch:N (exact)")
+    parser.add_argument("--keep", default="gradients", help="one: with sketches (gradients)")
     parser.add_argument("--no-stacked", action="store_true", help="leave out the stacked path")
     parser.add_argument("--json", help="file for the numbers")
 
@@ -145,6 +146,7 @@ def _settings(
             aggregator=kind.aggregator,
             blocks=kind.blocks,
             gram=kind.gram,
+            keep="gradients" if kind.gram == "exact" else flags.keep,
             engine="backward" if plain else kind.engine,
         ),
         # A constant rate and no clipping, so that other code bases can do the same.

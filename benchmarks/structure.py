@@ -33,6 +33,7 @@ ROOMS = (
     *("errors", "sizes", "dtypes", "platforms", "sharding", "files", "runtime", "kernels"),
     *("parameters", "registry", "aggregators", "weighting", "blocks", "stacked", "mesh"),
     *(
+        "block_solve",
         "sketched",
         "resolve",
         "resolver_state",

@@ -5,10 +5,9 @@ The functions here know blocks and aggregators, nothing of optax, languages or m
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator, combine_block
-from jaxmoo.aggregators.solved import Solved, matching, solve_block, unsolved
+from jaxmoo.aggregators.solved import matching
+from jaxmoo.block_solve import Grams, Group, Resolution, in_own_units, solve_blocks
 from jaxmoo.blocks import Partition
 from jaxmoo.blocks.sections import (
     Section,
@@ -28,7 +28,6 @@ from jaxmoo.blocks.sections import (
     uniform_sections,
 )
 from jaxmoo.errors import ConfigError
-from jaxmoo.kernels.launch import solving_on
 from jaxmoo.kernels.reductions import (
     cross_grams,
     gram_parts,
@@ -38,39 +37,14 @@ from jaxmoo.kernels.reductions import (
     weighted_sum,
 )
 from jaxmoo.sharding import automatic, spec_of
-from jaxmoo.sketched import Sketch, sketched_grams
+from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
 __all__ = [
-    "Group",
-    "Resolution",
     "conflict_share",
     "group_blocks",
     "resolve",
     "resolve_sections",
 ]
-
-
-class Group(NamedTuple):
-    """Blocks that share an aggregator, and so are solved as one batch."""
-
-    aggregator: Aggregator
-    blocks: Sequence[int] | np.ndarray  # which of the blocks at hand are solved with it
-    member: jax.Array | None = None  # bool, one per entry of blocks; None: all are members
-
-
-class Resolution(NamedTuple):
-    """What :func:`resolve` returns. B blocks, K objectives."""
-
-    updates: list[jax.Array]  # one array per input array, without the objective axis
-    state: tuple[Any, ...]  # new aggregator state, one pytree per group
-    # float32 or float64 [B, K, K]; rows of objectives left out are zero; infinite or 0 where a
-    # product leaves that type's range
-    gram: jax.Array
-    weights: jax.Array  # [B, K], of gram's type; zero in blocks resolved coordinate by coordinate
-    update_norm: jax.Array  # [B]
-    mean_norm: jax.Array  # [B]
-    nonfinite: jax.Array  # bool [B, K]: present, but non-finite in this block
-    gram_error: jax.Array  # [B]: estimated relative error of gram; 0 where it is exact
 
 
 def group_blocks(
@@ -119,7 +93,7 @@ def resolve(
     match_norm: bool = False,
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
-    sketch: Sketch | None = None,
+    sketch: int | None = None,
 ) -> Resolution:
     """Resolve per-objective gradients into one gradient per array.
 
@@ -136,7 +110,7 @@ def resolve(
         stationary to within rounding.
       second: the same gradients of an independent second batch, for aggregators that need one.
       partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
-      sketch: how Gram matrices are estimated; None for exact ones.
+      sketch: size of the sketches that Gram matrices are estimated from; None for exact ones.
 
     Returns:
       The :class:`Resolution`. Non-finite gradients are left out of the blocks they occur in.
@@ -199,7 +173,7 @@ def resolve_sections(
     partitioned: bool | None = None,
     platform: str | None = None,
     rescale: bool = False,
-    sketch: Sketch | None = None,
+    sketch: int | None = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Resolution:
@@ -219,8 +193,7 @@ def resolve_sections(
       platform: likewise; on a GPU a solve is one kernel as well.
       rescale: whether gradients whose squares leave float32's range are scaled, in a second and
         third pass over them. Else the largest count as not finite, the smallest as zero.
-      sketch: see :func:`resolve`. The sections' values are then gradients of the objectives whose
-        weights ``sketch.own`` gives, and the updates sums over these alone.
+      sketch: see :func:`resolve`; for blocks without other pieces.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
 
@@ -245,7 +218,7 @@ def resolve_sections(
             ]
         )
 
-    def exact() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def exact() -> Grams:
         values = [s.values for s in sections]
         grams = gram_parts(values, partitioned=partitioned, platform=platform)
         grams = pooled(blocks_of(grams))
@@ -263,33 +236,22 @@ def resolve_sections(
                 ),
                 lambda unit: scaled(unit, [None] * len(sections)),
             )
-        return grams, unit, jnp.zeros_like(unit)
+        return Grams(grams, unit, jnp.zeros_like(unit))
 
-    # In each block, gradients have been multiplied by the unit where they meet each other.
     if sketch is None:
-        grams, unit, gram_error = exact()
+        grams = exact()
     else:
-        grams, unit, gram_error = sketched_grams(
-            sections,
-            labels,
-            numbers,
-            sketch,
-            key=key,
-            active=active,
-            platform=platform,
-            rescale=rescale,
-            total=total,
-        )
-    present = (jnp.diagonal(grams, axis1=1, axis2=2) != 0).any(0) if active is None else active
-
-    products = {False: grams}  # what an aggregator reads, by whether it needs two batches
+        z = sketch_blocks(sections, numbers, sketch, key=key, platform=platform)
+        grams = grams_of_sketches(z, active=active, rescale=rescale)
+    unit, crossed = grams.unit, None
+    present = grams.present if active is None else active
     if any(group.aggregator.cross_gram for group in groups):
         if second is None:
             raise ConfigError(
                 "sdmgrad and modo need the gradients of an independent second batch: pass "
                 "second=, shaped like the updates."
             )
-        products[True] = jax.lax.cond(
+        crossed = jax.lax.cond(
             (unit == 1).all(),
             lambda unit: blocks_of(
                 [cross_grams(s.values, y)[:, None] for s, y in zip(sections, second, strict=True)]
@@ -297,39 +259,23 @@ def resolve_sections(
             lambda unit: scaled(unit, second),
             unit,
         )
-
-    solved = unsolved(num_blocks, len(present), grams.dtype)
-    power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
-    new_state = []
-    for group, group_state in zip(groups, state, strict=True):
-        method, mine = group.aggregator, np.asarray(group.blocks)
-        solve = jax.vmap(
-            functools.partial(
-                solve_block,
-                method,
-                active=present,
-                preference=preference,
-                key=key,
-                match_norm=match_norm,
-            )
-        )
-        with solving_on(platform):
-            found, group_state = solve(
-                grams[mine], products[method.cross_gram][mine], group_state, numbers[mine]
-            )
-        solved = _put(solved, found, group)
-        if not method.unit_scale:
-            power = power.at[mine].set(unit[mine] ** (-2 * method.gram_degree))
-        new_state.append(group_state)
-    weights, update_norm, mean_norm = solved.weights, solved.update_norm, solved.mean_norm
-    if rescale and not match_norm:
-        weights, update_norm = weights * power[:, None], update_norm * power
-    grams, used = solved.gram, present & ~solved.nonfinite
-    shares = weights if sketch is None else sketch.own(weights)
+    found = solve_blocks(
+        grams,
+        groups,
+        numbers,
+        crossed=crossed,
+        state=state,
+        key=key,
+        active=present,
+        preference=preference,
+        match_norm=match_norm,
+        platform=platform,
+    )
     updates = [
-        weighted_sum(s.values, of_sections(shares, n), partitioned=partitioned)
+        weighted_sum(s.values, of_sections(found.weights, n), partitioned=partitioned)
         for s, n in zip(sections, labels, strict=True)
     ]
+    update_norm, used = found.update_norm, present & ~found.nonfinite
     for group in groups:
         if group.aggregator.combine is None:
             continue
@@ -349,38 +295,15 @@ def resolve_sections(
             )
         )
         if match_norm:
-            scale = jnp.where(member, jax.vmap(matching)(mean_norm, norms, grams), 1)
+            scale = jax.vmap(matching)(found.mean_norm, norms, found.gram)
+            scale = jnp.where(member, scale, 1)
             updates = [
                 u * scale[n].reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
                 for u, n in zip(updates, labels, strict=True)
             ]
             norms = norms * scale
         update_norm = jnp.where(member, norms, update_norm)
-    return Resolution(
-        updates=updates,
-        state=tuple(new_state),
-        gram=grams / unit[:, None, None] / unit[:, None, None],
-        weights=weights,
-        update_norm=update_norm / unit,
-        mean_norm=mean_norm / unit,
-        nonfinite=solved.nonfinite,
-        gram_error=gram_error,
-    )
-
-
-def _put(solved: Solved, found: Solved, group: Group) -> Solved:
-    """Put what is known of a group's blocks among that of all."""
-    mine = np.asarray(group.blocks)
-    if group.member is None and np.array_equal(mine, np.arange(len(solved.gram))):
-        return found
-
-    def put(x: jax.Array, new: jax.Array) -> jax.Array:
-        if group.member is not None:
-            member = group.member.reshape(-1, *(1,) * (new.ndim - 1))
-            new = jnp.where(member, new, x[mine])
-        return x.at[mine].set(new)
-
-    return jax.tree.map(put, solved, found)
+    return in_own_units(found._replace(updates=updates, update_norm=update_norm), unit)
 
 
 def _members(group: Group, num_blocks: int) -> jax.Array:

@@ -13,8 +13,9 @@ from jax.core import Tracer
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators.weighing import in_types_of
+from jaxmoo.block_solve import Group
 from jaxmoo.errors import ConfigError
-from jaxmoo.resolve import Group, conflict_share
+from jaxmoo.resolve import conflict_share
 
 __all__ = [
     "ResolveConflictsState",

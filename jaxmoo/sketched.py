@@ -7,7 +7,6 @@ Gram matrix is then an estimate; the combination, with the weights that follow f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,37 +15,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Grams
 from jaxmoo.blocks.sections import Section, section_key, sum_by_block
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.kernels.reductions import grams_in_range
 from jaxmoo.kernels.sketch import sketch_sections
 
-__all__ = ["Sketch", "check_sketchable", "is_small", "sketch_size", "sketched_grams"]
+__all__ = [
+    "check_sketchable",
+    "grams_of_sketches",
+    "is_small",
+    "sketch_blocks",
+    "sketch_size",
+]
 
 # Told apart from what aggregators draw from the same key.
 _SKETCH = 0x5E7C4
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-    return x
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sketch:
-    """How Gram matrices are estimated. K objectives, of which a device holds gradients of k.
-
-    Attributes:
-      size: m, entries of a block's sketch.
-      exchange: takes sketches [k, B, m] of this device's gradients to entries of all objectives'
-        [K, B, n], summed over the devices that hold parts of a gradient; the first of every
-        device's entries has an even number.
-      own: takes weights [B, K] to those of this device's objectives [B, k].
-    """
-
-    size: int
-    exchange: Callable[[jax.Array], jax.Array] = _as_it_is
-    own: Callable[[jax.Array], jax.Array] = _as_it_is
 
 
 def sketch_size(gram: str) -> int | None:
@@ -108,60 +93,71 @@ def is_small(size: int, num_objectives: int) -> bool:
     return math.sqrt(num_objectives / size) > 0.1
 
 
-def sketched_grams(
+def sketch_blocks(
     sections: Sequence[Section],
-    labels: Sequence[jax.Array],
     numbers: jax.Array,
-    sketch: Sketch,
+    size: int,
     *,
     key: jax.Array,
-    active: jax.Array | None,
     platform: str | None,
-    rescale: bool,
-    total: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Estimate the Gram matrices of B blocks.
+) -> jax.Array:
+    """Sketch the gradients of B blocks.
 
     Args:
       sections: gradients [k, S, ...] of arrays, with places.
-      labels: per array, int [S]: the block that each section lies in.
       numbers: int [B], from which blocks draw.
-      sketch: how.
+      size: m.
       key: of the step.
-      active: bool [K], or None.
       platform: see :func:`jaxmoo.kernels.sketch.sketch_sections`.
-      rescale: see :func:`jaxmoo.resolve.resolve_sections`.
-      total: sums over the devices that hold the sketches' other entries.
 
     Returns:
-      ``(Gram matrices [B, K, K], what the gradients were multiplied by [B], relative error [B])``.
-      The error is estimated from products of the even entries of sketches with the odd, which
-      hold other entries of the gradients: what is in these products by chance is about as large as
-      what is by chance in the Gram matrix.
+      [k, B, m].
     """
     key = jax.random.fold_in(key, _SKETCH)
+    labels = [jnp.asarray(section.labels) for section in sections]
     keys = jax.vmap(section_key, (None, 0, 0))(
         key,
         jnp.concatenate([jnp.asarray(section.places) for section in sections]),
         numbers[jnp.concatenate(labels)],
     )
-    found = sketch_sections([s.values for s in sections], keys, sketch.size, platform=platform)
-    sketches = [jnp.moveaxis(x, 0, 1)[:, None] for x in found]
-    z = sketch.exchange(jnp.moveaxis(sum_by_block(sketches, labels, len(numbers)), 1, 0))
+    found = sketch_sections([s.values for s in sections], keys, size, platform=platform)
+    parts = [jnp.moveaxis(x, 0, 1)[:, None] for x in found]
+    return jnp.moveaxis(sum_by_block(parts, labels, len(numbers)), 1, 0)
+
+
+def grams_of_sketches(
+    z: jax.Array,
+    *,
+    active: jax.Array | None = None,
+    rescale: bool = False,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> Grams:
+    """Estimate Gram matrices.
+
+    The error is estimated from products of the even entries of sketches with the odd, which hold
+    other entries of the gradients: what is in these products by chance is about as large as what is
+    by chance in the Gram matrix.
+
+    Args:
+      z: sketches of all objectives [K, B, n], or a device's part of their entries.
+      active: bool [K], or None.
+      rescale: see :func:`jaxmoo.resolve.resolve_sections`.
+      total: sums over the devices that hold the sketches' other entries.
+    """
 
     def products(z: jax.Array) -> jax.Array:  # [2, B, K, K]
         between = cross_grams(z[..., ::2], z[..., 1::2])
         return total(jnp.stack([cross_grams(z, z), between + jnp.swapaxes(between, 1, 2)]))
 
-    grams, by_chance = products(z)
-    unit = jnp.ones(len(numbers), grams.dtype)
+    gram, by_chance = products(z)
+    unit = jnp.ones(z.shape[1], gram.dtype)
     if rescale:
         sizes = jnp.where(jnp.isfinite(z), jnp.abs(z), jnp.inf).max(2).T
-        grams, unit = grams_in_range(
-            grams, active, lambda: sizes, lambda unit: products(z * unit[None, :, None])[0]
+        gram, unit = grams_in_range(
+            gram, active, lambda: sizes, lambda unit: products(z * unit[None, :, None])[0]
         )
         by_chance = products(z * unit[None, :, None])[1]
-    return grams, unit, _relative(by_chance, grams)
+    return Grams(gram, unit, _relative(by_chance, gram))
 
 
 def _relative(error: jax.Array, gram: jax.Array) -> jax.Array:

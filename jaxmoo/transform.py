@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from jaxmoo import aggregators
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Group
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.blocks import get as get_blocks
 from jaxmoo.errors import ConfigError
-from jaxmoo.resolve import Group, group_blocks, resolve
+from jaxmoo.resolve import group_blocks, resolve
 from jaxmoo.resolver_state import new_state, next_state, normalised, step_key
-from jaxmoo.sketched import Sketch, check_sketchable, sketch_size
+from jaxmoo.sketched import check_sketchable, sketch_size
 
 __all__ = ["freeze", "resolve_conflicts"]
 
@@ -111,10 +112,9 @@ def resolve_conflicts(
                 f"{each.name} keeps state per objective: pass num_objectives=K, the length of "
                 "the objective axis."
             )
-    size = sketch_size(gram)
-    if size is not None:
+    sketch = sketch_size(gram)
+    if sketch is not None:
         check_sketchable(chosen)
-    sketch = None if size is None else Sketch(size)
     share = None if preference is None else normalised(preference, num_objectives)
 
     def cut(tree: Any) -> tuple[Partition, tuple[Group, ...]]:

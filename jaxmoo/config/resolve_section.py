@@ -61,6 +61,14 @@ class ResolveConfig:
         "`sketch:N`, estimated from random sketches of N numbers per language. Devices then send "
         "no more than in ordinary training, whatever the number of languages and of replicas.",
     )
+    keep: str = setting(
+        "gradients",
+        "With `gram: sketch:N`, what a device holds of a block while it is resolved: its "
+        "languages' `gradients`, or `one` of them at a time, so that memory does not depend on "
+        "the number of languages. That takes one more product per matrix, forms the vocabulary's "
+        "gradients twice and recomputes every layer, as `model.remat: full` does.",
+        choices=("gradients", "one"),
+    )
     nonfinite: str = setting(
         "skip",
         "When a language's loss or gradient is not finite: `skip` leaves it out of the blocks "
@@ -118,6 +126,11 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
                     "which a training run does not compute. Use it in your own optax chain."
                 )
     problems += _check_gram(resolve, method)
+    if resolve.keep == "one" and (resolve.gram == "exact" or resolve.engine == "stacked"):
+        problems.append(
+            "resolve.keep=one needs resolve.gram=sketch:N and resolve.engine=backward: an exact "
+            "Gram matrix takes all gradients at once."
+        )
     if resolve.aggregator == "moco" and resolve.engine != "stacked":
         problems.append(
             "resolve.aggregator: moco follows every language's whole gradient; it needs "

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxmoo.blocks.sections import Section
+from jaxmoo.block_solve import Group, Resolution, solve_blocks
+from jaxmoo.blocks.sections import Section, of_sections
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import BlockIndices, CallBlocks
@@ -40,9 +41,10 @@ from jaxmoo.engine.layout import (
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.reductions import weighted_sum
 from jaxmoo.mesh import DATA
-from jaxmoo.resolve import Group, Resolution, resolve_sections
-from jaxmoo.sketched import Sketch
+from jaxmoo.resolve import resolve_sections
+from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
 __all__ = ["GATHERED", "Backward", "CallInputs", "StepInputs", "over_objectives"]
 
@@ -261,30 +263,74 @@ class Backward:
           The resolution, with updates of this device's pieces.
         """
         top = self.topology
-        assert self.rules.sketch is not None
-
-        def exchange(sketches: jax.Array) -> jax.Array:  # [K / L, B, m] -> [K, B, m / pieces]
-            fill = -sketches.shape[2] % (2 * top.pieces)
-            return self.scatter(jnp.pad(sketches, ((0, 0), (0, 0), (0, fill))), 1)
-
-        resolved = self.resolve(
-            [
-                sections_of_whole(x, leaf, label, layer)
-                for x, leaf, label, layer in zip(
-                    gradients, leaves, indices.labels, indices.layers, strict=True
-                )
-            ],
-            call,
-            indices,
-            states,
-            step,
-            sketch=Sketch(self.rules.sketch, exchange, top.own),
-        )
+        sections = [
+            sections_of_whole(x, leaf, label, layer)
+            for x, leaf, label, layer in zip(
+                gradients, leaves, indices.labels, indices.layers, strict=True
+            )
+        ]
+        z = self.sketch(sections, indices, step)
+        resolved = self.weigh(z, call, indices, states, step)
+        weights = top.own(resolved.weights)
         updates = [
-            reduce_pieces(x.reshape(layout.shape), layout.axis, top)
-            for x, layout in zip(resolved.updates, layouts, strict=True)
+            reduce_pieces(
+                weighted_sum(x.values, of_sections(weights, n), partitioned=False).reshape(
+                    layout.shape
+                ),
+                layout.axis,
+                top,
+            )
+            for x, n, layout in zip(sections, indices.labels, layouts, strict=True)
         ]
         return resolved._replace(updates=updates)
+
+    def sketch(
+        self, sections: Sequence[Section], indices: BlockIndices, step: StepInputs
+    ) -> jax.Array:
+        """Sketch gradients [k, ...] of a call's whole arrays: [k, B, m]."""
+        assert self.rules.sketch is not None
+        return sketch_blocks(
+            sections,
+            indices.numbers,
+            self.rules.sketch,
+            key=jax.random.wrap_key_data(step.key),
+            platform=self.topology.platform,
+        )
+
+    def weigh(
+        self,
+        z: jax.Array,
+        call: CallBlocks,
+        indices: BlockIndices,
+        states: tuple[Any, ...],
+        step: StepInputs,
+    ) -> Resolution:
+        """Weigh the objectives of a call's blocks by this device's sketches [K / L, B, m].
+
+        Returns:
+          The resolution, without updates.
+        """
+        top, preference = self.topology, self.rules.preference
+        fill = -z.shape[2] % (2 * top.pieces)
+        # As gradients are: [K, B, m / pieces] of all objectives.
+        z = self.scatter(jnp.pad(z, ((0, 0), (0, 0), (0, fill))), 1)
+        return solve_blocks(
+            grams_of_sketches(z, total=top.total),
+            self._groups(call, indices),
+            indices.numbers,
+            state=states,
+            key=jax.random.wrap_key_data(step.key),
+            active=step.active,
+            preference=None if preference is None else jnp.asarray(preference),
+            match_norm=self.rules.match_norm,
+            platform=top.platform,
+        )
+
+    def _groups(self, call: CallBlocks, indices: BlockIndices) -> list[Group]:
+        return [
+            Group(group.aggregator, group.candidates, member)
+            for group, member in zip(call.groups, indices.members, strict=True)
+        ]
 
     def scatter(self, gradients: jax.Array, axis: int | None) -> jax.Array:
         """Objectives' gradients of this device's piece [K, ...], joined over replicas if asked."""
@@ -303,18 +349,13 @@ class Backward:
         indices: BlockIndices,
         states: tuple[Any, ...],
         step: StepInputs,
-        sketch: Sketch | None = None,
     ) -> Resolution:
-        """Resolve blocks of which this device holds its pieces, or, with a sketch, its part."""
-        groups = [
-            Group(group.aggregator, group.candidates, member)
-            for group, member in zip(call.groups, indices.members, strict=True)
-        ]
+        """Resolve blocks of which this device holds its pieces."""
         preference = self.rules.preference
         pooled = self.rules.replicas == "pooled_gram"
         resolved = resolve_sections(
             sections,
-            groups,
+            self._groups(call, indices),
             indices.numbers,
             state=states,
             key=jax.random.wrap_key_data(step.key),
@@ -325,7 +366,6 @@ class Backward:
             platform=self.topology.platform,
             total=(lambda x: x) if call.device_local else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
-            sketch=sketch,
         )
         if self.rules.replicas == "mean_then_resolve":
             return resolved
@@ -347,12 +387,15 @@ class Backward:
         return call
 
 
-def over_objectives(function: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
+def over_objectives(
+    function: Callable[..., Any], topology: Topology, *, split: bool = False
+) -> Callable[..., Any]:
     """Make an operation of one objective that sees all of this device's objectives at once.
 
     Args:
       function: ``(per objective [K / L, ...], *shared) -> result``, the same for all objectives.
       topology: the mesh.
+      split: whether the result is ``(the same for all objectives, per objective [K / L, ...])``.
 
     Returns:
       A function ``(of one objective, *shared) -> result``, to be mapped over the objectives.
@@ -362,12 +405,13 @@ def over_objectives(function: Callable[..., Any], topology: Topology) -> Callabl
     @jax.custom_batching.custom_vmap
     def one(mapped: Any, *shared: Any) -> Any:
         # Only its shapes matter: the loss function is always mapped.
-        return function(
+        result = function(
             jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (topology.local_objectives, *x.shape)), mapped
             ),
             *shared,
         )
+        return (result[0], jax.tree.map(lambda x: x[0], result[1])) if split else result
 
     @one.def_vmap
     def _(size: int, batched: Sequence[Any], mapped: Any, *shared: Any) -> tuple[Any, Any]:
@@ -380,6 +424,9 @@ def over_objectives(function: Callable[..., Any], topology: Topology) -> Callabl
             lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), mapped, batched[0]
         )
         result = function(mapped, *shared)
-        return result, jax.tree.map(lambda _: False, result)
+        batched = jax.tree.map(lambda _: False, result)
+        if split:
+            batched = (batched[0], jax.tree.map(lambda _: True, result[1]))
+        return result, batched
 
     return one

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxmoo.engine.backward import GATHERED
+from jaxmoo.engine.one_at_a_time import call_one_at_a_time, can_be_taken_apart
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.errors import ConfigError, did_you_mean
 
@@ -115,6 +116,9 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         engine = current()
+        found = _one_at_a_time(engine, function, params, args, kwargs)
+        if found is not None:
+            return found[0]
         # In a scan the compiler cannot merge the recomputation with the forward pass, so the
         # barrier against that (prevent_cse) would only cost time.
         barrier = not _scanned(params)
@@ -131,6 +135,33 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
         return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=barrier)(leaves, given)
 
     return call
+
+
+def _one_at_a_time(
+    engine: Any, function: Callable[..., Any], params: Any, args: Any, kwargs: Any
+) -> tuple[Any] | None:
+    """Call a function such that no two objectives' gradients exist, if that is asked for."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Parameter))
+    at = [i for i, x in enumerate(leaves) if isinstance(x, Parameter)]
+    parameters = [leaves[i] for i in at]
+    if not can_be_taken_apart(engine, parameters):
+        return None
+    others = [None if i in at else x for i, x in enumerate(leaves)]
+    given, form, fixed = _split(
+        (others, args, kwargs), lambda x: isinstance(x, jax.Array | np.ndarray)
+    )
+
+    def run(wholes: list[Any], arrays: list[Any]) -> Any:
+        arrays = iter(arrays)
+        full = [None if i in fixed else next(arrays) for i in range(len(given))]
+        others, args, kwargs = _join(full, form, fixed)
+        for i, x in zip(at, wholes, strict=True):
+            others[i] = x
+        return function(jax.tree.unflatten(tree, others), *args, **kwargs)
+
+    arrays = [x for i, x in enumerate(given) if i not in fixed]
+    barrier = not _scanned(params)
+    return (call_one_at_a_time(engine, run, parameters, arrays, barrier=barrier),)
 
 
 def _split(tree: Any, traced: Callable[[Any], bool]) -> tuple[list[Any], Any, dict[int, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxmoo.resolve import Group
+from jaxmoo.block_solve import Group
 
 __all__ = ["BlockRules"]
 
@@ -24,6 +24,7 @@ class BlockRules:
       match_norm: see :func:`jaxmoo.resolve_conflicts`.
       replicas: how the gradients of replicas are joined; see ``resolved_value_and_grad``.
       sketch: entries of the sketches that Gram matrices are estimated from; None: they are exact.
+      keep: what exists of a call's gradients at one time; see ``resolved_value_and_grad``.
     """
 
     groups: Sequence[Group] | None
@@ -32,6 +33,7 @@ class BlockRules:
     match_norm: bool
     replicas: str
     sketch: int | None = None
+    keep: str = "gradients"
 
     @functools.cached_property
     def group_of(self) -> np.ndarray:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Resolution
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable, Diagnostics, no_diagnostics
 from jaxmoo.engine.layout import Layout, Topology
 from jaxmoo.engine.usage import Use
-from jaxmoo.resolve import Resolution
 
 __all__ = ["BlockIndices", "CallBlocks", "CallGroup"]
 

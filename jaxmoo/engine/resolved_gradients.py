@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
+from jaxmoo.block_solve import Group
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable, Diagnostics
@@ -28,7 +29,7 @@ from jaxmoo.engine.loss_function import LossFunction
 from jaxmoo.engine.usage import Usage
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, TENSOR, make_mesh
-from jaxmoo.resolve import Group, group_blocks
+from jaxmoo.resolve import group_blocks
 from jaxmoo.resolver_state import (
     ResolverState,
     new_state,
@@ -64,6 +65,7 @@ def resolved_value_and_grad(
     microbatches: int = 1,
     accumulation: str = "resolve_each",
     gram: str = "exact",
+    keep: Literal["gradients", "one"] = "gradients",
     dtype: Any = None,
     seed: int = 0,
     has_aux: bool = False,
@@ -114,6 +116,11 @@ def resolved_value_and_grad(
         exchanged in the gradients' place; each device combines its own objectives' gradients, and
         the sums are exchanged as in ordinary training, whatever K and the number of replicas.
         Blocks that are resolved after the pass are exchanged, and exact.
+      keep: ``"gradients"`` holds this device's objectives' gradients of a call's parameters until
+        they are resolved. ``"one"``, with sketches, forms one at a time and drops it, and then
+        their weighted sum: memory does not depend on K, at the price of one more product for
+        every matrix, and of computing every block's call anew in the backward pass. Calls whose
+        arrays lie in several blocks, or are resolved after the pass, keep theirs.
       dtype: dtype in which matrices are gathered and their gradients are sent, such as that of
         the computation; by default each parameter's own. Gram matrices and sums are float32.
       seed: seed of aggregators that draw random numbers, and of sketches.
@@ -158,7 +165,13 @@ def resolved_value_and_grad(
             "Name a method; aggregator='mean' averages the objectives."
         )
     groups = None if aggregator is None else group_blocks(part, aggregator)
+    _check(keep, ("gradients", "one"), "keep")
     sketch = sketch_size(gram)
+    if keep == "one" and sketch is None:
+        raise ConfigError(
+            "keep='one' needs sketches: an exact Gram matrix takes all gradients at once. Use "
+            "gram='sketch:16384', or keep='gradients'."
+        )
     if sketch is not None:
         _check_sketch(groups, replicas, accumulation, microbatches, mesh)
     for group in groups or ():
@@ -189,7 +202,7 @@ def resolved_value_and_grad(
         loss=loss,
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
-        rules=BlockRules(groups, len(part), share, match_norm, replicas, sketch),
+        rules=BlockRules(groups, len(part), share, match_norm, replicas, sketch, keep),
         mesh=mesh,
         topology=topology,
         nonfinite=nonfinite,

@@ -15,17 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
+from jaxmoo.engine.backward import Backward, CallInputs, StepInputs, over_objectives
 from jaxmoo.engine.block import current
 from jaxmoo.engine.block_table import BlockTable
-from jaxmoo.engine.call_blocks import CallBlocks
-from jaxmoo.engine.layout import Layout, scatter, scatter_vectors, sections_of_piece
+from jaxmoo.engine.call_blocks import BlockIndices, CallBlocks
+from jaxmoo.engine.layout import (
+    Layout,
+    reduce_pieces,
+    scatter,
+    scatter_vectors,
+    sections_of_piece,
+    sections_of_whole,
+)
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.kernels.cross_entropy import (
@@ -312,6 +320,16 @@ class _Call:
                 found = jax.vmap(of_objective)(some)
                 return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
 
+            if self.sketched and engine.rules.keep == "one":
+                update, rows = self._one_at_a_time(
+                    lambda k: of_objective(jax.tree.map(lambda x: x[k], (head, before)))[0],
+                    number,
+                    indices,
+                    states,
+                    inputs.step,
+                )
+                return place, (update, rows)
+
             # A few objectives at a time, so that a sum over all positions of one is formed in one
             # place that is as small as one slice.
             if not sends:
@@ -373,6 +391,38 @@ class _Call:
             shape = (pieces.shape[1], *value.shape)
             return TableResult(None, jnp.moveaxis(pieces, 0, 1).reshape(shape), rows)
         return TableResult(pieces.reshape(value.shape).astype(value.dtype), None, rows)
+
+    def _one_at_a_time(
+        self,
+        gradient: Callable[[jax.Array], jax.Array],
+        number: jax.Array,
+        indices: BlockIndices,
+        states: Any,
+        step: StepInputs,
+    ) -> tuple[jax.Array, BlockTable]:
+        """Resolve a slice, given a function from an objective's number to its gradient [height, D].
+
+        Every gradient is formed twice, and dropped: to be sketched, and to be added up.
+        """
+        engine, leaf, label = self.engine, self.table.leaf, indices.labels[0]
+
+        def sketch(k: jax.Array) -> jax.Array:  # [1, m]
+            section = sections_of_whole(gradient(k)[None], leaf, label, number)
+            return engine.sketch([section], indices, step)[0]
+
+        count, call = engine.topology.local_objectives, self._blocks(number)
+        z = jax.lax.map(sketch, jnp.arange(count))
+        resolved = engine.weigh(z, call, indices, states, step)
+        weights = engine.topology.own(resolved.weights)[0]
+
+        def add(k: jax.Array, total: jax.Array) -> jax.Array:
+            return total + jnp.where(weights[k] != 0, weights[k] * gradient(k), 0)
+
+        wide = at_least_float32(self.layout.gathered_dtype)
+        total = jax.lax.fori_loop(0, count, add, jnp.zeros(self.stack.shape, wide))
+        total = total.astype(self.layout.gathered_dtype)
+        update = reduce_pieces(total, self.layout.axis, engine.topology)
+        return update, call.new_rows(resolved, indices.members)
 
 
 def _most_logits(platform: str) -> int:

@@ -196,6 +196,7 @@ def _backward(
         weight_fn=lambda batch: target_mask(batch).sum(),
         mesh=device_mesh,
         replicas=resolution.replicas,
+        keep=cast(Any, resolution.keep),
         microbatches=config.train.microbatches,
         accumulation=config.train.accumulation,
         dtype=None if model.dtype == model.param_dtype else model.dtype,

@@ -175,7 +175,15 @@ CASES = {
         change=one_absent,
         options={"gram": "sketch:64"},
     ),
+    "sketched, one at a time": Case(
+        blocks="module",
+        aggregator=("moco", "pcgrad", "cagrad"),
+        change=one_absent,
+        options={"gram": "sketch:64"},
+        only_engine={"keep": "one"},
+    ),
     "sketched, nine objectives, not finite, with preference and norm": Case(
+        only_engine={"keep": "one"},
         k=9,
         aggregator=("upgrad", "nash_mtl"),
         change=one_not_finite,
@@ -189,6 +197,12 @@ CASES = {
     "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),
 }
 
+# What options of the engine alone do not change.
+SAME = {
+    "accumulated": "layer, with preference and norm",
+    "sketched, one at a time": "sketched, module, one objective absent",
+}
+
 # Where each is run.
 RUNS = {
     "one device": [
@@ -197,7 +211,6 @@ RUNS = {
         "shard",
         "a rule for each part, nine objectives",
         "separate layers",
-        "sketched, module, one objective absent",
     ],
     "2x2": [
         "layer, with preference and norm",
@@ -205,6 +218,7 @@ RUNS = {
         "tied in a loop, three objectives",
         "read outside of blocks",
         "sketched, shard",
+        "sketched, one at a time",
     ],
     "8x1": ["accumulated", "leaf, tied and shared", "a rule for each part, nine objectives"],
     "4x2": [
@@ -237,8 +251,7 @@ def on_mesh(mesh: str, name: str) -> dict[str, np.ndarray]:
 
 def wanted(name: str, pieces: int = 1) -> dict[str, np.ndarray]:
     """What a case must give where parameters are cut into some number of pieces."""
-    if name == "accumulated":  # which changes nothing
-        name = "layer, with preference and norm"
+    name = SAME.get(name, name)
     return _wanted(name, pieces if CASES[name].blocks == "shard" else 1)
 
 

@@ -64,7 +64,13 @@ CASES = {  # whether tied, blocks, aggregator, what is recomputed
     "tied, sliced": (True, SLICED, "cagrad", "full"),
     "untied, sliced, random numbers": (False, SLICED, "graddrop", "none"),
     "tied, whole, with state": (True, "whole", "gradvac", "dots"),
+    "tied, sliced, one at a time": (True, SLICED, "cagrad", "full"),
+    "untied, sliced, one at a time": (False, SLICED, "mgda", "none"),
 }
+
+
+def gram_of(case):
+    return "sketch:50" if case.endswith("one at a time") else "exact"
 
 
 def found(case, device_mesh, implementation="xla"):
@@ -80,6 +86,8 @@ def found(case, device_mesh, implementation="xla"):
         aggregator=aggregator,
         blocks=blocks,
         stacked=STACKED,
+        gram=gram_of(case),
+        keep="one" if case.endswith("one at a time") else "gradients",
     )
     placed = jax.device_put(params, mesh.parameter_shardings(device_mesh, params, stacked=STACKED))
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
@@ -92,7 +100,9 @@ def wanted(case):
     """The same from stacked gradients."""
     tied, blocks, aggregator, _ = CASES[case]
     graph, params = graph_of(tied), params_of(tied)
-    resolver = resolve_conflicts(aggregator, blocks, stacked=STACKED, num_objectives=LANGUAGES)
+    resolver = resolve_conflicts(
+        aggregator, blocks, stacked=STACKED, num_objectives=LANGUAGES, gram=gram_of(case)
+    )
 
     @jax.jit
     def oracle(params, batch):
@@ -146,7 +156,12 @@ def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "axis"), [("tied, sliced", "data"), ("untied, sliced, random numbers", "tensor")]
+    ("case", "axis"),
+    [
+        ("tied, sliced", "data"),
+        ("untied, sliced, random numbers", "tensor"),
+        ("untied, sliced, one at a time", "data"),
+    ],
 )
 def test_any_mesh_gives_the_same_update(case, axis, eight_devices):
     assert_near(eight_devices("engine.test_decoder", "on_mesh", case, axis), wanted(case))

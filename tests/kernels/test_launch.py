@@ -11,9 +11,10 @@ from jax.sharding import AbstractMesh
 
 from aggregators.families import families
 from jaxmoo import aggregators
+from jaxmoo.block_solve import Group, Resolution
 from jaxmoo.blocks.sections import Section
 from jaxmoo.kernels.launch import solving_on
-from jaxmoo.resolve import Group, Resolution, resolve_sections
+from jaxmoo.resolve import resolve_sections
 
 FAMILIES = ("random", "imbalanced", "correlated", "imbalanced low-rank", "zero-row", "opposed")
 
