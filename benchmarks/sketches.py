@@ -47,7 +47,7 @@ from jaxmoo.kernels.reductions import section_grams
 from jaxmoo.models import language_loss
 from jaxmoo.models.paths import STACKED
 from jaxmoo.runs.trained_parameters import run_segments, split_model
-from jaxmoo.sketched import Sketch, check_sketchable, sketched_grams
+from jaxmoo.sketched import check_sketchable, grams_of_sketches, sketch_blocks
 
 FORMS = {"cpu": "rolled (CPUs, GPUs)", "interpret-tpu": "folded (TPUs)"}
 # Ranks gradients and takes the first: an arbitrarily small change of the Gram matrix may change it.
@@ -124,18 +124,9 @@ def grams_of(part: Partition) -> tuple[Callable[..., Any], Callable[..., Any]]:
         leaves: Sequence[jax.Array], key: jax.Array, size: int, form: str
     ) -> tuple[jax.Array, jax.Array]:
         sections = in_sections(part, leaves)
-        grams, _, error = sketched_grams(
-            sections,
-            [jnp.asarray(s.labels) for s in sections],
-            jnp.arange(len(part)),
-            Sketch(size),
-            key=key,
-            active=None,
-            platform=form,
-            rescale=False,
-            total=lambda x: x,
-        )
-        return grams, error
+        z = sketch_blocks(sections, jnp.arange(len(part)), size, key=key, platform=form)
+        found = grams_of_sketches(z)
+        return found.gram, found.error
 
     return exact, estimated
 
