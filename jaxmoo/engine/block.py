@@ -152,8 +152,8 @@ def _one_at_a_time(
     )
 
     def run(wholes: list[Any], arrays: list[Any]) -> Any:
-        arrays = iter(arrays)
-        full = [None if i in fixed else next(arrays) for i in range(len(given))]
+        mine = iter(arrays)
+        full = [None if i in fixed else next(mine) for i in range(len(given))]
         others, args, kwargs = _join(full, form, fixed)
         for i, x in zip(at, wholes, strict=True):
             others[i] = x

@@ -250,10 +250,10 @@ def reduce_pieces(x: jax.Array, axis: int | None, topology: Topology) -> jax.Arr
     Returns:
       This device's piece, summed over the replicas as well.
     """
-    if topology.pieces > 1 and axis is None:
-        x = jax.lax.psum(x, (LANGUAGE, FSDP))
-    elif topology.pieces > 1:
+    if axis is not None:
         x = jax.lax.psum_scatter(x, (LANGUAGE, FSDP), scatter_dimension=axis, tiled=True)
+    else:
+        x = topology.total(x)
     return jax.lax.psum(x, DATA) if topology.data > 1 else x
 
 
