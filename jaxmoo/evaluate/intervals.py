@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 __all__ = [
     "SMALLEST",
@@ -98,6 +98,8 @@ def proportion_difference(gained: float, lost: float, number: float) -> Interval
         if abs(above) < 1e-9 * number:  # at what was found, where the variance may be 0
             return 0.0
         return above / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, above)
+
+    from scipy import optimize  # whose import takes half a second
 
     found = (gained - lost) / number
     ends = []

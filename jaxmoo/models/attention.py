@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -297,6 +296,9 @@ def _fused_tpu(length: int, window: int | None, interpret: bool) -> Callable[...
 
 def _splash_kernel(length: int, window: int | None, interpret: bool) -> Any:
     """JAX's kernel for rows of this many tokens, rounded up."""
+    # Its import takes time, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     length += -length % _LANES
     size = max(n for n in (4 * _LANES, 2 * _LANES, _LANES) if length % n == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -318,6 +320,8 @@ def _splash(
     kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
     """Call the kernel; it takes one row, heads first, and scores that are scaled already."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     _, length, _, width = q.shape
     pad = -length % _LANES
 

@@ -236,7 +236,8 @@ def test_the_script_of_the_studies_runs_and_goes_on(tmp_path):
     environment = {
         **os.environ, "PYTHON": sys.executable, "STUDIES": "capacity", "JOBS": "2",
         "WORK": str(tmp_path / "work"),
-        "EXTRA": " ".join(f"training.{name}={value}" for name, value in settings.items()),
+        "EXTRA": " ".join(f"training.{name}={value}" for name, value in settings.items())
+        + " learning_rates=[0.001,0.01]",
     }  # fmt: skip
     command = ["bash", ROOT / "benchmarks/gpu_study.sh", "--smoke", tmp_path / "out"]
     for _ in range(2):
@@ -246,7 +247,7 @@ def test_the_script_of_the_studies_runs_and_goes_on(tmp_path):
         log = (tmp_path / "out" / "capacity.log").read_text()
         assert done.returncode == 0, done.stdout + done.stderr + log
         rows = (tmp_path / "out" / "capacity.jsonl").read_text().splitlines()
-        # The model before training; two arms at three rates with the tuning seed, and the best.
-        assert len(rows) == 1 + 2 * 3 + 2
+        # The model before training; two arms at two rates with the tuning seed, and the best.
+        assert len(rows) == 1 + 2 * 2 + 2
         shutil.rmtree(tmp_path / "work")  # the rows' copy is what it goes on from
     assert "Run 1" not in log

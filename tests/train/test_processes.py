@@ -15,13 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
 from devices import ROOT
 from jaxmoo.commands.train import main
+from jaxmoo.runs.checkpoint import read_about
 from jaxmoo.train.metrics import read_metrics
 from train.test_run import largest_difference, weights
 
@@ -81,8 +84,17 @@ def losses(run: Path) -> list[dict]:
     return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
+def kept(run: Path, step: int) -> list[np.ndarray]:
+    """The arrays of a checkpoint."""
+    path = run / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(path).item_metadata
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
+        return jax.tree.leaves(reader.restore(path, restore_args=whole))
+
+
 @pytest.mark.slow
-def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
+def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
     write_config, compiled, tmp_path
 ):
     for language in ("es", "fr", "de"):
@@ -106,7 +118,8 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
         tensorboard=False,
     )
     # So that the number of steps can be changed on the way.
-    arguments = ["--config", str(config), "optimizer.decay=constant", "train.evaluate_every=5"]
+    arguments = ["--config", str(config), "optimizer.decay=constant", "train.checkpoint_every=5"]
+    arguments.append("train.evaluate_every=5")
 
     # launch/slurm.sh as it is. One of two processes is told to stop.
     broken, logs = tmp_path / "broken", tmp_path / "logs"
@@ -120,9 +133,9 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
         cwd=ROOT,
         env=compiled | {"SLURM_JOB_ID": number, "LOGS": str(logs), "PATH": path},
     )
-    metrics = broken / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+    # Some steps beyond the first checkpoint.
+    while not (broken / "checkpoints" / "5").exists() or len(losses(broken)) < 7:
         assert slurm.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(int((logs / "1.pid").read_text()), signal.SIGTERM)
@@ -138,42 +151,50 @@ def test_stopped_under_slurm_and_finished_as_a_jobset_equals_a_run_that_was_not(
     assert "2 device(s) of 2 processes" in printed[0] and "after step 0" in printed[0]
     assert "devices" not in printed[1] and "after step 0" not in printed[1]
 
-    # The container's command and environment from the JobSet: once to go on, once from the start.
+    # The container's command and environment from the JobSet, from the checkpoint before the last:
+    # as if the run had been killed, rather than told to stop.
+    killed = tmp_path / "killed"
+    shutil.copytree(broken, killed)
+    shutil.rmtree(killed / "checkpoints" / str(step))
+    before = max(int(path.name) for path in (killed / "checkpoints").iterdir())
+    assert before < step
     command, variables = container()
     assert command[:5] == ["python", "-m", "jaxmoo", "train", "--config"]
-    arguments.append(f"train.steps={step + 3}")
-
-    def pods(output: Path) -> str:
-        address = f"localhost:{random.randrange(20000, 60000)}"
-        environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *command[1:4], *arguments, f"output={output}"],
-                cwd=ROOT,
-                env=environment | {"JAX_PROCESS_ID": str(index)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-        texts = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], texts
-        return texts[0]
-
-    assert f"Resuming from the checkpoint of step {step}." in pods(broken)
-    unbroken = tmp_path / "unbroken"
-    pods(unbroken)
-    for name, array in weights(unbroken).items():
-        assert np.array_equal(weights(broken)[name], array), name
-    assert losses(broken) == losses(unbroken) and len(losses(unbroken)) == step + 3
-
-    # One process with one device adds up in another order.
+    arguments.append(f"train.steps={step}")
+    address = f"localhost:{random.randrange(20000, 60000)}"
+    environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command[1:4], *arguments, f"output={killed}"],
+            cwd=ROOT,
+            env=environment | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert f"Resuming from the checkpoint of step {before}." in texts[0]
+    # It comes to where the other run was, in every array and in its data, and so would go on alike.
+    assert losses(killed) == losses(broken) and len(losses(killed)) == step
+    for found, wanted in zip(*(kept(run, step) for run in (killed, broken)), strict=True):
+        assert np.array_equal(found, wanted)
+    data = [read_about(run / "checkpoints", step) for run in (killed, broken)]
+    assert all(data[0][name] == data[1][name] for name in ("stream", "next_batch"))
+    # What the two processes saved is finished by one; another one begins anew, and adds up in
+    # another order.
     one = tmp_path / "one"
-    assert main([*arguments, f"output={one}"]) == 0
-    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (unbroken, one)]
-    assert largest_difference(*adapters) < 1e-3
-    assert largest_difference(weights(unbroken), weights(one)) < 1e-4
-    for a, b in zip(losses(unbroken), losses(one), strict=True):
+    for run in (broken, one):
+        assert main([*arguments, f"output={run}"]) == 0
+    ours, same, near = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (killed, broken, one)
+    )
+    assert all(np.array_equal(same[name], array) for name, array in ours.items())
+    assert largest_difference(ours, near) < 1e-3
+    assert largest_difference(weights(killed), weights(broken)) < 1e-6  # merged by one process
+    assert largest_difference(weights(killed), weights(one)) < 1e-4
+    for a, b in zip(losses(killed), losses(one), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
