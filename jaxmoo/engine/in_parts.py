@@ -144,7 +144,11 @@ def backward_in_parts(
     alike = dict(zip(_variables(jaxpr), _variables(other.jaxpr), strict=True))
     alone = []
     try:
-        axes = {v: _axis(v.aval.shape, x.aval.shape, objectives) for v, x in alike.items()}
+        read = [v for i in rest for v in _inputs(jaxpr.eqns[i])]
+        read += [v for v in jaxpr.outvars[:count] if not isinstance(v, core.Literal)]
+        made = {v for i in rest for v in jaxpr.eqns[i].outvars}
+        boundary = [v for v in dict.fromkeys(read) if v not in made]
+        axes = {v: _axis(v.aval.shape, alike[v].aval.shape, objectives) for v in boundary}
         for i in rest:
             parameters_of_one = _of_one(
                 jaxpr.eqns[i].params, other.jaxpr.eqns[i].params, objectives
@@ -153,19 +157,17 @@ def backward_in_parts(
     except _DifferentError:
         return None
 
-    known = program.environment(arguments)
-    _evaluate(jaxpr, [jaxpr.eqns[i] for i in sorted(needed)], known)
-    read = [v for i in rest for v in _inputs(jaxpr.eqns[i])]
-    read += [v for v in jaxpr.outvars[:count] if not isinstance(v, core.Literal)]
-    boundary = [v for v in dict.fromkeys(read) if v in known]
     if any(v in depends and axes[v] is None for v in boundary):
         return None  # objectives have been added up already
+
+    known = program.environment(arguments)
+    _evaluate(jaxpr, [jaxpr.eqns[i] for i in sorted(needed)], known)
     factors = Factors(
         jaxpr=jaxpr,
         gradients=jaxpr.outvars[:count],
         rest=[jaxpr.eqns[i] for i in rest],
         alone=alone,
-        known={v: Factor(known[v], axes.get(v), v in depends) for v in boundary},
+        known={v: Factor(known[v], axes[v], v in depends) for v in boundary},
     )
     return [_read(v, known) for v in jaxpr.outvars[count:]], factors
 

@@ -188,7 +188,7 @@ def prepare(
     attention = run_attention(config, architecture, device_mesh)
     say(f"Attention: {attention}.")
     platform = platform_of(device_mesh.devices.flat)
-    _tell_of_sketches(config, platform, say)
+    _tell_of_sketches(config, say)
     options = compiler_options(platform, config.train.compiler_options)
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -258,7 +258,7 @@ def prepare(
     )
 
 
-def _tell_of_sketches(config: Config, platform: str, say: Callable[[str], None]) -> None:
+def _tell_of_sketches(config: Config, say: Callable[[str], None]) -> None:
     """Say that Gram matrices are estimates, and if it is likely that they are poor ones."""
     size = sketch_size(config.resolve.gram)
     if size is None:
@@ -267,13 +267,11 @@ def _tell_of_sketches(config: Config, platform: str, say: Callable[[str], None])
         f"Gram matrices: estimated from sketches of {size:,} numbers per language and block; how "
         "well is in metrics.jsonl (gram_error)."
     )
-    # On TPUs it takes four times the numbers: see jaxmoo.kernels.sketch.
-    times, languages = 4 if platform == "tpu" else 1, config.data.step_languages
-    if is_small(size // times, languages):
+    languages = config.data.step_languages
+    if is_small(size, languages):
         say(
             f"Note: resolve.gram={config.resolve.gram} is small for {languages} languages: the "
-            "weights of some will be noise. Take at least "
-            f"sketch:{times * 100 * languages}, or exact."
+            f"weights of some will be noise. Take at least sketch:{100 * languages}, or exact."
         )
 
 
