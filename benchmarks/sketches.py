@@ -124,8 +124,9 @@ def grams_of(part: Partition) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def estimated(
         leaves: Sequence[jax.Array], key: jax.Array, size: int, form: str
     ) -> tuple[jax.Array, jax.Array]:
-        sections = in_sections(part, leaves)
-        z = sketch_blocks(sections, jnp.arange(len(part)), size, key=key, platform=form)
+        z = sketch_blocks(
+            in_sections(part, leaves), jnp.arange(len(part)), size, key=key, platform=form
+        )
         found = grams_of_sketches(z)
         return found.gram, found.error
 
