@@ -267,6 +267,13 @@ def test_what_cannot_be_sketched_is_refused(load, override, message):
         load("resolve.gram=sketch:1024", override)
 
 
+def test_one_objective_at_a_time_needs_sketches_in_the_backward_pass(load):
+    load("resolve.gram=sketch:1024", "resolve.keep=one")
+    for other in ("resolve.gram=exact", "resolve.engine=stacked"):
+        with pytest.raises(ConfigError, match=r"resolve\.keep=one needs resolve\.gram=sketch:N"):
+            load("resolve.gram=sketch:1024", "resolve.keep=one", other)
+
+
 def test_errors_in_the_file_name_it_and_the_line(load):
     with pytest.raises(ConfigError, match=r"run\.yaml: line 8: train\.steps must be an integer"):
         load(text=MINIMAL.replace("10", "ten"))

@@ -164,6 +164,7 @@ def test_blocks_are_not_mapped_over_their_parameters(k):
         ({"gram": "sketched"}, "gram: expected 'exact' or 'sketch:N'"),
         ({"gram": "sketch:1"}, "with N at least 2, found 'sketch:1'"),
         ({"gram": SKETCH, "aggregator": "graddrop"}, "graddrop works coordinate by coordinate"),
+        ({"keep": "one"}, "keep='one' needs sketches"),
         ({"gram": SKETCH, "replicas": "pooled_gram"}, "replicas='mean_then_resolve' means"),
         (
             {"gram": SKETCH, "microbatches": 2, "accumulation": "accumulate_first"},
