@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pickle
 import re
 
 import jax
@@ -86,9 +87,9 @@ def test_a_frozen_model_needs_no_optimiser(small):
 
 
 @pytest.mark.slow
-def test_blocks_resolved_after_the_pass_are_named_with_their_cost(small):
+def test_blocks_resolved_after_the_pass_are_named_with_their_cost(small, planned):
     assert small().late == {}
-    found = small("resolve.blocks=whole")
+    *_, found = planned["too large"]
     assert sum(found.late.values()) == 4 * 4 * PARAMETERS
     assert "layers.0.mlp.up_proj.kernel" in found.late
     assert found.total > small().total
@@ -123,20 +124,29 @@ def test_the_plan_is_of_the_step_that_the_trainer_runs(write_config):
 # --- The command ------------------------------------------------------------------------------
 
 
-# Every command is given as many virtual devices as if it were the first one of its process.
+# Every command is given as many virtual devices as if it were the first one of its process. What
+# it has planned is kept beside what it says.
 ALL_OF_THEM = """
-import contextlib, io, json, sys
+import contextlib, io, json, pickle, sys
 import jax.extend
-from jaxmoo.commands.plan import main
+from jaxmoo.commands import plan as command
 
-found = []
-for arguments in json.loads(sys.argv[1]):
+plan, found = command.plan, []
+
+def kept(*arguments, **options):
+    found[-1].append(plan(*arguments, **options))
+    return found[-1][-1]
+
+command.plan = kept
+for arguments in json.loads(sys.argv[2]):
     jax.extend.backend.clear_backends()
     out, err = io.StringIO(), io.StringIO()
+    found.append([])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    found.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(found))
+        code = command.main(arguments)
+    found[-1] = [code, out.getvalue(), err.getvalue(), *found[-1]]
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(found, file)
 """
 COMMANDS = {
     "eight devices": ["--devices", "8", "--device-memory", "1GB", "data.batch_size=8"],
@@ -151,15 +161,16 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory, config_file):
-    """Exit code, output and errors of ``jaxmoo plan`` with the small model, for all of COMMANDS."""
-    model = tmp_path_factory.mktemp("model")
+    """Exit code, output, errors and plan of ``jaxmoo plan``, for all of COMMANDS."""
+    model, kept = (tmp_path_factory.mktemp(name) for name in ("model", "kept"))
     sizes = {k: v for k, v in dataclasses.asdict(MODEL).items() if k != "rope_scaling"}
     (model / "config.json").write_text(
         json.dumps({**sizes, "model_type": "llama", "attention_bias": False})
     )
     begin = ["--config", str(config_file), "--model", str(model)]
-    done = run_python(["-c", ALL_OF_THEM, json.dumps([begin + x for x in COMMANDS.values()])])
-    return dict(zip(COMMANDS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    commands = json.dumps([begin + x for x in COMMANDS.values()])
+    run_python(["-c", ALL_OF_THEM, kept / "found", commands])
+    return dict(zip(COMMANDS, pickle.loads((kept / "found").read_bytes()), strict=True))
 
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -172,7 +183,7 @@ def number(text: str, name: str) -> float:
 
 @pytest.mark.slow
 def test_the_command_plans_for_devices_that_are_not_there(planned):
-    code, out, err = planned["eight devices"]
+    code, out, err, _ = planned["eight devices"]
     assert code == 0, err
     assert "8 devices (data 1 x language 4 x fsdp 2" in out
     assert out.rstrip().endswith("of 1.00 GB per device.")
@@ -184,7 +195,7 @@ def test_the_command_plans_for_devices_that_are_not_there(planned):
 
 @pytest.mark.slow
 def test_the_command_says_what_to_change_when_it_does_not_fit(planned):
-    code, out, _ = planned["too large"]
+    code, out, *_ = planned["too large"]
     assert code == 1
     assert "Does not fit" in out
     assert "resolve.blocks=layer" in out
@@ -202,6 +213,6 @@ def test_the_command_says_what_to_change_when_it_does_not_fit(planned):
     ],
 )
 def test_what_cannot_be_planned_is_said_clearly(name, message, planned):
-    code, _, err = planned[name]
+    code, _, err, *_ = planned[name]
     assert code == 2
     assert message in err
