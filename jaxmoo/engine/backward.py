@@ -210,33 +210,36 @@ class Backward:
             pairs = zip(of_in_pass, layouts, strict=True)
             updates = tuple(self.scatter(ct, x.axis)[0] for ct, x in pairs)
             return CallCotangents(updates, accumulators, call.no_rows())
-        if self.rules.sketch is None:
-            pairs = zip(of_in_pass, layouts, strict=True)
-            sections = [
-                sections_of_piece(
-                    self.scatter(ct, layout.axis)[:, None],
-                    layout,
-                    p.leaf,
-                    label[None],
-                    layer[None],
-                    self.topology,
-                )
-                for (ct, layout), p, label, layer in zip(
-                    pairs, in_pass, indices.labels, indices.layers, strict=True
-                )
-            ]
-            resolved = self.resolve(sections, call, indices, states, inputs.step)
-            updates = tuple(
-                update.reshape(layout.piece_shape(self.topology.pieces))
-                for update, layout in zip(resolved.updates, layouts, strict=True)
+        resolve = self._resolve_exact if self.rules.sketch is None else self.resolve_sketched
+        leaves = [p.leaf for p in in_pass]
+        resolved = resolve(of_in_pass, layouts, leaves, call, indices, states, inputs.step)
+        rows = call.new_rows(resolved, indices.members)
+        return CallCotangents(tuple(resolved.updates), accumulators, rows)
+
+    def _resolve_exact(
+        self,
+        gradients: Sequence[jax.Array],
+        layouts: Sequence[Layout],
+        leaves: Sequence[int],
+        call: CallBlocks,
+        indices: BlockIndices,
+        states: tuple[Any, ...],
+        step: StepInputs,
+    ) -> Resolution:
+        """Exchange gradients and resolve their blocks; see :meth:`resolve_sketched`."""
+        pieces = [self.scatter(x, y.axis)[:, None] for x, y in zip(gradients, layouts, strict=True)]
+        sections = [
+            sections_of_piece(x, layout, leaf, label[None], layer[None], self.topology)
+            for x, layout, leaf, label, layer in zip(
+                pieces, layouts, leaves, indices.labels, indices.layers, strict=True
             )
-        else:
-            leaves = [p.leaf for p in in_pass]
-            resolved = self.resolve_sketched(
-                of_in_pass, layouts, leaves, call, indices, states, inputs.step
-            )
-            updates = tuple(resolved.updates)
-        return CallCotangents(updates, accumulators, call.new_rows(resolved, indices.members))
+        ]
+        resolved = self.resolve(sections, call, indices, states, step)
+        updates = [
+            update.reshape(layout.piece_shape(self.topology.pieces))
+            for update, layout in zip(resolved.updates, layouts, strict=True)
+        ]
+        return resolved._replace(updates=updates)
 
     def resolve_sketched(
         self,

@@ -85,7 +85,10 @@ class Factors(NamedTuple):
         for variable, (x, axis, linear) in self.known.items():
             if axis is not None and jnp.issubdtype(x.dtype, jnp.inexact):
                 by = weights.reshape(-1, *(1,) * (x.ndim - 1 - axis))
-                x = jnp.where(by != 0, (x * by.astype(x.dtype)) if linear else x, 0)
+                if linear:
+                    x = jnp.where(by != 0, x * by.astype(x.dtype), 0)
+                else:  # by which something may be divided
+                    x = jnp.where((by != 0) | jnp.isfinite(x), x, 1)
             scaled[variable] = x
         return self._finish(self.rest, scaled)
 

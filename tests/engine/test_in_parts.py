@@ -37,6 +37,11 @@ def checkpointed(parameters, given, fixed):
     return [inner(parameters[0], given[0]) @ parameters[1]]
 
 
+def divided(parameters, given, fixed):
+    del fixed
+    return [parameters[0] / given[0]]
+
+
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -54,6 +59,7 @@ FUNCTIONS = {
         [normal(1, K, ROWS)],
         [jnp.arange(K * ROWS).reshape(K, ROWS) % 7],
     ),
+    "a division": (divided, [normal(0, D)], [2 + normal(1, K, ROWS, D) ** 2], []),
     "products of products": (
         attention,
         [normal(0, D, H), normal(1, D, H)],
