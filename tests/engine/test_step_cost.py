@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def compiled(objectives, aggregator, device_mesh, *, rows=LANGUAGES, gram="exact"):
+def compiled(objectives, aggregator, device_mesh, *, rows=LANGUAGES, **options):
     """A whole step, compiled for a mesh, and the number of its blocks."""
     graph, params = nnx.split(Decoder.abstract(CONFIG))
     optimizer = optax.adamw(1e-4)
@@ -40,7 +40,7 @@ def compiled(objectives, aggregator, device_mesh, *, rows=LANGUAGES, gram="exact
         mesh=device_mesh,
         num_objectives=objectives,
         aggregator=aggregator,
-        gram=gram,
+        **options,
         blocks=choose({r"embedding$": "slices:4", ".*": "layer"}),
         stacked=STACKED,
         weight_fn=lambda b: target_mask(b).sum(),
@@ -87,7 +87,7 @@ def costs(count):
 
 
 def sketched(size, languages, data, rows):
-    """Bytes sent by a step that sketches and by a plain one, on eight devices; its blocks."""
+    """Bytes sent and peaks of a step that sketches and of a plain one on eight devices; blocks."""
     devices = jax.devices()[:8]
     step, blocks = compiled(
         languages,
@@ -95,9 +95,11 @@ def sketched(size, languages, data, rows):
         mesh.make_mesh(languages, data=data, devices=devices),
         rows=rows,
         gram=f"sketch:{size}",
+        keep="one",
     )
     plain, _ = compiled(1, None, mesh.make_mesh(1, data=data, devices=devices), rows=rows)
-    return cost.collective_bytes(step), cost.collective_bytes(plain), blocks
+    sent = [cost.collective_bytes(x) for x in (step, plain)]
+    return sent, [cost.memory(x)["peak"] for x in (step, plain)], blocks
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=["one device", "eight devices"])
@@ -124,10 +126,10 @@ def test_gradients_take_the_bytes_of_plain_fsdp_and_a_gram_matrix_per_block(foun
     assert found["sent"][0]["all-reduce"] == 2 * 7 / 8 * 4 * 8 * 8 * found["blocks"]
 
 
-def test_sketched_gradients_take_the_bytes_of_plain_training_for_any_k_and_replicas(eight_devices):
+def test_sketches_take_plain_trainings_bytes_and_memory_for_any_k_and_replicas(eight_devices):
     """Exact ones would take K / L times plain's, and K times between replicas."""
     size, languages, data, pieces = 256, 64, 2, 4
-    found, plain, blocks = eight_devices(
+    (found, plain), peaks, blocks = eight_devices(
         "engine.test_step_cost", "sketched", size, languages, data, languages * data
     )
     groups = min(languages, pieces)
@@ -141,3 +143,6 @@ def test_sketched_gradients_take_the_bytes_of_plain_training_for_any_k_and_repli
     summed += 2 * (pieces - 1) / pieces * 4 * 2 * languages**2 * blocks
     more = found["all-reduce"] - plain.get("all-reduce", 0)
     assert abs(more - summed) < 4000  # losses and counts of tokens
+    # Gradients of a layer of all 16 languages of a device would take more by themselves.
+    layer = CONFIG.hidden_size * (3 * CONFIG.intermediate_size + 3 * CONFIG.hidden_size)
+    assert peaks[0] - peaks[1] < languages // groups * 4 * layer
