@@ -136,6 +136,7 @@ np.savez(out, **found)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_stream_of_one_and_split_alike(tmp_path):
     address = f"localhost:{free_port()}"
 

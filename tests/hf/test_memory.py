@@ -84,6 +84,7 @@ print(largest, loading, saving, sum(x.nbytes for x in leaves))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "dtype"), [(1, "float32"), (4, "stored")])
 def test_the_host_holds_at_most_twice_the_largest_tensor(checkpoint, tmp_path, devices, dtype):
     done = run_python(["-c", PROGRAM, checkpoint, tmp_path / "out", dtype], devices=devices)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 import tiny_models
@@ -35,6 +34,8 @@ def test_it_is_of_the_weights_alone(tmp_path):
 
 
 def test_half_precision_has_one_too(tmp_path):
+    import torch
+
     tiny_models.save("llama", tmp_path, dtype=torch.bfloat16)
     model = load_model(tmp_path, param_dtype=None)
     assert model.norm.scale.get_value().dtype != jnp.float32

@@ -10,11 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import torch
 from flax import nnx
-from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 
 from jaxmoo.commands.convert import main as convert
 from jaxmoo.commands.train import main
@@ -78,6 +75,10 @@ def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp
     }
 
     # What transformers reads and what peft reads predict the same.
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     tokens = np.arange(40)[None] * 7 % 259
 
     def theirs(model):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from jaxmoo.config import Config, OptimizerConfig, TrainConfig
 from jaxmoo.train.optimizer import learning_rate, make_optimizer
@@ -52,6 +51,8 @@ def run(config: Config, params):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_the_weights_are_those_of_pytorch(name):
+    import torch
+
     config = settings(name, weight_decay=0.1)
     rate = learning_rate(config.optimizer, STEPS)
     leaves, _ = jax.tree_util.tree_flatten_with_path(random_tree(0))
