@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from jaxmoo.config import to_yaml, validate
+from jaxmoo.config import validate
 from jaxmoo.config.training import load_config
 from jaxmoo.data.tokenization.tokenizer import read_template
 from jaxmoo.hf import load_tokenizer
@@ -42,23 +41,12 @@ def test_every_config_makes_a_step(name):
 
 
 def memory_of_the_largest(devices: int) -> int:
-    """Bytes per device; the steps of the other configs for so many devices are lowered.
-
-    Those that differ only in the stretching of rotary angles are lowered once, with it.
-    """
-    steps = {}
+    """Bytes per device; the steps of the other configs for so many devices are lowered."""
     for name, (count, _) in DEVICES.items():
         if count == devices and name != LARGEST[devices]:
             config = load_config(ROOT / f"configs/{name}.yaml")
-            shape = shape_of(config.model.source)
-            unnamed = dataclasses.replace(config.model, source="")
-            settings = to_yaml(dataclasses.replace(config, output="", model=unnamed))
-            plain = dataclasses.replace(shape, rope_scaling=None, max_position_embeddings=1)
-            if (settings, plain) not in steps or shape.rope_scaling is not None:
-                steps[settings, plain] = config, shape
-    for config, shape in steps.values():
-        step = abstract_step(config, shape)
-        step.function.lower(*step.arguments)
+            step = abstract_step(config, shape_of(config.model.source))
+            step.function.lower(*step.arguments)
     return plan(load_config(ROOT / f"configs/{LARGEST[devices]}.yaml")).total
 
 

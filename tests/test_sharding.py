@@ -102,7 +102,7 @@ def on_meshes():
     def aggregate(x):
         return jaxmoo.aggregate("imtl_g", x)
 
-    jax.jit(jax.shard_map(aggregate, mesh=mesh, in_specs=given, out_specs=out))(rows)
+    jax.shard_map(aggregate, mesh=mesh, in_specs=given, out_specs=out)(rows)
 
 
 @pytest.mark.slow
