@@ -14,6 +14,9 @@ The terms of this package:
 - *device-local* blocks each lie on one device alone, which resolves them without communication.
 - *block table*: diagnostics and aggregators' states, a row per block. It is an input of the loss
   function, each call takes its rows, and their cotangents are the rows' new values.
+- *sketched* blocks: what devices exchange is not the gradients but short random sketches of them.
+- *one at a time*: no two objectives' gradients of a call exist. They are formed from *factors*,
+  what the call computed and what arrives from above, for which its backward step runs *in parts*.
 - *head residuals*: what a tied head hands to the embedding, whose backward step forms both parts
   of the table's gradient.
 """
