@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -103,10 +104,17 @@ def new_directory(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             lock.release()
             with contextlib.suppress(OSError):
                 Path(lock.lock_file).unlink()
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory into which a library's threads may write for a while after an error."""
+    until = time.monotonic() + 10
+    while directory.exists() and time.monotonic() < until:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _clear_abandoned(path: Path) -> None:

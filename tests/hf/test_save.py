@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -24,6 +27,7 @@ from jaxmoo.convert.models import from_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf import ModelCard, load_model, save_model
+from jaxmoo.hf.directory import new_directory
 from jaxmoo.hf.save import Tensor, write_weights
 from tiny_models import tokens_and_mask
 
@@ -245,6 +249,24 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(llama: Path, tmp_path: Path)
         assert f"{out}" in text
         assert "Nothing was left behind." in text
     assert "Free some space, or choose a path on a larger disk." in refused[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_threads_still_write_after_an_error_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remove, removed = shutil.rmtree, []
+
+    def rmtree(path: Path, **options: Any) -> None:
+        remove(path, **options)
+        if not removed:  # a thread comes late
+            (path / "part").mkdir(parents=True)
+        removed.append(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(CheckpointError, match="Nothing was left behind"):  # noqa: SIM117
+        with new_directory(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "full")
     assert not list(tmp_path.iterdir())
 
 
