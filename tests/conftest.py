@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -35,9 +34,6 @@ from small_runs import (  # noqa: F401 -- fixtures of every room
     tiny_model,
     write_config,
 )
-
-# Traced programs are many objects that stay: to look through them every few hundred does not pay.
-gc.set_threshold(50_000)
 
 # A script, which needs what the tests do without.
 collect_ignore = ["aggregators/make_goldens.py"]

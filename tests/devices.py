@@ -1,7 +1,6 @@
 """Run Python in another process with a chosen number of virtual CPU devices."""
 
 import functools
-import gc
 import importlib
 import multiprocessing
 import os
@@ -39,7 +38,7 @@ def eight_devices():
     result has to be picklable, such as NumPy arrays.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, gc.set_threshold, gc.get_threshold()) as pool:
+    with ProcessPoolExecutor(1, context) as pool:
 
         @functools.cache
         def call(module, function, *arguments):
