@@ -341,7 +341,10 @@ def _combine(
             preference=preference,
         ).reshape(rows.shape[1:])
 
-    uniform = section.uniform(key, numbers) if group.aggregator.stochastic else None
+    uniform = None
+    if group.aggregator.stochastic:
+        assert section.uniform is not None
+        uniform = section.uniform(key, numbers)
     ruled = jax.vmap(combine, in_axes=(1, 0, None if uniform is None else 0))(x, used, uniform)
     return jnp.where(member.reshape(-1, *(1,) * (update.ndim - 1)), ruled, update)
 

@@ -34,7 +34,7 @@ class Section(NamedTuple):
     values: jax.Array  # [K, S, ...]
     labels: Any  # int [S]: the block each section belongs to
     # (key, labels' block numbers [S]) -> uniform numbers [S, ...] for coordinate-wise rules
-    uniform: Callable[[jax.Array, jax.Array], jax.Array]
+    uniform: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     # 0 where another device holds the same values and counts them, else 1
     counted: jax.Array | float = 1.0
     places: Any = None  # int [S]: numbers that no other section of any array has, where asked for

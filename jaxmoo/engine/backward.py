@@ -46,7 +46,14 @@ from jaxmoo.mesh import DATA
 from jaxmoo.resolve import resolve_sections
 from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
-__all__ = ["GATHERED", "Backward", "CallInputs", "StepInputs", "over_objectives"]
+__all__ = [
+    "GATHERED",
+    "Backward",
+    "CallInputs",
+    "StepInputs",
+    "over_objectives",
+    "sections_of_wholes",
+]
 
 # Name under which checkpoint policies know gathered parameters: they are never kept.
 GATHERED = "jaxmoo_gathered"
@@ -266,12 +273,7 @@ class Backward:
           The resolution, with updates of this device's pieces.
         """
         top = self.topology
-        sections = [
-            sections_of_whole(x, leaf, label, layer)
-            for x, leaf, label, layer in zip(
-                gradients, leaves, indices.labels, indices.layers, strict=True
-            )
-        ]
+        sections = sections_of_wholes(gradients, leaves, indices)
         z = self.sketch(sections, indices, step)
         resolved = self.weigh(z, call, indices, states, step)
         weights = top.own(resolved.weights)
@@ -388,6 +390,18 @@ class Backward:
             labels = [self.layouts[use.leaf].block_labels for use in uses]
             self.device_local.update(int(label) for label in np.concatenate(labels).flat)
         return call
+
+
+def sections_of_wholes(
+    gradients: Sequence[jax.Array], leaves: Sequence[int], indices: BlockIndices
+) -> list[Section]:
+    """Cut gradients [k, ...] of a call's whole arrays into sections of its blocks."""
+    return [
+        sections_of_whole(x, leaf, label, layer)
+        for x, leaf, label, layer in zip(
+            gradients, leaves, indices.labels, indices.layers, strict=True
+        )
+    ]
 
 
 def over_objectives(

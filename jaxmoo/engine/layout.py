@@ -296,11 +296,7 @@ def sections_of_whole(
     shape = gradients.shape[1:] or (1,)
     values = gradients.reshape(len(gradients), parts, shape[0] // parts, *shape[1:])
     places = section_place(leaf, layer * parts + jnp.arange(parts))
-
-    def uniform(key: jax.Array, numbers: jax.Array) -> jax.Array:
-        raise NotImplementedError("Coordinate-wise rules need the gradients of all objectives.")
-
-    return Section(values, labels, uniform, places=places)
+    return Section(values, labels, places=places)
 
 
 def sections_of_piece(

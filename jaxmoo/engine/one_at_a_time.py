@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxmoo.engine.backward import Backward, CallInputs, over_objectives
+from jaxmoo.engine.backward import Backward, CallInputs, over_objectives, sections_of_wholes
 from jaxmoo.engine.block_table import BlockTable
 from jaxmoo.engine.call_blocks import CallBlocks
 from jaxmoo.engine.in_parts import backward_in_parts
-from jaxmoo.engine.layout import Layout, reduce_pieces, sections_of_whole
+from jaxmoo.engine.layout import Layout, reduce_pieces
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 
@@ -75,12 +75,11 @@ def call_one_at_a_time(
     # What the function reads besides its arguments becomes one of them.
     given = [*given, *traced.consts]
     smooth = [jnp.issubdtype(x.dtype, jnp.inexact) for x in traced.out_avals]
-    program = core.jaxpr_as_fun
 
     def run(wholes: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         start = len(given) - len(traced.consts)
         closed = core.ClosedJaxpr(traced.jaxpr, list(given[start:]))
-        return program(closed)(*wholes, *given[:start])
+        return core.jaxpr_as_fun(closed)(*wholes, *given[:start])
 
     call = _Call(engine, parameters, layouts, run, smooth)
 
@@ -188,13 +187,8 @@ class _Call:
             of_floats, factors = parts
 
             def sketch(k: jax.Array) -> jax.Array:  # [B, m]
-                sections = [
-                    sections_of_whole(x[None], leaf, label, layer)
-                    for x, leaf, label, layer in zip(
-                        factors.of(k), leaves, indices.labels, indices.layers, strict=True
-                    )
-                ]
-                return engine.sketch(sections, indices, step)[0]
+                alone = [x[None] for x in factors.of(k)]
+                return engine.sketch(sections_of_wholes(alone, leaves, indices), indices, step)[0]
 
             z = jax.lax.map(sketch, jnp.arange(engine.topology.local_objectives))
             resolved = engine.weigh(z, self.blocks, indices, states, step)
