@@ -61,8 +61,20 @@ def sketch_size(gram: str) -> int | None:
     return int(found[1])
 
 
-def check_sketchable(methods: Iterable[Aggregator]) -> None:
-    """Refuse methods that cannot be given an estimated Gram matrix.
+def check_sketchable(
+    methods: Iterable[Aggregator],
+    *,
+    replicas: str = "mean_then_resolve",
+    accumulated: bool = False,
+    tensor: int = 1,
+) -> None:
+    """Refuse what Gram matrices cannot be estimated for.
+
+    Args:
+      methods: the aggregators.
+      replicas: in which order replicas average and resolve.
+      accumulated: whether microbatches' gradients are added up before they are resolved.
+      tensor: devices that share every matrix product.
 
     Raises:
       ConfigError: with the reason.
@@ -78,6 +90,22 @@ def check_sketchable(methods: Iterable[Aggregator]) -> None:
                 f"gram: {method.name} multiplies gradients of two batches, which are not sketched. "
                 "Use gram='exact'."
             )
+    if replicas != "mean_then_resolve":
+        raise ConfigError(
+            "gram: sketches of all replicas are added up, which is what mean_then_resolve means, "
+            f"at the traffic of the other orders; found {replicas!r}. Use mean_then_resolve, or "
+            "gram='exact'."
+        )
+    if accumulated:
+        raise ConfigError(
+            "gram: accumulate_first keeps every objective's gradient until the end of the step, so "
+            "that nothing is left to sketch. Use resolve_each, or gram='exact'."
+        )
+    if tensor > 1:
+        raise ConfigError(
+            "gram: the compiler would gather gradients to sketch them where devices share matrix "
+            f"products; found mesh.tensor={tensor}. Use mesh.tensor=1, or gram='exact'."
+        )
 
 
 def is_small(size: int, num_objectives: int) -> bool:

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 
 from jaxmoo import aggregators, blocks, weighting
-from jaxmoo.aggregators import Aggregator
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.sketched import check_sketchable, sketch_size
 
-__all__ = ["ResolveConfig", "check_resolve", "check_sampled"]
+__all__ = ["ResolveConfig", "check_gram", "check_resolve", "check_sampled"]
 
 _AT_LEAST_1 = Range(least=1)
 _POSITIVE = Range(above=0)
@@ -107,7 +106,7 @@ class ResolveConfig:
 
 def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     """Return what is wrong with the settings of the resolution, a sentence each."""
-    problems, method = [], None
+    problems = []
     methods = aggregators.names()
     if resolve.aggregator not in methods:
         problems.append(
@@ -125,12 +124,6 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
                     f"resolve.aggregator: {method.name} needs gradients of two batches per step, "
                     "which a training run does not compute. Use it in your own optax chain."
                 )
-    problems += _check_gram(resolve, method)
-    if resolve.keep == "one" and (resolve.gram == "exact" or resolve.engine == "stacked"):
-        problems.append(
-            "resolve.keep=one needs resolve.gram=sketch:N and resolve.engine=backward: an exact "
-            "Gram matrix takes all gradients at once."
-        )
     if resolve.aggregator == "moco" and resolve.engine != "stacked":
         problems.append(
             "resolve.aggregator: moco follows every language's whole gradient; it needs "
@@ -153,21 +146,31 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     return problems
 
 
-def _check_gram(resolve: ResolveConfig, method: Aggregator | None) -> list[str]:
-    problems = []
+def check_gram(resolve: ResolveConfig, *, accumulated: bool, tensor: int) -> list[str]:
+    """Return what is wrong with how Gram matrices are formed.
+
+    Args:
+      resolve: the settings of the resolution.
+      accumulated: whether microbatches' gradients are added up before they are resolved.
+      tensor: devices that share every matrix product.
+    """
     try:
-        if sketch_size(resolve.gram) is None:
-            return []
-        check_sketchable([] if method is None else [method])
+        methods = [aggregators.get(resolve.aggregator, **resolve.options)]
+    except (ConfigError, TypeError, ValueError):
+        methods = []  # that it is unknown, or its options do not suit it, was found before
+    try:
+        if sketch_size(resolve.gram) is not None:
+            check_sketchable(
+                methods, replicas=resolve.replicas, accumulated=accumulated, tensor=tensor
+            )
     except ConfigError as error:
-        problems.append(f"resolve.{error}")
-    if resolve.replicas != "mean_then_resolve":
-        problems.append(
-            f"resolve.gram={resolve.gram} adds up the sketches of all replicas, which is what "
-            "resolve.replicas=mean_then_resolve means, at the traffic of the others; found "
-            f"{resolve.replicas}."
-        )
-    return problems
+        return [f"resolve.{error}"]
+    if resolve.keep == "one" and (resolve.gram == "exact" or resolve.engine == "stacked"):
+        return [
+            "resolve.keep=one needs resolve.gram=sketch:N and resolve.engine=backward: an exact "
+            "Gram matrix takes all gradients at once."
+        ]
+    return []
 
 
 def _check_weighting(resolve: ResolveConfig, languages: int) -> list[str]:

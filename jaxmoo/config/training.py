@@ -22,7 +22,12 @@ from jaxmoo.config import reading, schema
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig, SamplingConfig, check_data
 from jaxmoo.config.lora_section import LoraConfig, check_lora
 from jaxmoo.config.optimizer_section import OptimizerConfig
-from jaxmoo.config.resolve_section import ResolveConfig, check_resolve, check_sampled
+from jaxmoo.config.resolve_section import (
+    ResolveConfig,
+    check_gram,
+    check_resolve,
+    check_sampled,
+)
 from jaxmoo.config.schema import MISSING, Range, setting
 from jaxmoo.config.yaml_text import dump, flow
 from jaxmoo.errors import ConfigError
@@ -310,18 +315,12 @@ def validate(config: Config) -> None:
             )
         if config.resolve.engine == "stacked" and config.train.microbatches > 1:
             problems.append("train.microbatches above 1 needs resolve.engine=backward.")
-        if config.resolve.gram != "exact":
-            if config.train.microbatches > 1 and config.train.accumulation == "accumulate_first":
-                problems.append(
-                    "resolve.gram=sketch:N has nothing to sketch with "
-                    "train.accumulation=accumulate_first, which keeps every language's gradient "
-                    "until the end of the step. Use resolve_each, or resolve.gram=exact."
-                )
-            if config.mesh.tensor > 1:
-                problems.append(
-                    "resolve.gram=sketch:N needs mesh.tensor=1: the compiler would gather "
-                    "gradients to sketch them. Use resolve.gram=exact, or another mesh."
-                )
+        problems += check_gram(
+            config.resolve,
+            accumulated=config.train.microbatches > 1
+            and config.train.accumulation == "accumulate_first",
+            tensor=config.mesh.tensor,
+        )
         if config.model.attention == "tpu" and config.mesh.tensor > 1:
             problems.append(
                 "mesh.tensor above 1 needs model.attention=xla or cudnn (or auto), not tpu."

@@ -116,9 +116,8 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         engine = current()
-        found = _one_at_a_time(engine, function, params, args, kwargs)
-        if found is not None:
-            return found[0]
+        if can_be_taken_apart(engine, _parameters(params)):
+            return _one_at_a_time(engine, function, params, args, kwargs)
         # In a scan the compiler cannot merge the recomputation with the forward pass, so the
         # barrier against that (prevent_cse) would only cost time.
         barrier = not _scanned(params)
@@ -139,13 +138,10 @@ def block(function: Callable[..., Any] | nnx.Module, *, remat: str = "full") -> 
 
 def _one_at_a_time(
     engine: Any, function: Callable[..., Any], params: Any, args: Any, kwargs: Any
-) -> tuple[Any] | None:
-    """Call a function such that no two objectives' gradients exist, if that is asked for."""
+) -> Any:
+    """Call a function such that no two objectives' gradients exist."""
     leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Parameter))
     at = [i for i, x in enumerate(leaves) if isinstance(x, Parameter)]
-    parameters = [leaves[i] for i in at]
-    if not can_be_taken_apart(engine, parameters):
-        return None
     others = [None if i in at else x for i, x in enumerate(leaves)]
     given, form, fixed = _split(
         (others, args, kwargs), lambda x: isinstance(x, jax.Array | np.ndarray)
@@ -161,7 +157,7 @@ def _one_at_a_time(
 
     arrays = [x for i, x in enumerate(given) if i not in fixed]
     barrier = not _scanned(params)
-    return (call_one_at_a_time(engine, run, parameters, arrays, barrier=barrier),)
+    return call_one_at_a_time(engine, run, _parameters(params), arrays, barrier=barrier)
 
 
 def _split(tree: Any, traced: Callable[[Any], bool]) -> tuple[list[Any], Any, dict[int, Any]]:
@@ -227,8 +223,13 @@ def _check_change(module: nnx.Module, path: Any, *, after: nnx.State, before: An
 
 def _scanned(params: Any) -> bool:
     """Whether parameters are slices of a stack that is being scanned over."""
+    return any(isinstance(x.layer, Tracer) for x in _parameters(params))
+
+
+def _parameters(params: Any) -> list[Parameter]:
+    """The engine's parameters among a call's."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Parameter))
-    return any(isinstance(x, Parameter) and isinstance(x.layer, Tracer) for x in leaves)
+    return [x for x in leaves if isinstance(x, Parameter)]
 
 
 def _whole(engine: Any, params: Any) -> Any:

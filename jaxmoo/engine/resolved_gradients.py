@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.aggregators import Aggregator
-from jaxmoo.block_solve import Group
 from jaxmoo.blocks import Blocks, Partition, partition, path_string
 from jaxmoo.engine.block_rules import BlockRules
 from jaxmoo.engine.block_table import BlockTable, Diagnostics
@@ -166,6 +165,7 @@ def resolved_value_and_grad(
         )
     groups = None if aggregator is None else group_blocks(part, aggregator)
     _check(keep, ("gradients", "one"), "keep")
+    accumulate = accumulation == "accumulate_first" and microbatches > 1
     sketch = sketch_size(gram)
     if keep == "one" and sketch is None:
         raise ConfigError(
@@ -173,7 +173,14 @@ def resolved_value_and_grad(
             "gram='sketch:16384', or keep='gradients'."
         )
     if sketch is not None:
-        _check_sketch(groups, replicas, accumulation, microbatches, mesh)
+        if groups is None:
+            raise ConfigError("gram: ordinary training has no Gram matrix. Use gram='exact'.")
+        check_sketchable(
+            (group.aggregator for group in groups),
+            replicas=replicas,
+            accumulated=accumulate,
+            tensor=mesh.shape.get(TENSOR, 1),
+        )
     for group in groups or ():
         if group.aggregator.cross_gram:
             raise ConfigError(
@@ -207,7 +214,7 @@ def resolved_value_and_grad(
         topology=topology,
         nonfinite=nonfinite,
         microbatches=microbatches,
-        accumulate=accumulation == "accumulate_first" and microbatches > 1,
+        accumulate=accumulate,
         seed=seed,
     )
 
@@ -439,34 +446,6 @@ class ResolvedGradients:
             nonfinite=found.nonfinite,
             gram_error=found.gram_error,
             stop=self.nonfinite == "raise",
-        )
-
-
-def _check_sketch(
-    groups: Sequence[Group] | None,
-    replicas: str,
-    accumulation: str,
-    microbatches: int,
-    mesh: Mesh,
-) -> None:
-    """Refuse what Gram matrices cannot be sketched with."""
-    if groups is None:
-        raise ConfigError("gram: ordinary training has no Gram matrix. Use gram='exact'.")
-    check_sketchable(group.aggregator for group in groups)
-    if replicas != "mean_then_resolve":
-        raise ConfigError(
-            "gram: sketches of all replicas are added up, which is what "
-            f"replicas='mean_then_resolve' means, at the traffic of the others; found {replicas!r}."
-        )
-    if accumulation == "accumulate_first" and microbatches > 1:
-        raise ConfigError(
-            "gram: accumulate_first keeps every objective's gradient until the end of the step, so "
-            "that nothing is left to sketch. Use gram='exact', or accumulation='resolve_each'."
-        )
-    if mesh.shape.get(TENSOR, 1) > 1:
-        raise ConfigError(
-            f"gram: the compiler would gather gradients to sketch them where mesh.tensor divides "
-            f"them ({mesh.shape[TENSOR]}). Use gram='exact', or mesh.tensor=1."
         )
 
 

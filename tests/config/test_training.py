@@ -254,9 +254,12 @@ def test_what_belongs_to_fixed_languages_is_refused_when_they_are_sampled(load, 
     [
         ("resolve.gram=sketch", "resolve.gram: expected 'exact' or 'sketch:N'"),
         ("resolve.aggregator=graddrop", "resolve.gram: graddrop works coordinate by coordinate"),
-        ("resolve.replicas=pooled_gram", "resolve.replicas=mean_then_resolve means"),
-        ("train={steps: 1, microbatches: 2, accumulation: accumulate_first}", "nothing to sketch"),
-        ("mesh.tensor=2", "needs mesh.tensor=1"),
+        ("resolve.replicas=pooled_gram", "found 'pooled_gram'. Use mean_then_resolve"),
+        (
+            "train={steps: 1, microbatches: 2, accumulation: accumulate_first}",
+            "nothing is left to sketch",
+        ),
+        ("mesh.tensor=2", "Use mesh.tensor=1"),
     ],
 )
 def test_what_cannot_be_sketched_is_refused(load, override, message):

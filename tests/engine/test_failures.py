@@ -165,7 +165,7 @@ def test_blocks_are_not_mapped_over_their_parameters(k):
         ({"gram": "sketch:1"}, "with N at least 2, found 'sketch:1'"),
         ({"gram": SKETCH, "aggregator": "graddrop"}, "graddrop works coordinate by coordinate"),
         ({"keep": "one"}, "keep='one' needs sketches"),
-        ({"gram": SKETCH, "replicas": "pooled_gram"}, "replicas='mean_then_resolve' means"),
+        ({"gram": SKETCH, "replicas": "pooled_gram"}, "which is what mean_then_resolve means"),
         (
             {"gram": SKETCH, "microbatches": 2, "accumulation": "accumulate_first"},
             "nothing is left to sketch",
