@@ -85,8 +85,8 @@ class Factors(NamedTuple):
         for variable, (x, axis, linear) in self.known.items():
             if axis is not None and jnp.issubdtype(x.dtype, jnp.inexact):
                 by = weights.reshape(-1, *(1,) * (x.ndim - 1 - axis))
-                if linear:
-                    x = jnp.where(by != 0, x * by.astype(x.dtype), 0)
+                if linear:  # rounded once: weights are not those of half precision
+                    x = jnp.where(by != 0, x.astype(weights.dtype) * by, 0).astype(x.dtype)
                 else:  # by which something may be divided
                     x = jnp.where((by != 0) | jnp.isfinite(x), x, 1)
             scaled[variable] = x

@@ -294,6 +294,7 @@ class _Call:
         sends = self.pieces == 1 or head is not None
         together = _objectives_at_once(head, height, engine.topology.platform)
         lookups = self._lookups(mapped)
+        one_at_a_time = self.sketched and engine.rules.keep == "one"
         # Added to what this device sends, or to what it receives.
         before, after = (lookups, None) if self.pieces == 1 else (None, lookups)
 
@@ -320,7 +321,7 @@ class _Call:
                 found = jax.vmap(of_objective)(some)
                 return jax.lax.dynamic_update_slice_in_dim(place, found, i * together, 0)
 
-            if self.sketched and engine.rules.keep == "one":
+            if one_at_a_time:
                 update, rows = self._one_at_a_time(
                     lambda k: of_objective(jax.tree.map(lambda x: x[k], (head, before)))[0],
                     number,
@@ -383,7 +384,7 @@ class _Call:
             return place, (update, call.new_rows(resolved, indices.members))
 
         # A place of the local gradients is handed on, so that it is not cleared for every slice.
-        needed = sends and together < count
+        needed = sends and together < count and not one_at_a_time
         empty = jnp.zeros((count, *shape) if needed else (), layout.gathered_dtype)
         slices = (jnp.arange(self.slices), states, inputs.indices)
         _, (pieces, rows) = jax.lax.scan(one, empty, slices)
