@@ -115,7 +115,7 @@ def test_gradients_follow_from_their_factors(name):
 
 def test_weights_are_not_rounded_to_the_factors_precision():
     """Else an objective would weigh too much, or too little, in all of a gradient alike."""
-    weight = 1 + 2**-9  # in bfloat16, 1
+    weight = 0.7  # in bfloat16, 0.1 % less
     x, above = (2 + normal(i, K, 8192) ** 2 for i in range(2))
     x, above = x.astype(jnp.bfloat16), above.astype(jnp.bfloat16)
 
@@ -126,7 +126,7 @@ def test_weights_are_not_rounded_to_the_factors_precision():
     _, factors = backward_in_parts(scale, [jnp.ones(8192, jnp.bfloat16)], [x], [], [above])
     (found,) = factors.combined(jnp.full(K, weight, jnp.float32))
     exact = np.asarray(x, np.float64) * np.asarray(above, np.float64)
-    np.testing.assert_allclose(np.float64(found).sum() / exact.sum(), weight, rtol=5e-4)
+    np.testing.assert_allclose(np.float64(found).sum() / exact.sum(), weight, rtol=4e-4)
 
 
 def test_factors_are_as_large_as_activations():
