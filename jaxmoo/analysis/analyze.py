@@ -29,7 +29,7 @@ from jaxmoo.convert.models import open_model
 from jaxmoo.data.load import load_data
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.atomic import replace_text
-from jaxmoo.files.outputs import check_writable
+from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.models import Decoder, segments_for
@@ -112,7 +112,7 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: before any model is run.
     """
-    directory = request.output or Path(request.run) / "analysis"
+    directory = request.output or typed_path(request.run) / "analysis"
     check_writable(directory, "--output")
     inputs = _check(request, say)
     directory.mkdir(parents=True, exist_ok=True)
@@ -271,8 +271,8 @@ def _sections(
 def _settings(request: Request, inputs: _Inputs) -> dict[str, Any]:
     config, resolve = inputs.config, inputs.config.resolve
     settings: dict[str, Any] = {
-        "run": Path(request.run).name,
-        "model": Path(config.model.source).name,
+        "run": typed_path(request.run).name,
+        "model": typed_path(config.model.source).name,
         "trained": config.model.trainable,
         "method": f"{resolve.aggregator} over {resolve.blocks} blocks",
         "languages trained on": list(config.data.seen),
@@ -313,7 +313,7 @@ def _page(
         body.append(f"<h2>Not measured</h2><ul>{items}</ul>")
     rows = [[name, _shown(value)] for name, value in settings.items()]
     body.append('<h2 id="settings">Settings</h2>' + table([], rows, "settings"))
-    return page(f"Analysis of {Path(request.run).name}", "\n".join(body))
+    return page(f"Analysis of {typed_path(request.run).name}", "\n".join(body))
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError, ConfigError, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.load import read_json
@@ -107,7 +108,9 @@ def save_adapter(
         if card is not None:
             (directory / "README.md").write_text(card.text(), "utf-8")
 
-    write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
+    write_directory(
+        typed_path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write
+    )
 
 
 class Adapters(NamedTuple):
@@ -139,7 +142,7 @@ def describe_adapter(path: Path) -> Adapters:
     Raises:
       CheckpointError: when files are missing or damaged, or the adapters are of another kind.
     """
-    path = Path(path)
+    path = typed_path(path)
     config = read_json(path / _CONFIG_FILE)
     rank, alpha = _rank_and_alpha(config, path)
     with _opened(path) as handle:
@@ -188,7 +191,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
       CheckpointError: when files are missing or damaged, or the adapters are of another kind,
         rank or scale, or on other projections.
     """
-    path = Path(path)
+    path = typed_path(path)
     _check_like(lora, path)
     found = read_unchanged(lambda: _read_tensors(path), path)
     _check_tensors(found, abstract, path / _WEIGHTS_FILE)

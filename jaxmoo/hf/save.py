@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import agree, check_target, first_process, new_directory
 from jaxmoo.hf.generation import generation_config
@@ -93,7 +94,7 @@ def save_model(
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
         the disk is too small, or a value does not fit the dtype of the files.
     """
-    path, source = Path(path), Path(source)
+    path, source = typed_path(path), typed_path(source)
     first_process(lambda: check_target(path))
     if load_config(source) != model.config:
         raise CheckpointError(

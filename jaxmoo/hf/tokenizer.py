@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmoo.errors import CheckpointError, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.load import load_config
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         number, or the directory's model does not know all of the tokens.
       ConfigError: when the architecture of the directory's model is not supported.
     """
-    file = Path(path) / "tokenizer.json"
+    file = typed_path(path) / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
             f"{path} has no tokenizer.json. Copy the base model's tokenizer files into it; a "
@@ -52,7 +53,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"the tokenizer in {path} cannot be used: model_max_length, in tokenizer_config.json, "
             f"must be a number of tokens, found {shown(longest)}"
         )
-    if (Path(path) / "config.json").is_file():
+    if (typed_path(path) / "config.json").is_file():
         check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["DTYPES", "INDEX_FILE", "WEIGHTS_FILE", "Weights"]
 
@@ -43,7 +44,7 @@ class Weights:
 
     def __init__(self, directory: Path):
         self._slices: dict[str, Any] = {}
-        found = _files(Path(directory))
+        found = _files(typed_path(directory))
         self.files = list(found)
         for file, names in found.items():
             slices = _safetensors_slices if file.suffix == ".safetensors" else _pickle_slices

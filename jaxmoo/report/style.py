@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,8 +72,8 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        svg = Path(path).suffix == ".svg"
+        typed_path(path).parent.mkdir(parents=True, exist_ok=True)
+        svg = typed_path(path).suffix == ".svg"
         figure.savefig(path, metadata={"Date": None} if svg else None)
 
 

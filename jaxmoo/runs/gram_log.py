@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.atomic import replacing
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["GramLog", "read_grams", "write_grams"]
 
@@ -63,7 +64,7 @@ def read_grams(directory: Path) -> GramLog:
       ConfigError: there are none.
       DataError: a file is damaged, or they are not all of the same run.
     """
-    directory = Path(directory)
+    directory = typed_path(directory)
     files = sorted(directory.glob("[0-9]*.npz"))
     if not files:
         raise ConfigError(

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
 
@@ -74,7 +75,7 @@ class MetricsWriter:
         resume_step: int | None = None,
     ):
         check_packages(tensorboard=tensorboard, wandb=wandb)
-        directory = Path(directory)
+        directory = typed_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
@@ -126,7 +127,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       DataError: another line is not a row.
     """
-    path = Path(path)
+    path = typed_path(path)
     if path.is_dir():
         path /= "metrics.jsonl"
     return [row for _, row in _lines(path)]
