@@ -27,6 +27,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+from bucket_servers import (  # noqa: F401 -- fixtures of several rooms
+    gs_bucket,
+    gs_server,
+    s3_bucket,
+    s3_server,
+)
 from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
 from jaxmoo.errors import DownloadError
 from small_runs import (  # noqa: F401 -- fixtures of every room

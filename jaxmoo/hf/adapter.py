@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError, ConfigError, shown
+from jaxmoo.files.at_hand import at_hand
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
@@ -169,7 +171,10 @@ def _opened(path: Path) -> Iterator[Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
     try:
-        with safe_open(file, framework="numpy") as handle:
+        with (
+            at_hand(path, [_WEIGHTS_FILE]) as directory,
+            safe_open(os.path.join(directory, _WEIGHTS_FILE), framework="numpy") as handle,
+        ):
             yield handle
     except (SafetensorError, OSError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmoo.errors import CheckpointError, shown
+from jaxmoo.files.at_hand import at_hand
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.load import load_config
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["check_tokenizer", "load_tokenizer"]
+
+# What transformers reads of a directory to make a tokenizer.
+_FILES = ("*.json", "*.jinja")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -43,7 +47,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        with at_hand(typed_path(path), _FILES) as directory:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +16,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import (
     DIGESTS,
+    files_below,
     note_own_digests,
     read_checked,
     read_digests,
     write_digests,
 )
+from jaxmoo.files.scratch import copy_files
 from jaxmoo.runtime.processes import from_first
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "STATE",
     "Checkpoints",
     "UnsavedError",
+    "fetch_step",
     "read_about",
     "read_item",
     "unchecked",
@@ -45,6 +52,19 @@ class UnsavedError(CheckpointError):
     exit_code = 1
 
 
+def fetch_step(source: Path, target: Path) -> None:
+    """Copy a checkpoint from a bucket to this machine; it appears when it is whole.
+
+    Raises:
+      CheckpointError: its digests are damaged.
+      OSError: a file is missing, or cannot be fetched.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_files(source, partial, files_below(source))
+    os.replace(partial, target)
+
+
 def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
     """Read a part of a checkpoint, and check it meanwhile.
 
@@ -60,6 +80,15 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       CheckpointError: it cannot be read, is damaged, or is that of another step. It names the
         directory, and the file if one is to blame.
     """
+    if is_bucket(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                fetch_step(directory / str(step), Path(folder) / str(step))
+            except OSError as error:
+                raise CheckpointError(
+                    f"The checkpoint {directory / str(step)} cannot be fetched: {error}"
+                ) from error
+            return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
     advice = f"If it is damaged, {_REMOVE}"

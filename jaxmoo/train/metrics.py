@@ -42,8 +42,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import typed_path
+from jaxmoo.files.scratch import scratch_of
 
 __all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
 
@@ -79,10 +81,10 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
-        self._events = _summary_writer(directory, first_step) if tensorboard else None
+        self._events = _summary_writer(scratch_of(directory), first_step) if tensorboard else None
         self._wandb = _wandb_run(directory, wandb) if wandb else None
         _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = Appended(self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; values may be numbers, NumPy or JAX arrays, mappings and lists."""
@@ -90,7 +92,6 @@ class MetricsWriter:
         if not isinstance(plain.get("step"), int):
             raise DataError(f"A row of metrics needs an integer step, found {plain.get('step')!r}.")
         self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
         if self._events is not None:
             for tag, value in _scalars(plain):
                 self._events.add_scalar(tag, value, plain["step"])
@@ -248,8 +249,10 @@ def _wandb_run(directory: Path, project: str) -> Any:
     kept = directory / "wandb_id"
     name = kept.read_text("utf-8").strip() if kept.exists() else secrets.token_hex(8)
     kept.write_text(name + "\n", "utf-8")
+    here = scratch_of(directory)
+    here.mkdir(parents=True, exist_ok=True)
     return wandb.init(
-        project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
+        project=project, name=directory.absolute().name, id=name, resume="allow", dir=here
     )
 
 

@@ -1,0 +1,55 @@
+"""A run whose model, data and output are in a bucket."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from bucket_servers import SECRET, everything, upload
+from jaxmoo.commands.train import main
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.runs.directory import RunDirectory
+
+QUIET = {"data__seen": ["it", "pt"], "data__unseen": [], "data__max_held_out": 2}
+
+
+@pytest.fixture
+def in_bucket(write_config, s3_bucket, tiny_model, conversations):
+    """The config of a run with everything in a bucket, and the bucket."""
+    upload(tiny_model, s3_bucket / "model")
+    upload(typed_path(conversations).parent, s3_bucket / "data")
+    config = write_config(
+        output=str(s3_bucket / "run"),
+        model__source=str(s3_bucket / "model"),
+        data__source=str(s3_bucket / "data/{language}.jsonl"),
+        **QUIET,
+    )
+    return config, s3_bucket
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(in_bucket, write_config, tmp_path, capsys):
+    config, bucket = in_bucket
+    assert main(["--config", str(config)]) == 0
+    text = config.read_text()
+    assert main(["--config", str(write_config(**QUIET))]) == 0
+    here, there = tmp_path / "run", bucket / "run"
+    same = ["export/model.safetensors", "evaluation/step_00000004.json"]
+    for name in same:
+        assert (there / name).read_bytes() == (here / name).read_bytes(), name
+    names = {p.relative_to(here).parts[0] for p in here.iterdir()} - {"compiled", ".lock"}
+    assert {p.name for p in there.iterdir()} == names
+    rows = (there / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+    assert RunDirectory(there).steps() == RunDirectory(here).steps()
+    # The same command finds it complete; a new checkpoint would be another.
+    config.write_text(text)
+    before = everything(there / "export")
+    capsys.readouterr()
+    assert main(["--config", str(config)]) == 0
+    assert everything(there / "export") == before
+    # No directory of this machine has been made, and nobody's credentials stored.
+    assert not list(tmp_path.glob("s3*")) and not typed_path(".").joinpath("s3:").exists()
+    assert SECRET.encode() not in everything(bucket)
+    weights = load((there / "export/model.safetensors").read_bytes())
+    assert all(np.isfinite(w).all() for w in weights.values())
