@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import itertools
 import json
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +103,95 @@ def upload(source: Path, target: Path) -> Path:
         if file.is_file():
             (target / file.relative_to(source).as_posix()).write_bytes(file.read_bytes())
     return target
+
+
+class FaultyProxy:
+    """Stands before an S3 server and spoils requests as it is told.
+
+    Attributes:
+      faults: what happens to the next requests, to each one of: ``"slow"`` (503 SlowDown),
+        ``"error"`` (500), ``"denied"`` (403), ``"cut"`` (the connection ends in the middle of the
+        reply), ``"gone"`` (the server does as it is told, but the connection ends without a reply).
+      seen: the requests so far, as ``"GET /bucket/name"`` and the range that is asked for.
+    """
+
+    def __init__(self, server: str) -> None:
+        self.faults: list[str] = []
+        self.seen: list[tuple[str, str | None]] = []
+        host = server.removeprefix("http://")
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(size)
+                proxy.seen.append((f"{self.command} {self.path}", self.headers.get("Range")))
+                fault = proxy.faults.pop(0) if proxy.faults else None
+                if fault in _REPLIES:
+                    status, code = _REPLIES[fault]
+                    text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+                    self.reply(status, {}, text, len(text))
+                    return
+                connection = http.client.HTTPConnection(host, timeout=30)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if fault == "gone":
+                    self.close_connection = True
+                    return
+                whole = answer.headers.get("Content-Length") or len(content)
+                if fault == "cut":
+                    content, self.close_connection = content[: len(content) // 2], True
+                self.reply(answer.status, dict(answer.headers), content, int(whole))
+
+            def reply(self, status: int, headers: dict, content: bytes, size: int) -> None:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(size))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any
+
+            def log_message(self, *_: object) -> None:
+                """Nobody reads it."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+_REPLIES = {
+    "slow": (503, "SlowDown"),
+    "error": (500, "InternalError"),
+    "denied": (403, "AccessDenied"),
+}
+
+
+@pytest.fixture(scope="session")
+def proxied(s3_server) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3_server)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def faulty(proxied, s3_bucket, monkeypatch) -> Iterator[tuple[FaultyProxy, Path]]:
+    """A proxy before the S3 server, without faults so far, and a bucket that is reached by it."""
+    proxied.faults.clear()
+    proxied.seen.clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxied.address)
+    _filesystem.cache_clear()
+    yield proxied, s3_bucket
+    _filesystem.cache_clear()

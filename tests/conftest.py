@@ -28,8 +28,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pytest
 
 from bucket_servers import (  # noqa: F401 -- fixtures of several rooms
+    faulty,
     gs_bucket,
     gs_server,
+    proxied,
     s3_bucket,
     s3_server,
 )

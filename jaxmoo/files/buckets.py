@@ -379,7 +379,7 @@ def _filesystem(scheme: str) -> Any:
     import fsspec
 
     options = {} if scheme == "memory" else {"use_listings_cache": False}
-    return fsspec.filesystem(scheme, **options)
+    return fsspec.filesystem(scheme, skip_instance_cache=scheme != "memory", **options)
 
 
 # By the names of their classes: the libraries are optional.
@@ -402,7 +402,7 @@ def _as_system_error(error: Exception, path: BucketPath) -> OSError:
         return PermissionError(errno.EACCES, f"{says} ({text})", where)
     if isinstance(error, FileNotFoundError) or str(status) == "404":
         says = "no such object"
-        if "bucket" in text.lower():
+        if re.search("specified bucket|NoSuchBucket|bucket does not exist", str(error)):
             says = f"there is no bucket {bucket}, or it is not to be seen with your credentials"
         return FileNotFoundError(errno.ENOENT, says, where)
     if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
@@ -481,3 +481,4 @@ class _Writer(io.BufferedIOBase):
         super().close()
         with contextlib.suppress(Exception):  # it would hide what went wrong
             self._file.discard()
+            self._file.closed = True  # or it would be finished when it is collected
