@@ -15,7 +15,8 @@ unbroken run's bit for bit. ``processes`` trains the very model and languages of
 a few steps, in two processes of one device and in one process of two, and compares. The exit code
 is 1 when something fails.
 
-With ``--bucket`` the runs' output is in a bucket of an S3 server (moto) on the loopback.
+With ``--bucket`` the runs' output is in a bucket of an S3 server (moto) on the loopback, and every
+process has a scratch directory of its own.
 
 With ``--folder`` everything is kept there, and the trials that it holds are not made again: a long
 series can be made in parts.
@@ -48,6 +49,7 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxmoo.files.digests import DIGESTS
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source, save_model
 from jaxmoo.hf.directory import remove_directory
@@ -64,7 +66,8 @@ def make_model(path: Path) -> None:
     source = resolve_source("smollm2-135m-instruct")
     path.mkdir(parents=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja") and "safetensors" not in file.name:
+        wanted = file.suffix in (".json", ".jinja") and "safetensors" not in file.name
+        if wanted and file.name != DIGESTS:
             shutil.copyfile(file, path / file.name)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -112,7 +115,7 @@ class Run:
         command += overrides
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             # Compiled once, read by all the others (not by several processes on CPUs).
@@ -133,7 +136,8 @@ class Run:
             process = subprocess.Popen(
                 list(map(str, arguments)),
                 cwd=ROOT,
-                env=environment,
+                # As on hosts that share no disk.
+                env=environment | {"JAXMOO_SCRATCH": str(config.parent / f"scratch-{number}")},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import jax
+from filelock import FileLock
 
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.appended import send_appended
@@ -27,10 +27,13 @@ from jaxmoo.files.digests import DIGESTS, files_below
 from jaxmoo.files.scratch import copy_files, scratch_of, send_directory
 from jaxmoo.runs.checkpoint import Checkpoints, UnsavedError, fetch_step
 from jaxmoo.runs.directory import RunDirectory
+from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import barrier, everywhere, from_first, is_first
 
 __all__ = ["BucketCheckpoints", "open_checkpoints"]
 
+# Below the run's directory, what other hosts have written of a checkpoint.
+_PARTS = ".parts"
 _TRIES = 3  # to send a checkpoint; the stores' own libraries repeat single requests
 
 
@@ -44,15 +47,16 @@ def open_checkpoints(directory: RunDirectory, *, keep: int) -> Checkpoints:
 class BucketCheckpoints:
     """The checkpoints of one run, in ``directory/STEP`` of a bucket.
 
-    See :class:`Checkpoints`, which it does the work of; the same holds of several processes. These
-    must share the scratch directory (:func:`~jaxmoo.files.scratch.scratch_of`).
+    See :class:`Checkpoints`, which does the work here; the same holds of several processes. Hosts
+    need not share a disk: the first one gathers what the others have written, and every host
+    fetches what it reads.
 
     Args:
       directory: the run's.
       keep: how many of the newest to keep, besides the best.
 
     Raises:
-      ConfigError: the processes do not share a scratch directory.
+      ConfigError: no scratch directory can be made.
       CheckpointError: the newest cannot be fetched, or is damaged.
     """
 
@@ -65,7 +69,7 @@ class BucketCheckpoints:
         # A place that no process has used before: what lies in older ones may be of anything.
         root, token = scratch_of(directory.path), from_first(secrets.randbits(31))
         self._local_path = root / f"checkpoints-{token:08x}"
-        _make_scratch(self._local_path)
+        self._shared = _make_scratch(self._local_path)
         if is_first():
             self._remove_unfinished()
         barrier("the bucket holds only whole checkpoints")
@@ -74,7 +78,8 @@ class BucketCheckpoints:
         self._latest = None if step < 0 else step
         if self._latest is not None:
             self._fetch(self._latest)
-        self._local = Checkpoints(self._local_path, keep=1)
+        parts = None if self._shared else Parts(self._run.path / _PARTS / f"{token:08x}")
+        self._local = Checkpoints(self._local_path, keep=1, parts=parts)
 
     def __enter__(self) -> BucketCheckpoints:
         return self
@@ -92,7 +97,7 @@ class BucketCheckpoints:
             raise
         finally:
             self._join()
-            if is_first():
+            if is_first() or not self._shared:
                 shutil.rmtree(self._local_path, ignore_errors=True)
         self._raise()
 
@@ -138,6 +143,9 @@ class BucketCheckpoints:
         """
         self._local.wait()
         self._join()
+        if not self._shared and not is_first():  # on this host it gets no name
+            for part in self._local_path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
         failed = from_first(self._failure is not None)
         self._raise()
         if failed:
@@ -156,13 +164,11 @@ class BucketCheckpoints:
             return self._local.restore(step, like)
 
     def _fetch(self, step: int) -> None:
-        """Copy a checkpoint here, unless it is here; processes share what one has copied."""
-        with _named(self._local_path, self._remote):
-            if is_first() and not (self._local_path / str(step)).exists():
-                fetch_step(self._remote / str(step), self._local_path / str(step))
-        barrier(f"the checkpoint of step {step} is here")
-        if not (self._local_path / str(step)).exists():
-            raise CheckpointError("The first process could not fetch a checkpoint; it says why.")
+        """Copy a checkpoint to this host, unless it is here; one process does it for all."""
+        target = self._local_path / str(step)
+        with _named(self._local_path, self._remote), FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                fetch_step(self._remote / str(step), target)
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed run had begun to send, or to remove."""
@@ -170,6 +176,7 @@ class BucketCheckpoints:
         for place in self._remote.iterdir() if self._remote.is_dir() else ():
             if place.name.isdecimal() and int(place.name) not in whole:
                 _remove(place)
+        _remove(self._run.path / _PARTS)
 
     def _deliver(self, step: int) -> None:
         """Send a checkpoint when it is whole here; then remove those that are no longer kept."""
@@ -225,26 +232,23 @@ class BucketCheckpoints:
             raise self._unsent(error) from error
 
 
-def _make_scratch(path: Path) -> None:
-    """Make a directory that all processes see; older ones beside it are left by killed runs."""
+def _make_scratch(path: Path) -> bool:
+    """Make a directory on each host, rid of what killed runs have left; are all the same one?"""
+    mark = path / "shared"
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob("checkpoints-*"):
+            if other != path:
+                shutil.rmtree(other, ignore_errors=True)
         if is_first():
-            path.mkdir(parents=True)
-            for other in path.parent.glob("checkpoints-*"):
-                if other != path:
-                    shutil.rmtree(other, ignore_errors=True)
+            mark.touch()
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be made: {error}. Name a directory with room for two checkpoints in "
             "the environment variable JAXMOO_SCRATCH."
         ) from error
     barrier("the scratch directory is made")
-    if jax.process_count() > 1 and not everywhere(path.is_dir()):
-        raise ConfigError(
-            "output: checkpoints for a bucket are gathered in a scratch directory, and the "
-            "processes do not share one. Name one that all hosts see in the environment variable "
-            "JAXMOO_SCRATCH, or an output on such a file system."
-        )
+    return everywhere(mark.exists())
 
 
 def _best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:

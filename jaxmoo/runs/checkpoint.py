@@ -26,6 +26,7 @@ from jaxmoo.files.digests import (
     write_digests,
 )
 from jaxmoo.files.scratch import copy_files
+from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import from_first
 
 __all__ = [
@@ -168,16 +169,17 @@ class Checkpoints:
     Args:
       directory: where checkpoints are kept; made when it does not exist. All processes see it.
       keep: how many of the newest to keep.
+      parts: brings together what hosts write that share no disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int, parts: Parts | None = None) -> None:
         self._directory = directory
         self._kept = _NewestAndBest(keep)
         try:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 item_names=(STATE, ABOUT),
-                item_handlers={STATE: _StateHandler()},
+                item_handlers={STATE: _StateHandler(parts)},
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._kept,
                     create=True,
@@ -311,9 +313,20 @@ def _raw_key(found: Any, like: Any) -> Any:
 class _StateHandler(ocp.StandardCheckpointHandler):
     """Writes a state; of several processes, each also the digests of the files it has written."""
 
+    def __init__(self, parts: Parts | None = None) -> None:
+        super().__init__()
+        self._parts = parts
+
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         written = await super().async_save(directory, *args, **kwargs) or []
-        return [*written, _OwnDigests(directory, written)] if jax.process_count() > 1 else written
+        if jax.process_count() == 1:
+            return written
+        return [*written, _OwnDigests(directory, written, self._parts)]
+
+    def finalize(self, directory: Any) -> None:
+        if self._parts is not None:
+            self._parts.collect(Path(directory))
+        super().finalize(directory)
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True)
@@ -329,14 +342,16 @@ class _StateRestore(ocp.args.StandardRestore):
 class _OwnDigests:
     """Notes the digests of a process's own files when these are written; as Orbax waits for it."""
 
-    def __init__(self, directory: Any, written: Sequence[Any]) -> None:
+    def __init__(self, directory: Any, written: Sequence[Any], parts: Parts | None) -> None:
         self._directory = Path(getattr(directory, "path", directory))
-        self._written = written
+        self._written, self._parts = written, parts
 
     def result(self, timeout: float | None = None) -> None:
         for future in self._written:
             future.result(timeout)
         note_own_digests(self._directory)
+        if self._parts is not None:
+            self._parts.send(self._directory)
 
 
 class _NewestAndBest:

@@ -1,6 +1,10 @@
 """A run whose model, data and output are in a bucket."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from safetensors.numpy import load
 
 from bucket_servers import SECRET, everything, upload
 from jaxmoo.commands.train import main
+from jaxmoo.convert.models import to_hf
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.runs.directory import RunDirectory
 
@@ -28,6 +33,7 @@ def in_bucket(write_config, s3_bucket, tiny_model, conversations):
     return config, s3_bucket
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(in_bucket, write_config, tmp_path, capsys):
     config, bucket = in_bucket
     assert main(["--config", str(config)]) == 0
@@ -53,3 +59,34 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(in_bucket, write_config, tmp_pat
     assert SECRET.encode() not in everything(bucket)
     weights = load((there / "export/model.safetensors").read_bytes())
     assert all(np.isfinite(w).all() for w in weights.values())
+
+
+@pytest.mark.slow
+def test_two_hosts_need_no_disk_in_common(in_bucket, tmp_path):
+    config, bucket = in_bucket
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jaxmoo", "train", "--config", str(config), "report=false"]
+    command += [f"--coordinator-address=localhost:{port}", "--num-processes=2"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+    common = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    started = [
+        subprocess.Popen(
+            [*command, f"--process-id={number}"],
+            env=common | {"JAXMOO_SCRATCH": str(tmp_path / f"host_{number}")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    run = bucket / "run"
+    assert any("ocdbt.process_1" in str(file) for file in (run / "checkpoints/4").rglob("*"))
+    assert not (run / ".parts").exists()
+    # What hosts have written alone is whole together, and read from where it is.
+    to_hf(run, tmp_path / "again", step=4, say=lambda _: None)
+    found = (tmp_path / "again/model.safetensors").read_bytes()
+    assert found == (run / "export/model.safetensors").read_bytes()
