@@ -84,7 +84,7 @@ def check_writable(directory: Path, setting: str) -> None:
 
 
 def _check_bucket(directory: Path, setting: str) -> None:
-    if str(directory).startswith("hf://"):
+    if isinstance(directory, BucketPath) and directory.scheme == "hf":
         raise ConfigError(
             f"{setting}: {directory}: the Hugging Face hub keeps every change for ever, so runs do "
             "not write there. Choose another place, and upload the export."

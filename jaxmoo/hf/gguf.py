@@ -88,7 +88,7 @@ def convert_gguf(file: Path, path: Path) -> None:
         }.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(text + "\n", "utf-8")
-        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
         try:  # what is written must be a model for everything that reads it
             load_tokenizer(directory)
         except JaxmooError as error:

@@ -74,7 +74,7 @@ def read_grams(directory: Path) -> GramLog:
     grams, names = [], set()
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 gram = np.asarray(stored["gram"], np.float64)
                 name = (tuple(map(str, stored["blocks"])), tuple(map(str, stored["languages"])))
         # A damaged archive fails in any way at all.
