@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,11 +112,13 @@ class FaultyProxy:
       faults: what happens to the next requests, to each one of: ``"slow"`` (503 SlowDown),
         ``"error"`` (500), ``"denied"`` (403), ``"cut"`` (the connection ends in the middle of the
         reply), ``"gone"`` (the server does as it is told, but the connection ends without a reply).
+      spoil: called with every request while `faults` is empty; may return such a fault as well.
       seen: the requests so far, as ``"GET /bucket/name"`` and the range that is asked for.
     """
 
     def __init__(self, server: str) -> None:
         self.faults: list[str] = []
+        self.spoil: Callable[[str], str | None] = lambda _: None
         self.seen: list[tuple[str, str | None]] = []
         host = server.removeprefix("http://")
         proxy = self
@@ -127,8 +129,9 @@ class FaultyProxy:
             def handle_any(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(size)
-                proxy.seen.append((f"{self.command} {self.path}", self.headers.get("Range")))
-                fault = proxy.faults.pop(0) if proxy.faults else None
+                asked = f"{self.command} {self.path}"
+                proxy.seen.append((asked, self.headers.get("Range")))
+                fault = proxy.faults.pop(0) if proxy.faults else proxy.spoil(asked)
                 if fault in _REPLIES:
                     status, code = _REPLIES[fault]
                     text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
