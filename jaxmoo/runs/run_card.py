@@ -31,7 +31,8 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
     resolve = config.resolve
     tuned = "fine-tuning"
     if config.lora.rank is not None:
-        tuned = f"LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
+        kind = "DoRA" if config.lora.dora else "LoRA"
+        tuned = f"{kind} (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
     return ModelCard(
         title=run.path.absolute().name,
         base_model=public_name(config.model.source),

@@ -51,11 +51,15 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             "tokens."
         )
     largest = max(architecture.hidden_size, architecture.intermediate_size)
-    if config.lora.rank is not None and config.lora.rank > largest:
-        raise ConfigError(
-            f"lora.rank is {config.lora.rank}, but no side of a matrix of {config.model.source} is "
-            f"longer than {largest}: a smaller rank does the same."
-        )
+    lora = config.lora
+    if lora.rank is None:
+        return
+    for name, rank in {"lora.rank": lora.rank, **lora.rank_pattern}.items():
+        if rank > largest:
+            raise ConfigError(
+                f"{name} is {rank}, but no side of a matrix of {config.model.source} is longer "
+                f"than {largest}: a smaller rank does the same."
+            )
 
 
 def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.State]:
