@@ -33,8 +33,8 @@ from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.models import Decoder, target_mask, token_nll
-from jaxmoo.runs.trained_parameters import trained_filter
 from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.trained_parameters import trained_filter
 from jaxmoo.runtime.processes import place
 from jaxmoo.train.gradient_source import block_rule
 

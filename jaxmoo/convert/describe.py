@@ -18,9 +18,9 @@ from jaxmoo.convert.models import stored_tensors
 from jaxmoo.data.table import plain_table
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf.adapter import describe_adapter
-from jaxmoo.models import LoRA
 from jaxmoo.hf.load import load_config, read_json
 from jaxmoo.hf.weights import Weights
+from jaxmoo.models import LoRA
 from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["describe"]
