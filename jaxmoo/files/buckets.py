@@ -236,7 +236,7 @@ class BucketPath:
         """Return the path itself."""
         return self
 
-    resolve = expanduser = absolute
+    resolve = absolute
 
     # What is there.
 
