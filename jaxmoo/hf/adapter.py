@@ -283,7 +283,7 @@ def _check_kind(config: dict[str, Any], path: Path) -> None:
 def _lora(config: dict[str, Any], path: Path, modules: Iterable[str]) -> LoRA:
     """The kind of adapters on modules such as ``model.layers.0.mlp.up_proj``."""
     given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    patterns: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, Any] = {}
     try:
         LoRA(**given)  # type and range of both
         for name, general in given.items():
