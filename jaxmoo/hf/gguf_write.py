@@ -159,8 +159,9 @@ def _check(
     wide = config.num_attention_heads * config.head_dim
     if architecture == "qwen2" and wide != config.hidden_size:
         raise CheckpointError(
-            f"GGUF files of the qwen2 architecture cannot hold heads of width {config.head_dim}: for "
-            f"llama.cpp, {config.num_attention_heads} of them are hidden_size={config.hidden_size}"
+            f"GGUF files of the qwen2 architecture cannot hold heads of width {config.head_dim}: "
+            f"for llama.cpp, {config.num_attention_heads} of them are "
+            f"hidden_size={config.hidden_size}"
         )
     found = Fields({key: value for key, (value, *_) in fields.items()})
     try:
