@@ -125,8 +125,10 @@ def assert_near(found, wanted):
         assert len(found) == len(wanted)
         for one, two in zip(found, wanted, strict=True):
             assert_near(one, two)
-    else:
+    elif isinstance(wanted, float):
         assert found == pytest.approx(wanted, rel=2e-3, abs=1e-4)
+    else:
+        assert found == wanted
 
 
 @pytest.mark.slow
