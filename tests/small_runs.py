@@ -116,6 +116,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         config = {
             "output": str(tmp_path / "run"),
+            "report_samples": 0,
             "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
             "data": {
                 "source": conversations,

@@ -245,7 +245,18 @@ class Config:
     export: bool = setting(
         True, "Write the trained model to `export/`, in Hugging Face format.", free=True
     )
-    report: bool = setting(True, "Draw the plots of `report/` at the end.", free=True)
+    report: bool = setting(
+        True,
+        "Draw the plots of `report/` at the end; the exported model gets a copy of its page.",
+        free=True,
+    )
+    report_samples: int = setting(
+        1,
+        "Held-out prompts of each language whose replies, before and after training, are in the "
+        "report.",
+        within=Range(least=0),
+        free=True,
+    )
     tensorboard: bool = setting(
         True, "Write TensorBoard events to `tensorboard/`, besides `metrics.jsonl`.", free=True
     )

@@ -111,7 +111,7 @@ def save_adapter(
         write_file(directory / _WEIGHTS_FILE, tensors)
         (directory / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
     write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
 

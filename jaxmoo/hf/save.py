@@ -120,7 +120,7 @@ def save_model(
         if chat_template is not None:
             (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
     write_directory(path, tensors, write)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxmoo.config import Config, dated, differences, load_config, to_yaml
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable, typed_path
-from jaxmoo.runs.scores import LanguageScore
+from jaxmoo.runs.scores import LanguageScore, SampleReply
 from jaxmoo.runtime.processes import barrier, is_first
 
 __all__ = ["RunDirectory"]
@@ -37,7 +37,7 @@ class RunDirectory:
         grams/           inner products of the languages' gradients, by step
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
-        evaluation/      held-out scores by step
+        evaluation/      held-out scores and sample replies by step
         results.json     held-out scores before and after, and their means
         compiled/        programs, so that a resumed run need not compile them again
         profile/         what devices and host did in a few steps, if asked
@@ -171,6 +171,30 @@ class RunDirectory:
         self.evaluation.mkdir(exist_ok=True)
         text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
         replace_text(self.evaluation / f"step_{step:08d}.json", text + "\n")
+
+    def all_scores(self) -> dict[int, dict[str, LanguageScore]]:
+        """Return the held-out scores of every step that has some, in order."""
+        files = self.evaluation.glob("step_*.json") if self.evaluation.is_dir() else ()
+        steps = sorted(int(p.stem.removeprefix("step_")) for p in files)
+        return {step: found for step in steps if (found := self.scores(step)) is not None}
+
+    def replies(self, step: int) -> dict[str, list[SampleReply]] | None:
+        """Return the sample replies stored for a step, or None."""
+        file = self.evaluation / f"replies_{step:08d}.json"
+        if not file.exists():
+            return None
+        stored = _read(file)
+        try:
+            return {code: [SampleReply(**one) for one in some] for code, some in stored.items()}
+        except TypeError as error:
+            raise _damaged(file, repr(error)) from error
+
+    def store_replies(self, step: int, replies: Mapping[str, Sequence[SampleReply]]) -> None:
+        """Store sample replies of a step."""
+        self.evaluation.mkdir(exist_ok=True)
+        plain = {code: [one._asdict() for one in some] for code, some in replies.items()}
+        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        replace_text(self.evaluation / f"replies_{step:08d}.json", text + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Record the results of a run that is complete, exported weights included."""

@@ -211,8 +211,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
-    """Raise unless what metrics are to be written with is installed.
+def check_packages(*, tensorboard: bool, wandb: str | None, report: bool = False) -> None:
+    """Raise unless what metrics are to be written, and drawn, with is installed.
 
     Raises:
       ConfigError: names the setting and the package.
@@ -220,6 +220,7 @@ def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
     for wanted, setting, package, off in (
         (tensorboard, "tensorboard", "tensorboardX", "tensorboard=false"),
         (wandb, "wandb", "wandb", "wandb=null"),
+        (report, "report", "matplotlib", "report=false"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(

@@ -26,10 +26,12 @@ from jaxmoo.sizes import format_size
 from jaxmoo.train.condition import examine, largest
 from jaxmoo.train.evaluation import evaluate
 from jaxmoo.train.export import check_exports, export
+from jaxmoo.train.facts import facts
 from jaxmoo.train.job import Job
 from jaxmoo.train.kept import Kept
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import check_packages, read_metrics
+from jaxmoo.train.replies import SampleReplies
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.resume import batch_digest, resume
 from jaxmoo.train.setup import Setup, prepare
@@ -79,7 +81,7 @@ def train(
             config = directory.resumed(config)
             directory.check(config)
             check_exports(config, directory)
-            check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+            check_packages(tensorboard=config.tensorboard, wandb=config.wandb, report=config.report)
             setup = prepare(config, say, kept=kept)
             config = dated(config, setup.date)
             say(_plan(config, setup))
@@ -106,10 +108,14 @@ def _train(job: Job, measure: Callable[[Setup, Any], None] | None) -> dict[str, 
     directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
+    samples = SampleReplies(job)
+    samples(0, job.setup.state.params)
     with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
-    results = _finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+    after = evaluate(job, step, state.weights)
+    samples(step, state.weights)
+    results = _finish(job, state.weights, step, before, after)
     if measure is not None:
         measure(job.setup, state.weights)
     return results
@@ -176,24 +182,39 @@ def _finish(
     config, directory = job.config, job.directory
     results = _results(config, step, before, after)
     with job.stop.at_once():
+        if is_first() and config.report:
+            _report(job, step, before, after)
         export(job, params, step)
         job.point(step)
         if is_first():
             directory.write_results(results)
             if config.report:
-                write_report(
-                    directory.report,
-                    rows=read_metrics(directory.metrics),
-                    seen=config.data.seen,
-                    unseen=config.data.unseen,
-                    before=before,
-                    after=after,
-                )
                 job.say(f"Report: {directory.report / 'index.html'}")
     job.say(before_after_table(before, after, config.data.seen, config.data.unseen))
     # None leaves before the first one is done: it would be waited for in vain.
     barrier("the run is complete")
     return results
+
+
+def _report(
+    job: Job, step: int, before: Mapping[str, LanguageScore], after: Mapping[str, LanguageScore]
+) -> None:
+    """Draw the report, of which the exported model gets a copy."""
+    config, directory = job.config, job.directory
+    rows = read_metrics(directory.metrics)
+    old, new = directory.replies(0) or {}, directory.replies(step) or {}
+    replies = {code: list(zip(old[code], new[code], strict=False)) for code in old if code in new}
+    write_report(
+        directory.report,
+        rows=rows,
+        seen=config.data.seen,
+        unseen=config.data.unseen,
+        before=before,
+        after=after,
+        evaluations=directory.all_scores(),
+        replies=replies,
+        facts=facts(job, step, rows),
+    )
 
 
 def _results(

@@ -1,6 +1,7 @@
 """A run from config to exported weights: what it leaves, how it resumes, how it refuses."""
 
 import functools
+import html
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from jaxmoo.commands.train import main
 from jaxmoo.config import is_date, load_config
 from jaxmoo.convert.models import to_hf
 from jaxmoo.errors import CheckpointError
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train import read_metrics, train
 from small_runs import CHATML, save_config
 
@@ -83,6 +85,33 @@ def largest_difference(a, b):
     )
 
 
+def _check_samples(run, base):
+    """Replies before training are those of the base model, by transformers; the page has them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    before, after = (RunDirectory(run).replies(step) for step in (0, 2))
+    assert before.keys() == after.keys() == {"en", "es", "de"}
+    page = (run / "report" / "index.html").read_text()
+    assert page == (run / "export" / "report.html").read_text()
+    assert "[report.html](report.html)" in (run / "export" / "README.md").read_text()
+    for code, (one,) in before.items():
+        assert html.escape(one.reply.strip()) in page and one.prompt == after[code][0].prompt
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (one,) = before["en"]
+    asked = one.prompt.rpartition("user\n")[2].rpartition("\nassistant")[0]
+    given = tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    found = model.generate(**given, max_new_tokens=64, do_sample=False)[0]
+    reply = tokenizer.decode(found[given["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert one.reply == reply
+
+
 @pytest.mark.slow
 def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monkeypatch, capsys):
     """The very script and config of the quick start, with fewer steps and languages."""
@@ -106,8 +135,13 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["blocks"]) == {f"layers.{i}" for i in range(22, 30)}
-    assert {p.name for p in (run / "report").iterdir()} >= {"index.html", "loss.png"}
+    assert {p.name for p in (run / "report").iterdir()} >= {
+        "index.html",
+        "loss.png",
+        "held_out.png",
+    }
     assert any((run / "tensorboard").iterdir())
+    _check_samples(run, smollm2_dir)
 
     # Only the last 8 layers have changed, and what is exported is what was trained.
     before, after = load_file(smollm2_dir / "model.safetensors"), weights(run)
