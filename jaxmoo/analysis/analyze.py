@@ -42,6 +42,7 @@ from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
 from jaxmoo.runs.provenance import versions
+from jaxmoo.runs.trained_parameters import begun_model
 from jaxmoo.runtime.processes import check_same, is_first
 
 __all__ = ["MEASURES", "Request", "analyze"]
@@ -296,10 +297,16 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
 
     segments = segments_for(load_model_config(source), config.model.trainable)
     dtype = jax.numpy.dtype(config.model.param_dtype)
-    yield BASE, load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
+    base = load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
+    yield BASE, begun_model(config, base, shardings)
     for step in inputs.steps:
         opened = open_model(
-            request.run, step=step, base=request.base, shardings=shardings, say=_silence
+            request.run,
+            step=step,
+            base=request.base,
+            shardings=shardings,
+            merge=False,
+            say=_silence,
         )
         yield f"step {step}", opened.model
 
@@ -333,7 +340,9 @@ def _settings(request: Request, inputs: _Inputs) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "run": Path(request.run).name,
         "model": Path(config.model.source).name,
-        "trained": config.model.trainable,
+        "trained": config.model.trainable
+        if config.lora.rank is None
+        else f"adapters of rank {config.lora.rank} on {config.model.trainable}",
         "method": f"{resolve.aggregator} over {resolve.blocks} blocks",
         "languages trained on": list(config.data.seen),
         "languages not trained on": list(config.data.unseen),

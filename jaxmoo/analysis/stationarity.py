@@ -32,8 +32,9 @@ from jaxmoo.config.training import Config
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.models import Decoder, target_mask, token_nll, trainable_filter
+from jaxmoo.models import Decoder, target_mask, token_nll
 from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.trained_parameters import trained_filter
 from jaxmoo.runtime.processes import place
 from jaxmoo.train.gradient_source import block_rule
 
@@ -221,7 +222,8 @@ def measure_grams(
     gradients of one block at a time.
 
     Args:
-      model: the decoder, in segments that suit ``config.model.trainable``.
+      model: the decoder, in segments that suit ``config.model.trainable``; with its adapters, if
+        the run trains adapters.
       config: settings of the run: which parameters are trained.
       batch: from `paired_batch`.
       blocks: how parameters are cut into blocks; see ``resolve.blocks``.
@@ -233,7 +235,7 @@ def measure_grams(
       ConfigError: there are no such blocks, or the examples cannot be divided among the devices.
     """
     config = dataclasses.replace(config, resolve=dataclasses.replace(config.resolve, blocks=blocks))
-    graph, params, frozen = nnx.split(model, trainable_filter(config.model.trainable), ...)
+    graph, params, frozen = nnx.split(model, trained_filter(config), ...)
     objectives = len(batch["tokens"])
     grid = mesh.make_mesh(objectives) if device_mesh is None else device_mesh
     check_examples(batch["tokens"].shape[1], grid)

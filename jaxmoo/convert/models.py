@@ -57,7 +57,7 @@ from jaxmoo.runs.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.provenance import check_base, check_settings
-from jaxmoo.runs.run_card import adapter_card, public_name, run_card
+from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 
 __all__ = [
@@ -217,7 +217,7 @@ def to_adapter(
     save_adapter(
         opened.model,
         Path(out),
-        base_model=public_name(base or load_run_config(run.config).model.source),
+        base_model=loadable_name(opened.source),
         card=None if opened.card is None else adapter_card(opened.card),
     )
     if note := left_to_callers(opened.source, opened.stop):
@@ -230,6 +230,7 @@ def open_model(
     step: int | None = None,
     base: str | None = None,
     shardings: Callable[[nnx.State], Any] = spread,
+    merge: bool = True,
     say: Callable[[str], None] = print,
 ) -> Opened:
     """Load the model in a directory of any kind, every parameter in its stored dtype.
@@ -242,6 +243,7 @@ def open_model(
       base: see `to_hf`.
       shardings: ``state -> pytree of shardings`` of its parameters; by default they are spread over
         all devices.
+      merge: whether the adapters of a run are merged.
       say: called with lines for a person to read.
 
     Raises:
@@ -251,7 +253,8 @@ def open_model(
     kind = kind_of(path)
     if kind == "run":
         opened = _open_run(RunDirectory(path), step, base, say, shardings)
-        merge_adapters(opened.model)
+        if merge:
+            merge_adapters(opened.model)
         return opened
     if kind == "adapter" and step is None:
         return _open_adapter(path, base, shardings)
