@@ -63,6 +63,7 @@ def test_the_commands_of_the_page_are_commands_of_this_version():
     assert len(lines) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
 def test_ollamas_templates_write_what_the_models_do(tmp_path):
     modelfiles = re.findall(r"```dockerfile\n(.*?)```", PAGE, re.S)
