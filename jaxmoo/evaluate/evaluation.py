@@ -181,7 +181,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     if settings.new_tokens and ending_token(tokenizer) is None:
         say(NO_ENDING)
 
-    device_mesh = mesh.make_mesh(1, **settings.mesh)
+    device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
     opened = open_model(
         settings.model,
         step=settings.step,

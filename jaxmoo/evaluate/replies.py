@@ -206,7 +206,7 @@ def reply(settings: Replies, say: Callable[[str], None] = print) -> list[Reply]:
         settings=repr(dataclasses.replace(settings, prompts=("",))),
     )
 
-    device_mesh = mesh.make_mesh(1, **settings.mesh)
+    device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
     model = open_model(
         settings.model,
         step=settings.step,
