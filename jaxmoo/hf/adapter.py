@@ -231,7 +231,8 @@ def peft_tensor(path: str) -> HFTensor:
 
     Example:
       >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
-      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True)
+      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True,
+               rows=None)
     """
     projection, adapter, leaf = path.rsplit(".", 2)
     adapted = hf_tensor(f"{projection}.{leaf}")

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.models.architecture import DecoderConfig, Llama3Rope
+from jaxmoo.models.architecture import DecoderConfig
+from jaxmoo.models.rope import Llama3Rope
 
 __all__ = ["PRESETS", "preset"]
 

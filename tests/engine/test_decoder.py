@@ -138,9 +138,9 @@ def by_heads(case):
     """The same, where a kernel that stands for cuDNN's sees some heads."""
     heads = set()
 
-    def kernel(q, k, v, segment_ids, *, window):
+    def kernel(q, k, v, segment_ids, *, window, scale):
         heads.add((q.shape[2], k.shape[2]))
-        return attention._xla(q, k, v, segment_ids, window)
+        return attention._xla(q, k, v, segment_ids, window, scale)
 
     attention._cudnn = kernel
     result = found(case, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, tensor=2), "cudnn")
