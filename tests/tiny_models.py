@@ -113,7 +113,9 @@ def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                # Gemma's scales are stored less 1.
+                one = 0 if model_type.startswith("gemma") else 1
+                parameter.copy_(one + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.15 * torch.randn_like(parameter))
     return model.eval()

@@ -213,7 +213,9 @@ def with_dtypes(
     """
     leaves = []
     for path, leaf in named_leaves(state):
-        dtypes = [dtype_of(hf_tensor(name, config).name) for name in logical_paths(path, leaf.shape)]
+        dtypes = [
+            dtype_of(hf_tensor(name, config).name) for name in logical_paths(path, leaf.shape)
+        ]
         dtype = functools.reduce(jnp.promote_types, dtypes)
         if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             raise CheckpointError(
@@ -260,9 +262,9 @@ def check_tensors(
     for start, what in FAMILIES[config.family].names.others.items():
         if any(name.startswith(start) for name in extra):
             raise CheckpointError(
-                f"the weights in {path} have a {what} ({start}*), which is not built. Save the "
-                "text model alone, with transformers' AutoModelForCausalLM.from_pretrained and "
-                "save_pretrained, and load that."
+                f"the weights in {path} have a {what} ({start}*), which is not supported. Save "
+                "the text model alone with transformers, as the documentation of models shows, "
+                "and use that."
             )
     misshapen = [
         f"{name}: expected shape {list(shape)}, found {list(found[name])}"

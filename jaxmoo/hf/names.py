@@ -64,8 +64,11 @@ def _tables(family: str) -> tuple[dict[str, HFTensor], dict[str, str]]:
     modules = [
         (f"{names.prefix}embed_tokens", "embed_tokens", [_TABLE_OF_VECTORS]),
         *(
-            (f"{names.prefix}layers.{{i}}.{names.modules.get(module, module)}",
-             f"layers.{{i}}.{module}", leaves)
+            (
+                f"{names.prefix}layers.{{i}}.{names.modules.get(module, module)}",
+                f"layers.{{i}}.{module}",
+                leaves,
+            )
             for module, leaves in _LAYER.items()
         ),
         (f"{names.prefix}norm", "norm", [_NORM]),

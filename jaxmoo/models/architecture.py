@@ -143,6 +143,9 @@ class DecoderConfig:
                 f"model config: there are {len(self.layer_kinds)} layer_kinds for "
                 f"{self.num_hidden_layers} layers"
             )
+        for kind in dict.fromkeys(self.kinds):
+            if kind.rope is not None:
+                kind.rope.check_width(rotary)
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         layer = self.hidden_size * (heads + (2 + self.gated_mlp) * self.intermediate_size)
         parameters = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size

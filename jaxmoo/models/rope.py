@@ -164,6 +164,17 @@ class Rope:
     def __post_init__(self) -> None:
         check_number("rope_theta", self.theta, 1)
 
+    def check_width(self, width: int) -> None:
+        """Raise ConfigError unless heads can be turned of which so many entries are rotated."""
+        if not isinstance(self.scaling, LongRope):
+            return
+        for found in (self.scaling.short_factor, self.scaling.long_factor):
+            if len(found) != width // 2:
+                raise ConfigError(
+                    f"model config: longrope's factors must be one for each of the {width // 2} "
+                    f"pairs of a head, got {len(found)}"
+                )
+
 
 _DATACLASSES = {"llama3": Llama3Rope, "linear": LinearRope, "yarn": YarnRope, "longrope": LongRope}
 # Up to the longest sequence of a model, which none exceeds here, `dynamic` changes nothing.
@@ -215,7 +226,7 @@ def read_rope(
     if kind == "longrope":
         return Rope(theta, _long(config, rope))
     made = _DATACLASSES[kind]
-    missing = [f.name for f in fields(made) if f.default is MISSING and rope.get(f.name) is None]
+    missing = [f.name for f in fields(made) if f.default is MISSING and f.name not in rope]
     if missing:
         raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)} in config.json")
     return Rope(theta, made(**{f.name: rope[f.name] for f in fields(made) if f.name in rope}))
@@ -288,11 +299,6 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:
 
 
 def _divided(factors: tuple[float, ...], wavelengths: np.ndarray) -> np.ndarray:
-    if len(factors) != len(wavelengths):
-        raise ConfigError(
-            f"model config: longrope's factors must be one for each of the {len(wavelengths)} "
-            f"pairs of a head, got {len(factors)}"
-        )
     return np.float32(1) / (np.asarray(factors, np.float32) * wavelengths)
 
 
@@ -344,9 +350,9 @@ def angle_tables(rope: Rope, width: int, positions: jax.Array) -> tuple[jax.Arra
     if isinstance(scaling, LongRope):
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         slow = _divided(scaling.long_factor, np.power(np.float32(rope.theta), exponents))
-        long = positions.max(-1) >= scaling.original_max_position_embeddings
+        long = jnp.max(positions, -1) >= scaling.original_max_position_embeddings
         speeds = jnp.where(long[..., None, None], slow, speeds)
-    angles = positions[..., None].astype(jnp.float32) * speeds
+    angles = jnp.asarray(positions[..., None], jnp.float32) * speeds
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     factor = _attention_factor(scaling)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)

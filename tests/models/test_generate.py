@@ -53,7 +53,10 @@ def generate(model, tokens, stop):
     )
 
 
-@pytest.mark.parametrize("variant", ["mistral", "qwen3"])
+# Phi-3 here gets to its longer context on the way.
+@pytest.mark.parametrize(
+    "variant", ["mistral", "qwen3", "gemma2", "gemma3_text", "cohere2", "phi3"]
+)
 @pytest.mark.slow
 def test_the_tokens_are_those_of_transformers(variant, tmp_path):
     oracle = tiny_models.save(variant, tmp_path)
