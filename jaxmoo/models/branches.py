@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, Place
-from jaxmoo.models.loop import over_layers
+from jaxmoo.models.loop import check_context, over_layers
 from jaxmoo.models.loss import front_nll
 
 __all__ = ["branch_nll"]
@@ -31,6 +31,7 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
       float32 [B, S]; 0 for the prompt and padding.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig, token_nll
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -43,6 +44,7 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
       >>> abs(float(both[0, 3] - alone[0, 2])) < 1e-5
       True
     """
+    check_context(model.config, tokens_BS.shape[1])
     slots_S = jnp.arange(tokens_BS.shape[1])
     prompt_B1 = (branch_BS == 0).sum(1, keepdims=True)
     first_BS = branch_BS != jnp.pad(branch_BS[:, :-1], ((0, 0), (1, 0)))

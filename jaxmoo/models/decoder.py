@@ -181,7 +181,14 @@ class Decoder(nnx.Module):
         def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
             return layer(h_BSD, place, segment_ids), None
 
-        h_BSD, _ = over_layers(self, positions, body, self._scaled(h_BSD), remat=self.remat)
+        h_BSD, _ = over_layers(
+            self,
+            positions,
+            body,
+            self._scaled(h_BSD),
+            segment_ids=segment_ids,
+            remat=self.remat,
+        )
         return block(self.norm, remat=self.remat)(h_BSD), residuals
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, Place
-from jaxmoo.models.loop import over_layers
+from jaxmoo.models.loop import check_context, over_layers
 
 __all__ = ["generate_greedily"]
 
@@ -57,6 +57,7 @@ def generate_greedily(
       ConfigError: when P + N exceeds the model's longest sequence, or N is not positive.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -75,15 +76,11 @@ def generate_greedily(
             f"{new_tokens} new tokens after prompts of up to {length}: expected at least 1, and "
             f"at most {limit} in all, the longest sequence of the model."
         )
+    check_context(model.config, length + new_tokens)
     # The last token is never read again.
     slots_T = jnp.arange(length + new_tokens - 1)
     slots = _Slots(
-        # Padding is at 0, so that no row seems longer than it is.
-        jnp.where(
-            slots_T < length,
-            jnp.where(slots_T < lengths_B[:, None], slots_T, 0),
-            lengths_B[:, None] + slots_T - length,
-        ),
+        jnp.where(slots_T < length, slots_T, lengths_B[:, None] + slots_T - length),
         (slots_T < lengths_B[:, None]) | (slots_T >= length),
     )
     stop_ids = jnp.asarray(tuple(stop), jnp.int32)

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoo.engine.block import block
+from jaxmoo.errors import ConfigError
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import Windows
 from jaxmoo.models.layers import DecoderLayer, Place
-from jaxmoo.models.rope import angle_tables
+from jaxmoo.models.rope import LongRope, angle_tables
 
-__all__ = ["over_layers"]
+__all__ = ["check_context", "over_layers"]
 
 Carry = TypeVar("Carry")
 # From a layer, its place and what is carried to what is carried on, and what the layer leaves.
@@ -28,7 +29,13 @@ Body = Callable[[DecoderLayer, Place, Any], tuple[Any, Any]]
 
 
 def over_layers(
-    model: Any, positions: jax.Array, body: Body, carry: Carry, *, remat: str | None = None
+    model: Any,
+    positions: jax.Array,
+    body: Body,
+    carry: Carry,
+    *,
+    segment_ids: jax.Array | None = None,
+    remat: str | None = None,
 ) -> tuple[Carry, list[Any]]:
     """Run a decoder's layers, one after the other.
 
@@ -37,17 +44,37 @@ def over_layers(
       positions: int32 [..., S], of the tokens.
       body: called as ``body(layer, place, carry)``; returns the next carry and anything.
       carry: arrays that go from layer to layer, such as the residual stream.
+      segment_ids: int32 [..., S], where several texts are packed in a row.
       remat: makes every call a block (:func:`jaxmoo.block`); None: it is none.
 
     Returns:
       The last carry, and for each segment what its layers left, stacked.
     """
-    places, left = _Places(model.config, positions), []
+    places, left = _Places(model.config, positions, segment_ids), []
     for first, end in model.spans:
         segment = model.layers[str(first)]
         carry, some = _scan(segment, places, places.numbers[first:end], body, carry, remat)
         left.append(some)
     return carry, left
+
+
+def check_context(config: DecoderConfig, length: int) -> None:
+    """Raise unless all texts of up to so many tokens have the same rotary frequencies.
+
+    Keys that lie in a cache, or belong to several texts, cannot change with a text's length.
+
+    Raises:
+      ConfigError: longer ones have others (LongRoPE).
+    """
+    for kind in dict.fromkeys(config.kinds):
+        scaling = None if kind.rope is None else kind.rope.scaling
+        if isinstance(scaling, LongRope) and length > scaling.original_max_position_embeddings:
+            raise ConfigError(
+                f"{length} tokens in all: beyond {scaling.original_max_position_embeddings}, this "
+                "model has other rotary frequencies (longrope), and generating across that bound, "
+                "or scoring several texts with a common beginning, is not supported. Use shorter "
+                "texts."
+            )
 
 
 def _scan(
@@ -78,12 +105,12 @@ def _scan(
 class _Places:
     """The places of a model's layers: rotary positions and windows, by kind."""
 
-    def __init__(self, config: DecoderConfig, positions: jax.Array):
+    def __init__(self, config: DecoderConfig, positions: jax.Array, segment_ids: jax.Array | None):
         self.kinds = list(dict.fromkeys(config.kinds))
         self.numbers = tuple(self.kinds.index(kind) for kind in config.kinds)
         ropes = dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None)
         width = config.rotary_width
-        self.tables = {rope: angle_tables(rope, width, positions) for rope in ropes}
+        self.tables = {rope: angle_tables(rope, width, positions, segment_ids) for rope in ropes}
         self.stacked: list[jax.Array] = []
         if len({kind.rope for kind in self.kinds}) > 1:
             # No rotation is one by no angle.

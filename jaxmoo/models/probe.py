@@ -38,6 +38,7 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
       the MLP's activation is above 0, for SiLU where the gate is.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,

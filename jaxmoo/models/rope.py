@@ -118,7 +118,7 @@ class YarnRope:
 class LongRope:
     """LongRoPE: every frequency has a factor of its own (Ding et al., arXiv:2402.13753).
 
-    Which list is used is decided for each row by its last position.
+    Which list is used is decided for each text by its last position.
 
     Attributes:
       short_factor: what frequencies are divided by, within the original context; one per pair.
@@ -334,13 +334,16 @@ def _attention_factor(scaling: RopeScaling | None) -> float:
     return scale(1.0)
 
 
-def angle_tables(rope: Rope, width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def angle_tables(
+    rope: Rope, width: int, positions: jax.Array, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary angles, in float32.
 
     Args:
       rope: which.
       width: entries of a head that are rotated.
       positions: int32 [..., S].
+      segment_ids: int32 [..., S], of rows in which several texts are packed, one behind the other.
 
     Returns:
       (cos, sin), each [..., S, width / 2].
@@ -350,9 +353,21 @@ def angle_tables(rope: Rope, width: int, positions: jax.Array) -> tuple[jax.Arra
     if isinstance(scaling, LongRope):
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         slow = _divided(scaling.long_factor, np.power(np.float32(rope.theta), exponents))
-        long = jnp.max(positions, -1) >= scaling.original_max_position_embeddings
-        speeds = jnp.where(long[..., None, None], slow, speeds)
+        last = _last_position(positions, segment_ids)
+        long = last >= scaling.original_max_position_embeddings
+        speeds = jnp.where(long[..., None], slow, speeds)
     angles = jnp.asarray(positions[..., None], jnp.float32) * speeds
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     factor = _attention_factor(scaling)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def _last_position(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The last position of the text that each token is of, [..., S], or of each row, [..., 1]."""
+    if segment_ids is None:
+        return jnp.max(positions, -1, keepdims=True)
+    slots = jnp.arange(segment_ids.shape[-1])
+    changes = segment_ids[..., 1:] != segment_ids[..., :-1]
+    last = jnp.pad(changes, [(0, 0)] * (changes.ndim - 1) + [(0, 1)], constant_values=True)
+    end = jax.lax.cummin(jnp.where(last, slots, slots[-1]), segment_ids.ndim - 1, reverse=True)
+    return jnp.take_along_axis(positions, end, -1)

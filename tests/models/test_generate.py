@@ -81,6 +81,14 @@ def test_rows_end_with_a_stop_token_and_do_not_touch_each_other(tmp_path):
     assert (generate(model, np.where(tokens == 2, 77, tokens), stop) == found).all()
 
 
+def test_a_text_whose_rotary_frequencies_would_change_is_refused(tmp_path):
+    tiny_models.save("phi3", tmp_path)
+    with pytest.raises(ConfigError, match=r"9 tokens in all: beyond 8, .* \(longrope\)"):
+        generate_greedily(
+            load_model(tmp_path), jnp.zeros((1, 4)), jnp.ones(1), new_tokens=5, stop=()
+        )
+
+
 def test_too_long_a_text_is_refused(tmp_path):
     tiny_models.save("llama", tmp_path)
     limit = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
