@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
+from jaxmoo.hf.fused_adapter import fuse_adapters
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
@@ -113,7 +114,9 @@ def save_adapter(
         if card is not None:
             card.write(directory)
 
-    write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
+    tensors = state_tensors(state, lambda _: np.float32, peft_tensor)
+    config, tensors = fuse_adapters(config, tensors, adapted, model.config)
+    write_directory(Path(path), tensors, write)
 
 
 def _plain(alpha: float) -> float:
@@ -238,7 +241,8 @@ def peft_tensor(path: str) -> HFTensor:
 
     Example:
       >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
-      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True)
+      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True,
+               rows=None)
     """
     projection, _, rest = path.partition(".lora_")
     adapted = hf_tensor(f"{projection}.kernel")
