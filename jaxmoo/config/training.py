@@ -200,7 +200,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged: the product of the four is their number."""
+    """How devices are arranged: data x language x fsdp x tensor is their number."""
 
     language: int | None = setting(
         None,
@@ -222,6 +222,14 @@ class MeshConfig:
     tensor: int = setting(
         1,
         "Devices that share every matrix product; how is left to the compiler.",
+        within=_AT_LEAST_1,
+        free=True,
+    )
+    slices: int | None = setting(
+        None,
+        "Slices of TPUs among which the devices are divided; only `data`, which must be a multiple "
+        "of it, goes from one to another. null counts them. On GPUs, where null is 1, a slice is "
+        "what shares fast links, mostly a host.",
         within=_AT_LEAST_1,
         free=True,
     )

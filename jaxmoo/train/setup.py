@@ -113,6 +113,7 @@ def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         fsdp=sizes.fsdp,
         data=sizes.data,
         tensor=sizes.tensor,
+        slices=sizes.slices,
         devices=devices,
     )
     data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
@@ -189,7 +190,7 @@ def prepare(
     say(f"Attention: {attention}.")
     platform = platform_of(device_mesh.devices.flat)
     _tell_of_sketches(config, say)
-    options = compiler_options(platform, config.train.compiler_options)
+    options = compiler_options(list(device_mesh.devices.flat), config.train.compiler_options)
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"Compiler options of the training step (train.compiler_options): {named}.")

@@ -44,9 +44,18 @@ def test_a_slice_is_named_by_chip_and_size(text, number):
     assert math.prod(place.grid) == number
 
 
+def test_several_slices_have_their_number_before():
+    place = slice_of("2xv5e:16x16")
+    assert (place.name, place.number, place.grid) == ("2xv5e:16x16", 2, (16, 16))
+    assert slice_of("1xv5e:2x4") == slice_of("v5e:2x4")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("2xh100:8", r"only TPUs come in slices.* h100:16, and set mesh.slices=2"),
+        ("0xv5e:2x4", "there is no chip '0xv5e'"),
+        ("2xv5e:2x5", r"Did you mean 'v5e:2x"),
         ("v5:2x4", r"there is no chip 'v5'\. Did you mean 'v5p'\?.* There are a100:N"),
         ("h10:8", r"Did you mean 'h100'\?"),
         ("h100", r"no such slice.* There are h100:N with N from 1 to 8"),
@@ -110,7 +119,7 @@ def test_ordinary_training_shares_all_devices_of_a_replica(sizes, config_file):
     validate(config)
     assert (config.data.step_languages, config.data.batch_size) == (1, 4 * 2)
     replicas = config.mesh.data
-    found = mesh_shape(1, 8, **dataclasses.asdict(config.mesh))
+    found = mesh_shape(1, 8, **dataclasses.asdict(config.mesh) | {"slices": 1})
     assert found == (replicas, 1, 8 // replicas, 1)
 
 
