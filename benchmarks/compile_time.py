@@ -174,11 +174,9 @@ def report(rows: list[dict[str, Any]]) -> str:
     for width in dict.fromkeys(row["width"] for row in rows):
         table = [[*header, "a step, ms", "/ plain", "temporary MB"]]
         for row in (row for row in rows if row["width"] == width):
-            table.append(
-                [row["step"], *(seconds(row[stage]) for stage in (*STAGES, "total"))]
-                + [ratio(row["ratio"]), milliseconds(row["run"] * 1e3), ratio(row["run ratio"])]
-                + [f"{row['temporary'] / 1e6:.1f}"]
-            )
+            cells = [row["step"], *(seconds(row[stage]) for stage in (*STAGES, "total"))]
+            cells += [ratio(row["ratio"]), milliseconds(row["run"] * 1e3)]
+            table.append([*cells, ratio(row["run ratio"]), f"{row['temporary'] / 1e6:.1f}"])
         text.append(f"Width {width}:\n\n{markdown(table)}")
     return "\n\n".join(text)
 
