@@ -102,15 +102,6 @@ def register(factory: Factory) -> Factory:
 
     Returns:
       The factory, which now gives the same object for the same options.
-
-    Example:
-      >>> @register
-      ... def first_only() -> Aggregator:
-      ...     def weigh(gram, active, preference, state, key):
-      ...         return (active.cumsum() == 1) * 1.0, state
-      ...     return Aggregator("first_only", weigh)
-      >>> get("first_only")
-      Aggregator(first_only)
     """
     return _registry.register(factory)
 
