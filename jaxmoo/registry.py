@@ -159,7 +159,7 @@ def imported(path: str, kind: str) -> Any:
       True
       >>> imported("math:tao", "number")
       Traceback (most recent call last):
-      jaxmoo.errors.ConfigError: Number 'math:tao': math has no 'tao'. Did you mean 'tan'?
+      jaxmoo.errors.ConfigError: Number 'math:tao': math has no 'tao'. Did you mean 'tau'?
     """
     module, _, name = path.partition(":")
     what = f"{kind.capitalize()} {path!r}"

@@ -123,8 +123,8 @@ def get(name: str | Aggregator, **options: Any) -> Aggregator:
     """An aggregator by name.
 
     Args:
-      name: one of :func:`names`; ``"package.module:object"``, where another factory or an aggregator
-        is imported from; or an aggregator, which is returned as it is.
+      name: one of :func:`names`; ``"package.module:object"``, from where another factory or an
+        aggregator is imported; or an aggregator, which is returned as it is.
       **options: parameters of the method's factory.
 
     Returns:

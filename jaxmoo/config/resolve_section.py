@@ -27,16 +27,16 @@ class ResolveConfig:
 
     aggregator: str = setting(
         "cagrad",
-        "Method that resolves conflicts; `mean` is plain fine-tuning. `package.module:object` is one "
-        "of your own: a function of `options`, or an aggregator.",
+        "Method that resolves conflicts; `mean` is plain fine-tuning. `package.module:object` is "
+        "one of your own: a function of `options`, or an aggregator.",
     )
     options: dict[str, Any] = setting({}, "Options of the method, such as `{c: 0.5}` for `cagrad`.")
     blocks: str = setting(
         "layer",
         "How the parameters are cut into blocks that are resolved one by one: `whole`, `layer`, "
         "`module`, `leaf`, `bytes:25MiB` (buckets of that size), `shard` (each device's own piece: "
-        "the result depends on the mesh), `random:32` (a control), or `package.module:function` from "
-        "a parameter's path to the name of its block.",
+        "the result depends on the mesh), `random:32` (a control), or `package.module:function`, "
+        "yours, from a parameter's path to the name of its block.",
     )
     vocabulary_slices: int | None = setting(
         None,
