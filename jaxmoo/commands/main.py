@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "convert models between formats, exactly; compare and describe them",
     "methods": "list the methods that resolve conflicts, the kinds of blocks, the loss weightings",
     "configs": "list the example configs, or copy them",
+    "doctor": "show versions, devices, what is installed and what each part would need",
 }
 
 
