@@ -18,8 +18,8 @@ from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
+from jaxmoo.data.division import divide
 from jaxmoo.data.inspect import notes
-from jaxmoo.data.split import split_languages
 from jaxmoo.data.tokenization.tokenizer import NO_ENDING, chat_tokenizer, ending_token
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.evaluator import Evaluator
@@ -279,6 +279,7 @@ def ask(
             drop_unusable=settings.skip_empty,
             max_malformed=settings.data.max_malformed,
             special_tokens=settings.data.special_tokens,
+            lengths=settings.data.lengths,
         )
         for code, part in examples.items()
     }
@@ -286,29 +287,25 @@ def ask(
 
 def _examples(settings: Evaluation) -> dict[str, list[Example]]:
     data, wanted = settings.data, [*settings.seen, *settings.unseen]
-    # What a run holds out of one language depends on what it learns in the others.
-    trained = data.seen if settings.held_out else []
     choices = settings.choices or ""
     column = choices.removeprefix(COLUMN) if choices.startswith(COLUMN) else None
     # Everything is read, also of what a run streams.
-    examples = load_examples(
-        dataclasses.replace(data, streaming=False),
-        list(dict.fromkeys([*wanted, *trained])),
-        choices=column,
-    )
+    data = dataclasses.replace(data, streaming=False)
     if not settings.held_out:
+        examples = load_examples(data, wanted, choices=column)
         return {code: choose_some(examples[code], settings.max_examples) for code in wanted}
-    split = split_languages(
-        examples, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
-    )
-    return {code: split[code].held_out[: settings.max_examples] for code in wanted}
+    # What a run holds out of one language depends on what it learns in the others.
+    languages = list(dict.fromkeys([*wanted, *data.seen]))
+    limited = dataclasses.replace(data, max_held_out=settings.max_examples)
+    divided = divide(limited, languages, [], choices=column)
+    return {code: divided[code].held_out for code in wanted}
 
 
 def _described(settings: Evaluation) -> dict[str, Any]:
     """The settings for a reader of the results, paths as they were given."""
     data = settings.data
     return {
-        "data": data.source,
+        "data": data.named,
         "examples": "held out by the run's settings" if settings.held_out else "all",
         "choices": settings.choices,
         "new_tokens": settings.new_tokens,
