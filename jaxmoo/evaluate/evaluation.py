@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
-from tqdm.auto import tqdm
 
 from jaxmoo import mesh
 from jaxmoo.config import DataConfig, is_date
@@ -40,6 +39,7 @@ from jaxmoo.models import Decoder
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
+from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -205,11 +205,9 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     )
     missing = {code: asked for code, asked in questions.items() if code not in done}
     total = sum(asked.rows for asked in missing.values())
-    # None: only on a terminal
-    with tqdm(total=total, unit="row", disable=None if missing else True) as bar:
+    with watched(total, "evaluating", unit="row", shown=bool(missing)) as advance:
         for code, asked in missing.items():
-            bar.set_description(code)
-            done[code] = evaluator.answer(parameters, asked, bar.update)
+            done[code] = evaluator.answer(parameters, asked, advance)
             store.store(code, identities[code], done[code])
 
     results = store.finish(
