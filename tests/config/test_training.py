@@ -186,7 +186,7 @@ BAD_OVERRIDES = {
     "optimizer.b2=1": "below 1",
     "mesh.fsdp=0": "at least 1 or null",
     # unknown choices, with the nearest one
-    "optimizer.decay=cosin": "one of cosine, linear, constant, wsd, found cosin. Did you mean 'cosine'",
+    "optimizer.decay=cosin": "constant, wsd, found cosin. Did you mean 'cosine'",
     "model.dtype=fp32": "one of float32, bfloat16",
     "model.remat=null": "one of full, dots, none, found null",
     "resolve.aggregator=cagard": "unknown method 'cagard'. Did you mean 'cagrad'",
