@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo evaluate") 
     options = _parser(prog).parse_args(arguments)
     if options.compare is not None:
         with named_when_full("Use a smaller --batch-size, or more devices."):
-            return show(*options.compare, options)
+            a, b = options.compare
+            return show(a, b, options)
     return together(options, lambda: _evaluate(options))
 
 

@@ -320,10 +320,14 @@ def _check_sources(data: DataConfig) -> list[str]:
             f"data.sources: {len(data.weights)} of {len(data.sources)} sources have a weight: give "
             "one to all of them, or to none."
         )
-    if isinstance(data.held_out_source, dict) and data.own_held_out.source is None:
-        problems.append("data.held_out_source names no source, and of data.sources there are more.")
     names = list(entries) if data.sources else ["data", *entries]
-    every = [*data.each, *([data.own_held_out] if data.held_out_source is not None else [])]
+    every, own = data.each, data.own_held_out
+    if own is not None:
+        every.append(own)
+        if own.source is None:
+            problems.append(
+                "data.held_out_source names no source, and of data.sources there are several."
+            )
     for name, one in zip(names, every, strict=False):
         problems += [text for text in _check_shape(name, one) if text not in problems]
     return problems

@@ -343,7 +343,7 @@ def ask(
             drop_unusable=settings.skip_empty,
             max_malformed=settings.data.max_malformed,
             special_tokens=settings.data.special_tokens,
-            lengths=settings.data.lengths,
+            asked=settings.data.lengths,
         )
         for code, part in examples.items()
     }

@@ -204,7 +204,7 @@ def prepare_questions(
     drop_unusable: bool = False,
     max_malformed: float = 0.0,
     special_tokens: str = "text",
-    lengths: LengthsConfig | None = None,
+    asked: LengthsConfig | None = None,
 ) -> Questions:
     """Tokenise one language's examples for every measure that is asked for.
 
@@ -217,7 +217,7 @@ def prepare_questions(
       max_malformed: the largest share of examples that the template may fail to render; they are
         left out.
       special_tokens: as in :func:`~jaxmoo.data.tokenization.tokenize.tokenize_all`.
-      lengths: examples with fewer or more tokens are left out.
+      asked: examples with fewer or more tokens are left out.
 
     Raises:
       DataError: a reply begins beyond `max_length`, no example is left, or a prompt leaves no room
@@ -227,8 +227,8 @@ def prepare_questions(
     malformed = Malformed(f"language {language!r}", max_malformed, total=len(examples))
     options = {"special_tokens": special_tokens}
     examples, replies = tokenize_good(examples, tokenizer, max_length, malformed, **options)
-    if lengths is not None:
-        kept = [fits_tokens(reply.length, lengths) for reply in replies]
+    if asked is not None:
+        kept = [fits_tokens(reply.length, asked) for reply in replies]
         if not any(kept):
             raise DataError(f"Language {language!r} has no examples within data.lengths.")
         examples = list(itertools.compress(examples, kept))

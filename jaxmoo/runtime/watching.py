@@ -111,12 +111,12 @@ def watched(
     Yields:
       A function to call with the number of those that have been done since the last call.
     """
-    file = sys.stderr if file is None else file
+    out = file or sys.stderr
     if not shown:
         yield lambda count: None
         return
-    if file.isatty():
-        with tqdm(total=total, desc=what, unit=unit, file=file, dynamic_ncols=True) as bar:
+    if out.isatty():
+        with tqdm(total=total, desc=what, unit=unit, file=out, dynamic_ncols=True) as bar:
             yield bar.update
         return
     done, begun, first = 0, time.monotonic(), (0, 0.0)
@@ -135,7 +135,7 @@ def watched(
         print(
             f"{clock_time()}  {what}: {done:,} of {total:,} {unit}s "
             f"[{interval(now - begun)}<{left}]",
-            file=file,
+            file=out,
             flush=True,
         )
 

@@ -27,7 +27,7 @@ class _Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        return super().format_dict | {"left": self.left}
+        return {**super().format_dict, "left": self.left}
 
 
 class Progress:
