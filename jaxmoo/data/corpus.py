@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.config.data_section import DataConfig, check_data
+from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
+from jaxmoo.data.lengths import fits_tokens
+from jaxmoo.data.mixture import in_shares
 from jaxmoo.data.sources.records import Malformed
-from jaxmoo.data.sources.source import Source, open_source, read_examples
-from jaxmoo.data.split import deduplicate, split_languages
+from jaxmoo.data.sources.source import Source, open_source
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
@@ -32,6 +35,7 @@ class LanguageReport:
       seen: whether it is trained on.
       records: examples in the source.
       skipped: records of the source that are malformed, or that the template cannot render.
+      filtered: examples dropped for their length (``data.lengths``).
       duplicates: records dropped because prompt and reply had occurred before.
       leaked: held-out examples dropped because they, or others of their group, are among the
         training examples of another language.
@@ -42,6 +46,7 @@ class LanguageReport:
       truncated: examples of `train` and `held_out` whose reply lost its end.
       dropped: examples of both that had no reply within the sequence length, not counted in
         `train` and `held_out`.
+      by_source: of several sources, examples of `train` by the number of their source.
       spelled: special tokens that texts of both spell, by how often.
       tokens_min, tokens_median, tokens_p95, tokens_max: lengths of the rendered examples of both
         (and the dropped ones) before truncation.
@@ -51,6 +56,7 @@ class LanguageReport:
     seen: bool
     records: int
     skipped: int
+    filtered: int
     duplicates: int
     leaked: int
     train: int
@@ -59,6 +65,7 @@ class LanguageReport:
     replies_in_train: int
     truncated: int
     dropped: int
+    by_source: list[int]
     spelled: dict[str, int]
     tokens_min: int
     tokens_median: float
@@ -80,6 +87,8 @@ class Corpus:
       report: per seen and unseen language what became of its records.
       complaints: what is wrong with each malformed record that was left out.
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
+      sources: where the examples come from.
+      weights: shares of the sources in an epoch; None where every example occurs once.
     """
 
     train: Mapping[str, list[Tokenized] | ExampleStream]
@@ -87,6 +96,8 @@ class Corpus:
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
     special_tokens: str = "text"
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
 
     def at_hand(self) -> dict[str, list[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
@@ -101,12 +112,16 @@ class Corpus:
         """Return the report as an aligned table, and what is wrong with malformed records."""
         header = ["language", "records", "malformed", "duplicates", "train", "held-out"]
         header += ["truncated", "dropped", "tokens median", "95 %", "max"]
+        filtered = any(r.filtered for r in self.report.values())
+        if filtered:
+            header.insert(4, "filtered")
         rows = [
             [
                 r.language if r.seen else f"{r.language} (unseen)",
                 r.records,
                 r.skipped,
                 r.duplicates,
+                *([r.filtered] if filtered else []),
                 r.train,
                 r.held_out,
                 r.truncated,
@@ -117,7 +132,7 @@ class Corpus:
             ]
             for r in self.report.values()
         ]
-        lines = [text_table(header, rows)]
+        lines = [text_table(header, rows), *self._by_source(), *self._unused()]
         if self.complaints:
             lines += [
                 f"Malformed records left out: {len(self.complaints):,}.",
@@ -135,6 +150,33 @@ class Corpus:
                 f"(data.special_tokens={self.special_tokens})."
             )
         return "\n".join(lines)
+
+    def _by_source(self) -> list[str]:
+        """Lines about what several sources give to each language."""
+        if len(self.sources) < 2:
+            return []
+        rows = [[r.language, *r.by_source] for r in self.report.values() if r.seen]
+        weighed = ""
+        if self.weights is not None:
+            shares = [weight / sum(self.weights) for weight in self.weights]
+            weighed = ", in an epoch repeated up to shares of " + " and ".join(
+                f"{share:.1%}" for share in shares
+            )
+        return [
+            f"Training examples by source{weighed}:",
+            text_table(["language", *self.sources], rows),
+        ]
+
+    def _unused(self) -> list[str]:
+        """A line about held-out examples that nothing uses."""
+        unused = {r.language: r.reserve for r in self.report.values() if r.seen and r.reserve}
+        if not unused:
+            return []
+        return [
+            f"Held out but unused, being more than data.max_held_out: {sum(unused.values()):,} "
+            f"examples ({', '.join(f'{code} {n:,}' for code, n in unused.items())}). "
+            "data.train_unevaluated=true trains on them."
+        ]
 
 
 def load_corpus(
@@ -184,11 +226,19 @@ def load_corpus(
         language, seen = one.language, one.language in data.seen
         if seen:
             usable = _usable("train", one, data)
-            train[language] = one.stream or usable
+            train[language] = one.stream or one.in_shares(usable, data.weights)
         if data.held_out > 0 or not seen:
             evaluated[language] = _usable("held_out", one, data)
-        report[language] = _report(one, seen)
-    return Corpus(train, evaluated, report, tuple(complaints), data.special_tokens)
+        report[language] = _report(one, seen, len(data.each))
+    return Corpus(
+        train,
+        evaluated,
+        report,
+        tuple(complaints),
+        data.special_tokens,
+        tuple(str(one.source) for one in data.each),
+        None if data.weights is None else tuple(data.weights),
+    )
 
 
 class _Divided(NamedTuple):
@@ -212,6 +262,17 @@ class _Divided(NamedTuple):
         """The examples for a use of which something can be learnt."""
         return [tokens for tokens in self.tokens[use] if tokens.loss_mask.any()]
 
+    def sources(self) -> list[int]:
+        """The number of the source of every usable example to train on."""
+        pairs = zip(self.parts["train"], self.tokens["train"], strict=True)
+        return [example.source for example, tokens in pairs if tokens.loss_mask.any()]
+
+    def in_shares(
+        self, usable: list[Tokenized], weights: Sequence[float] | None
+    ) -> list[Tokenized]:
+        """Examples to train on, repeated so that sources have the shares of their weights."""
+        return usable if weights is None else in_shares(usable, self.sources(), weights)
+
 
 def _whole(
     data: DataConfig,
@@ -220,39 +281,36 @@ def _whole(
     complaints: list[str],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
-    reading = read_examples(data, [*data.seen, *data.unseen], source=source)
-    complaints += reading.complaints
-    distinct = {
-        language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
-    }
-    split = split_languages(
-        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
-    )
-    for language, (examples, skipped) in reading.languages.items():
-        divided = split[language]
+    divided = divide(data, [*data.seen, *data.unseen], complaints, source=source)
+    for language, found in divided.items():
         # The limit leaves the rest unused, so that what is trained on does not depend on how much
-        # is evaluated.
-        parts = {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
-        reserve = len(divided.held_out) - len(parts["held_out"])
-        total = len(examples) + skipped
-        malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
+        # is evaluated, unless data.train_unevaluated.
+        parts = {"train": found.train, "held_out": found.held_out}
+        total = found.records + found.skipped
+        malformed = Malformed(f"language {language!r}", data.max_malformed, found.skipped, total)
         tokens = {}
+        filtered = found.filtered
         for use, part in parts.items():
-            parts[use], tokens[use] = tokenize_good(
+            good, rendered = tokenize_good(
                 part,
                 tokenizer,
                 data.sequence_length,
                 malformed,
                 special_tokens=data.special_tokens,
             )
+            kept = [fits_tokens(one.length, data.lengths) for one in rendered]
+            parts[use] = list(itertools.compress(good, kept))
+            tokens[use] = list(itertools.compress(rendered, kept))
+            filtered += len(good) - len(parts[use])
         bad = len(malformed.complaints)
         complaints += malformed.complaints
         counts = {
-            "records": len(examples) - bad,
-            "skipped": skipped + bad,
-            "duplicates": len(examples) - len(distinct[language]),
-            "leaked": divided.leaked,
-            "reserve": reserve,
+            "records": found.records - bad,
+            "skipped": found.skipped + bad,
+            "filtered": filtered,
+            "duplicates": found.duplicates,
+            "leaked": found.leaked,
+            "reserve": found.reserve,
         }
         yield _Divided(language, parts, tokens, counts)
 
@@ -276,6 +334,7 @@ def _streamed(
         counts = {
             "records": scan.records,
             "skipped": len(scan.complaints),
+            "filtered": scan.filtered,
             "duplicates": scan.duplicates,
             "leaked": 0,
             "reserve": scan.reserve + len(scan.train) - len(train),
@@ -297,7 +356,7 @@ class _Scan:
         assert wanted is not None  # `check_data` asks for it
         self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
-        self.records = self.duplicates = 0
+        self.records = self.duplicates = self.filtered = 0
         found: dict[tuple[str, str], tuple[Example, Tokenized]] = {}
         place, read = Place(), 0
         while len(found) < wanted:
@@ -314,6 +373,7 @@ class _Scan:
             found |= new
             self.complaints += piece.complaints
             self.records += piece.records
+            self.filtered += piece.filtered
             self.duplicates += piece.duplicates + len(piece.held_out) - len(new)
             place = piece.behind
             if piece.ended:
@@ -351,13 +411,18 @@ def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
             "sequence_length if the model reads longer ones."
         )
     advice = "lower held_out" if use == "train" else "raise held_out"
+    if use == "held_out" and data.held_out_source is not None:
+        raise DataError(
+            f"Language {language!r} has no held-out examples: data.held_out_source has none of it "
+            f"that is not trained on, too ({divided.counts['leaked']} are)."
+        )
     raise DataError(
         f"Language {language!r} has no {use} examples at held_out={data.held_out}: its other part "
         f"has {sum(map(len, divided.parts.values()))}. Give it more data, or {advice}."
     )
 
 
-def _report(divided: _Divided, seen: bool) -> LanguageReport:
+def _report(divided: _Divided, seen: bool, num_sources: int) -> LanguageReport:
     """What became of a language's records."""
     parts, tokens = divided.parts, divided.tokens
     usable = {use: divided.usable(use) for use in parts}
@@ -373,6 +438,7 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
         for use in parts
     }
     trained_replies = set(replies["train"])
+    by_source = Counter(divided.sources())
     return LanguageReport(
         language=divided.language,
         seen=seen,
@@ -381,6 +447,7 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
         truncated=sum(t.truncated for t in kept),
         dropped=len(everything) - len(kept),
+        by_source=[by_source[number] for number in range(num_sources)],
         spelled=dict(Counter(token for t in everything for token in t.spelled)),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),

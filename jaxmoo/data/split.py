@@ -98,9 +98,7 @@ def split_examples(
     held: list[Example] = []
     for example, key in zip(examples, _linked_keys(examples, disjoint_replies), strict=True):
         (held if hash_fraction(key) < held_out else train).append(example)
-    # By the example's own hash, or else the first n would be a few sets of linked examples.
-    held.sort(key=lambda example: hash_fraction("\x1e".join(example.key)))
-    return train, held
+    return train, _in_order(held)
 
 
 class Split(NamedTuple):
@@ -151,6 +149,11 @@ def split_languages(
         )
         for language, part in examples.items()
     }
+    return _without_leaks(sides)
+
+
+def _without_leaks(sides: Mapping[str, tuple[list[Example], list[Example]]]) -> dict[str, Split]:
+    """Leave out held-out examples that are, or whose group is, among the training examples."""
     trained = {key for train, _ in sides.values() for e in train for key in (e.key, e.group)}
     trained.discard(None)
     split = {}
@@ -158,6 +161,72 @@ def split_languages(
         clean = [e for e in held if e.key not in trained and e.group not in trained]
         split[language] = Split(train, clean, len(held) - len(clean))
     return split
+
+
+def with_own_held_out(
+    train: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
+) -> dict[str, Split]:
+    """Put training and held-out examples together that come from sources of their own.
+
+    Args:
+      train: per seen language its distinct examples.
+      held_out: per seen and unseen language its distinct examples.
+
+    Returns:
+      Per language of `held_out` its parts, held-out examples in the order of `split_examples`,
+      without those that are also trained on, in any language.
+
+    Example:
+      >>> one, two = (Example.from_pair("en", f"{n} + 1", str(n + 1)) for n in (1, 2))
+      >>> with_own_held_out({"en": [one]}, {"en": [one, two]})["en"].held_out == [two]
+      True
+    """
+    return _without_leaks(
+        {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()}
+    )
+
+
+def with_unevaluated(
+    split: Mapping[str, Split],
+    evaluated: Mapping[str, Sequence[Example]],
+    seen: Collection[str],
+    *,
+    disjoint_replies: bool = False,
+) -> dict[str, Split]:
+    """Give held-out examples that are not evaluated back to training.
+
+    Args:
+      split: per language its parts.
+      evaluated: per language the first of its held-out examples, which are evaluated.
+      seen: the languages to train on.
+      disjoint_replies: see `split_examples`.
+
+    Returns:
+      The same with more to train on: what shares no prompt and no group with an example that is
+      evaluated in any language, and with `disjoint_replies` no reply. What is evaluated, and the
+      number of examples that are not used, is left in ``held_out``.
+    """
+
+    def names(example: Example) -> list[str]:
+        found = [side_key(example), example.prompt_key]
+        return found + ([f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else [])
+
+    taken = {name for part in evaluated.values() for e in part for name in names(e)}
+    result = dict(split)
+    for code in split.keys() & set(seen):
+        first = evaluated[code]
+        rest = split[code].held_out[len(first) :]
+        free = [taken.isdisjoint(names(example)) for example in rest]
+        back = [example for example, ok in zip(rest, free, strict=True) if ok]
+        left = [example for example, ok in zip(rest, free, strict=True) if not ok]
+        train = [*split[code].train, *back]
+        result[code] = split[code]._replace(train=train, held_out=[*first, *left])
+    return result
+
+
+def _in_order(held_out: Iterable[Example]) -> list[Example]:
+    """Held-out examples by their own hashes: not by their sides', which linked ones share."""
+    return sorted(held_out, key=lambda example: hash_fraction("\x1e".join(example.key)))
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:
