@@ -148,6 +148,13 @@ class DataConfig:
     )
     split: str = setting("train", "Split of a hub data set; `{language}` stands for the language.")
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
+    cache: str = setting(
+        "auto",
+        "Directory in which tokenised data is kept, so that the next start, or the other processes "
+        "of a run, need only read it: `auto` is `tokens` in the user's cache directory "
+        "(`$JAXMOO_CACHE`), `none` keeps nothing. Streams are not kept.",
+        free=True,
+    )
 
     @property
     def samples(self) -> bool:

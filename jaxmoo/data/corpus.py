@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.config.data_section import DataConfig, check_data
 from jaxmoo.data.example import Example, normalise
-from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.sources.records import Malformed, Origin
 from jaxmoo.data.sources.source import Source, open_source, read_examples
 from jaxmoo.data.split import deduplicate, split_languages
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
+from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
+from jaxmoo.data.token_table import TokenTable
+from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.runtime.peers import Peers, all_peers
+from jaxmoo.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,13 +88,13 @@ class Corpus:
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
     """
 
-    train: Mapping[str, list[Tokenized] | ExampleStream]
-    held_out: dict[str, list[Tokenized]]
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream]
+    held_out: Mapping[str, Sequence[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
     special_tokens: str = "text"
 
-    def at_hand(self) -> dict[str, list[Tokenized]]:
+    def at_hand(self) -> dict[str, Sequence[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
         return {
             language: train.training(train.read(Place()))
@@ -143,6 +149,7 @@ def load_corpus(
     *,
     source: Source | None = None,
     say: Callable[[str], None] = print,
+    peers: Peers | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
 
@@ -155,11 +162,15 @@ def load_corpus(
     share, which cannot be linked). Unseen languages are divided, too, so that nothing is evaluated
     whose translation or copy is trained on elsewhere.
 
+    What is tokenised in memory is kept in ``data.cache`` and read from there the next time. Where
+    several processes see one such directory, each reads and tokenises some of the languages.
+
     Args:
       data: the settings.
       tokenizer: a fast tokenizer with a chat template.
       source: where the records come from, if not from ``data.source``.
-      say: called with lines about malformed records of a stream that come later.
+      say: called with lines about progress, and malformed records of a stream that come later.
+      peers: the processes that load the same corpus, all of them; by default those of the run.
 
     Returns:
       The tokenised examples and the report; of streams, about the records read so far.
@@ -172,23 +183,112 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
-    train: dict[str, list[Tokenized] | ExampleStream] = {}
-    evaluated: dict[str, list[Tokenized]] = {}
+    if not data.streaming:
+        return _in_memory(data, tokenizer, source, say, all_peers() if peers is None else peers)
+    train: dict[str, ExampleStream] = {}
+    evaluated: dict[str, TokenTable] = {}
     report: dict[str, LanguageReport] = {}
     complaints: list[str] = []
-    if data.streaming:
-        divided = _streamed(data, tokenizer, source, complaints, say)
-    else:
-        divided = _whole(data, tokenizer, source, complaints)
-    for one in divided:
-        language, seen = one.language, one.language in data.seen
-        if seen:
-            usable = _usable("train", one, data)
-            train[language] = one.stream or usable
-        if data.held_out > 0 or not seen:
-            evaluated[language] = _usable("held_out", one, data)
-        report[language] = _report(one, seen)
+    for one in _streamed(data, tokenizer, source, complaints, say):
+        language = one.language
+        part = _part(one, data)
+        if one.stream is not None and language in data.seen:
+            train[language] = one.stream
+        if "held_out" in part.tables:
+            evaluated[language] = part.tables["held_out"]
+        report[language] = LanguageReport(**part.about)
     return Corpus(train, evaluated, report, tuple(complaints), data.special_tokens)
+
+
+def _in_memory(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    say: Callable[[str], None],
+    peers: Peers,
+) -> Corpus:
+    """A corpus that is read whole, now, or from what was kept of it."""
+    languages = [*data.seen, *data.unseen]
+    cores = max(1, available_cores() // peers.here())
+    complaints: list[str] = []
+
+    def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
+        complaints.clear()
+        return _whole(data, tokenizer, source, complaints, some, share, cores, say)
+
+    def make_all() -> dict[str, Kept]:
+        return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
+
+    cache = _cache(data, tokenizer, source, languages, peers)
+    if cache is None:
+        parts = make_all()
+        return _corpus(data, parts, complaints)
+    parts, complaints[:], damage = cache.read()
+    if damage:
+        say(f"The tokenised data that was kept is damaged, and made anew: {damage}.")
+    if not cache.everyone(bool(parts)):
+
+        def work() -> None:
+            for one in make(cache.mine, peers.union) if cache.mine else ():
+                parts[one.language] = cache.keep(one.language, _part(one, data))
+
+        try:
+            peers.all_do(work)
+        except BaseException:
+            cache.abandon()
+            raise
+        parts |= cache.finish(complaints)
+        complaints[:] = cache.complaints
+        if cache.problem:
+            say(f"Note: tokenised data cannot be kept: {cache.problem} (data.cache={data.cache}).")
+            if len(parts) < len(languages):
+                parts = make_all()
+    return _corpus(data, parts, complaints)
+
+
+def _cache(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    languages: Sequence[str],
+    peers: Peers,
+) -> TokenCache | None:
+    """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
+
+    def look() -> tuple[Path | None, dict[str, list[Origin]]]:
+        opened = open_source(data) if source is None else source
+        origin = getattr(opened, "origin", None)
+        if origin is None:
+            return None, {}
+        return open_cache(data.cache), {language: [origin(language)] for language in languages}
+
+    root, origins = peers.all_do(look)
+    everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
+    if root is None or not everywhere:
+        return None
+    return TokenCache(root, cache_key(data, tokenizer, origins, peers), languages, peers)
+
+
+def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:
+    tables = {code: parts[code].tables for code in (*data.seen, *data.unseen)}
+    return Corpus(
+        {code: tables[code]["train"] for code in data.seen},
+        {code: some["held_out"] for code, some in tables.items() if "held_out" in some},
+        {code: LanguageReport(**parts[code].about) for code in tables},
+        tuple(complaints),
+        data.special_tokens,
+    )
+
+
+def _part(divided: _Divided, data: DataConfig) -> Kept:
+    """What of a language is used."""
+    seen, uses = divided.language in data.seen, []
+    if seen:
+        uses.append("train")
+    if data.held_out > 0 or not seen:
+        uses.append("held_out")
+    tables = {use: _usable(use, divided, data) for use in uses}
+    return Kept(tables, _report(divided, seen).to_dict())
 
 
 class _Divided(NamedTuple):
@@ -204,13 +304,13 @@ class _Divided(NamedTuple):
 
     language: str
     parts: dict[str, list[Example]]
-    tokens: dict[str, list[Tokenized]]
+    tokens: dict[str, TokenTable]
     counts: dict[str, int]
     stream: ExampleStream | None = None
 
-    def usable(self, use: str) -> list[Tokenized]:
+    def usable(self, use: str) -> TokenTable:
         """The examples for a use of which something can be learnt."""
-        return [tokens for tokens in self.tokens[use] if tokens.loss_mask.any()]
+        return self.tokens[use].chosen(self.tokens[use].learnt > 0)
 
 
 def _whole(
@@ -218,43 +318,51 @@ def _whole(
     tokenizer: PreTrainedTokenizerFast,
     source: Source | None,
     complaints: list[str],
+    languages: Sequence[str],
+    share: Callable[[set[bytes]], set[bytes]],
+    cores: int,
+    say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
-    reading = read_examples(data, [*data.seen, *data.unseen], source=source)
+    reading = read_examples(data, languages, source=source)
     complaints += reading.complaints
     distinct = {
         language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
     }
     split = split_languages(
-        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
+        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies, share=share
     )
-    for language, (examples, skipped) in reading.languages.items():
-        divided = split[language]
-        # The limit leaves the rest unused, so that what is trained on does not depend on how much
-        # is evaluated.
-        parts = {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
-        reserve = len(divided.held_out) - len(parts["held_out"])
-        total = len(examples) + skipped
-        malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
-        tokens = {}
-        for use, part in parts.items():
-            parts[use], tokens[use] = tokenize_good(
-                part,
-                tokenizer,
-                data.sequence_length,
-                malformed,
-                special_tokens=data.special_tokens,
-            )
-        bad = len(malformed.complaints)
-        complaints += malformed.complaints
-        counts = {
-            "records": len(examples) - bad,
-            "skipped": skipped + bad,
-            "duplicates": len(examples) - len(distinct[language]),
-            "leaked": divided.leaked,
-            "reserve": reserve,
-        }
-        yield _Divided(language, parts, tokens, counts)
+    # The limit leaves the rest unused, so that what is trained on does not depend on how much is
+    # evaluated.
+    used = {
+        language: {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
+        for language, divided in split.items()
+    }
+    number = sum(len(part) for parts in used.values() for part in parts.values())
+    with (
+        Tokenizing(
+            tokenizer, data.sequence_length, data.special_tokens, expected=number, cores=cores
+        ) as tokenizing,
+        Progress(number, "Tokenising", "examples", say) as progress,
+    ):
+        for language, (examples, skipped) in reading.languages.items():
+            divided, parts = split[language], used[language]
+            reserve = len(divided.held_out) - len(parts["held_out"])
+            total = len(examples) + skipped
+            malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
+            tokens = {}
+            for use, part in parts.items():
+                parts[use], tokens[use] = tokenizing.tokenize(part, malformed, progress.advance)
+            bad = len(malformed.complaints)
+            complaints += malformed.complaints
+            counts = {
+                "records": len(examples) - bad,
+                "skipped": skipped + bad,
+                "duplicates": len(examples) - len(distinct[language]),
+                "leaked": divided.leaked,
+                "reserve": reserve,
+            }
+            yield _Divided(language, parts, tokens, counts)
 
 
 def _streamed(
@@ -283,7 +391,7 @@ def _streamed(
         yield _Divided(
             language,
             {use: [example for example, _ in part] for use, part in found.items()},
-            {use: [tokens for _, tokens in part] for use, part in found.items()},
+            {use: TokenTable.of(tokens for _, tokens in part) for use, part in found.items()},
             counts,
             stream,
         )
@@ -338,7 +446,7 @@ def _check_sizes(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         raise ConfigError(f"shuffle_buffer is a positive number, found {data.shuffle_buffer}.")
 
 
-def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
+def _usable(use: str, divided: _Divided, data: DataConfig) -> TokenTable:
     """The examples for one use, or an error that says why there are none."""
     usable, part, language = divided.usable(use), divided.parts[use], divided.language
     if usable:
@@ -361,14 +469,15 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
     """What became of a language's records."""
     parts, tokens = divided.parts, divided.tokens
     usable = {use: divided.usable(use) for use in parts}
-    everything = [t for part in tokens.values() for t in part]
-    kept = [t for part in usable.values() for t in part]
-    lengths = np.array([t.length for t in everything])
+    lengths = np.concatenate([table.lengths for table in tokens.values()])
+    spelled = Counter[str]()
+    for table in tokens.values():
+        spelled.update(table.spelled())
     replies = {
         use: [
             normalise(example.reply)
-            for example, t in zip(parts[use], tokens[use], strict=True)
-            if t.loss_mask.any()
+            for example, learnt in zip(parts[use], tokens[use].learnt.tolist(), strict=True)
+            if learnt
         ]
         for use in parts
     }
@@ -379,9 +488,9 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
         train=len(usable["train"]),
         held_out=len(usable["held_out"]),
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
-        truncated=sum(t.truncated for t in kept),
-        dropped=len(everything) - len(kept),
-        spelled=dict(Counter(token for t in everything for token in t.spelled)),
+        truncated=sum(int(table.truncated.sum()) for table in usable.values()),
+        dropped=len(lengths) - sum(map(len, usable.values())),
+        spelled=dict(spelled),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),
         tokens_p95=float(np.percentile(lengths, 95)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmoo.data.example import Example, normalise
@@ -124,6 +124,7 @@ def split_languages(
     held_out: float,
     *,
     disjoint_replies: bool = False,
+    share: Callable[[set[bytes]], set[bytes]] = lambda trained: trained,
 ) -> dict[str, Split]:
     """Split every language's examples, and keep those of one language out of another's training.
 
@@ -132,6 +133,8 @@ def split_languages(
       seen: the languages to train on; of the others everything is held out.
       held_out: see `split_examples`.
       disjoint_replies: see `split_examples`.
+      share: called once with digests of what these languages train on; returns those of what all
+        languages do, where others divide the rest.
 
     Returns:
       Per language its parts, held-out examples in the order of `split_examples`.
@@ -151,13 +154,21 @@ def split_languages(
         )
         for language, part in examples.items()
     }
-    trained = {key for train, _ in sides.values() for e in train for key in (e.key, e.group)}
-    trained.discard(None)
+    trained = share({d for train, _ in sides.values() for e in train for d in _digests(e)})
     split = {}
     for language, (train, held) in sides.items():
-        clean = [e for e in held if e.key not in trained and e.group not in trained]
+        clean = [e for e in held if trained.isdisjoint(_digests(e))]
         split[language] = Split(train, clean, len(held) - len(clean))
     return split
+
+
+def _digests(example: Example) -> list[bytes]:
+    """What names an example, and its group, among those of all languages: 16 bytes each."""
+    prompt, reply = example.key
+    names = [f"{len(prompt)}:{prompt}{reply}"]
+    if example.group is not None:
+        names.append(f"group:{example.group}")
+    return [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:

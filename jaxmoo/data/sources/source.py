@@ -16,6 +16,7 @@ from jaxmoo.data.sources.chatterbot import BUILT_IN, Chatterbot
 from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
 from jaxmoo.data.sources.records import (
     Malformed,
+    Origin,
     Record,
     RecordStream,
     SequenceStream,
@@ -42,6 +43,9 @@ __all__ = [
 
 class Source(Protocol):
     """Opens the records of every language.
+
+    One that also has a method ``origin(language)``, which returns an `Origin`, has its tokens kept
+    (``data.cache``).
 
     Attributes:
       column: the column that names a record's language, where every stream has the records of all
@@ -79,6 +83,13 @@ class FilesSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records."""
+        return _opened(self._file(language), self._data)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        return Origin((self._file(language),))
+
+    def _file(self, language: str) -> Path:
         name = self._data.codes.get(language, language)
         files = self._files.get(name)
         if not files:
@@ -89,7 +100,7 @@ class FilesSource:
                 f"{', '.join(file.name for file in files)}. Keep one, or give a pattern "
                 "such as 'data/{language}.jsonl'."
             )
-        return _opened(files[0], self._data)
+        return files[0]
 
 
 class TableSource:
@@ -115,6 +126,10 @@ class TableSource:
         """Return a new stream of all languages' records."""
         return _opened(self._path, self._data)
 
+    def origin(self, language: str) -> Origin:
+        """Return what decides all languages' records."""
+        return Origin((self._path,))
+
 
 class HubSource:
     """A hub dataset whose languages are subsets, splits or values of a column.
@@ -130,6 +145,16 @@ class HubSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records; with a column, of all languages'."""
+        name, table = self._table(language)
+        return _HubStream(name, table) if self._data.streaming else SequenceStream(name, table)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        name, table = self._table(language)
+        return Origin(name=f"{name} {table._fingerprint}")
+
+    def _table(self, language: str) -> tuple[str, Any]:
+        """A new table of a language's records, and what it is called."""
         import datasets
 
         data, subset, split = self._data, self._data.subset, self._data.split
@@ -147,8 +172,7 @@ class HubSource:
             split = split.replace("{language}", name)
         options = {"split": split, "streaming": data.streaming}
         table = self._call(datasets.load_dataset, self._dataset, subset, **options)
-        name = f"{self._dataset} ({subset or 'default'}, {split})"
-        return _HubStream(name, table) if data.streaming else SequenceStream(name, table)
+        return f"{self._dataset} ({subset or 'default'}, {split})", table
 
     @functools.cached_property
     def _subsets(self) -> list[str]:
