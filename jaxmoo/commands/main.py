@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "show the data of a run as training will see it",
     "plan": "what a run will cost, before there are devices, weights or data",
     "evaluate": "score a model language by language, or compare two results",
+    "compare": "compare two runs, exported models or results, with intervals",
     "analyze": "measure what training did: conflict, stationarity, neurons, interference",
     "study": "train a grid of runs and compare them, with confidence intervals",
     "convert": "convert models between formats, exactly; compare and describe them",

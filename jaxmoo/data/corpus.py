@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxmoo.config.data_section import DataConfig, check_data
+from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
+from jaxmoo.data.lengths import fits_tokens
+from jaxmoo.data.mixture import in_shares
 from jaxmoo.data.sources.records import Malformed, Origin
-from jaxmoo.data.sources.source import Source, open_source, read_examples
-from jaxmoo.data.split import deduplicate, split_languages
+from jaxmoo.data.sources.source import Source, open_source, origins_of
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
@@ -23,10 +26,12 @@ from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.runtime.peers import Peers, all_peers
-from jaxmoo.runtime.progress import Progress
+from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_MANY = 2000  # examples, from which on progress is shown
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class LanguageReport:
       seen: whether it is trained on.
       records: examples in the source.
       skipped: records of the source that are malformed, or that the template cannot render.
+      filtered: examples dropped for their length (``data.lengths``).
       duplicates: records dropped because prompt and reply had occurred before.
       leaked: held-out examples dropped because they, or others of their group, are among the
         training examples of another language.
@@ -48,6 +54,7 @@ class LanguageReport:
       truncated: examples of `train` and `held_out` whose reply lost its end.
       dropped: examples of both that had no reply within the sequence length, not counted in
         `train` and `held_out`.
+      by_source: of several sources, examples of `train` by the number of their source.
       spelled: special tokens that texts of both spell, by how often.
       tokens_min, tokens_median, tokens_p95, tokens_max: lengths of the rendered examples of both
         (and the dropped ones) before truncation.
@@ -57,6 +64,7 @@ class LanguageReport:
     seen: bool
     records: int
     skipped: int
+    filtered: int
     duplicates: int
     leaked: int
     train: int
@@ -65,6 +73,7 @@ class LanguageReport:
     replies_in_train: int
     truncated: int
     dropped: int
+    by_source: list[int]
     spelled: dict[str, int]
     tokens_min: int
     tokens_median: float
@@ -86,6 +95,8 @@ class Corpus:
       report: per seen and unseen language what became of its records.
       complaints: what is wrong with each malformed record that was left out.
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
+      sources: where the examples come from.
+      weights: shares of the sources in an epoch; None where every example occurs once.
     """
 
     train: Mapping[str, Sequence[Tokenized] | ExampleStream]
@@ -93,6 +104,8 @@ class Corpus:
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
     special_tokens: str = "text"
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
 
     def at_hand(self) -> dict[str, Sequence[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
@@ -107,12 +120,16 @@ class Corpus:
         """Return the report as an aligned table, and what is wrong with malformed records."""
         header = ["language", "records", "malformed", "duplicates", "train", "held-out"]
         header += ["truncated", "dropped", "tokens median", "95 %", "max"]
+        filtered = any(r.filtered for r in self.report.values())
+        if filtered:
+            header.insert(4, "filtered")
         rows = [
             [
                 r.language if r.seen else f"{r.language} (unseen)",
                 r.records,
                 r.skipped,
                 r.duplicates,
+                *([r.filtered] if filtered else []),
                 r.train,
                 r.held_out,
                 r.truncated,
@@ -123,7 +140,7 @@ class Corpus:
             ]
             for r in self.report.values()
         ]
-        lines = [text_table(header, rows)]
+        lines = [text_table(header, rows), *self._by_source(), *self._unused()]
         if self.complaints:
             lines += [
                 f"Malformed records left out: {len(self.complaints):,}.",
@@ -141,6 +158,33 @@ class Corpus:
                 f"(data.special_tokens={self.special_tokens})."
             )
         return "\n".join(lines)
+
+    def _by_source(self) -> list[str]:
+        """Lines about what several sources give to each language."""
+        if len(self.sources) < 2:
+            return []
+        rows = [[r.language, *r.by_source] for r in self.report.values() if r.seen]
+        weighed = ""
+        if self.weights is not None:
+            shares = [weight / sum(self.weights) for weight in self.weights]
+            weighed = ", in an epoch repeated up to shares of " + " and ".join(
+                f"{share:.1%}" for share in shares
+            )
+        return [
+            f"Training examples by source{weighed}:",
+            text_table(["language", *self.sources], rows),
+        ]
+
+    def _unused(self) -> list[str]:
+        """A line about held-out examples that nothing uses."""
+        unused = {r.language: r.reserve for r in self.report.values() if r.seen and r.reserve}
+        if not unused:
+            return []
+        return [
+            f"Held out but unused, being more than data.max_held_out: {sum(unused.values()):,} "
+            f"examples ({', '.join(f'{code} {n:,}' for code, n in unused.items())}). "
+            "data.train_unevaluated=true trains on them."
+        ]
 
 
 def load_corpus(
@@ -197,7 +241,7 @@ def load_corpus(
         if "held_out" in part.tables:
             evaluated[language] = part.tables["held_out"]
         report[language] = LanguageReport(**part.about)
-    return Corpus(train, evaluated, report, tuple(complaints), data.special_tokens)
+    return _described(data, train, evaluated, report, complaints)
 
 
 def _in_memory(
@@ -214,7 +258,7 @@ def _in_memory(
 
     def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
         complaints.clear()
-        return _whole(data, tokenizer, source, complaints, some, share, cores, say)
+        return _whole(data, tokenizer, source, complaints, some, share, cores, peers.number == 0)
 
     def make_all() -> dict[str, Kept]:
         return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
@@ -256,11 +300,8 @@ def _cache(
     """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
 
     def look() -> tuple[Path | None, dict[str, list[Origin]]]:
-        opened = open_source(data) if source is None else source
-        origin = getattr(opened, "origin", None)
-        if origin is None:
-            return None, {}
-        return open_cache(data.cache), {language: [origin(language)] for language in languages}
+        origins = origins_of(data, languages, source)
+        return None if origins is None else open_cache(data.cache), origins or {}
 
     root, origins = peers.all_do(look)
     everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
@@ -271,12 +312,30 @@ def _cache(
 
 def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:
     tables = {code: parts[code].tables for code in (*data.seen, *data.unseen)}
-    return Corpus(
+    return _described(
+        data,
         {code: tables[code]["train"] for code in data.seen},
         {code: some["held_out"] for code, some in tables.items() if "held_out" in some},
         {code: LanguageReport(**parts[code].about) for code in tables},
+        complaints,
+    )
+
+
+def _described(
+    data: DataConfig,
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream],
+    held_out: Mapping[str, Sequence[Tokenized]],
+    report: dict[str, LanguageReport],
+    complaints: Sequence[str],
+) -> Corpus:
+    return Corpus(
+        train,
+        held_out,
+        report,
         tuple(complaints),
         data.special_tokens,
+        tuple(str(one.source) for one in data.each),
+        None if data.weights is None else tuple(data.weights),
     )
 
 
@@ -288,7 +347,9 @@ def _part(divided: _Divided, data: DataConfig) -> Kept:
     if data.held_out > 0 or not seen:
         uses.append("held_out")
     tables = {use: _usable(use, divided, data) for use in uses}
-    return Kept(tables, _report(divided, seen).to_dict())
+    if seen and divided.stream is None:
+        tables["train"] = divided.in_shares(tables["train"], data.weights)
+    return Kept(tables, _report(divided, seen, len(data.each)).to_dict())
 
 
 class _Divided(NamedTuple):
@@ -312,6 +373,17 @@ class _Divided(NamedTuple):
         """The examples for a use of which something can be learnt."""
         return self.tokens[use].chosen(self.tokens[use].learnt > 0)
 
+    def sources(self) -> list[int]:
+        """The number of the source of every usable example to train on."""
+        pairs = zip(self.parts["train"], self.tokens["train"].learnt.tolist(), strict=True)
+        return [example.source for example, learnt in pairs if learnt]
+
+    def in_shares(self, usable: TokenTable, weights: Sequence[float] | None) -> TokenTable:
+        """Examples to train on, repeated so that sources have the shares of their weights."""
+        if weights is None:
+            return usable
+        return usable.repeated(in_shares(range(len(usable)), self.sources(), weights))
+
 
 def _whole(
     data: DataConfig,
@@ -321,46 +393,42 @@ def _whole(
     languages: Sequence[str],
     share: Callable[[set[bytes]], set[bytes]],
     cores: int,
-    say: Callable[[str], None],
+    shown: bool,
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
-    reading = read_examples(data, languages, source=source)
-    complaints += reading.complaints
-    distinct = {
-        language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
-    }
-    split = split_languages(
-        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies, share=share
-    )
-    # The limit leaves the rest unused, so that what is trained on does not depend on how much is
-    # evaluated.
-    used = {
-        language: {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
-        for language, divided in split.items()
-    }
-    number = sum(len(part) for parts in used.values() for part in parts.values())
+    divided = divide(data, languages, complaints, source=source, share=share)
+    number = sum(len(found.train) + len(found.held_out) for found in divided.values())
     with (
         Tokenizing(
             tokenizer, data.sequence_length, data.special_tokens, expected=number, cores=cores
         ) as tokenizing,
-        Progress(number, "Tokenising", "examples", say) as progress,
+        watched(number, "tokenising", unit="example", shown=number >= _MANY and shown) as advance,
     ):
-        for language, (examples, skipped) in reading.languages.items():
-            divided, parts = split[language], used[language]
-            reserve = len(divided.held_out) - len(parts["held_out"])
-            total = len(examples) + skipped
-            malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
+        for language, found in divided.items():
+            # The limit leaves the rest unused, so that what is trained on does not depend on how
+            # much is evaluated, unless data.train_unevaluated.
+            parts = {"train": found.train, "held_out": found.held_out}
+            total = found.records + found.skipped
+            malformed = Malformed(
+                f"language {language!r}", data.max_malformed, found.skipped, total
+            )
             tokens = {}
+            filtered = found.filtered
             for use, part in parts.items():
-                parts[use], tokens[use] = tokenizing.tokenize(part, malformed, progress.advance)
+                good, table = tokenizing.tokenize(part, malformed, advance)
+                fitting = [fits_tokens(length, data.lengths) for length in table.lengths.tolist()]
+                parts[use] = list(itertools.compress(good, fitting))
+                tokens[use] = table.chosen(np.array(fitting, bool))
+                filtered += len(good) - len(parts[use])
             bad = len(malformed.complaints)
             complaints += malformed.complaints
             counts = {
-                "records": len(examples) - bad,
-                "skipped": skipped + bad,
-                "duplicates": len(examples) - len(distinct[language]),
-                "leaked": divided.leaked,
-                "reserve": reserve,
+                "records": found.records - bad,
+                "skipped": found.skipped + bad,
+                "filtered": filtered,
+                "duplicates": found.duplicates,
+                "leaked": found.leaked,
+                "reserve": found.reserve,
             }
             yield _Divided(language, parts, tokens, counts)
 
@@ -384,6 +452,7 @@ def _streamed(
         counts = {
             "records": scan.records,
             "skipped": len(scan.complaints),
+            "filtered": scan.filtered,
             "duplicates": scan.duplicates,
             "leaked": 0,
             "reserve": scan.reserve + len(scan.train) - len(train),
@@ -405,7 +474,7 @@ class _Scan:
         assert wanted is not None  # `check_data` asks for it
         self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
-        self.records = self.duplicates = 0
+        self.records = self.duplicates = self.filtered = 0
         found: dict[tuple[str, str], tuple[Example, Tokenized]] = {}
         place, read = Place(), 0
         while len(found) < wanted:
@@ -422,6 +491,7 @@ class _Scan:
             found |= new
             self.complaints += piece.complaints
             self.records += piece.records
+            self.filtered += piece.filtered
             self.duplicates += piece.duplicates + len(piece.held_out) - len(new)
             place = piece.behind
             if piece.ended:
@@ -465,7 +535,7 @@ def _usable(use: str, divided: _Divided, data: DataConfig) -> TokenTable:
     )
 
 
-def _report(divided: _Divided, seen: bool) -> LanguageReport:
+def _report(divided: _Divided, seen: bool, num_sources: int) -> LanguageReport:
     """What became of a language's records."""
     parts, tokens = divided.parts, divided.tokens
     usable = {use: divided.usable(use) for use in parts}
@@ -482,6 +552,7 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
         for use in parts
     }
     trained_replies = set(replies["train"])
+    by_source = Counter(divided.sources())
     return LanguageReport(
         language=divided.language,
         seen=seen,
@@ -490,6 +561,7 @@ def _report(divided: _Divided, seen: bool) -> LanguageReport:
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
         truncated=sum(int(table.truncated.sum()) for table in usable.values()),
         dropped=len(lengths) - sum(map(len, usable.values())),
+        by_source=[by_source[number] for number in range(num_sources)],
         spelled=dict(spelled),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),

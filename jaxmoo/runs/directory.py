@@ -13,6 +13,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from jaxmoo.config import Config, dated, differences, load_config, to_yaml
+from jaxmoo.config.optimizer_section import steps_advice
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable, typed_path
@@ -87,12 +88,17 @@ class RunDirectory:
                 f"output: {self.path} is not empty and holds no run (no config.yaml). Choose "
                 "another directory with output=..."
             )
-        changed = differences(load_config(self.config), config)
+        old, done = load_config(self.config), max(self.steps(), default=0)
+        changed = differences(old, config, done)
         if changed:
+            advice = ""
+            if any(text.startswith("train.steps:") for text in changed):
+                advice = "\n" + steps_advice(old.optimizer, old.train.steps, done)
             raise ConfigError(
                 f"output: {self.path} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nGo on with that run's settings, or start a new one with output=..."
+                + advice
             )
 
     @contextlib.contextmanager

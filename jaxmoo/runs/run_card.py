@@ -44,7 +44,7 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
         languages=tuple(config.data.seen),
         method=f"{tuned} with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
         f"language, resolved by {resolve.aggregator} in blocks ({resolve.blocks})",
-        data=public_name(config.data.source),
+        data=", ".join(public_name(str(one.source)) for one in config.data.each),
         metrics=metrics,
     )
 

@@ -34,14 +34,17 @@ class Clock:
     def __init__(self) -> None:
         self._begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.current = ""  # the part that is going on
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time within the context towards a part."""
         begun = time.perf_counter()
+        self.current = name
         try:
             yield
         finally:
+            self.current = ""
             self.add(name, time.perf_counter() - begun)
 
     def add(self, name: str, seconds: float) -> None:

@@ -64,7 +64,8 @@ class Loop:
           UnsavedError: a checkpoint cannot be written.
         """
         job = self._job
-        if self._goes_on():
+        # A run may have been stopped between its last step and the evaluation of that.
+        if self._goes_on() or stored_scores(job, self._done) is None:
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             latest = self._checkpoints.latest
             begun, weights = self._done, self._examined()
@@ -72,8 +73,13 @@ class Loop:
                 job.setup.batches.reading_ahead(),
                 Reporter(job, self._done, jax.device_get(skipped), latest) as reporter,
             ):
-                self._evaluate(reporter)  # what an interrupted run did not come to
-                job.say("Compiling the training step ...")
+                scores = stored_scores(job, self._done)
+                if scores is None:
+                    self._evaluate(reporter)  # what an interrupted run did not come to
+                else:
+                    reporter.held_out(self._done, scores)
+                if self._goes_on():
+                    job.say("Compiling the training step ...")
                 while self._goes_on():
                     self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
@@ -81,10 +87,20 @@ class Loop:
                         self._tell_of_standstill(reporter, weights, begun)
                 self._profile.close(reporter.flush)
                 self._tell_of_standstill(reporter, weights, begun)
+                self._evaluate_last(reporter)
         self._save()
         self._note(self._done, evaluate(job, self._done, self._state.weights))
         self._checkpoints.wait()
         return self._select()
+
+    def _evaluate_last(self, reporter: Reporter) -> None:
+        """Evaluate the last state, if that was not done: a run may end early with an evaluation."""
+        if stored_scores(self._job, self._done) is None:
+            self._save()
+            with self._job.clock.part("evaluate"):
+                weights = self._state.weights
+                scores = evaluate(self._job, self._done, weights, reporter.message)
+            reporter.held_out(self._done, scores)
 
     def _examined(self) -> dict[str, Condition]:
         return examine(self._state.params, self._job.setup.everywhere)

@@ -1,10 +1,11 @@
-"""What a run writes down while it goes: metrics.jsonl, TensorBoard events and a progress bar.
+"""What a run writes down while it goes: metrics.jsonl and TensorBoard events.
 
 A *row* is a mapping with an integer ``step`` and any of these, as far as they are known then::
 
-    {"step": 12,
+    {"step": 12, "time": "2026-11-28T03:13:41+00:00",
      "loss": {"en": 2.31, ...},             # mean per target token, before the step's update; of
                                             # the languages of the step
+     "mean_loss": 2.4,                      # mean over them
      "epochs": {"en": 0.4, ...},            # passes over each language's examples so far
      "malformed": {"en": 0, ...},           # of streams: records left out so far
      "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
@@ -22,29 +23,30 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "mfu": 0.41,                           # see jaxmoo.train.throughput
      "device_memory_peak": 30e9,            # bytes, of the first device
      "blocks": {"layers.22": {"conflict_share": 0.29, "update_norm": 0.1}, ...}}
+
+or, where the run was evaluated, from step 0 to the last one::
+
+    {"step": 12, "time": "2026-11-28T03:13:41+00:00",
+     "held_out": {"en": 2.1, ...}}          # mean negative log-likelihood per token
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
-import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.atomic import replace_text
 
-__all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
+__all__ = ["MetricsWriter", "check_packages", "read_metrics"]
 
 
 class MetricsWriter:
@@ -250,105 +252,3 @@ def _wandb_run(directory: Path, project: str) -> Any:
     return wandb.init(
         project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
     )
-
-
-class Progress:
-    """Shows a run's progress: on a terminal as a bar over a line of per-language losses.
-
-    Where the output is not a terminal (a log file, a batch job) it writes a plain line every few
-    steps instead.
-
-    Args:
-      steps: steps of the whole run.
-      start: steps already done when a run is resumed.
-      every: steps between the lines where there is no terminal.
-      file: where to; standard error by default.
-    """
-
-    def __init__(self, steps: int, *, start: int = 0, every: int = 10, file: TextIO | None = None):
-        self._file = sys.stderr if file is None else file
-        self._steps, self._every = steps, every
-        self._start, self._begun = start, time.monotonic()
-        self._bar = self._losses = None
-        self._width = 80
-        if self._file.isatty():
-            layout = "{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}]  {desc}"
-            common = {"file": self._file, "dynamic_ncols": True, "miniters": 1}
-            self._bar = tqdm(total=steps, initial=start, bar_format=layout, **common)
-            self._losses = tqdm(total=0, position=1, bar_format="{desc}", **common)
-
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Show a training row; its ``step`` counts the steps done."""
-        row = _plain(row)
-        step = row["step"]
-        losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
-        summary = _summary(row, losses)
-        if self._bar is not None and self._losses is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                self._width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
-            self._losses.set_description_str(_compact(losses, self._width - 1), refresh=False)
-            self._bar.set_description_str(summary, refresh=False)
-            if self._bar.update(step - self._bar.n):
-                self._losses.refresh()
-        elif step % self._every == 0 or step in (self._start + 1, self._steps):
-            elapsed = time.monotonic() - self._begun
-            left = elapsed / max(step - self._start, 1) * (self._steps - step)
-            self._print(
-                f"step {step}/{self._steps} [{tqdm.format_interval(elapsed)}<"
-                f"{tqdm.format_interval(left)}]  {summary}  | {_compact(losses)}"
-            )
-
-    def message(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self._bar is not None:
-            tqdm.write(text, file=self._file)
-        else:
-            self._print(text)
-
-    def close(self) -> None:
-        """Leave the bar as it is and let other output follow."""
-        for bar in (self._bar, self._losses):
-            if bar is not None:
-                bar.close()
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _summary(row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
-    parts = []
-    if losses:
-        worst = max(losses, key=lambda code: (math.isnan(losses[code]), losses[code]))
-        parts.append(f"loss {sum(losses.values()) / len(losses):.3f}")
-        if len(losses) > 1:
-            parts.append(f"worst {worst} {losses[worst]:.3f}")
-    if row.get("epochs"):
-        epochs = row["epochs"].values()
-        ends = dict.fromkeys(f"{x:.1f}" for x in (min(epochs), max(epochs)))
-        parts.append(f"epoch {' to '.join(ends)}")
-    if row.get("conflict_share") is not None:
-        parts.append(f"conflict {100 * row['conflict_share']:.0f}%")
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-    return "  ".join(parts)
-
-
-def _compact(losses: Mapping[str, float], width: int | None = None) -> str:
-    """Losses in one line; those of the highest loss where not all of them fit."""
-    entries = [f"{code} {loss:.2f}" for code, loss in losses.items()]
-    if width is None or len("  ".join(entries)) <= width:
-        return "  ".join(entries)
-    worst = sorted(losses, key=lambda code: (math.isnan(losses[code]), losses[code]), reverse=True)
-    line = ""
-    for code in worst:
-        entry = f"{code} {losses[code]:.2f}  "
-        if len(line) + len(entry) + len("...") > width:
-            break
-        line += entry
-    return line + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -16,8 +17,9 @@ from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
 from jaxmoo.runtime.processes import is_first
 from jaxmoo.train.job import Job
-from jaxmoo.train.metrics import MetricsWriter, Progress
+from jaxmoo.train.metrics import MetricsWriter
 from jaxmoo.train.optimizer import learning_rate
+from jaxmoo.train.progress import Progress
 from jaxmoo.train.throughput import peak_flops
 
 __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
@@ -83,7 +85,9 @@ class Reporter:
                     resume_step=self._start or None,
                 )
             )
-            self._progress = self._open.enter_context(Progress(steps, start=self._start))
+            self._progress = self._open.enter_context(
+                Progress(steps, start=self._start, doing=lambda: self._job.clock.current)
+            )
         return self
 
     def __exit__(
@@ -142,7 +146,7 @@ class Reporter:
         """Write down the held-out scores of a step."""
         if self._metrics is not None:
             held_out = {code: score.nll for code, score in scores.items()}
-            self._metrics.write({"step": step, "held_out": held_out})
+            self._metrics.write({"step": step, "time": _now(), "held_out": held_out})
 
     def message(self, text: str) -> None:
         """Show a line for a person to read."""
@@ -166,7 +170,9 @@ class Reporter:
 
         row = {
             "step": done.step,
+            "time": _now(),
             "loss": by_language(measured["loss"]),
+            "mean_loss": measured["loss"][number].mean(),
             "epochs": batches.epochs(done.step),
             "learning_rate": float(measured["learning_rate"]),
             "tokens": tokens,
@@ -257,3 +263,8 @@ class Reporter:
                 f"the data or, if model.dtype is not float32, that."
             )
         raise NonFiniteLossError(f"{what} is not finite in step {step}. {saved} {advice}")
+
+
+def _now() -> str:
+    """Date and time, as everybody reads them."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

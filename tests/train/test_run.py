@@ -41,6 +41,11 @@ SHORT = QUIET | {
 }
 
 
+def trained(run: Path) -> list[dict]:
+    """The rows of a run's metrics that are of training steps."""
+    return [row for row in read_metrics(run) if "loss" in row]
+
+
 class Finished(NamedTuple):
     """A run of one step that is done."""
 
@@ -103,7 +108,7 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     for language in ("en", "es"):
         assert results["after"][language]["nll"] < results["before"][language]["nll"]
     assert "seen mean" in capsys.readouterr().out
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = trained(run)
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["blocks"]) == {f"layers.{i}" for i in range(22, 30)}
     assert {p.name for p in (run / "report").iterdir()} >= {"index.html", "loss.png"}
@@ -163,9 +168,14 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     assert main(["--config", str(config), f"output={killed}"]) == 0
     for name, array in weights(unbroken).items():
         assert np.array_equal(weights(killed)[name], array), name
-    steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
-    assert steps == list(range(1, 7))
-    rows, resumed = (read_metrics(run / "metrics.jsonl") for run in (unbroken, killed))
+    rows, resumed = (trained(run) for run in (unbroken, killed))
+    assert [row["step"] for row in resumed] == list(range(1, 7))
+    # The held-out curve begins with the model as it was, and ends with the last step.
+    curves = [
+        [(row["step"], row["held_out"]) for row in read_metrics(run) if "held_out" in row]
+        for run in (unbroken, killed)
+    ]
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [0, 6]
     assert all(0 < row["gram_error"] < 0.5 for row in rows)
     for name in ("loss", "weights", "cosine", "skipped", "tokens", "epochs", "gram_error"):
         assert [row[name] for row in rows] == [row[name] for row in resumed], name
@@ -326,10 +336,10 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(
     reference = weights(tmp_path / "one device")
     before = load_file(Path(load_config(config).model.source) / "model.safetensors")
     assert largest_difference(reference, before) > 1e-2
-    first = read_metrics(tmp_path / "one device" / "metrics.jsonl")
+    first = trained(tmp_path / "one device")
     for name in ("stacked", *meshes):
         assert largest_difference(weights(tmp_path / name), reference) < 1e-5, name
-        for a, b in zip(first, read_metrics(tmp_path / name / "metrics.jsonl"), strict=True):
+        for a, b in zip(first, trained(tmp_path / name), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), name
 
 

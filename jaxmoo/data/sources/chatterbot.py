@@ -17,8 +17,8 @@ import zipfile
 
 import yaml
 
-from jaxmoo.data.sources.records import Origin, SequenceStream
-from jaxmoo.errors import DataError, did_you_mean
+from jaxmoo.data.sources.records import MissingLanguageError, Origin, SequenceStream
+from jaxmoo.errors import did_you_mean
 
 BUILT_IN = "chatterbot"  # its name as a source
 PACKAGE = "chatterbot-corpus"
@@ -76,7 +76,7 @@ class Chatterbot:
           DownloadError: the wheel could not be fetched.
         """
         if language not in FOLDERS:
-            raise DataError(
+            raise MissingLanguageError(
                 f"The chatterbot corpus has no language {language!r}. Available: "
                 f"{', '.join(sorted(FOLDERS))}.{did_you_mean(language, FOLDERS)}"
             )
