@@ -529,6 +529,11 @@ def _usable(use: str, divided: _Divided, data: DataConfig) -> TokenTable:
             "sequence_length if the model reads longer ones."
         )
     advice = "lower held_out" if use == "train" else "raise held_out"
+    if use == "held_out" and data.held_out_source is not None:
+        raise DataError(
+            f"Language {language!r} has no held-out examples: data.held_out_source has none of it "
+            f"that is not trained on, too ({divided.counts['leaked']} are)."
+        )
     raise DataError(
         f"Language {language!r} has no {use} examples at held_out={data.held_out}: its other part "
         f"has {sum(map(len, divided.parts.values()))}. Give it more data, or {advice}."

@@ -70,7 +70,8 @@ class Heartbeat:
             now = time.monotonic()
             if now - self._last >= self._every:
                 self._last = now
-                self._beat(now - self._heard)
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                    self._beat(now - self._heard)
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()

@@ -245,6 +245,9 @@ def test_several_sources_have_the_shares_of_their_weights(tmp_path, tokenizer):
     assert len(weighed.train["fr"]) == weighed.report["fr"].by_source[0] == len(even.train["fr"])
     assert "shares of 25.0% and 75.0%" in weighed.table()
 
+    # What one source says of itself need not be said for languages that it lacks.
+    only = {"prompt": {"en": "{q}"}, "completion": {"en": "{a}"}, "columns": {}}
+    assert len(load(a, b | only).train["en"]) == len(even.train["en"])
     with pytest.raises(DataError, match=r"b\.jsonl has none of the languages fr\. .*Available: en"):
         load(a, b, seen=["fr"])
     with pytest.raises(DataError, match=r"None of the sources .* has de\."):
@@ -263,6 +266,8 @@ def test_own_held_out_files_are_evaluated_without_what_is_trained_on(tmp_path, t
     assert (en.train, en.held_out, en.leaked, en.reserve) == (30, 4, 5, 1)
     assert (fr.train, fr.held_out, fr.leaked, fr.reserve) == (0, 4, 0, 3)
     assert en.records == 40
+    with pytest.raises(DataError, match=r"none of it that is not trained on, too \(30 are\)"):
+        load_corpus(tmp_path / "train", tokenizer, held_out_source=str(tmp_path / "train"))
 
 
 def test_examples_of_other_lengths_are_left_out_and_counted(tmp_path, tokenizer):
