@@ -290,11 +290,13 @@ class TokenCache:
         others = {}
         if not (self.problem or self._whole):
             rest = [code for code in self._languages if code not in self.mine]
-            others = {language: self._open(self._entry, language) for language in rest}
+            try:
+                others = {language: self._open(self._entry, language) for language in rest}
+            except (OSError, ValueError) as error:  # a file system that shows them late
+                self.problem = str(error)
         self._peers.exchange(b"")  # nobody removes or replaces it before all have it open
         if makes:
-            if self.problem:
-                self.abandon()
+            self.abandon()  # nothing, if it has its name
             self._clean()
         return others
 
