@@ -19,6 +19,7 @@ from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_
 from jaxmoo.data.sources.records import (
     Malformed,
     MissingLanguageError,
+    Origin,
     Record,
     RecordStream,
     SequenceStream,
@@ -39,12 +40,16 @@ __all__ = [
     "TableSource",
     "load_examples",
     "open_source",
+    "origins_of",
     "read_examples",
 ]
 
 
 class Source(Protocol):
     """Opens the records of every language.
+
+    One that also has a method ``origin(language)``, which returns an `Origin`, has its tokens kept
+    (``data.cache``).
 
     Attributes:
       column: the column that names a record's language, where every stream has the records of all
@@ -82,6 +87,13 @@ class FilesSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records."""
+        return _opened(self._file(language), self._data)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        return Origin((self._file(language),))
+
+    def _file(self, language: str) -> Path:
         name = self._data.codes.get(language, language)
         files = self._files.get(name)
         if not files:
@@ -92,7 +104,7 @@ class FilesSource:
                 f"{', '.join(file.name for file in files)}. Keep one, or give a pattern "
                 "such as 'data/{language}.jsonl'."
             )
-        return _opened(files[0], self._data)
+        return files[0]
 
 
 class TableSource:
@@ -118,6 +130,10 @@ class TableSource:
         """Return a new stream of all languages' records."""
         return _opened(self._path, self._data)
 
+    def origin(self, language: str) -> Origin:
+        """Return what decides all languages' records."""
+        return Origin((self._path,))
+
 
 class HubSource:
     """A hub dataset whose languages are subsets, splits or values of a column.
@@ -133,6 +149,16 @@ class HubSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records; with a column, of all languages'."""
+        name, table = self._table(language)
+        return _HubStream(name, table) if self._data.streaming else SequenceStream(name, table)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        name, table = self._table(language)
+        return Origin(name=f"{name} {table._fingerprint}")
+
+    def _table(self, language: str) -> tuple[str, Any]:
+        """A new table of a language's records, and what it is called."""
         import datasets
 
         data, subset, split = self._data, self._data.subset, self._data.split
@@ -150,8 +176,7 @@ class HubSource:
             split = split.replace("{language}", name)
         options = {"split": split, "streaming": data.streaming}
         table = self._call(datasets.load_dataset, self._dataset, subset, **options)
-        name = f"{self._dataset} ({subset or 'default'}, {split})"
-        return _HubStream(name, table) if data.streaming else SequenceStream(name, table)
+        return f"{self._dataset} ({subset or 'default'}, {split})", table
 
     @functools.cached_property
     def _subsets(self) -> list[str]:
@@ -247,6 +272,38 @@ def open_source(data: DataConfig) -> Source:
         f"{''.join(f'{name!r}, ' for name in built_in)}a path such as 'data/{{language}}.jsonl', a "
         "directory, or a hub dataset 'owner/name'."
     )
+
+
+def origins_of(
+    data: DataConfig, languages: Sequence[str], source: Source | None = None
+) -> dict[str, list[Origin]] | None:
+    """Return what decides the records of every language, in all sources that the settings name.
+
+    Args:
+      data: the settings.
+      languages: their codes.
+      source: where the records come from, if not from ``data.source``.
+
+    Returns:
+      Per language one `Origin` for each source; None where a source may change unnoticed.
+
+    Raises:
+      ConfigError, DataError: a source cannot be opened.
+    """
+    own = data.own_held_out
+    opened = [open_source(one) for one in data.each] if source is None else [source]
+    opened += [] if own is None else [open_source(one) for one in own.each]
+    found: dict[str, list[Origin]] = {language: [] for language in languages}
+    for one in opened:
+        origin = getattr(one, "origin", None)
+        if origin is None:
+            return None
+        for language in languages:
+            try:
+                found[language].append(origin(language))
+            except MissingLanguageError:  # that one of several has it is seen to by reading them
+                found[language].append(Origin(name="none"))
+    return found
 
 
 def _missing_language(
@@ -353,6 +410,7 @@ def read_examples(
     *,
     choices: str | None = None,
     source: Source | None = None,
+    whole: bool = True,
 ) -> Reading:
     """Read each language's examples to the end of the source.
 
@@ -361,6 +419,7 @@ def read_examples(
       languages: the codes to read.
       choices: the column with a list of texts that the reply is chosen from; see `Example`.
       source: where the records come from, if not from ``data.source``.
+      whole: whether one of several sources that has none of these languages is an error.
 
     Returns:
       Per language, in the order of `languages`, its examples, and what is wrong with the records
@@ -377,17 +436,17 @@ def read_examples(
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
     if source is not None or not data.sources:
         return _read(data, languages, choices, source)
-    return _read_several(data.each, languages, choices)
+    return _read_several(data.each, languages, choices, whole)
 
 
 def _read_several(
-    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None
+    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None, whole: bool
 ) -> Reading:
     """Read several sources, each of which has one of the languages at least."""
     languages_read: dict[str, Loaded] = {}
     complaints: list[str] = []
     for number, data in enumerate(sources):
-        reading = _read(data, languages, choices, None, partly=True)
+        reading = _read(data, languages, choices, None, partly=True, whole=whole)
         complaints += reading.complaints
         for language, found in reading.languages.items():
             before = languages_read.get(language, Loaded([], 0))
@@ -411,6 +470,7 @@ def _read(
     source: Source | None,
     *,
     partly: bool = False,
+    whole: bool = True,
 ) -> Reading:
     """Read one source, which may lack some of the languages if `partly`."""
     shape = layout(data, choices)
@@ -432,7 +492,7 @@ def _read(
         names = {language: data.codes.get(language, language) for language in languages}
         sort = functools.partial(_sorted, column=source.column, where=where, stray=stray)
         streams = sort(source.open(languages[0]), names, lacking=lacking if partly else None)
-    if lacking and not streams:
+    if lacking and not streams and whole:
         raise MissingLanguageError(
             f"{where} has none of the languages {', '.join(languages)}. {lacking[0]}"
         )
