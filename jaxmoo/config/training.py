@@ -20,6 +20,7 @@ import yaml
 
 from jaxmoo.config import reading, schema
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig, SamplingConfig, check_data
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.config.lora_section import LoraConfig, check_lora
 from jaxmoo.config.optimizer_section import OptimizerConfig
 from jaxmoo.config.resolve_section import (
@@ -150,11 +151,20 @@ class TrainConfig:
         choices=("last", "best"),
         free=True,
     )
-    checkpoint_every: int = setting(
-        0, "Steps between checkpoints; 0 saves only at the end.", within=_AT_LEAST_0, free=True
+    checkpoint_every: int | str = setting(
+        "10min",
+        "Between checkpoints: a time such as `90s`, `10min` or `2h`, by the clock of the first "
+        "process, or a number of steps; 0 saves only at the end.",
+        free=True,
     )
     keep_checkpoints: int = setting(
         2, "Newest checkpoints to keep; older ones are deleted.", within=_AT_LEAST_1, free=True
+    )
+    stop_file: str | None = setting(
+        None,
+        "A file whose appearance, on any host, stops the run as SIGTERM does; it must not be there "
+        "at the start. null watches for none.",
+        free=True,
     )
     hang_timeout: float = setting(
         1800.0,
@@ -336,6 +346,10 @@ def validate(config: Config) -> None:
         ):
             if wanted and not config.train.evaluate_every:
                 problems.append(f"train.{name} needs evaluations: set train.evaluate_every.")
+        try:
+            parse_interval(config.train.checkpoint_every, "train.checkpoint_every")
+        except ConfigError as error:
+            problems.append(str(error))
         if config.optimizer.warmup_steps > config.train.steps:
             problems.append(
                 f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than the "

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxmoo.config import Config, dated, to_yaml, validate
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
 from jaxmoo.platforms import platform_of
 from jaxmoo.report import write_report
@@ -20,7 +21,9 @@ from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
+from jaxmoo.runtime.notices import check_stop_file, watched
 from jaxmoo.runtime.processes import barrier, check_same, is_first
+from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
 from jaxmoo.train.condition import examine, largest
@@ -74,7 +77,15 @@ def train(
     validate(config)
     say = say if is_first() else _silence
     directory = RunDirectory(config.output)
-    with named_when_full(_LESS_MEMORY), StopRequest() as stop:
+    check_stop_file(config.train.stop_file)
+    # The first process's clock decides for all.
+    seconds = parse_interval(config.train.checkpoint_every).seconds if is_first() else None
+    saves = SaveRequest(seconds)
+    with (
+        named_when_full(_LESS_MEMORY),
+        StopRequest() as stop,
+        watched(config.train.stop_file, stop=stop.ask, save=saves.ask),
+    ):
         with stop.at_once():
             config = directory.resumed(config)
             directory.check(config)
@@ -93,7 +104,7 @@ def train(
                 data=batch_digest(setup.batches, 0),
                 versions=str(versions()),
             )
-            return _train(Job(config, setup, directory, stop, hang, say), measure)
+            return _train(Job(config, setup, directory, stop, saves, hang, say), measure)
 
 
 _LESS_MEMORY = (

@@ -11,7 +11,7 @@ import pytest
 
 from devices import run_python
 from jaxmoo import mesh
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, DamagedError
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.runs.checkpoint import Checkpoints, unchecked
 
@@ -143,6 +143,29 @@ def test_damage_to_large_files_is_found_while_they_are_read_and_is_the_last_word
             checkpoints.restore(1, saved)
     # What the library had begun to read complains, unless it is told not to.
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_damaged_ones_are_set_aside_and_never_deleted(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 4):
+            checkpoints.save(step, state(step), {"step": step})
+        checkpoints.wait()
+        assert (checkpoints.before(4), checkpoints.before(1)) == (2, None)
+        for number in ("4", "4.1"):
+            file = next(p for p in (tmp_path / "4" / "about").iterdir() if p.stat().st_size)
+            file.write_bytes(file.read_bytes()[1:])
+            damaged = file.read_bytes()
+            with pytest.raises(DamagedError, match=f"{file.name} is not what was written"):
+                checkpoints.about(4)
+            place = tmp_path / "damaged" / number
+            assert checkpoints.set_aside([4]) == {4: place}
+            assert (place / "about" / file.name).read_bytes() == damaged
+            assert checkpoints.latest() == 2
+            checkpoints.save(4, state(4), {"step": 4})
+            checkpoints.wait()
+            assert checkpoints.latest() == 4 and checkpoints.about(4) == {"step": 4}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 4
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):

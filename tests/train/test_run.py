@@ -271,6 +271,36 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
     assert (export / "model.safetensors").read_bytes() != first
 
 
+@pytest.mark.slow
+def test_the_checkpoint_before_a_damaged_one_is_used_and_gives_the_same_weights(
+    finished, tmp_path, capsys
+):
+    command = [*finished.copied(tmp_path / "run"), "train.steps=2"]
+    assert main(command) == 0
+    good, checkpoints = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    shutil.rmtree(tmp_path / "run" / "export")
+    files = [path for path in (checkpoints / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    flip(largest, 1000)
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{largest.relative_to(checkpoints / '2')} is not what was written. It is now in" in said
+    assert f"Warning: The checkpoint {checkpoints / '2'} cannot be restored" in said
+    assert "Resuming from the checkpoint of step 1." in said
+    assert (checkpoints / "damaged" / "2").is_dir() and (checkpoints / "2").is_dir()
+    for name, array in weights(tmp_path / "run").items():
+        assert np.array_equal(good[name], array), name
+
+    # None is whole: an error, as nothing says whether to begin anew; and nothing is moved.
+    shutil.rmtree(checkpoints / "1" / "about")
+    (checkpoints / "2" / "digests.json").write_text("{}")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "2/digests.json is damaged" in error and "remove that directory" in error
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2", "damaged"}
+
+
 def test_a_run_goes_on_only_with_the_model_that_it_began_with(finished, tmp_path, capsys, request):
     base, run = finished.base, tmp_path / "run"
     command = finished.copied(run)
