@@ -13,14 +13,14 @@ from jaxmoo.errors import InterruptedRunError, JaxmooError, failed
 from jaxmoo.runtime.processes import Launch, start
 from jaxmoo.train.run import train
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @command()
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> int:
     """Run the command; return its exit code: see `command`."""
     # Settings may stand between flags.
-    options = _parser(prog).parse_intermixed_args(arguments)
+    options = make_parser(prog).parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> 
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments.
+
+    Args:
+      prog: what the command is called.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Fine-tune one language model on many languages, conflicts between them "

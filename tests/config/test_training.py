@@ -415,7 +415,10 @@ def test_anchors_that_do_no_harm_are_read(load):
             "optimizer.learning_rate=1" + "0" * 400,
             "learning_rate must be a number, above 0, found",
         ),
-        ("train.checkpoint_every=10m", "steps such as 50, or a time such as 90s, 10min or 2h; found"),
+        (
+            "train.checkpoint_every=10m",
+            "a time such as 90s, 10min or 2h; found",
+        ),
         ("train.checkpoint_every=0s", "train.checkpoint_every must be a number of steps"),
         ("train.checkpoint_every=-1", "train.checkpoint_every must be a number of steps"),
         ("train.checkpoint_every=0.5", "train.checkpoint_every must be an integer or text, found"),
