@@ -59,7 +59,7 @@ def test_no_command_a_misspelt_one_and_the_version(capsys):
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("usage: jaxmoo COMMAND")
     assert main(["trian", "--config", "x"]) == 2
-    assert "no command 'trian'. Did you mean 'train'? There are train, data" in (
+    assert "no command 'trian'. Did you mean 'train'? There are train, launch, data" in (
         capsys.readouterr().err
     )
     assert main(["--version"]) == 0
