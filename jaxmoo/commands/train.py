@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> 
     """Run the command; return its exit code: see `command`."""
     # Settings may stand between flags.
     options = make_parser(prog).parse_intermixed_args(arguments)
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, [*options.overrides, *_short(options)])
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
@@ -46,6 +46,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> 
     return 0
 
 
+def _short(options: argparse.Namespace) -> list[str]:
+    """Settings that have flags of their own."""
+    pushed = [f"push_to_hub={options.push_to_hub}"] if options.push_to_hub else []
+    return [*pushed, *(["hub_private=true"] if options.private else [])]
+
+
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command's arguments.
 
@@ -61,6 +67,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     add_settings(parser, "run")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the export, with its card (push_to_hub=REPO)"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make that a private one (hub_private=true)"
+    )
     group = parser.add_argument_group(
         "several processes",
         "Slurm (srun), Open MPI and the TPU pods of GKE are recognised. Elsewhere, name the "

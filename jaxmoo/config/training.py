@@ -261,8 +261,30 @@ class Config:
     )
     wandb: str | None = setting(
         None,
-        "Project of Weights & Biases to which metrics are also sent (package `wandb`); the run is "
+        "Project of Weights & Biases to which metrics are also sent (extra `wandb`); the run is "
         "named after the output directory.",
+        free=True,
+    )
+    trackio: str | None = setting(
+        None, "Project of Trackio to which metrics are also sent (extra `trackio`).", free=True
+    )
+    mlflow: str | None = setting(
+        None,
+        "Experiment of MLflow to which metrics are also sent (extra `mlflow`); where to, "
+        "`MLFLOW_TRACKING_URI` says.",
+        free=True,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "Repository, such as `me/model`, on a Hugging Face hub, to which the export is uploaded at "
+        "the end, with its card; made at the start, so that a missing token is known before "
+        "training. Of `lora.export=both`, the merged model.",
+        free=True,
+    )
+    hub_private: bool | None = setting(
+        None,
+        "Whether `push_to_hub` makes a private repository; null leaves it to the hub (public, "
+        "unless the organisation says otherwise).",
         free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -346,6 +368,8 @@ def validate(config: Config) -> None:
         ):
             if wanted and not config.train.evaluate_every:
                 problems.append(f"train.{name} needs evaluations: set train.evaluate_every.")
+        if config.push_to_hub and not config.export:
+            problems.append("push_to_hub needs export=true.")
         try:
             parse_interval(config.train.checkpoint_every, "train.checkpoint_every")
         except ConfigError as error:

@@ -19,7 +19,7 @@ from jaxmoo.runs.run_card import adapter_card, public_name, run_card
 from jaxmoo.runtime.processes import from_first, is_first
 from jaxmoo.train.job import Job
 
-__all__ = ["check_exports", "export"]
+__all__ = ["check_exports", "export", "exports"]
 
 _CARD = "README.md"
 
@@ -34,7 +34,7 @@ def check_exports(config: Config, directory: RunDirectory) -> None:
     exported, steps = directory.exported_step(), directory.steps()
     if exported is not None and steps and steps[-1] >= config.train.steps:
         return
-    for path in _wanted(config, directory):
+    for path in exports(config, directory):
         _check_own(path)
 
 
@@ -54,7 +54,7 @@ def export(job: Job, params: Any, step: int) -> None:
     recorded = directory.exported_step() == step
     ending = job.setup.ending
     stop = () if ending is None else (ending,)
-    for path in _wanted(config, directory):
+    for path in exports(config, directory):
         if from_first(recorded and path.is_dir() and any(path.iterdir())):
             first_process(lambda path=path: _check_whole(path))
             continue
@@ -84,7 +84,8 @@ def export(job: Job, params: Any, step: int) -> None:
                 job.say(NO_ENDING)
 
 
-def _wanted(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+def exports(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+    """Return where a run exports to, the merged model first."""
     if not config.export:
         return ()
     merged, adapter = directory.export, directory.adapter

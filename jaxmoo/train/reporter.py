@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxmoo.config import schema
 from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
@@ -20,6 +21,7 @@ from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import MetricsWriter, Progress
 from jaxmoo.train.optimizer import learning_rate
 from jaxmoo.train.throughput import peak_flops
+from jaxmoo.train.trackers import trackers_of
 
 __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
 
@@ -79,9 +81,9 @@ class Reporter:
             self._metrics = self._open.enter_context(
                 MetricsWriter(
                     self._job.directory.path,
-                    tensorboard=config.tensorboard,
-                    wandb=config.wandb,
+                    trackers_of(config),
                     resume_step=self._start or None,
+                    settings=schema.values(config),
                 )
             )
             self._progress = self._open.enter_context(Progress(steps, start=self._start))

@@ -13,6 +13,8 @@ import jax
 from jaxmoo.config import Config, dated, to_yaml, validate
 from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
+from jaxmoo.hf.directory import first_process
+from jaxmoo.hf.push import prepare_push, push
 from jaxmoo.platforms import platform_of
 from jaxmoo.report import write_report
 from jaxmoo.runs.checkpoint import Checkpoints
@@ -28,14 +30,15 @@ from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
 from jaxmoo.train.condition import examine, largest
 from jaxmoo.train.evaluation import evaluate
-from jaxmoo.train.export import check_exports, export
+from jaxmoo.train.export import check_exports, export, exports
 from jaxmoo.train.job import Job
 from jaxmoo.train.kept import Kept
 from jaxmoo.train.loop import Loop
-from jaxmoo.train.metrics import check_packages, read_metrics
+from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.resume import batch_digest, resume
 from jaxmoo.train.setup import Setup, prepare
+from jaxmoo.train.trackers import check_packages, trackers_of
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 
@@ -71,6 +74,7 @@ def train(
       ConfigError, DataError, CheckpointError, DownloadError: before any training.
       NonFiniteLossError: a loss is NaN or infinite; checkpoints stay as they are.
       UnsavedError: a checkpoint cannot be written; those before it stay as they are.
+      PushError: all is done but uploading the model; the same command tries it again.
       MemoryFullError: memory has run out; checkpoints stay as they are.
       InterruptedRunError: on SIGINT or SIGTERM, once everything is saved.
     """
@@ -90,7 +94,8 @@ def train(
             config = directory.resumed(config)
             directory.check(config)
             check_exports(config, directory)
-            check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+            check_packages(trackers_of(config))
+            repository = _repository(config)
             setup = prepare(config, say, kept=kept)
             config = dated(config, setup.date)
             say(_plan(config, setup))
@@ -104,7 +109,27 @@ def train(
                 data=batch_digest(setup.batches, 0),
                 versions=str(versions()),
             )
-            return _train(Job(config, setup, directory, stop, saves, hang, say), measure)
+            results = _train(Job(config, setup, directory, stop, saves, hang, say), measure)
+        if config.push_to_hub is not None:
+            # Beyond the hang timer: it takes as long as it takes.
+            with stop.at_once():
+                first_process(lambda: _push(config, directory, repository, results["steps"], say))
+        return results
+
+
+def _repository(config: Config) -> str:
+    """The repository that the export goes to, which is there from here on; empty if none."""
+    if config.push_to_hub is None or not is_first():
+        return ""
+    return prepare_push(config.push_to_hub, config.hub_private)
+
+
+def _push(
+    config: Config, directory: RunDirectory, repository: str, step: int, say: Callable[[str], None]
+) -> None:
+    path = exports(config, directory)[0]
+    say(f"Uploading {path} to {repository} ...")
+    say(f"Uploaded: {push(path, repository, f'jaxmoo, step {step}')}")
 
 
 _LESS_MEMORY = (

@@ -223,6 +223,23 @@ def test_a_finished_run_only_repeats_its_table(finished, tmp_path, capsys):
     assert os.stat(model).st_mtime_ns == stamp
 
 
+def test_an_export_is_uploaded_at_the_end_and_a_missing_token_known_at_the_start(
+    finished, tmp_path, capsys, monkeypatch
+):
+    command, pushed = finished.copied(tmp_path / "run"), []
+    monkeypatch.setattr("jaxmoo.hf.push.get_token", lambda: None)
+    assert main([*command, "--push-to-hub", "me/model"]) == 2
+    captured = capsys.readouterr()
+    assert "there is no token" in captured.err and not captured.out
+    monkeypatch.setattr("jaxmoo.train.run.prepare_push", lambda name, private: f"{name} {private}")
+    monkeypatch.setattr("jaxmoo.train.run.push", lambda *asked: pushed.append(asked) or "there")
+    assert main([*command, "--push-to-hub", "me/model", "--private"]) == 0
+    assert pushed == [(tmp_path / "run" / "export", "me/model True", "jaxmoo, step 1")]
+    assert capsys.readouterr().out.endswith("Uploaded: there\n")
+    assert main([*command, "push_to_hub=me/model", "export=false"]) == 2
+    assert "push_to_hub needs export=true" in capsys.readouterr().err
+
+
 def flip(file, place):
     """Flip one bit of a file, as a disk may."""
     content = bytearray(file.read_bytes())
