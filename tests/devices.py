@@ -4,9 +4,10 @@ import functools
 import importlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,33 @@ def run_python(arguments, *, devices=1, check=True, **environment):
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def run_together(arguments, *, processes=2, devices=1, check=True, **environment):
+    """Run ``python ARGUMENTS`` in several processes that find each other, by JAX's variables.
+
+    Each has so many devices; ``{process}`` in an argument is its number. Return what each printed.
+    """
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+
+    def one(number):
+        return run_python(
+            [str(argument).replace("{process}", str(number)) for argument in arguments],
+            devices=devices,
+            check=check,
+            # Programs of several processes on CPUs do not come from a cache.
+            JAX_ENABLE_COMPILATION_CACHE="0",
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(processes),
+            JAX_PROCESS_ID=str(number),
+            PYTHONPATH=str(ROOT),
+            **environment,
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(one, range(processes)))
 
 
 @pytest.fixture(scope="session")

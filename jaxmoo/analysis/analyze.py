@@ -8,11 +8,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
+from jaxmoo import mesh
 from jaxmoo.analysis.gradient_sections import (
     conflict_section,
     interference_section,
@@ -21,9 +24,9 @@ from jaxmoo.analysis.gradient_sections import (
 from jaxmoo.analysis.interference import interference
 from jaxmoo.analysis.parallel import Sentence, read_parallel, tokenize_parallel
 from jaxmoo.analysis.representation_sections import neurons_section, separability_section
-from jaxmoo.analysis.representations import represent
+from jaxmoo.analysis.representations import Representations, represent
 from jaxmoo.analysis.section import Section
-from jaxmoo.analysis.stationarity import measure_grams, paired_batch
+from jaxmoo.analysis.stationarity import PairedGrams, check_examples, measure_grams, paired_batch
 from jaxmoo.config.training import Config, load_config
 from jaxmoo.convert.models import open_model
 from jaxmoo.data.load import load_data
@@ -32,11 +35,15 @@ from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
+from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder, segments_for
+from jaxmoo.models.paths import STACKED
 from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
 from jaxmoo.runs.provenance import versions
+from jaxmoo.runs.trained_parameters import begun_model
+from jaxmoo.runtime.processes import check_same, is_first
 
 __all__ = ["MEASURES", "Request", "analyze"]
 
@@ -64,6 +71,8 @@ class Request:
       singles: runs on single languages.
       samples: of the bootstrap.
       seed: of the choice of examples and of the bootstrap.
+      mesh: sizes of axes of the mesh of devices; see :func:`jaxmoo.mesh.make_mesh`. Stationarity
+        takes the two batches of every language for languages of its own.
     """
 
     run: Path
@@ -80,6 +89,7 @@ class Request:
     singles: tuple[Path, ...] = ()
     samples: int = 200
     seed: int = 0
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +112,12 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     Into the output directory go ``index.html``, which is one file with everything in it,
     ``analysis.json`` with all numbers, and the figures as PNG files.
 
+    In several processes (see :mod:`jaxmoo.runtime.processes`) all of them call this, to run the
+    models. They must see the same run, model and data; the first one alone writes.
+
     Args:
       request: what to analyse.
-      say: called with lines for a person to read.
+      say: called with lines for a person to read, in the first process.
 
     Returns:
       The page.
@@ -112,19 +125,37 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: before any model is run.
     """
+    say = say if is_first() else _silence
     directory = request.output or Path(request.run) / "analysis"
-    check_writable(directory, "--output")
+    first_process(lambda: check_writable(directory, "--output"), _WRITE)
     inputs = _check(request, say)
-    directory.mkdir(parents=True, exist_ok=True)
-    sections = [*_sections(request, inputs, directory, say)]
-    settings = _settings(request, inputs)
-    numbers = {"settings": settings} | {s.name: s.numbers for s in sections}
-    text = json.dumps(_plain(numbers), indent=1, allow_nan=False)
-    replace_text(directory / "analysis.json", text + "\n")
+    check_same(
+        settings=repr(dataclasses.replace(request, output=None)),
+        run=json.dumps([inputs.measures, inputs.steps]),
+        versions=str(versions()),
+    )
+    measured = _measure(request, inputs, say)
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        sections = [*_sections(request, inputs, measured, directory)]
+        settings = _settings(request, inputs)
+        numbers = {"settings": settings} | {s.name: s.numbers for s in sections}
+        text = json.dumps(_plain(numbers), indent=1, allow_nan=False)
+        replace_text(directory / "analysis.json", text + "\n")
+        replace_text(index, _page(request, inputs, sections, settings) + "\n")
+
     index = directory / "index.html"
-    replace_text(index, _page(request, inputs, sections, settings) + "\n")
+    first_process(write, _WRITE)
     say(f"Analysis: {index}")
     return index
+
+
+_WRITE = "write the analysis"
+
+
+def _silence(line: str) -> None:
+    """What other processes than the first say."""
 
 
 def _check(request: Request, say: Callable[[str], None]) -> _Inputs:
@@ -226,43 +257,79 @@ def _sentences(request: Request, config: Config, source: Path) -> dict[str, list
     )
 
 
-def _models(request: Request, inputs: _Inputs) -> Iterator[tuple[str, Decoder]]:
+class _Measured(NamedTuple):
+    """What was found in every model."""
+
+    grams: dict[str, PairedGrams]
+    representations: dict[str, Representations]
+
+
+def _measure(request: Request, inputs: _Inputs, say: Callable[[str], None]) -> _Measured:
+    """Run every model on the batches and sentences."""
+    found = _Measured({}, {})
+    if inputs.batch is None and inputs.sentences is None:
+        return found
+    device_mesh = mesh.make_mesh(2 * len(inputs.config.data.seen), **request.mesh)
+    if inputs.batch is not None:
+        check_examples(request.examples, device_mesh)
+    for name, model in _models(request, inputs, device_mesh):
+        if inputs.batch is not None:
+            say(f"Gradients of {name} ...")
+            found.grams[name] = measure_grams(
+                model, inputs.config, inputs.batch, blocks=request.blocks, device_mesh=device_mesh
+            )
+        if inputs.sentences is not None:
+            say(f"Sentences in {name} ...")
+            found.representations[name] = represent(
+                model, inputs.sentences, device_mesh=device_mesh, progress=is_first()
+            )
+        del model
+    return found
+
+
+def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tuple[str, Decoder]]:
     """The base model and the checkpoints, one at a time."""
     config, source = inputs.config, inputs.source
     assert source is not None
+
+    def shardings(state: nnx.State) -> Any:
+        return mesh.parameter_shardings(device_mesh, state, stacked=STACKED)
+
     segments = segments_for(load_model_config(source), config.model.trainable)
     dtype = jax.numpy.dtype(config.model.param_dtype)
-    yield BASE, load_model(source, segments=segments, param_dtype=dtype)
+    base = load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
+    yield BASE, begun_model(config, base, shardings)
     for step in inputs.steps:
-        opened = open_model(request.run, step=step, base=request.base, say=lambda _: None)
+        opened = open_model(
+            request.run,
+            step=step,
+            base=request.base,
+            shardings=shardings,
+            merge=False,
+            say=_silence,
+        )
         yield f"step {step}", opened.model
 
 
 def _sections(
-    request: Request, inputs: _Inputs, directory: Path, say: Callable[[str], None]
+    request: Request, inputs: _Inputs, measured: _Measured, directory: Path
 ) -> Iterator[Section]:
     config, measures = inputs.config, inputs.measures
     if inputs.log is not None:
         yield conflict_section(inputs.log, config.data.batch_size, directory)
-    grams, representations = {}, {}
-    if inputs.batch is not None or inputs.sentences is not None:
-        for name, model in _models(request, inputs):
-            if inputs.batch is not None:
-                say(f"Gradients of {name} ...")
-                grams[name] = measure_grams(model, config, inputs.batch, blocks=request.blocks)
-            if inputs.sentences is not None:
-                say(f"Sentences in {name} ...")
-                representations[name] = represent(model, inputs.sentences)
-            del model
-    if grams:
-        yield stationarity_section(grams, config.data.seen, request.examples, directory)
+    if measured.grams:
+        yield stationarity_section(measured.grams, config.data.seen, request.examples, directory)
     languages = list(inputs.sentences or ())
     if "neurons" in measures:
         unseen = [code for code in languages if code not in config.data.seen]
-        yield neurons_section(representations, languages, unseen, directory)
+        yield neurons_section(measured.representations, languages, unseen, directory)
     if "separability" in measures:
         yield separability_section(
-            representations, languages, directory, samples=request.samples, seed=request.seed
+            measured.representations,
+            languages,
+            directory,
+            samples=request.samples,
+            seed=request.seed,
         )
     if "interference" in measures:
         yield interference_section(interference(request.run, request.singles), directory)
@@ -273,7 +340,9 @@ def _settings(request: Request, inputs: _Inputs) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "run": Path(request.run).name,
         "model": Path(config.model.source).name,
-        "trained": config.model.trainable,
+        "trained": config.model.trainable
+        if config.lora.rank is None
+        else f"adapters of rank {config.lora.rank} on {config.model.trainable}",
         "method": f"{resolve.aggregator} over {resolve.blocks} blocks",
         "languages trained on": list(config.data.seen),
         "languages not trained on": list(config.data.unseen),

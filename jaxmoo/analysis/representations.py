@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
+from jaxmoo import mesh
 from jaxmoo.analysis.parallel import Sentence
 from jaxmoo.models import Decoder
+from jaxmoo.models.paths import STACKED
 from jaxmoo.models.probe import layer_statistics
+from jaxmoo.runtime.processes import place
 
 __all__ = ["Representations", "represent"]
 
@@ -33,6 +37,7 @@ def represent(
     sentences: Mapping[str, Sequence[Sentence]],
     *,
     batch_size: int = 16,
+    device_mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Representations:
     """Run a model over parallel sentences.
@@ -40,7 +45,9 @@ def represent(
     Args:
       model: the decoder.
       sentences: per language, equally many; see :func:`jaxmoo.analysis.parallel.tokenize_parallel`.
-      batch_size: sentences at one time.
+      batch_size: sentences at one time; rounded up to a multiple of the number of devices.
+      device_mesh: the devices; by default all of them. Where they belong to several processes, the
+        model's parameters lie on it, and all processes call.
       progress: show a progress bar.
 
     Returns:
@@ -52,8 +59,14 @@ def represent(
     pooled = np.zeros((layers + 1, len(languages), count, config.hidden_size), np.float32)
     active = np.zeros((2, len(languages), layers, width), np.int64)
     tokens = np.zeros((2, len(languages)), np.int64)
+    grid = mesh.make_mesh(1) if device_mesh is None else device_mesh
+    batch_size = -(-batch_size // grid.size) * grid.size
     graph, state = nnx.split(model)
-    run = jax.jit(lambda state, ids, mask: layer_statistics(nnx.merge(graph, state), ids, mask))
+    state = jax.device_put(state, mesh.parameter_shardings(grid, state, stacked=STACKED))
+    run = jax.jit(
+        lambda state, ids, mask: layer_statistics(nnx.merge(graph, state), ids, mask),
+        out_shardings=NamedSharding(grid, P()),
+    )
     rows = [
         (sentence, k, n)
         for k, language in enumerate(languages)
@@ -77,7 +90,7 @@ def represent(
             for i, (sentence, _, _) in enumerate(batch):
                 ids[i, : len(sentence.tokens)] = sentence.tokens
                 mask[i, : len(sentence.mask)] = sentence.mask
-            found = jax.device_get(run(state, jnp.asarray(ids), jnp.asarray(mask)))
+            found = jax.device_get(run(state, *place((ids, mask), mesh.rows_sharding(grid))))
             for i, (_, k, n) in enumerate(batch):
                 pooled[:, k, n] = found.pooled_LBD[:, i]
                 active[n % 2, k] += found.active_LBF[:, i]

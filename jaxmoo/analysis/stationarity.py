@@ -14,6 +14,7 @@ in which the noise averages out, give estimates without it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
 from jaxmoo.aggregators.solvers import min_norm
@@ -28,12 +31,21 @@ from jaxmoo.analysis.conflict import cosines
 from jaxmoo.config.training import Config
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
-from jaxmoo.errors import DataError
-from jaxmoo.models import Decoder, target_mask, token_nll, trainable_filter
+from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.models import Decoder, target_mask, token_nll
 from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.trained_parameters import trained_filter
+from jaxmoo.runtime.processes import place
 from jaxmoo.train.gradient_source import block_rule
 
-__all__ = ["PairedGrams", "Stationarity", "measure_grams", "paired_batch", "stationarity"]
+__all__ = [
+    "PairedGrams",
+    "Stationarity",
+    "check_examples",
+    "measure_grams",
+    "paired_batch",
+    "stationarity",
+]
 
 
 class PairedGrams(NamedTuple):
@@ -185,8 +197,24 @@ def paired_batch(
     return {"tokens": tokens.reshape(shape), "loss_mask": mask.reshape(shape)}
 
 
+def check_examples(examples: int, device_mesh: Mesh) -> None:
+    """Raise ConfigError unless the devices of a mesh can share so many examples."""
+    rows = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+    if examples % rows:
+        raise ConfigError(
+            f"{examples} examples per language and batch cannot be divided among {rows} devices "
+            "(data x fsdp). Choose a multiple of their number (--examples), or arrange the devices "
+            "otherwise (--mesh)."
+        )
+
+
 def measure_grams(
-    model: Decoder, config: Config, batch: Mapping[str, np.ndarray], *, blocks: str = "module"
+    model: Decoder,
+    config: Config,
+    batch: Mapping[str, np.ndarray],
+    *,
+    blocks: str = "module",
+    device_mesh: Mesh | None = None,
 ) -> PairedGrams:
     """Measure the inner products of the languages' gradients in a model.
 
@@ -194,18 +222,23 @@ def measure_grams(
     gradients of one block at a time.
 
     Args:
-      model: the decoder, in segments that suit ``config.model.trainable``.
+      model: the decoder, in segments that suit ``config.model.trainable``; with its adapters, if
+        the run trains adapters.
       config: settings of the run: which parameters are trained.
       batch: from `paired_batch`.
       blocks: how parameters are cut into blocks; see ``resolve.blocks``.
+      device_mesh: the devices, from :func:`jaxmoo.mesh.make_mesh` for 2 K languages; by default all
+        of them. Where they belong to several processes, the model's parameters lie on it, and all
+        processes call.
 
     Raises:
-      ConfigError: there are no such blocks.
+      ConfigError: there are no such blocks, or the examples cannot be divided among the devices.
     """
     config = dataclasses.replace(config, resolve=dataclasses.replace(config.resolve, blocks=blocks))
-    graph, params, frozen = nnx.split(model, trainable_filter(config.model.trainable), ...)
+    graph, params, frozen = nnx.split(model, trained_filter(config), ...)
     objectives = len(batch["tokens"])
-    grid = mesh.make_mesh(objectives)
+    grid = mesh.make_mesh(objectives) if device_mesh is None else device_mesh
+    check_examples(batch["tokens"].shape[1], grid)
     params, frozen = (
         jax.device_put(tree, mesh.parameter_shardings(grid, tree, stacked=STACKED))
         for tree in (params, frozen)
@@ -226,13 +259,15 @@ def measure_grams(
         mesh=grid,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(grid, P()))
     def run(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         losses, _, state = engine(params, batch, engine.init(), frozen)
         assert state.gram is not None
         return losses, state.gram
 
-    losses, grams = jax.device_get(run(params, frozen, dict(batch)))
+    losses, grams = jax.device_get(
+        run(params, frozen, place(dict(batch), mesh.batch_sharding(grid)))
+    )
     k = objectives // 2
     grams = np.asarray(grams, np.float64)
     across = grams[:, :k, k:]

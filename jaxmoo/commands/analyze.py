@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxmoo.analysis.analyze import MEASURES, Request, analyze
 from jaxmoo.commands.command import command, pairs
+from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.files.outputs import typed_path
 
 __all__ = ["main"]
@@ -17,25 +18,24 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo analyze") -> int:
     """Run the command; return its exit code: see `command`."""
     options = _parser(prog).parse_args(arguments)
-    analyze(
-        Request(
-            run=options.run,
-            output=options.output,
-            measures=None if options.what is None else tuple(options.what),
-            steps=None if options.steps is None else tuple(options.steps),
-            base=options.base,
-            parallel=options.parallel,
-            codes=pairs("--codes", options.codes) or {},
-            languages=None if options.languages is None else tuple(options.languages),
-            sentences=options.sentences,
-            examples=options.examples,
-            blocks=options.blocks,
-            singles=tuple(options.single),
-            samples=options.samples,
-            seed=options.seed,
-        )
+    request = Request(
+        run=options.run,
+        output=options.output,
+        measures=None if options.what is None else tuple(options.what),
+        steps=None if options.steps is None else tuple(options.steps),
+        base=options.base,
+        parallel=options.parallel,
+        codes=pairs("--codes", options.codes) or {},
+        languages=None if options.languages is None else tuple(options.languages),
+        sentences=options.sentences,
+        examples=options.examples,
+        blocks=options.blocks,
+        singles=tuple(options.single),
+        samples=options.samples,
+        seed=options.seed,
+        mesh=mesh_axes(options),
     )
-    return 0
+    return together(options, lambda: analyze(request))
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -88,4 +88,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=default.seed, help="of all random choices (%(default)s)"
     )
+    add_mesh(parser, ("data", "language", "fsdp", "tensor"))
+    add_processes(parser)
     return parser

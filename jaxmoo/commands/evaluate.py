@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.commands.command import command, pairs
+from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
@@ -17,6 +18,7 @@ from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import ResultStore, read_results
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source
+from jaxmoo.hf.directory import first_process
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runtime.memory import named_when_full
 
@@ -40,9 +42,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo evaluate") 
     options = _parser(prog).parse_args(arguments)
     if options.compare is not None:
         return _compare(options)
+    return together(options, lambda: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
     with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
         evaluate(_settings(options))
-    return 0
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -121,6 +126,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="most tokens of a sequence (data.sequence_length of the config, else the model's)",
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_mesh(group, ("data", "fsdp", "tensor"))
+    add_processes(parser)
 
     group = parser.add_argument_group("comparing")
     group.add_argument(
@@ -149,7 +156,8 @@ def _compare(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Evaluation:
     if options.model is None or options.output is None:
         raise ConfigError("Give --model and --output, or --compare A B.")
-    ResultStore(options.output)  # raises before anything is fetched
+    # Raises before anything is fetched.
+    first_process(lambda: ResultStore(options.output), "write the results")
     path = typed_path(options.model)
     model = path if path.is_dir() else resolve_source(options.model)
     config = _run_config(options, model)
@@ -185,6 +193,7 @@ def _settings(options: argparse.Namespace) -> Evaluation:
         max_length=length,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        mesh=mesh_axes(options),
         # A run leaves such examples out, and its own scores are without them.
         skip_empty=options.skip_empty or held_out,
     )

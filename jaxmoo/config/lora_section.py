@@ -25,7 +25,20 @@ class LoraConfig:
     )
     alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=Range(above=0))
     targets: list[str] = setting(
-        list(PROJECTIONS), "Projections of those layers that get adapters; by default all."
+        list(PROJECTIONS),
+        "Projections of those layers that get adapters; by default, or as `[all-linear]`, all.",
+    )
+    rslora: bool = setting(
+        False, "Scale adapters by `alpha / sqrt(rank)` instead (rank-stabilised LoRA)."
+    )
+    dora: bool = setting(
+        False, "Train the norms of the adapted kernels' columns apart (weight-decomposed, DoRA)."
+    )
+    rank_pattern: dict[str, int] = setting(
+        {}, "Ranks of single projections in place of `rank`, such as `{down_proj: 32}`."
+    )
+    alpha_pattern: dict[str, float] = setting(
+        {}, "Alphas of single projections in place of `alpha`, such as `{down_proj: 64}`."
     )
     adapter: str | None = setting(
         None,
@@ -45,7 +58,15 @@ def lora_of(settings: LoraConfig) -> LoRA | None:
     """Return the kind of adapters a run trains, or None when it trains parameters themselves."""
     if settings.rank is None:
         return None
-    return LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+    return LoRA(
+        settings.rank,
+        settings.alpha,
+        tuple(settings.targets),
+        rslora=settings.rslora,
+        dora=settings.dora,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+    )
 
 
 def check_lora(lora: LoraConfig) -> list[str]:

@@ -158,6 +158,7 @@ _WORDS = {
     list[str]: "a list such as [en, fr]",
     list[int]: "a list such as [1, 2]",
     list[float]: "a list such as [1e-4, 3e-4]",
+    dict[str, int]: "a mapping to integers such as {en: 2}",
     dict[str, str]: "a mapping to text such as {en: eng_Latn}",
     dict[str, float]: "a mapping to numbers such as {en: 2}",
     dict[str, list[str]]: "a mapping to lists such as {mean: [resolve.aggregator=mean]}",

@@ -20,6 +20,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json
 from jaxmoo.hf.weights import Weights
+from jaxmoo.models import LoRA
 from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["describe"]
@@ -115,12 +116,25 @@ def _ranges(numbers: list[int]) -> str:
 
 def _adapter(path: Path) -> str:
     found = describe_adapter(path)
+    lora = found.lora
     rows = [
         ["of", found.base or "a model that it does not name"],
-        ["rank", f"{found.lora.rank}, scale {found.lora.scale:g}"],
-        ["on", f"{', '.join(found.lora.targets)} of layers {_ranges(list(found.layers))}"],
+        ["kind", "DoRA" if lora.dora else "LoRA"],
+        ["rank", _by_rank(lora)],
+        ["on", f"{', '.join(lora.targets)} of layers {_ranges(list(found.layers))}"],
     ]
     return f"{path}: adapters in PEFT format\n{_table(rows, ('left', 'left'))}"
+
+
+def _by_rank(lora: LoRA) -> str:
+    """Ranks and scales, with the projections that have others than most."""
+    own = [
+        f"{name} {lora.rank_of(name)}, scale {lora.scale_of(name):g}"
+        for name in lora.targets
+        if name in lora.rank_pattern or name in lora.alpha_pattern
+    ]
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    return "; ".join([f"{lora.rank}, scale {scale:g}", *own])
 
 
 def _run(run: RunDirectory) -> str:
@@ -129,7 +143,8 @@ def _run(run: RunDirectory) -> str:
     lora = config.lora
     trains = config.model.trainable
     if lora.rank is not None:
-        trains = f"adapters of rank {lora.rank} on {', '.join(lora.targets)} of {trains}"
+        kind = "adapters with magnitudes (DoRA)" if lora.dora else "adapters"
+        trains = f"{kind} of rank {lora.rank} on {', '.join(lora.targets)} of {trains}"
     return "\n".join(
         [
             f"{run.path}: training run",

@@ -57,7 +57,7 @@ from jaxmoo.runs.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.provenance import check_base, check_settings
-from jaxmoo.runs.run_card import adapter_card, public_name, run_card
+from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 
 __all__ = [
@@ -217,7 +217,7 @@ def to_adapter(
     save_adapter(
         opened.model,
         Path(out),
-        base_model=public_name(base or load_run_config(run.config).model.source),
+        base_model=loadable_name(opened.source),
         card=None if opened.card is None else adapter_card(opened.card),
     )
     if note := left_to_callers(opened.source, opened.stop):
@@ -229,6 +229,8 @@ def open_model(
     *,
     step: int | None = None,
     base: str | None = None,
+    shardings: Callable[[nnx.State], Any] = spread,
+    merge: bool = True,
     say: Callable[[str], None] = print,
 ) -> Opened:
     """Load the model in a directory of any kind, every parameter in its stored dtype.
@@ -239,6 +241,9 @@ def open_model(
       path: a Hugging Face directory, adapters, a checkpoint directory or a training run.
       step: which of a run's checkpoints; the newest by default.
       base: see `to_hf`.
+      shardings: ``state -> pytree of shardings`` of its parameters; by default they are spread over
+        all devices.
+      merge: whether the adapters of a run are merged.
       say: called with lines for a person to read.
 
     Raises:
@@ -247,17 +252,18 @@ def open_model(
     path = Path(path)
     kind = kind_of(path)
     if kind == "run":
-        opened = _open_run(RunDirectory(path), step, base, say)
-        merge_adapters(opened.model)
+        opened = _open_run(RunDirectory(path), step, base, say, shardings)
+        if merge:
+            merge_adapters(opened.model)
         return opened
     if kind == "adapter" and step is None:
-        return _open_adapter(path, base)
+        return _open_adapter(path, base, shardings)
     if step is not None or base is not None:
         raise CheckpointError(f"a step or base was given, but {path} is not a training run")
     if kind == "checkpoint":
-        return read_unchanged(lambda: _read_checkpoint(path), path)
+        return read_unchanged(lambda: _read_checkpoint(path, shardings), path)
     weights = Weights(path)
-    model = load_model(path, param_dtype=None, shardings=spread)
+    model = load_model(path, param_dtype=None, shardings=shardings)
     return Opened(model, path, {name: weights.dtype(name) for name in weights.names()}, None)
 
 
@@ -287,7 +293,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return tensors
 
 
-def _open_adapter(path: Path, base: str | None) -> Opened:
+def _open_adapter(path: Path, base: str | None, shardings: Callable[[nnx.State], Any]) -> Opened:
     """A model with the adapters of a directory in PEFT format merged into it."""
     found = describe_adapter(path)
     source = base_of(path, found, base)
@@ -299,10 +305,10 @@ def _open_adapter(path: Path, base: str | None) -> Opened:
         )
     pattern = rf"^layers\.({'|'.join(map(str, found.layers))})\."
     segments = segments_for(config, pattern)
-    model = load_model(source, segments=segments, param_dtype=None, shardings=spread)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=shardings)
     add_adapters(model, found.lora, found.layers)
     graph, abstract, rest = nnx.split(model, trainable_filter(ADAPTERS), ...)
-    model = nnx.merge(graph, load_adapter(path, abstract, found.lora, spread(abstract)), rest)
+    model = nnx.merge(graph, load_adapter(path, abstract, found.lora, shardings(abstract)), rest)
     merge_adapters(model)
     weights = Weights(source)
     template = path / "chat_template.jinja"
@@ -315,7 +321,7 @@ def _open_adapter(path: Path, base: str | None) -> Opened:
     )
 
 
-def _read_checkpoint(path: Path) -> Opened:
+def _read_checkpoint(path: Path, shardings: Callable[[nnx.State], Any]) -> Opened:
     tensors = stored_tensors(path)
     config = load_config(path)
     graph, state = nnx.split(Decoder.abstract(config))
@@ -323,7 +329,7 @@ def _read_checkpoint(path: Path) -> Opened:
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
     like = with_dtypes(state, dtypes.__getitem__)
     try:
-        state = restore_params(path / _PARAMS, like)
+        state = restore_params(path / _PARAMS, like, shardings=shardings)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.
     except Exception as error:
         reason = str(error).split("\n")[0]
@@ -332,7 +338,11 @@ def _read_checkpoint(path: Path) -> Opened:
 
 
 def _open_run(
-    run: RunDirectory, step: int | None, base: str | None, say: Callable[[str], None]
+    run: RunDirectory,
+    step: int | None,
+    base: str | None,
+    say: Callable[[str], None],
+    shardings: Callable[[nnx.State], Any] = spread,
 ) -> Opened:
     config = load_run_config(run.config)
     steps = run.steps()
@@ -352,7 +362,7 @@ def _open_run(
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
     architecture = load_config(source)
     segments = run_segments(config, architecture)
-    model = load_model(source, segments=segments, param_dtype=None, shardings=spread)
+    model = load_model(source, segments=segments, param_dtype=None, shardings=shardings)
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:
@@ -371,7 +381,7 @@ def _open_run(
     )
     if note := unchecked(run.checkpoints, step, about):
         say(note)
-    restore = functools.partial(restore_params, like=like, within=within)
+    restore = functools.partial(restore_params, like=like, within=within, shardings=shardings)
     trained = read_item(run.checkpoints, step, STATE, restore)
     weights = Weights(source)
     return Opened(

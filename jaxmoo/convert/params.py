@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,18 @@ def save_params(path: Path, params: nnx.State, out: Path) -> None:
         ) from error
 
 
-def restore_params(path: Path, like: nnx.State, *, within: str | None = None) -> nnx.State:
+def restore_params(
+    path: Path,
+    like: nnx.State,
+    *,
+    within: str | None = None,
+    shardings: Callable[[nnx.State], Any] = spread,
+) -> nnx.State:
     """Read parameters, or those under one name of a larger checkpoint, straight into place."""
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         like,
-        spread(like),
+        shardings(like),
     )
     # A run stores the state itself, with NNX's own keys; ours are nested dicts.
     item: Any = _nested(like) if within is None else {within: like}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import datetime
+import functools
+import json
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from jaxmoo import mesh
@@ -36,10 +41,13 @@ from jaxmoo.evaluate.questions import (
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.hf import check_tokenizer, load_config
+from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder
+from jaxmoo.models.paths import STACKED
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
+from jaxmoo.runtime.processes import check_same, from_first, is_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,6 +77,8 @@ class Evaluation:
       batch_size: sequences at a time.
       dtype: dtype of the computation.
       skip_empty: leave out examples without a reply, or with one that begins too late.
+      mesh: sizes of axes of the mesh of devices, ``data``, ``fsdp`` and ``tensor``; see
+        :func:`jaxmoo.mesh.make_mesh`. By default parameters are spread over all devices.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Evaluation:
     batch_size: int = 16
     dtype: str = "float32"
     skip_empty: bool = False
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_run(cls, run: str | Path, **changes: Any) -> Evaluation:
@@ -140,23 +151,27 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     Everything that can be wrong with data and settings is found before weights are read. Languages
     that are stored from an earlier, interrupted evaluation with the same settings are not repeated.
 
+    In several processes (see :mod:`jaxmoo.runtime.processes`) all of them call this. They must see
+    the same model and data; the first one alone reads and writes results.
+
     Args:
       settings: what to evaluate.
-      say: called with lines for a person to read.
+      say: called with lines for a person to read, in the first process.
 
     Returns:
-      What is written to ``settings.output``.
+      What is written to ``settings.output``; nothing in other processes than the first.
 
     Raises:
       JaxmooError: anything that would make the evaluation fail or be wrong.
     """
+    say = say if is_first() else _silence
     if settings.new_tokens:
         check_sacrebleu()
-    store = ResultStore(settings.output)
+    store = ResultStore(settings.output, check=is_first())
     source = source_of(settings.model, base=settings.base)
     architecture = load_config(source)
     # An evaluation that goes on another day goes on with its date.
-    begun = settings.data.date or store.date()
+    begun = settings.data.date or _from_first_date(store)
     data = dataclasses.replace(settings.data, date=begun)
     tokenizer, date = chat_tokenizer(tokenizer_of(settings.model, source), data)
     check_tokenizer(tokenizer, architecture.vocab_size, settings.model)
@@ -166,8 +181,15 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     if settings.new_tokens and ending_token(tokenizer) is None:
         say(NO_ENDING)
 
-    opened = open_model(settings.model, step=settings.step, base=settings.base, say=say)
-    weights = fingerprint(opened.model)
+    device_mesh = mesh.make_mesh(1, **settings.mesh)
+    opened = open_model(
+        settings.model,
+        step=settings.step,
+        base=settings.base,
+        shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
+        say=say,
+    )
+    weights = fingerprint(opened.model, NamedSharding(device_mesh, P()))
     identities = {
         language: {
             "weights": weights,
@@ -179,11 +201,15 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         }
         for language, asked in questions.items()
     }
-    found = {code: store.stored(code, identity) for code, identity in identities.items()}
-    done: dict[str, LanguageResult] = {code: one for code, one in found.items() if one is not None}
-    if done:
-        say(f"Already evaluated: {', '.join(done)}.")
-    device_mesh = mesh.make_mesh(1)
+    check_same(
+        data=json.dumps(identities),
+        settings=repr(dataclasses.replace(settings, output=Path())),
+        versions=str(_versions()),
+    )
+    done = _done(store, identities)
+    missing = _missing(questions, done)
+    if len(missing) < len(questions):
+        say(f"Already evaluated: {', '.join(code for code in questions if code not in missing)}.")
     graph = nnx.graphdef(
         Decoder.abstract(
             opened.model.config,
@@ -203,27 +229,68 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         stop=stop_tokens(source, tokenizer),
         new_tokens=settings.new_tokens,
     )
-    missing = {code: asked for code, asked in questions.items() if code not in done}
     total = sum(asked.rows for asked in missing.values())
     # None: only on a terminal
-    with tqdm(total=total, unit="row", disable=None if missing else True) as bar:
+    silent = None if missing and is_first() else True
+    with tqdm(total=total, unit="row", disable=silent) as bar:
         for code, asked in missing.items():
             bar.set_description(code)
-            done[code] = evaluator.answer(parameters, asked, bar.update)
-            store.store(code, identities[code], done[code])
+            found = evaluator.answer(parameters, asked, bar.update)
+            done[code] = found
+            keep = functools.partial(store.store, code, identities[code], found)
+            first_process(keep, "write the results")
 
-    results = store.finish(
-        done,
-        settings.seen,
-        settings.unseen,
-        model=settings.name + ("" if settings.step is None else f", step {settings.step}"),
-        weights=weights,
-        settings=_described(settings) | {"date": date},
-        versions={name: version(name) for name in ("jaxmoo", "jax", "flax", "transformers")},
+    results = first_process(
+        lambda: store.finish(
+            done,
+            settings.seen,
+            settings.unseen,
+            model=settings.name + ("" if settings.step is None else f", step {settings.step}"),
+            weights=weights,
+            settings=_described(settings) | {"date": date},
+            versions=_versions(),
+        ),
+        "write the results",
     )
+    if results is None:
+        return {}
     say(summary_table(results["languages"], settings.seen, settings.unseen))
     say(f"Wrote {store.output}; numbers of every example are in {store.directory}.")
     return results
+
+
+def _silence(line: str) -> None:
+    """What other processes than the first say."""
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jaxmoo", "jax", "flax", "transformers")}
+
+
+def _from_first_date(store: ResultStore) -> str | None:
+    """The date in what the first process has stored."""
+    found = first_process(store.date, "read the results")
+    day = from_first(datetime.date.fromisoformat(found).toordinal() if found else 0)
+    return datetime.date.fromordinal(day).isoformat() if day else None
+
+
+def _done(
+    store: ResultStore, identities: Mapping[str, Mapping[str, Any]]
+) -> dict[str, LanguageResult]:
+    """What the first process has stored; nothing in the others."""
+
+    def read() -> dict[str, LanguageResult]:
+        found = {code: store.stored(code, identity) for code, identity in identities.items()}
+        return {code: one for code, one in found.items() if one is not None}
+
+    return first_process(read, "read the results") or {}
+
+
+def _missing(
+    questions: Mapping[str, Questions], done: Mapping[str, LanguageResult]
+) -> dict[str, Questions]:
+    """What the first process has not stored."""
+    return {code: asked for code, asked in questions.items() if not from_first(code in done)}
 
 
 def ask(

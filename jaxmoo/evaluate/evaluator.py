@@ -14,12 +14,12 @@ from jaxmoo import mesh
 from jaxmoo.data.example import Example
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.evaluate.generated import score_generated
+from jaxmoo.evaluate.generator import Generator
 from jaxmoo.evaluate.nll import Likelihoods, evaluate_nll, length_batches, likelihoods
 from jaxmoo.evaluate.questions import Questions, digest
 from jaxmoo.evaluate.results import LanguageResult
 from jaxmoo.models import Decoder, token_nll
 from jaxmoo.models.branches import branch_nll
-from jaxmoo.models.generate import generate_greedily
 from jaxmoo.runs.scores import LanguageScore
 from jaxmoo.runtime.processes import place
 
@@ -74,16 +74,12 @@ class Evaluator:
             lambda weights, tokens, branch: branch_nll(decoder(weights), tokens, branch),
             out_shardings=everywhere,
         )
-        self._generate = jax.jit(
-            lambda weights, tokens, lengths: generate_greedily(
-                decoder(weights),
-                tokens,
-                lengths,
-                new_tokens=new_tokens,
-                stop=self._stop,
-                pad_id=pad_id,
-            ),
-            out_shardings=everywhere,
+        self._generator = Generator(
+            decoder,
+            device_mesh,
+            batch_size=self.batch_size,
+            new_tokens=new_tokens,
+            pad_id=pad_id,
         )
 
     def scores(
@@ -191,23 +187,11 @@ class Evaluator:
     def _continue(
         self, weights: Any, prompts: list[np.ndarray], advance: Callable[[int], object]
     ) -> list[str]:
-        texts = [""] * len(prompts)
-        for length, chosen in length_batches(list(map(len, prompts)), self.batch_size):
-            tokens = np.full((self.batch_size, length), self.pad_id, np.int32)
-            lengths = np.ones(self.batch_size, np.int32)
-            for row, number in enumerate(chosen):
-                lengths[row] = len(prompts[number])
-                tokens[row, : lengths[row]] = prompts[number]
-            placed = place((tokens, lengths), self._rows)
-            found = np.asarray(self._generate(weights, *placed))
-            for row, number in enumerate(chosen):
-                texts[number] = self._text(found[row])
-            advance(len(chosen))
-        return texts
+        stop = [self._stop] * len(prompts)
+        return [self._text(one) for one in self._generator(weights, prompts, stop, advance)]
 
     def _text(self, tokens: np.ndarray) -> str:
-        ends = np.flatnonzero(np.isin(tokens, self._stop))
-        kept = tokens[: ends[0]] if len(ends) else tokens
+        kept = tokens[:-1] if tokens[-1] in self._stop else tokens
         assert self._tokenizer is not None, "generated tokens need a tokenizer"
         # Of one sequence it is one text, which the signature does not tell.
         return str(self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()

@@ -71,17 +71,19 @@ class ResultStore:
 
     Args:
       output: the results' file, ``*.json``.
+      check: whether this process will write there.
 
     Raises:
       ConfigError: the name does not end in ``.json``, or nothing can be written there.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, *, check: bool = True):
         self.output = Path(output)
         if self.output.suffix != ".json" or self.output.is_dir():
             raise ConfigError(f"--output names a file that ends in .json, found {output}.")
         self.directory = _directory(self.output)
-        check_writable(self.output.parent, "--output")
+        if check:
+            check_writable(self.output.parent, "--output")
 
     def date(self) -> str | None:
         """Return the date that the chat template saw in what is stored, or None.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from jaxmoo.models.paths import logical_paths, named_leaves, trainable_filter
 __all__ = ["Adapters", "describe_adapter", "is_adapter", "load_adapter", "save_adapter"]
 
 _PLACE = re.compile(
-    r"base_model\.model\.model\.layers\.([0-9]{1,6})\.\w+\.(\w+)\.lora_[AB]\.weight"
+    r"base_model\.model\.model\.layers\.([0-9]{1,6})\.(\w+\.(\w+))"
+    r"\.lora_(?:([AB])\.weight|magnitude_vector)"
 )
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +38,6 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 # What makes an adapter compute something else than ours, where it is set.
 _OTHER_KINDS = (
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
     "fan_in_fan_out",
     "kasa_config",
@@ -44,11 +45,9 @@ _OTHER_KINDS = (
     "lora_bias",
     "modules_to_save",
     "monteclora_config",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -74,26 +73,33 @@ def save_adapter(
     Raises:
       CheckpointError: when the model has no adapters, ``path`` is not empty or the disk is full.
     """
-    adapted = [linear for _, _, linear in adapters(model)]
+    adapted = {name: linear for _, name, linear in adapters(model)}
     if not adapted:
         raise CheckpointError("the model has no adapters to save")
     state = nnx.state(model, trainable_filter(ADAPTERS))
-    paths = [name.split(".") for name in _logical(state)]
-    layers = sorted({int(parts[1]) for parts in paths})
-    rank = adapted[0].lora_A.kernel.shape[-1]
-    alpha = round(adapted[0].scale * rank, 9)  # the scale is alpha / rank, rounded
+    layers = sorted({int(name.split(".")[1]) for name in _logical(state)})
+    first = next(iter(adapted.values()))
+    rank, alpha = (
+        Counter(values).most_common(1)[0][0]
+        for values in zip(*((one.rank, one.alpha) for one in adapted.values()), strict=True)
+    )
     everywhere = len(layers) == model.config.num_hidden_layers
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {name: one.rank for name, one in adapted.items() if one.rank != rank},
+        "alpha_pattern": {
+            name: _plain(one.alpha) for name, one in adapted.items() if one.alpha != alpha
+        },
         "lora_dropout": 0.0,
-        "use_rslora": False,
+        "use_rslora": first.rslora,
+        "use_dora": first.lora_magnitude_vector is not None,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted({parts[-3] for parts in paths}),
+        "target_modules": sorted(adapted),
         "layers_to_transform": None if everywhere else layers,
         "layers_pattern": None if everywhere else "layers",
         "modules_to_save": None,
@@ -108,6 +114,10 @@ def save_adapter(
             (directory / "README.md").write_text(card.text(), "utf-8")
 
     write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 class Adapters(NamedTuple):
@@ -141,7 +151,7 @@ def describe_adapter(path: Path) -> Adapters:
     """
     path = Path(path)
     config = read_json(path / _CONFIG_FILE)
-    rank, alpha = _rank_and_alpha(config, path)
+    _check_kind(config, path)
     with _opened(path) as handle:
         names = list(handle.keys())
     found = [match for name in names if (match := _PLACE.fullmatch(name))]
@@ -150,10 +160,7 @@ def describe_adapter(path: Path) -> Adapters:
             f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such as "
             f"{peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
         )
-    try:
-        lora = LoRA(rank, alpha, tuple(sorted({match[2] for match in found})))
-    except ConfigError as error:
-        raise CheckpointError(f"the adapters in {path} cannot be used: {error}") from error
+    lora = _lora(config, path, {f"model.layers.{match[1]}.{match[2]}" for match in found})
     base = config.get("base_model_name_or_path")
     layers = tuple(sorted({int(match[1]) for match in found}))
     return Adapters(base if isinstance(base, str) and base else None, lora, layers)
@@ -189,7 +196,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
         rank or scale, or on other projections.
     """
     path = Path(path)
-    _check_like(lora, path)
+    _check_like(lora, describe_adapter(path).lora, path)
     found = read_unchanged(lambda: _read_tensors(path), path)
     _check_tensors(found, abstract, path / _WEIGHTS_FILE)
     leaves, tree = jax.tree.flatten(abstract)
@@ -233,18 +240,21 @@ def peft_tensor(path: str) -> HFTensor:
       >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
       HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True)
     """
-    projection, adapter, leaf = path.rsplit(".", 2)
-    adapted = hf_tensor(f"{projection}.{leaf}")
+    projection, _, rest = path.partition(".lora_")
+    adapted = hf_tensor(f"{projection}.kernel")
     module, weight = adapted.name.rsplit(".", 1)
-    return adapted._replace(name=f"base_model.model.{module}.{adapter}.{weight}")
+    name = f"base_model.model.{module}.lora_"
+    if rest == "magnitude_vector":
+        return adapted._replace(name=f"{name}{rest}", transposed=False)
+    return adapted._replace(name=f"{name}{rest.removesuffix('.kernel')}.{weight}")
 
 
 def _logical(state: nnx.State) -> list[str]:
     return [name for path, leaf in named_leaves(state) for name in logical_paths(path, leaf.shape)]
 
 
-def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
-    """The rank of adapters and their alpha, as ours; raises unless they are of our kind."""
+def _check_kind(config: dict[str, Any], path: Path) -> None:
+    """Raise unless adapters compute what ours can."""
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {shown(config.get('peft_type'))}, expected 'LORA'")
@@ -258,36 +268,89 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
         raise CheckpointError(
             f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
         )
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name, False), bool):
+            raise CheckpointError(
+                f"{path / _CONFIG_FILE}: {name} must be true or false, found {shown(config[name])}"
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise CheckpointError(
+                f"{path / _CONFIG_FILE}: {name} must be an object, found {shown(config[name])}"
+            )
+
+
+def _lora(config: dict[str, Any], path: Path, modules: Iterable[str]) -> LoRA:
+    """The kind of adapters on modules such as ``model.layers.0.mlp.up_proj``."""
     given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    patterns: dict[str, dict[str, Any]] = {}
     try:
-        lora = LoRA(**given)  # type and range of both
+        LoRA(**given)  # type and range of both
+        for name, general in given.items():
+            own = _by_projection(config.get(f"{name}_pattern") or {}, general, modules)
+            patterns[f"{name}_pattern"] = {k: v for k, v in own.items() if v != general}
+        return LoRA(
+            **given,
+            **patterns,
+            targets=tuple(sorted({module.rpartition(".")[2] for module in modules})),
+            rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+        )
     except ConfigError as error:
         raise CheckpointError(
             f"the adapters in {path} have rank {shown(given['rank'])} and alpha "
             f"{shown(given['alpha'])}: {error}"
         ) from error
-    rooted = config.get("use_rslora", False)
-    if not isinstance(rooted, bool):
-        raise CheckpointError(
-            f"{path / _CONFIG_FILE}: use_rslora must be true or false, found {shown(rooted)}"
-        )
-    # Ours is divided by the rank, theirs then by its root.
-    return lora.rank, lora.alpha * lora.rank**0.5 if rooted else lora.alpha
 
 
-def _check_like(lora: LoRA, path: Path) -> None:
-    """Raise unless the adapters in a directory have the rank and scale of a run's."""
-    rank, alpha = _rank_and_alpha(read_json(path / _CONFIG_FILE), path)
-    if rank != lora.rank:
+def _by_projection(pattern: dict[str, Any], general: Any, modules: Iterable[str]) -> dict[str, Any]:
+    """What a pattern of PEFT's says of every projection.
+
+    Its keys are regular expressions, of which the first that matches the end of a module's name
+    counts.
+
+    Raises:
+      ConfigError: it is no expression, or sets layers apart.
+    """
+    found: dict[str, Any] = {}
+    for module in sorted(modules):
+        try:
+            keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+            key = next(keys, None)
+        except re.error as error:
+            raise ConfigError(f"a pattern of theirs is no regular expression: {error}.") from error
+        value = general if key is None else pattern[key]
+        name = module.rpartition(".")[2]
+        if found.setdefault(name, value) != value:
+            raise ConfigError(
+                f"adapters of {name} have {shown(found[name])} in one layer and {shown(value)} in "
+                "another, but here all layers' have the same."
+            )
+    return found
+
+
+def _check_like(lora: LoRA, theirs: LoRA, path: Path) -> None:
+    """Raise unless the adapters in a directory are of the kind of a run's."""
+    if theirs.dora != lora.dora:
         raise CheckpointError(
-            f"the adapters in {path} have rank {rank} and alpha {alpha:.9g}, this run's are to "
-            f"have rank {lora.rank}: set lora.rank and lora.alpha to theirs"
+            f"the adapters in {path} have {'' if theirs.dora else 'no '}magnitudes (DoRA): set "
+            f"lora.dora={str(theirs.dora).lower()}"
         )
-    if abs(alpha - lora.alpha) > 1e-6 * alpha:
-        raise CheckpointError(
-            f"the adapters in {path} were trained with a scale of {alpha / rank:g}, this run's "
-            f"would be {lora.scale:g}: set lora.alpha={alpha:.9g}"
-        )
+    for name in lora.targets:
+        if theirs.rank_of(name) != lora.rank_of(name):
+            raise CheckpointError(
+                f"the adapters in {path} have rank {theirs.rank_of(name)} and alpha "
+                f"{theirs.alpha_of(name):.9g} on {name}, this run's are to have rank "
+                f"{lora.rank_of(name)}: set lora.rank and lora.alpha (or lora.rank_pattern and "
+                "lora.alpha_pattern) to theirs"
+            )
+        if abs(theirs.scale_of(name) - lora.scale_of(name)) > 1e-6 * theirs.scale_of(name):
+            raise CheckpointError(
+                f"the adapters in {path} were trained with a scale of {theirs.scale_of(name):g} on "
+                f"{name}, this run's would be {lora.scale_of(name):g}: set "
+                f"lora.alpha={theirs.alpha_of(name):.9g} and "
+                f"lora.rslora={str(theirs.rslora).lower()}"
+            )
 
 
 def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path) -> None:
@@ -295,7 +358,7 @@ def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path
     expected = {}
     for leaf_path, leaf in named_leaves(abstract):
         for name in logical_paths(leaf_path, leaf.shape):
-            expected[peft_tensor(name).name] = leaf.shape[:0:-1]
+            expected[peft_tensor(name).name] = leaf.shape[:0:-1]  # transposed, without layers
     problems = [
         f"{name}: expected shape {list(shape)}, found {list(found[name].shape)}"
         for name, shape in expected.items()
@@ -306,7 +369,7 @@ def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         layers = sorted({int(n) for name in found for n in re.findall(r"\.layers\.(\d+)\.", name)})
-        targets = sorted({name.split(".")[-3] for name in found if name.count(".") > 2})
+        targets = sorted({match[3] for name in found if (match := _PLACE.fullmatch(name))})
         raise CheckpointError(
             f"the adapters in {file} are not those of this run:\n  "
             + "\n  ".join(problems[:10])

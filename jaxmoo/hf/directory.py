@@ -169,23 +169,31 @@ def read_unchanged(read: Callable[[], T], path: Path) -> T:
     )
 
 
-def first_process(action: Callable[[], None]) -> None:
+def first_process(action: Callable[[], T], doing: str = "write the model") -> T | None:
     """Let the first process do something, while the others wait for it.
+
+    Args:
+      action: what it does.
+      doing: what that is, for the error of the others.
+
+    Returns:
+      What the action returns, in the first process; None in the others.
 
     Raises:
       CheckpointError: in the others, when it failed.
       Exception: in the first, what it failed with.
     """
-    failure = None
+    found = failure = None
     if jax.process_index() == 0:
         try:
-            action()
+            found = action()
         except (JaxmooError, OSError) as error:
             failure = error
-    agree(failure)
+    agree(failure, doing)
+    return found
 
 
-def agree(failure: Exception | None) -> None:
+def agree(failure: Exception | None, doing: str = "write the model") -> None:
     """Raise this process's failure; else, that the first process has failed, if so."""
     succeeded = failure is None
     if jax.process_count() > 1:
@@ -193,4 +201,4 @@ def agree(failure: Exception | None) -> None:
     if failure is not None:
         raise failure
     if not succeeded:
-        raise CheckpointError("the first process could not write the model; see its message")
+        raise CheckpointError(f"the first process could not {doing}; see its message")

@@ -1,4 +1,4 @@
-"""Greedy generation with a cache of keys and values.
+"""Generation with a cache of keys and values.
 
 The cache has one slot per token. The prompts of a batch, padded on the right, fill slots
 0 ... P - 1; the i-th generated token of every row goes to slot P + i, so that one write serves all
@@ -21,8 +21,9 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.sampling import Sampling, draw
 
-__all__ = ["generate_greedily"]
+__all__ = ["generate"]
 
 
 class _Slots(NamedTuple):
@@ -32,24 +33,32 @@ class _Slots(NamedTuple):
     filled_BT: jax.Array  # false for padding; slots after the last token are masked as future
 
 
-def generate_greedily(
+def generate(
     model: Decoder,
     prompts_BP: jax.Array,
     lengths_B: jax.Array,
     *,
     new_tokens: int,
-    stop: Sequence[int],
+    stop: Sequence[int] | jax.Array,
     pad_id: int = 0,
+    sampling: Sampling | None = None,
+    seed: int | jax.Array = 0,
+    rows_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Continue every prompt by the most likely token, again and again.
+    """Continue every prompt token by token: by the likeliest, or by one that is drawn.
 
     Args:
       model: the decoder.
       prompts_BP: int32 [B, P], padded on the right with anything.
       lengths_B: int32 [B], tokens of each prompt, at least 1.
       new_tokens: N, the most tokens to generate. The loop ends when every row has stopped.
-      stop: a row ends with the first of these tokens, which is its last.
+      stop: a row ends with the first of these tokens, which is its last; for all rows, or int32
+        [B, ...] for each its own, -1 where it has fewer.
       pad_id: what follows it.
+      sampling: what tokens are drawn from; None takes the likeliest.
+      seed: of all that is drawn.
+      rows_B: int32 [B], a number per row, by which it is drawn for; see
+        `jaxmoo.models.sampling.draw`. 0 ... B - 1 by default.
 
     Returns:
       int32 [B, N].
@@ -65,8 +74,7 @@ def generate_greedily(
       ...     max_position_embeddings=128)
       >>> model = Decoder(config, rngs=nnx.Rngs(0))
       >>> prompts, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
-      >>> jax.jit(lambda *x: generate_greedily(model, *x, new_tokens=4, stop=[]))(
-      ...     prompts, lengths).shape
+      >>> jax.jit(lambda *x: generate(model, *x, new_tokens=4, stop=[]))(prompts, lengths).shape
       (2, 4)
     """
     rows, length = prompts_BP.shape
@@ -82,11 +90,21 @@ def generate_greedily(
         jnp.where(slots_T < length, slots_T, lengths_B[:, None] + slots_T - length),
         (slots_T < lengths_B[:, None]) | (slots_T >= length),
     )
-    stop_ids = jnp.asarray(tuple(stop), jnp.int32)
+    stop_BS = stop if isinstance(stop, jax.Array) else jnp.asarray([tuple(stop)], jnp.int32)
+    numbers_B = jnp.arange(rows) if rows_B is None else rows_B
+
+    def next_token(hidden_B1D: jax.Array, number: jax.Array) -> jax.Array:
+        logits_BV = _logits(model, hidden_B1D)
+        if sampling is None:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return draw(logits_BV, sampling, jnp.asarray(seed), numbers_B, number)
+
+    def stops(token_B: jax.Array) -> jax.Array:
+        return (token_B[:, None] == stop_BS).any(-1)
 
     hidden_BPD, cache = _run(model, prompts_BP, jnp.int32(0), slots, _empty_cache(model, slots))
     last_B1D = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)
-    first_B = _most_likely(model, last_B1D)
+    first_B = next_token(last_B1D, jnp.int32(0))
     out_BN = jnp.full((rows, new_tokens), pad_id, jnp.int32).at[:, 0].set(first_B)
 
     def goes_on(carry: tuple) -> jax.Array:
@@ -97,11 +115,11 @@ def generate_greedily(
         made, out_BN, done_B, cache = carry
         last_B1 = jax.lax.dynamic_slice_in_dim(out_BN, made - 1, 1, 1)
         hidden_B1D, cache = _run(model, last_B1, length + made - 1, slots, cache)
-        token_B = jnp.where(done_B, pad_id, _most_likely(model, hidden_B1D))
+        token_B = jnp.where(done_B, pad_id, next_token(hidden_B1D, made))
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], made, 1)
-        return made + 1, out_BN, done_B | jnp.isin(token_B, stop_ids), cache
+        return made + 1, out_BN, done_B | stops(token_B), cache
 
-    start = (jnp.int32(1), out_BN, jnp.isin(first_B, stop_ids), cache)
+    start = (jnp.int32(1), out_BN, stops(first_B), cache)
     return jax.lax.while_loop(goes_on, step, start)[1]
 
 
@@ -174,9 +192,8 @@ def _scan_layers(
     return jax.lax.scan(body, (h_BSD, k_LBTGH, v_LBTGH), (numbers, stacked))[0]
 
 
-def _most_likely(model: Decoder, hidden_B1D: jax.Array) -> jax.Array:
+def _logits(model: Decoder, hidden_B1D: jax.Array) -> jax.Array:
     table_VD = model.head_table().astype(model.dtype)
-    logits = jnp.matmul(
+    return jnp.matmul(
         hidden_B1D[:, 0], table_VD.T, preferred_element_type=at_least_float32(model.dtype)
     )
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

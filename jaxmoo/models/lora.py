@@ -1,18 +1,26 @@
 """Low-rank adapters (LoRA) on the projections of a decoder's layers.
 
-An adapted projection computes ``x W + b + (alpha / rank) (x A) B`` with W and b frozen. A [in, r]
-and B [r, out] are leaves like all others, stacked by layers and named after Hugging Face's PEFT:
+An adapted projection computes ``x W + b + s (x A) B`` with W and b frozen and a scale s of
+``alpha / rank``, or ``alpha / sqrt(rank)`` if it is rank-stabilised. A [in, r] and B [r, out] are
+leaves like all others, stacked by layers and named after Hugging Face's PEFT:
 ``layers.3.self_attn.q_proj.lora_A.kernel``. What works on parameters by their paths (blocks, the
 engine, shardings, checkpoints) therefore works on adapters.
 
+With weight decomposition (DoRA), ``x (W + s A B) m / norm + b``, where m [out] is trained, too
+(``lora_magnitude_vector``), and norm [out] is that of the columns of ``W + s A B``, which passes no
+gradient on.
+
 Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*,
-`arXiv:2106.09685 <https://arxiv.org/abs/2106.09685>`_.
+`arXiv:2106.09685 <https://arxiv.org/abs/2106.09685>`_; Kalajdzievski, *A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA*, `arXiv:2312.03732 <https://arxiv.org/abs/2312.03732>`_;
+Liu et al., *DoRA: Weight-Decomposed Low-Rank Adaptation*,
+`arXiv:2402.09353 <https://arxiv.org/abs/2402.09353>`_.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +29,7 @@ from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean, shown
+from jaxmoo.kernels.product import product
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import Linear
@@ -39,11 +48,12 @@ __all__ = [
 ]
 
 # Finds the adapters among logical paths.
-ADAPTERS = r"\.lora_[AB]\.kernel$"
+ADAPTERS = r"\.lora_([AB]\.kernel|magnitude_vector)$"
 
 _MOST_ALPHA = 1e30  # kernels are float32
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +63,19 @@ class LoRA:
     Attributes:
       rank: r.
       alpha: adapters are scaled by ``alpha / rank``.
-      targets: names of projections; by default all of a layer.
+      targets: names of projections; by default, and with ``all-linear``, all of a layer.
+      rslora: whether adapters are scaled by ``alpha / sqrt(rank)`` instead.
+      dora: whether the norms of the adapted kernels' columns are trained apart.
+      rank_pattern: ranks of single projections, by name, in place of `rank`.
+      alpha_pattern: alphas of single projections, by name, in place of `alpha`.
 
     Raises:
       ConfigError: on a rank or alpha that is not positive, or projections that do not exist.
 
     Example:
-      >>> LoRA(rank=8, alpha=16.0).scale
-      2.0
+      >>> lora = LoRA(rank=8, alpha=16.0, rank_pattern={"down_proj": 32})
+      >>> lora.scale_of("q_proj"), lora.scale_of("down_proj")
+      (2.0, 0.5)
       >>> LoRA(rank=8, alpha=16.0, targets=("query",))
       Traceback (most recent call last):
       ...
@@ -71,31 +86,54 @@ class LoRA:
     rank: int
     alpha: float
     targets: Sequence[str] = PROJECTIONS
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(
-                f"the rank of adapters must be an integer of at least 1, found {shown(self.rank)}."
-            )
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not (number and 0 < self.alpha < _MOST_ALPHA):
-            raise ConfigError(
-                f"alpha of adapters must be a number above 0 and below {_MOST_ALPHA:g}, found "
-                f"{shown(self.alpha)}."
-            )
+        if ALL_LINEAR in self.targets:
+            if self.targets != ALL_LINEAR and set(self.targets) != {ALL_LINEAR}:
+                raise ConfigError(f"{ALL_LINEAR} means all projections: name it alone.")
+            object.__setattr__(self, "targets", PROJECTIONS)
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(
+                    f"the rank of adapters must be an integer of at least 1, found {shown(rank)}."
+                )
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            if not (number and 0 < alpha < _MOST_ALPHA):
+                raise ConfigError(
+                    f"alpha of adapters must be a number above 0 and below {_MOST_ALPHA:g}, found "
+                    f"{shown(alpha)}."
+                )
         if not self.targets:
             raise ConfigError(f"no projections to adapt: name some of {', '.join(PROJECTIONS)}.")
-        for name in self.targets:
+        for name in (*self.targets, *self.rank_pattern, *self.alpha_pattern):
             if name not in PROJECTIONS:
                 raise ConfigError(
                     f"no projection is called {name!r}.{did_you_mean(name, PROJECTIONS)} A layer "
                     f"has {', '.join(PROJECTIONS)}; embeddings and the head get no adapters."
                 )
+            if name not in self.targets:
+                raise ConfigError(
+                    f"{name} has a rank or an alpha of its own, but gets no adapters: it is not "
+                    f"among {', '.join(self.targets)}."
+                )
 
-    @property
-    def scale(self) -> float:
-        """Factor of the adapters' product."""
-        return self.alpha / self.rank
+    def rank_of(self, projection: str) -> int:
+        """The rank of a projection's adapters."""
+        return self.rank_pattern.get(projection, self.rank)
+
+    def alpha_of(self, projection: str) -> float:
+        """The alpha of a projection's adapters."""
+        return self.alpha_pattern.get(projection, self.alpha)
+
+    def scale_of(self, projection: str) -> float:
+        """Factor of the product of a projection's adapters."""
+        rank = self.rank_of(projection)
+        return self.alpha_of(projection) / (rank**0.5 if self.rslora else rank)
 
 
 class AdaptedLinear(Linear):
@@ -107,12 +145,15 @@ class AdaptedLinear(Linear):
     Args:
       linear: the map to adapt, or a stack of them.
       lora: what kind of adapter.
+      projection: which of its projections the map is.
     """
 
-    def __init__(self, linear: Linear, lora: LoRA):
+    def __init__(self, linear: Linear, lora: LoRA, projection: str):
         self.dtype, self.kernel, self.bias = linear.dtype, linear.kernel, linear.bias
         self.platform = linear.platform
-        self.scale = lora.scale
+        self.alpha, self.rslora = float(lora.alpha_of(projection)), lora.rslora
+        self.scale = lora.scale_of(projection)
+        rank = lora.rank_of(projection)
         *stack, size_in, size_out = self.kernel.shape
         # Linear maps themselves, so that they are named, stacked, sharded and decayed as such.
         self.lora_A, self.lora_B = nnx.eval_shape(
@@ -125,13 +166,30 @@ class AdaptedLinear(Linear):
                     param_dtype=jnp.float32,
                     rngs=nnx.Rngs(0),
                 )
-                for sizes in ((size_in, lora.rank), (lora.rank, size_out))
+                for sizes in ((size_in, rank), (rank, size_out))
             )
         )
+        self.lora_magnitude_vector = (
+            nnx.eval_shape(lambda: nnx.Param(jnp.ones((*stack, size_out), jnp.float32)))
+            if lora.dora
+            else None
+        )
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter."""
+        return self.lora_A.kernel.shape[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis by the kernel and add what the adapter says: ``[..., out]``."""
-        return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
+        change = self.scale * self.lora_B(self.lora_A(x))
+        if self.lora_magnitude_vector is None:
+            return super().__call__(x) + change
+        y = product(x, self.kernel[...].astype(self.dtype), self.platform) + change
+        a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
+        norms = jax.lax.stop_gradient(_column_norms(self.kernel[...], a, b, self.scale))
+        y = y * (self.lora_magnitude_vector[...] / norms).astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def merged(self) -> Linear:
         """Return the one map that computes the same, in the kernel's dtype and place."""
@@ -150,16 +208,40 @@ class AdaptedLinear(Linear):
         )
         merge = jax.jit(_merged, out_shardings=kernel.sharding)
         a, b = self.lora_A.kernel.get_value(), self.lora_B.kernel.get_value()
-        linear.kernel = nnx.Param(merge(kernel, a, b, self.scale))
+        m = self.lora_magnitude_vector
+        linear.kernel = nnx.Param(
+            merge(kernel, a, b, self.scale, None if m is None else m.get_value())
+        )
         if self.bias is not None:
             linear.bias = self.bias
         return linear
 
 
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+def _merged(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
+) -> jax.Array:
     wide = at_least_float32(kernel.dtype)
-    product = jnp.matmul(a, b, precision="highest").astype(wide)
-    return (kernel.astype(wide) + scale * product).astype(kernel.dtype)
+    change = scale * jnp.matmul(a, b, precision="highest").astype(wide)
+    changed = kernel.astype(wide) + change
+    if magnitude is not None:
+        norms = jnp.linalg.norm(changed, axis=-2, keepdims=True)
+        changed = changed * (magnitude[..., None, :] / norms)
+    return changed.astype(kernel.dtype)
+
+
+def _column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """The norms [..., out] of the columns of ``kernel + scale a b``, which is not formed.
+
+    The square of a sum: that of the kernel, twice the product of both, and that of the change, of
+    which the last two need only matrices as small as a and b.
+    """
+    wide = at_least_float32(kernel.dtype)
+    kernel, a, b = (x.astype(wide) for x in (kernel, a, scale * b))
+    both = jnp.einsum("...ir,...io->...ro", a, kernel, precision="highest")
+    own = jnp.einsum("...ir,...is,...so->...ro", a, a, b, precision="highest")
+    squares = (kernel * kernel).sum(-2) + (b * (2 * both + own)).sum(-2)
+    # Not below what rounding leaves of a column that the change cancels.
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(wide).tiny))
 
 
 def adapted_layers(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
@@ -239,7 +321,7 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
         if chosen:
             for parent, name, linear in _projections(model, str(first)):
                 if name in lora.targets:
-                    setattr(parent, name, AdaptedLinear(linear, lora))
+                    setattr(parent, name, AdaptedLinear(linear, lora, name))
 
 
 def merge_adapters(model: Decoder) -> None:
@@ -263,8 +345,8 @@ def adapters(model: Decoder) -> Iterator[tuple[nnx.Module, str, AdaptedLinear]]:
                 yield parent, name, linear
 
 
-def initial_adapters(abstract: Any, seed: int, shardings: Any = None) -> Any:
-    """Make adapters that change nothing yet: A random, B zero.
+def initial_adapters(abstract: Any, seed: int, shardings: Any = None, *, frozen: Any = None) -> Any:
+    """Make adapters that change nothing yet: A random, B zero, m the norms of the columns.
 
     A is uniform in ±1 / sqrt(in), which is PEFT's (Kaiming uniform with a = sqrt(5)).
 
@@ -272,17 +354,30 @@ def initial_adapters(abstract: Any, seed: int, shardings: Any = None) -> Any:
       abstract: their shapes: the NNX state of `add_adapters`' leaves.
       seed: of the random numbers.
       shardings: where to put them; a pytree like ``abstract``.
+      frozen: the NNX state of the model's own leaves; needed with `LoRA.dora`.
 
     Returns:
       A pytree like ``abstract``, of arrays.
+
+    Raises:
+      ConfigError: there are magnitudes to be made, and no kernels to tell them.
     """
     paths = [path for path, _ in named_leaves(abstract)]
     leaves, tree = jax.tree.flatten(abstract)
+    adapted = [path[:-1] for path in paths if path[-1] == "lora_magnitude_vector"]
+    if adapted and frozen is None:
+        raise ConfigError("adapters with magnitudes (DoRA) need the model's own kernels: frozen=")
+    kernels = {path[:-1]: leaf for path, leaf in named_leaves(frozen) if path[-1] == "kernel"}
 
-    def make() -> Any:
+    def make(kernels: list[jax.Array]) -> Any:
         key = jax.random.key(seed)
-        values = []
+        values, norms = [], iter(kernels)
         for number, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+            if path[-1] == "lora_magnitude_vector":
+                kernel = next(norms)
+                wide = kernel.astype(at_least_float32(kernel.dtype))
+                values.append(jnp.linalg.norm(wide, axis=-2).astype(leaf.dtype))
+                continue
             if "lora_B" in path:
                 values.append(jnp.zeros(leaf.shape, leaf.dtype))
                 continue
@@ -291,7 +386,7 @@ def initial_adapters(abstract: Any, seed: int, shardings: Any = None) -> Any:
             values.append(jax.random.uniform(mine, leaf.shape, leaf.dtype, -bound, bound))
         return jax.tree.unflatten(tree, values)
 
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make, out_shardings=shardings)([kernels[path] for path in adapted])
 
 
 def _projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 from jaxmoo.config import Config
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import ModelCard
 from jaxmoo.runs.directory import RunDirectory
 
-__all__ = ["adapter_card", "public_name", "run_card"]
+__all__ = ["adapter_card", "loadable_name", "public_name", "run_card"]
+
+# A model in the Hugging Face hub's own cache.
+_CACHED = re.compile(r"/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/[0-9a-f]+/?$")
 
 
 def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
@@ -31,7 +36,8 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
     resolve = config.resolve
     tuned = "fine-tuning"
     if config.lora.rank is not None:
-        tuned = f"LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
+        kind = "DoRA" if config.lora.dora else "LoRA"
+        tuned = f"{kind} (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
     return ModelCard(
         title=run.path.absolute().name,
         base_model=public_name(config.model.source),
@@ -52,3 +58,20 @@ def public_name(name: str) -> str:
     """A name without the place on this machine, where it is a path."""
     path = typed_path(name)
     return path.name if path.is_absolute() or path.exists() or name.startswith(".") else name
+
+
+def loadable_name(source: Path) -> str:
+    """The name by which other libraries find a model: its id on the hub, or else where it lies.
+
+    Args:
+      source: the directory that it was read from.
+
+    Example:
+      >>> loadable_name(Path("/cache/models--org--base/snapshots/0a1b"))
+      'org/base'
+      >>> loadable_name(Path("/models/base"))
+      '/models/base'
+    """
+    place = source.absolute()
+    cached = _CACHED.search(place.as_posix())
+    return f"{cached['owner']}/{cached['name']}" if cached else str(place)

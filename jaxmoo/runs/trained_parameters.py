@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 from jaxmoo.config import Config, lora_of
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf.adapter import load_adapter
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
-from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters
+from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters, initial_adapters
 
-__all__ = ["check_model", "run_segments", "split_model"]
+__all__ = ["begun_model", "check_model", "run_segments", "split_model", "trained_filter"]
 
 
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
@@ -51,11 +54,42 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             "tokens."
         )
     largest = max(architecture.hidden_size, architecture.intermediate_size)
-    if config.lora.rank is not None and config.lora.rank > largest:
-        raise ConfigError(
-            f"lora.rank is {config.lora.rank}, but no side of a matrix of {config.model.source} is "
-            f"longer than {largest}: a smaller rank does the same."
-        )
+    lora = config.lora
+    if lora.rank is None:
+        return
+    for name, rank in {"lora.rank": lora.rank, **lora.rank_pattern}.items():
+        if rank > largest:
+            raise ConfigError(
+                f"{name} is {rank}, but no side of a matrix of {config.model.source} is longer "
+                f"than {largest}: a smaller rank does the same."
+            )
+
+
+def trained_filter(config: Config) -> Callable[[Any, Any], bool]:
+    """Return the filter for `flax.nnx.split` of what a run trains of its model."""
+    return trainable_filter(config.model.trainable if config.lora.rank is None else ADAPTERS)
+
+
+def begun_model(config: Config, decoder: Decoder, shardings: Callable[[Any], Any]) -> Decoder:
+    """Return the model that a run begins with: with the first adapters, if it trains adapters.
+
+    Args:
+      config: the run's settings.
+      decoder: the base model, built with :func:`run_segments`; it may be changed.
+      shardings: ``state -> pytree of shardings`` of the adapters.
+
+    Raises:
+      CheckpointError: the adapters of ``lora.adapter`` cannot be read.
+    """
+    lora = lora_of(config.lora)
+    if lora is None:
+        return decoder
+    graph, shapes, frozen = split_model(config, decoder)
+    if config.lora.adapter is None:
+        first = initial_adapters(shapes, config.seed, shardings(shapes), frozen=frozen)
+    else:
+        first = load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))
+    return nnx.merge(graph, first, frozen)
 
 
 def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.State]:
@@ -68,10 +102,8 @@ def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.S
     Returns:
       ``(graph, trained, frozen)``. Adapters are shapes only.
     """
-    lora, pattern = lora_of(config.lora), config.model.trainable
-    if lora is None:
-        graph, trained, frozen = nnx.split(decoder, trainable_filter(pattern), ...)
-        return graph, trained, frozen
-    add_adapters(decoder, lora, adapted_layers(decoder.config, pattern))
-    graph, trained, frozen = nnx.split(decoder, trainable_filter(ADAPTERS), ...)
+    lora = lora_of(config.lora)
+    if lora is not None:
+        add_adapters(decoder, lora, adapted_layers(decoder.config, config.model.trainable))
+    graph, trained, frozen = nnx.split(decoder, trained_filter(config), ...)
     return graph, trained, frozen

@@ -15,7 +15,7 @@ from jaxmoo.hf.directory import first_process, written_files
 from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.models import merge_adapters
 from jaxmoo.runs.directory import RunDirectory
-from jaxmoo.runs.run_card import adapter_card, public_name, run_card
+from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runtime.processes import from_first, is_first
 from jaxmoo.train.job import Job
 
@@ -64,7 +64,7 @@ def export(job: Job, params: Any, step: int) -> None:
         model = job.setup.merge(params, job.setup.frozen)
         card = run_card(directory, config, step)
         if path == directory.adapter:
-            base = public_name(config.model.source)
+            base = loadable_name(job.setup.source)
             save_adapter(model, path, base_model=base, card=adapter_card(card))
             job.say(f"Exported the adapters to {path} (PEFT format).")
             if note := left_to_callers(job.setup.source, stop):

@@ -214,7 +214,7 @@ def prepare(
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"Compiler options of the training step (train.compiler_options): {named}.")
-    adapters = _adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
+    adapters = _given_adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
     parts = Kept() if kept is None else kept
     loaded = _data(config, source, say, kept)
     weights = parts.part(
@@ -223,7 +223,11 @@ def prepare(
         lambda: _weights(config, source, attention, platform, device_mesh, shardings),
     )
     params, merge = weights.params, weights.merge
-    if adapters is not None:
+    if config.lora.rank is not None:
+        if adapters is None:
+            adapters = initial_adapters(
+                params, config.seed, shardings(params), frozen=weights.frozen
+            )
         params = adapters
         _check_weights(config, source, params, {}, device_mesh)
     elif kept is not None:  # a step consumes its state
@@ -390,14 +394,12 @@ def _check_weights(
         )
 
 
-def _adapters(
+def _given_adapters(
     config: Config, abstract: Decoder, shardings: Callable[[Any], Any]
 ) -> nnx.State | None:
-    """The adapters a run begins with, or None when it trains parameters themselves."""
+    """The adapters of another run that this one begins with, if it does."""
     lora = lora_of(config.lora)
-    if lora is None:
+    if lora is None or config.lora.adapter is None:
         return None
     shapes = split_model(config, abstract)[1]
-    if config.lora.adapter is None:
-        return initial_adapters(shapes, config.seed, shardings(shapes))
     return load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from browser import look_at, needs_chromium
+from devices import run_together
 from jaxmoo.commands.analyze import main
 from jaxmoo.runs.gram_log import read_grams
 
@@ -97,6 +98,38 @@ def test_models_are_measured_side_by_side(numbers):
 
 
 @pytest.mark.slow
+def test_two_processes_measure_what_one_does(finished_run, sentences, numbers, tmp_path):
+    said = run_together(
+        [
+            "-m", "jaxmoo", "analyze", finished_run, "--output", tmp_path / "{process}",
+            "--what", "stationarity", "neurons", "separability", "--parallel", sentences,
+            "--steps", "3", "--sentences", "24", "--samples", "20", "--examples", "4",
+            "--mesh", "language=2", "fsdp=2",
+        ],
+        devices=2,
+    )  # fmt: skip
+    assert "Analysis: " in said[0].stdout and "Analysis: " not in said[1].stdout
+    assert not (tmp_path / "1").exists()
+    found = json.loads((tmp_path / "0" / "analysis.json").read_text())
+    for measure in ("stationarity", "neurons", "separability"):
+        assert_near(found[measure], numbers[measure])
+
+
+def assert_near(found, wanted):
+    """Raise unless two structures have the same numbers, but for rounding."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_near(found[key], value)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, two in zip(found, wanted, strict=True):
+            assert_near(one, two)
+    else:
+        assert found == pytest.approx(wanted, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_the_page_explains_itself(report, numbers):
     page = (report / "index.html").read_text()
     assert page.count("<h2") == 6 and page.count("Limits:") == 5
@@ -179,6 +212,11 @@ def test_a_language_missing_from_the_sentences(refused, sentences):
 
 def test_two_batches_that_the_data_cannot_fill(refused):
     assert "two batches of 30 need 60" in refused("--what", "stationarity", "--examples", "30")
+
+
+def test_a_mesh_of_more_devices_than_there_are(refused):
+    message = refused("--what", "stationarity", "--mesh", "data=2")
+    assert "data (2) x language" in message and "but there are" in message
 
 
 def test_a_tokenizer_of_another_model(refused, sentences, finished_run, tmp_path):

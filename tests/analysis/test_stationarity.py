@@ -16,7 +16,9 @@ from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model
-from jaxmoo.models import language_loss, segments_for, trainable_filter
+from jaxmoo.models import language_loss, segments_for
+from jaxmoo.models.lora import adapters
+from jaxmoo.runs.trained_parameters import begun_model, trained_filter
 
 
 def exact(gram: np.ndarray) -> np.ndarray:
@@ -86,13 +88,14 @@ def test_the_estimate_across_batches_is_free_of_noise():
     assert found.one_batch[0] ** 2 > 2 * found.square
 
 
-@pytest.fixture(scope="module")
-def measured(finished_run):
+def measure(config):
     """Gram matrices of a model's modules, and the gradients one by one."""
-    config = load_config(finished_run / "config.yaml")
     path = config.model.source
     model = load_model(path, segments=segments_for(load_model_config(path), config.model.trainable))
     rng = np.random.default_rng(0)
+    model = begun_model(config, model, lambda _: None)
+    for _, _, linear in adapters(model):
+        linear.lora_B.kernel[...] = jnp.asarray(rng.normal(0, 0.1, linear.lora_B.kernel.shape))
     tokenized = {
         code: [
             Tokenized(rng.integers(3, 259, n, np.int32), np.arange(n) > 4, 9, n)
@@ -101,7 +104,7 @@ def measured(finished_run):
         for code in ("en", "es", "it")
     }
     batch = paired_batch(tokenized, ("en", "es", "it"), 4)
-    graph, params, frozen = nnx.split(model, trainable_filter(config.model.trainable), ...)
+    graph, params, frozen = nnx.split(model, trained_filter(config), ...)
     losses, gradients = jax.jit(
         stacked_value_and_grad(lambda p, one: language_loss(nnx.merge(graph, p, frozen), one))
     )(params, jax.tree.map(jnp.asarray, batch))
@@ -109,6 +112,22 @@ def measured(finished_run):
         [np.asarray(x, np.float64).reshape(6, -1) for x in jax.tree.leaves(gradients)], axis=1
     )
     return measure_grams(model, config, batch), np.asarray(losses), flat, batch, tokenized
+
+
+@pytest.fixture(scope="module")
+def measured(finished_run):
+    return measure(load_config(finished_run / "config.yaml"))
+
+
+@pytest.mark.slow
+def test_of_a_run_with_adapters_it_is_their_gradients_that_are_measured(finished_run):
+    changes = ["lora.rank=2", "lora.dora=true", "lora.targets=[q_proj,up_proj]"]
+    found, losses, flat, _, _ = measure(load_config(finished_run / "config.yaml", changes))
+    np.testing.assert_allclose(found.losses.reshape(-1), losses, rtol=1e-5)
+    assert found.blocks == tuple(f"layers.{i}.{m}" for i in (1, 2) for m in ("mlp", "self_attn"))
+    expected = flat[:3] @ flat[:3].T
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found.within[0].sum(0), expected, atol=1e-5 * scale)
 
 
 @pytest.mark.slow

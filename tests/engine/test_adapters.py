@@ -40,9 +40,10 @@ CONFIG = DecoderConfig(
 
 
 def parts(remat="full"):
-    """A decoder with adapters, B not zero, so that A learns too."""
+    """A decoder with adapters and magnitudes, B not zero, so that A learns too."""
     model = Decoder.abstract(CONFIG, remat=remat)
-    add_adapters(model, LoRA(2, 4, ("k_proj", "o_proj", "up_proj")), layers=[0, 1])
+    lora = LoRA(2, 4, ("k_proj", "o_proj", "up_proj"), dora=True, rank_pattern={"up_proj": 3})
+    add_adapters(model, lora, layers=[0, 1])
     graph, *states = nnx.split(model, trainable_filter(ADAPTERS), ...)
     rng = np.random.default_rng(0)
     return graph, *jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), states)

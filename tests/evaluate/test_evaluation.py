@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from devices import ROOT, run_python
+from devices import run_together
 from jaxmoo.commands.evaluate import main
 from jaxmoo.commands.train import main as train
 
@@ -254,14 +254,30 @@ def test_adapters_are_scored_on_the_model_they_name(chat_model, topics, tokenize
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_devices(results, arguments, tmp_path):
-    output = tmp_path / "four.json"
-    run_python(["scripts/evaluate.py", *arguments(output)], devices=4, PYTHONPATH=str(ROOT))
-    one, four = (json.loads(path.read_text()) for path in (results, output))
+def test_results_do_not_depend_on_devices_or_processes(results, arguments, tmp_path):
+    """Two processes with two devices each; the first begins where another evaluation stopped."""
+    output = tmp_path / "{process}" / "results.json"
+    first = tmp_path / "0" / "results.examples"
+    first.mkdir(parents=True)
+    shutil.copy(results.with_name("results.examples") / "en.json", first)
+    command = ["-m", "jaxmoo", "evaluate", *arguments(output, "--mesh", "data=2")]
+    said = run_together(command, devices=2)
+    assert "Already evaluated: en." in said[0].stdout and "| worst" in said[0].stdout
+    assert "worst" not in said[1].stdout, "the first process alone speaks"
+    assert not (tmp_path / "1").exists(), "the first process alone writes"
+    one, four = (
+        json.loads(path.read_text()) for path in (results, tmp_path / "0" / "results.json")
+    )
     assert one["weights"] == four["weights"]
     for code, scores in one["languages"].items():
         assert scores.pop("data") == four["languages"][code].pop("data")
         assert four["languages"][code] == pytest.approx(scores, rel=1e-5)
+    columns = [
+        json.loads(path.with_name("results.examples").joinpath("ja.json").read_text())["columns"]
+        for path in (results, tmp_path / "0" / "results.json")
+    ]
+    for decision in ("generated", "correct", "correct_unnormalised"):
+        assert columns[0][decision] == columns[1][decision]
 
 
 @pytest.mark.slow
@@ -328,6 +344,8 @@ def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
         (["--max-examples", "0"], "--max-examples takes a positive number, found 0"),
         (["--output", "results.txt"], "ends in .json"),
         (["--step", "3"], "a step or base was given"),
+        (["--mesh", "language=2"], "--mesh takes AXIS=N with an axis of data, fsdp, tensor"),
+        (["--mesh", "data=3"], r"mesh: data \(3\) x .* but there are"),
     ],
 )
 def test_what_cannot_be_is_said_first(more, complaint, arguments, tmp_path, capsys):

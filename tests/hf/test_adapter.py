@@ -66,7 +66,8 @@ class Case:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.copy_(0.15 * torch.randn_like(parameter))
+                    size = parameter if "magnitude" in name else torch.ones(())
+                    parameter.copy_(0.15 * size * torch.randn_like(parameter))
         model.save_pretrained(self.adapter)
         self.model = model.eval()
 
@@ -86,12 +87,17 @@ def everywhere(tmp_path_factory) -> Case:
 
 @pytest.fixture(scope="module")
 def somewhere(tmp_path_factory) -> Case:
-    """Llama, adapters on some projections of the last two layers, scaled by alpha / sqrt(rank)."""
+    """Llama, adapters on some projections of the last two layers, scaled by alpha / sqrt(rank).
+
+    One projection has a rank of its own, and one an alpha.
+    """
     return Case(
         tmp_path_factory.mktemp("llama"),
         "llama",
         r=4,
         lora_alpha=6,
+        rank_pattern={r".*[12]\.mlp\.down_proj": 2},
+        alpha_pattern={"q_proj": 3},
         use_rslora=True,
         target_modules=["q_proj", "o_proj", "down_proj"],
         layers_to_transform=[1, 2],
@@ -99,14 +105,32 @@ def somewhere(tmp_path_factory) -> Case:
     )
 
 
+@pytest.fixture(scope="module")
+def decomposed(tmp_path_factory) -> Case:
+    """Qwen2, with magnitudes (DoRA) on projections with and without a bias."""
+    directory = tmp_path_factory.mktemp("dora")
+    targets = ["k_proj", "o_proj", "up_proj"]
+    return Case(directory, "qwen2", r=4, lora_alpha=8, use_dora=True, target_modules=targets)
+
+
 ALL = LoRA(rank=4, alpha=8)
-SOME = LoRA(rank=4, alpha=12, targets=("q_proj", "o_proj", "down_proj"))  # 6 x sqrt(4)
-
-
-@pytest.mark.parametrize(
-    ("name", "lora", "layers", "segments"),
-    [("everywhere", ALL, range(3), (0,)), ("somewhere", SOME, [1, 2], (0, 1))],
+SOME = LoRA(
+    rank=4,
+    alpha=6,
+    targets=("q_proj", "o_proj", "down_proj"),
+    rslora=True,
+    rank_pattern={"down_proj": 2},
+    alpha_pattern={"q_proj": 3},
 )
+DORA = LoRA(rank=4, alpha=8, targets=("k_proj", "o_proj", "up_proj"), dora=True)
+CASES = [
+    ("everywhere", ALL, range(3), (0, 2)),
+    ("somewhere", SOME, [1, 2], (0, 1)),
+    ("decomposed", DORA, range(3), (0,)),
+]
+
+
+@pytest.mark.parametrize(("name", "lora", "layers", "segments"), CASES)
 def test_logits_gradients_and_merged_weights_equal_pefts(
     name, lora, layers, segments, request, tmp_path: Path
 ):
@@ -133,9 +157,9 @@ def test_logits_gradients_and_merged_weights_equal_pefts(
     nll[targets].mean().backward()
     theirs = {n: p.grad.numpy() for n, p in case.model.named_parameters() if p.grad is not None}
     ours = by_logical_path(gradients)
-    assert len(ours) == len(theirs) == 2 * len(lora.targets) * len(layers)
+    assert len(ours) == len(theirs) == (2 + lora.dora) * len(lora.targets) * len(layers)
     for path, gradient in ours.items():
-        tensor = peft_tensor(path).name.replace(".weight", ".default.weight")
+        tensor = peft_tensor(path).name.removesuffix(".weight") + ".default.weight"
         assert relative_error(gradient.T, theirs[tensor]) < TOLERANCE, path
 
     assert relative_error(our_logits, logits.detach().numpy()) < TOLERANCE
@@ -158,10 +182,7 @@ def test_logits_gradients_and_merged_weights_equal_pefts(
             np.testing.assert_array_equal(value, before[tensor], tensor)
 
 
-@pytest.mark.parametrize(
-    ("name", "lora", "layers", "segments"),
-    [("everywhere", ALL, range(3), (0, 2)), ("somewhere", SOME, [1, 2], (0, 1))],
-)
+@pytest.mark.parametrize(("name", "lora", "layers", "segments"), CASES)
 def test_what_we_write_peft_loads_with_equal_logits(
     name, lora, layers, segments, request, tmp_path: Path
 ):
@@ -189,7 +210,7 @@ def test_what_we_write_peft_loads_with_equal_logits(
         save_adapter(model, out, base_model="org/base")
 
 
-@pytest.mark.parametrize("name", ["everywhere", "somewhere"])
+@pytest.mark.parametrize("name", ["everywhere", "somewhere", "decomposed"])
 def test_a_directory_of_adapters_is_the_model_they_belong_to(name, request, tmp_path: Path):
     case = request.getfixturevalue(name)
     named = tmp_path / "adapter"
@@ -202,7 +223,9 @@ def test_a_directory_of_adapters_is_the_model_they_belong_to(name, request, tmp_
     expected = case.reload(case.adapter).merge_and_unload().state_dict()
     for tensor, value in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert relative_error(value, expected[tensor].numpy()) < 1e-6, tensor
-    assert "rank  4" in describe(named)
+    told = describe(named)
+    assert "rank  4" in told and ("DoRA" in told) == (name == "decomposed")
+    assert ("down_proj 2, scale 4.2" in told) == (name == "somewhere")
 
 
 def test_a_tokenizer_beside_adapters_goes_with_the_merged_model(everywhere: Case, tmp_path: Path):
@@ -257,25 +280,30 @@ def test_adapters_of_another_kind_are_refused(everywhere: Case, tmp_path: Path):
             load_adapter(tmp_path / "other", abstract, lora)
 
     refuse("peft_type is 'IA3'", peft_type="IA3")
-    refuse("use_dora is set; bias is 'all'", use_dora=True, bias="all")
+    refuse("lora_bias is set; bias is 'all'", lora_bias=True, bias="all")
     refuse("'pissa' changes the base model", init_lora_weights="pissa")
-    refuse("alpha_pattern is set", alpha_pattern={"q_proj": 3})
-    refuse("rank 4 and alpha 8, this run's are to have rank 2", LoRA(rank=2, alpha=8))
+    refuse(r"scale of 0.75 on q_proj.* set lora\.alpha=3", alpha_pattern={"q_proj": 3})
+    refuse("alpha_pattern must be an object, found 3", alpha_pattern=3)
+    refuse("no regular expression", rank_pattern={"(": 3})
+    refuse(
+        "adapters of q_proj have 4 in one layer and 2 in another",
+        rank_pattern={r".*1\.self_attn\.q_proj": 2},
+    )
+    refuse("rank 4 and alpha 8 on q_proj, this run's are to have rank 2", LoRA(rank=2, alpha=8))
     refuse(r"set lora\.alpha=8", LoRA(rank=4, alpha=16))
-    refuse(r"set lora\.alpha=16", use_rslora=True)
+    refuse(r"set lora\.alpha=8 and lora\.rslora=true", use_rslora=True)
     refuse("rank None", r=None)
     for alpha in (float("nan"), float("inf"), 0, -8, True, "8", [8], None):
         refuse(r"have rank 4 and alpha .* must be a number above 0", lora_alpha=alpha)
     for rank in (True, 4.0, "4", 0):
         refuse("must be an integer of at least 1, found", r=rank)
     refuse("use_rslora must be true or false, found 'false'", use_rslora="false")
+    refuse("use_dora must be true or false, found 1", use_dora=1)
 
-    refuse("use_dora is set", use_dora=True)
-    weights = load_file(tmp_path / "other" / WEIGHTS)
-    scaled = next(iter(weights)).replace("lora_A.weight", "lora_magnitude_vector")
-    save_file({**weights, scaled: np.ones(8, np.float32)}, tmp_path / "other" / WEIGHTS)
-    with pytest.raises(CheckpointError, match="use_dora is set"):
-        describe(tmp_path / "other")
+    refuse(r"have magnitudes \(DoRA\): set lora\.dora=true", use_dora=True)
+    _, abstract, _ = with_adapters(everywhere.base, LoRA(4, 8, dora=True), range(3))
+    refuse(r"missing: .*lora_magnitude_vector", LoRA(4, 8, dora=True), use_dora=True)
+    refuse(r"have no magnitudes \(DoRA\): set lora\.dora=false", LoRA(4, 8, dora=True))
 
 
 def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere: Case):
@@ -283,8 +311,10 @@ def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere
     with pytest.raises(CheckpointError, match=r"missing: .*layers\.0\.self_attn\.q_proj") as error:
         load_adapter(somewhere.adapter, abstract, SOME)
     assert "down_proj, o_proj, q_proj of the layers [1, 2]" in str(error.value)
+    some = LoRA(rank=4, alpha=8, targets=SOME.targets)
+    _, abstract, _ = with_adapters(everywhere.base, some, range(3))
     with pytest.raises(CheckpointError, match=r"not adapted by this run: .*k_proj"):
-        load_adapter(everywhere.adapter, abstract, LoRA(rank=4, alpha=8))
+        load_adapter(everywhere.adapter, abstract, some)
 
 
 def test_damaged_adapters_are_refused(everywhere: Case, tmp_path: Path):

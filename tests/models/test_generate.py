@@ -1,4 +1,4 @@
-"""Greedy generation: the tokens transformers generates, whatever the padding and the batch."""
+"""Generation: greedily the tokens transformers generates, whatever the padding and the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_model
-from jaxmoo.models.generate import generate_greedily
+from jaxmoo.models.generate import generate
 
 LENGTHS = [11, 1, 20]
 NEW = 32
@@ -45,9 +45,9 @@ def expected(oracle, tokens, stop):
     return rows
 
 
-def generate(model, tokens, stop):
+def generated(model, tokens, stop):
     return np.asarray(
-        jax.jit(generate_greedily, static_argnames=("new_tokens", "stop", "pad_id"))(
+        jax.jit(generate, static_argnames=("new_tokens", "stop", "pad_id"))(
             model, jnp.asarray(tokens), jnp.asarray(LENGTHS), new_tokens=NEW, stop=stop, pad_id=2
         )
     )
@@ -62,7 +62,7 @@ def test_the_tokens_are_those_of_transformers(variant, tmp_path):
     wanted = expected(oracle, tokens, [])
     # The layers in two stacks, as a run that trained the last one has them.
     model = load_model(tmp_path, segments=(0, 2))
-    assert (generate(model, tokens, ()) == wanted).all()
+    assert (generated(model, tokens, ()) == wanted).all()
 
 
 def test_rows_end_with_a_stop_token_and_do_not_touch_each_other(tmp_path):
@@ -71,17 +71,51 @@ def test_rows_end_with_a_stop_token_and_do_not_touch_each_other(tmp_path):
     free = expected(oracle, tokens, [])
     stop = (int(free[0, 5]), int(free[2, 2]))
     model = load_model(tmp_path)
-    found = generate(model, tokens, stop)
+    found = generated(model, tokens, stop)
     assert (found == expected(oracle, tokens, list(stop))).all()
     assert (found[0, np.isin(found[0], stop).argmax() + 1 :] == 2).all()
     # What lies in the padding is never seen.
-    assert (generate(model, np.where(tokens == 2, 77, tokens), stop) == found).all()
+    assert (generated(model, np.where(tokens == 2, 77, tokens), stop) == found).all()
+
+
+def test_every_row_has_its_own_stop_tokens_and_numbers(tmp_path):
+    """A row's text does not depend on the batch: on other rows, on padding, or on where it is."""
+    from jaxmoo.models.sampling import Sampling
+
+    oracle = tiny_models.save("llama", tmp_path)
+    tokens, free = prompts(pad=2), expected(oracle, prompts(pad=2), [])
+    # Each ends with the other's token, and not with its own.
+    stop = np.array([[free[0, 5], -1], [free[1, 3], free[1, 1]], [free[2, 2], -1]], np.int32)
+    model = load_model(tmp_path)
+    run = jax.jit(generate, static_argnames=("new_tokens", "pad_id", "sampling"))
+
+    def found(rows, width, **options):
+        return np.asarray(
+            run(
+                model,
+                jnp.asarray(tokens[rows, :width]),
+                jnp.asarray(LENGTHS)[jnp.asarray(rows)],
+                new_tokens=NEW,
+                stop=jnp.asarray(stop[rows]),
+                pad_id=2,
+                rows_B=jnp.asarray(rows),
+                **options,
+            )
+        )
+
+    greedy = found([0, 1, 2], 24)
+    for row in range(3):
+        own = [int(token) for token in stop[row] if token >= 0]
+        assert (greedy[row] == expected(oracle, tokens, own)[row]).all()
+    drawn = {"sampling": Sampling(temperature=1.3, top_k=40), "seed": 5}
+    together = found([0, 1, 2], 24, **drawn)
+    assert (together != greedy).any()
+    assert (together[[2, 0]] == found([2, 0], 20, **drawn)).all()
+    assert (together != found([0, 1, 2], 24, **drawn | {"seed": 6})).any()
 
 
 def test_too_long_a_text_is_refused(tmp_path):
     tiny_models.save("llama", tmp_path)
     limit = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
     with pytest.raises(ConfigError, match=f"at most {limit} in all"):
-        generate_greedily(
-            load_model(tmp_path), jnp.zeros((1, limit)), jnp.ones(1), new_tokens=1, stop=()
-        )
+        generate(load_model(tmp_path), jnp.zeros((1, limit)), jnp.ones(1), new_tokens=1, stop=())

@@ -30,10 +30,9 @@ WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"], "export": "both"}
 
 
-@pytest.fixture
-def config_file(write_config):
+def run_config(write_config, **lora):
     return write_config(
-        lora=LORA,
+        lora=LORA | lora,
         optimizer__learning_rate=1e-2,
         report=False,
         tensorboard=False,
@@ -41,6 +40,11 @@ def config_file(write_config):
         data__unseen=[],
         resolve__weighting="famo",
     )
+
+
+@pytest.fixture
+def config_file(write_config):
+    return run_config(write_config)
 
 
 def copied(run, path, *without):
@@ -53,11 +57,12 @@ def copied(run, path, *without):
 
 
 @pytest.mark.slow
-def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp_path, capsys):
+def test_a_run_from_config_to_files_that_peft_loads(write_config, tiny_model, tmp_path, capsys):
     run = tmp_path / "run"
+    config_file = run_config(write_config, rslora=True, dora=True, rank_pattern={"down_proj": 2})
     assert main(["--config", str(config_file)]) == 0
-    # Adapters on layers 2 and 3: (in + out) x rank of three projections.
-    trained = 2 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
+    # Adapters on layers 2 and 3: (in + out) x rank of three projections, and their magnitudes.
+    trained = 2 * (4 * ((32 + 32) + (32 + 16)) + 2 * (64 + 32) + (32 + 16 + 32))
     assert f"Training {trained:,} of " in capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     assert results["summary_after"]["seen_nll"] < results["summary_before"]["seen_nll"]
@@ -76,7 +81,7 @@ def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp
 
     # What transformers reads and what peft reads predict the same.
     import torch
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
     tokens = np.arange(40)[None] * 7 % 259
@@ -89,7 +94,8 @@ def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp
     start = theirs(base)
     expected = theirs(AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32))
     largest = np.abs(expected).max()
-    adapted = theirs(PeftModel.from_pretrained(base, run / "adapter"))
+    # ... which finds the base model by itself.
+    adapted = theirs(AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32))
     np.testing.assert_allclose(adapted, expected, atol=1e-5 * largest)
     assert np.abs(adapted - start).max() > 1e-3 * largest
 
@@ -105,7 +111,10 @@ def test_a_run_from_config_to_files_that_peft_loads(config_file, tiny_model, tmp
     assert (merged / WEIGHTS).read_bytes() == (run / "export" / WEIGHTS).read_bytes()
     assert (adapter / ADAPTER).read_bytes() == (run / "adapter" / ADAPTER).read_bytes()
     assert convert(["inspect", str(run)]) == 0
-    assert "adapters of rank 4 on q_proj, v_proj, down_proj" in capsys.readouterr().out
+    assert (
+        "adapters with magnitudes (DoRA) of rank 4 on q_proj, v_proj, down_proj"
+        in capsys.readouterr().out
+    )
 
     # Interrupted after step 2 and resumed, a run ends with the same adapters.
     resumed = copied(run, tmp_path / "resumed", "checkpoints/4")
