@@ -113,7 +113,10 @@ def train(
         if config.push_to_hub is not None:
             # Beyond the hang timer: it takes as long as it takes.
             with stop.at_once():
-                first_process(lambda: _push(config, directory, repository, results["steps"], say))
+                first_process(
+                    lambda: _push(config, directory, repository, results["steps"], say),
+                    "upload the model",
+                )
         return results
 
 
