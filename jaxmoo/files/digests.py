@@ -26,9 +26,11 @@ import xxhash
 from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError, DamagedError, JaxmooError
+from jaxmoo.files.buckets import is_bucket
 
 __all__ = [
     "DIGESTS",
+    "UNFINISHED",
     "Digests",
     "agree_whole",
     "damaged_files",
@@ -43,6 +45,8 @@ __all__ = [
 T = TypeVar("T")
 
 DIGESTS = "digests.json"
+# Lies in a directory of a bucket, which cannot be renamed, as long as that is not whole.
+UNFINISHED = ".unfinished"
 # How notes of digests begin that several processes leave for the first one.
 _NOTE = "digests.process_"
 _ALGORITHM = "xxh128"
@@ -125,16 +129,19 @@ def write_digests(
         files |= {(place / name).as_posix(): digest for name, digest in found.items()}
         note.unlink()
     names = {(Path(part) / name).as_posix() for part in within for name in files_below(root / part)}
-    files |= digest_files(root, sorted(names - files.keys() - {DIGESTS}))
+    files |= digest_files(root, sorted(names - files.keys() - {DIGESTS, UNFINISHED}))
     content = {
         "format": 1,
         "algorithm": _ALGORITHM,
         "about": dict(about or {}),
         "files": dict(sorted(files.items())),
     }
+    text = json.dumps(content | {"own": _own(content)}, indent=1) + "\n"
+    if is_bucket(root):
+        (root / DIGESTS).write_text(text, "utf-8")
+        return
     with (root / DIGESTS).open("w", encoding="utf-8") as stream:
-        json.dump(content | {"own": _own(content)}, stream, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.report.page import image, page
 from jaxmoo.report.plots import (
     Score,
@@ -53,7 +54,7 @@ def write_report(
       ConfigError: matplotlib is not installed.
       DataError: a language has no score.
     """
-    directory = Path(directory)
+    directory = typed_path(directory)
     images = [directory / "before_after.png"]
     before_after(before, after, seen, unseen, images[0])
     if any(row.get("loss") for row in rows):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,9 +72,11 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        svg = Path(path).suffix == ".svg"
-        figure.savefig(path, metadata={"Date": None} if svg else None)
+        path = typed_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = path.suffix.removeprefix(".") or None
+        with path.open("wb") as stream:
+            figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def title(figure: Figure, heading: str, explanation: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,21 +17,28 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxmoo.errors import CheckpointError, DamagedError
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import (
     DIGESTS,
     agree_whole,
+    files_below,
     note_own_digests,
     read_checked,
     read_digests,
     write_digests,
 )
+from jaxmoo.files.scratch import copy_files
+from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import barrier, from_first, is_first
 
 __all__ = [
     "ABOUT",
+    "DAMAGED",
     "STATE",
     "Checkpoints",
     "UnsavedError",
+    "fetch_step",
+    "free_name",
     "read_about",
     "read_item",
     "unchecked",
@@ -39,7 +49,7 @@ T = TypeVar("T")
 # What a checkpoint is made of, each in a directory of that name.
 STATE, ABOUT = "state", "about"
 # Where damaged ones are put; not the name of a step, so nothing takes it for one.
-_DAMAGED = "damaged"
+DAMAGED = "damaged"
 _ADVICE = (
     "If it is damaged, remove that directory; the run resumes from an older one, or from the "
     "beginning."
@@ -50,6 +60,19 @@ class UnsavedError(CheckpointError):
     """A checkpoint could not be written; those before it are whole."""
 
     exit_code = 1
+
+
+def fetch_step(source: Path, target: Path) -> None:
+    """Copy a checkpoint from a bucket to this machine; it appears when it is whole.
+
+    Raises:
+      CheckpointError: its digests are damaged.
+      OSError: a file is missing, or cannot be fetched.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_files(source, partial, files_below(source))
+    os.replace(partial, target)
 
 
 def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
@@ -67,6 +90,15 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       DamagedError: it is damaged. It names the directory, and the file if one is to blame.
       CheckpointError: it cannot be read, or is that of another step.
     """
+    if is_bucket(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                fetch_step(directory / str(step), Path(folder) / str(step))
+            except OSError as error:
+                raise CheckpointError(
+                    f"The checkpoint {directory / str(step)} cannot be fetched: {error}"
+                ) from error
+            return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
     digests, problems = None, []
@@ -149,16 +181,17 @@ class Checkpoints:
     Args:
       directory: where checkpoints are kept; made when it does not exist. All processes see it.
       keep: how many of the newest to keep.
+      parts: brings together what hosts write that share no disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int, parts: Parts | None = None) -> None:
         self._directory = directory
         self._kept = _NewestAndBest(keep)
         try:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 item_names=(STATE, ABOUT),
-                item_handlers={STATE: _StateHandler()},
+                item_handlers={STATE: _StateHandler(parts)},
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._kept,
                     create=True,
@@ -209,17 +242,21 @@ class Checkpoints:
         Raises:
           UnsavedError: they cannot be moved.
         """
-        aside, moved = self._directory / _DAMAGED, {}
+        aside, moved = self._directory / DAMAGED, {}
         with self._writing():
             if is_first():
                 aside.mkdir(exist_ok=True)
                 for step in steps:
-                    moved[step] = _free(aside / str(step))
+                    moved[step] = free_name(aside / str(step))
                     (self._directory / str(step)).rename(moved[step])
             barrier("damaged checkpoints are set aside")
-            self._manager.reload()
-        self._latest = self._newest()
+        self.reload()
         return moved
+
+    def reload(self) -> None:
+        """Look again which there are; all processes see the same."""
+        self._manager.reload()
+        self._latest = self._newest()
 
     def score(self, step: int, score: float) -> None:
         """Note how good the state of a step is, lower being better, to keep the best."""
@@ -315,8 +352,8 @@ class Checkpoints:
             ) from error
 
 
-def _free(path: Path) -> Path:
-    """A name like this one that nothing has."""
+def free_name(path: Path) -> Path:
+    """Return a name like this one that nothing has."""
     names = itertools.chain(
         [path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
     )
@@ -333,9 +370,20 @@ def _raw_key(found: Any, like: Any) -> Any:
 class _StateHandler(ocp.StandardCheckpointHandler):
     """Writes a state; of several processes, each also the digests of the files it has written."""
 
+    def __init__(self, parts: Parts | None = None) -> None:
+        super().__init__()
+        self._parts = parts
+
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         written = await super().async_save(directory, *args, **kwargs) or []
-        return [*written, _OwnDigests(directory, written)] if jax.process_count() > 1 else written
+        if jax.process_count() == 1:
+            return written
+        return [*written, _OwnDigests(directory, written, self._parts)]
+
+    def finalize(self, directory: Any) -> None:
+        if self._parts is not None:
+            self._parts.collect(Path(directory))
+        super().finalize(directory)
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True)
@@ -351,14 +399,16 @@ class _StateRestore(ocp.args.StandardRestore):
 class _OwnDigests:
     """Notes the digests of a process's own files when these are written; as Orbax waits for it."""
 
-    def __init__(self, directory: Any, written: Sequence[Any]) -> None:
+    def __init__(self, directory: Any, written: Sequence[Any], parts: Parts | None) -> None:
         self._directory = Path(getattr(directory, "path", directory))
-        self._written = written
+        self._written, self._parts = written, parts
 
     def result(self, timeout: float | None = None) -> None:
         for future in self._written:
             future.result(timeout)
         note_own_digests(self._directory)
+        if self._parts is not None:
+            self._parts.send(self._directory)
 
 
 class _NewestAndBest:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["check_stop_file", "metadata_host", "watched"]
 
@@ -46,7 +47,7 @@ def check_stop_file(path: str | None) -> None:
     Raises:
       ConfigError: names it.
     """
-    if path is not None and Path(path).expanduser().exists():
+    if path is not None and typed_path(path).exists():
         raise ConfigError(
             f"train.stop_file: {path} is there, and would stop the run at once. Remove it first."
         )
@@ -72,7 +73,7 @@ def watched(
       save: called once per notice of a maintenance.
       every: seconds between two looks.
     """
-    host, file = metadata_host(), None if stop_file is None else Path(stop_file).expanduser()
+    host, file = metadata_host(), None if stop_file is None else typed_path(stop_file)
     if host is None and file is None:
         yield
         return

@@ -40,7 +40,9 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxmoo.errors import DataError
+from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.train.trackers import Tracker, Trackers, open_trackers
 
 __all__ = ["MetricsWriter", "Progress", "read_metrics"]
@@ -75,7 +77,7 @@ class MetricsWriter:
         resume_step: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        directory = Path(directory)
+        directory = typed_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
@@ -83,7 +85,7 @@ class MetricsWriter:
             directory, trackers, first_step=first_step, settings=settings
         )
         _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = Appended(self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; values may be numbers, NumPy or JAX arrays, mappings and lists."""
@@ -91,7 +93,6 @@ class MetricsWriter:
         if not isinstance(plain.get("step"), int):
             raise DataError(f"A row of metrics needs an integer step, found {plain.get('step')!r}.")
         self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
         values = dict(_scalars(plain))
         for tracker in list(self._trackers):
             with self._left_if_it_fails(tracker):
@@ -135,7 +136,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       DataError: another line is not a row.
     """
-    path = Path(path)
+    path = typed_path(path)
     if path.is_dir():
         path /= "metrics.jsonl"
     return [row for _, row in _lines(path)]

@@ -17,7 +17,7 @@ from jaxmoo.hf.directory import first_process
 from jaxmoo.hf.push import prepare_push, push
 from jaxmoo.platforms import platform_of
 from jaxmoo.report import write_report
-from jaxmoo.runs.checkpoint import Checkpoints
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
@@ -145,7 +145,7 @@ def _train(job: Job, measure: Callable[[Setup, Any], None] | None) -> dict[str, 
     directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
-    with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
+    with open_checkpoints(directory, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
     results = _finish(job, state.weights, step, before, evaluate(job, step, state.weights))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxmoo.config import Config
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.scratch import scratch_of
 
 __all__ = ["Tracker", "Trackers", "check_packages", "open_trackers", "trackers_of"]
 
@@ -118,7 +119,7 @@ class _TensorBoard:
         # TensorBoard drops what earlier event files hold from the purge step on. Their names count
         # seconds; the suffix keeps two starts within one second apart.
         self._events = SummaryWriter(
-            str(directory / "tensorboard"),
+            str(scratch_of(directory) / "tensorboard"),
             purge_step=first_step,
             filename_suffix=f".{time.time_ns()}",
         )
@@ -136,12 +137,14 @@ class _Wandb:
     def __init__(self, directory: Path, project: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
+        here = scratch_of(directory)
+        here.mkdir(parents=True, exist_ok=True)
         self._run: Any = wandb.init(
             project=project,
             name=directory.absolute().name,
             id=_kept(directory / "wandb_id", lambda: secrets.token_hex(8)),
             resume="allow",
-            dir=directory,
+            dir=here,
             config=dict(settings),
             allow_val_change=True,
         )

@@ -13,7 +13,9 @@ from devices import run_python
 from jaxmoo import mesh
 from jaxmoo.errors import CheckpointError, DamagedError
 from jaxmoo.files.digests import DIGESTS
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.checkpoint import Checkpoints, unchecked
+from jaxmoo.runs.directory import RunDirectory
 
 
 def state(value):
@@ -168,6 +170,29 @@ def test_damaged_ones_are_set_aside_and_never_deleted(tmp_path):
         assert checkpoints.latest() == 4
 
 
+def test_in_a_bucket_damaged_ones_are_set_aside_too():
+    run = RunDirectory("memory://set-aside/run")
+    place = run.checkpoints / "damaged" / "4"
+    with open_checkpoints(run, keep=3) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state(step), {"step": step})
+        checkpoints.wait()
+    file = next(p for p in (run.checkpoints / "4" / "state").rglob("*") if p.stat().st_size > 99)
+    file.write_bytes(bytes(100))
+    with open_checkpoints(run, keep=3) as checkpoints:
+        with pytest.raises(DamagedError, match=f"{run.checkpoints}/4 .*{file.name} is not what"):
+            checkpoints.restore(4, state(0))
+        assert checkpoints.before(4) == 2 and checkpoints.before(2) is None
+        assert checkpoints.set_aside([4]) == {4: place}
+        assert checkpoints.latest() == 2 and run.steps() == [2]
+        assert (place / file.relative_to(run.checkpoints / "4")).read_bytes() == bytes(100)
+        assert checkpoints.restore(2, state(0))["step"] == 2
+        checkpoints.save(4, state(4), {"step": 4})
+        checkpoints.wait()
+    with open_checkpoints(run, keep=3) as checkpoints:
+        assert checkpoints.latest() == 4 and checkpoints.restore(4, state(0))["step"] == 4
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, state(3), {"step": 3})
@@ -217,6 +242,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.checkpoint import Checkpoints, UnsavedError
 
 state = {"w": jnp.arange(1 << 20, dtype=jnp.float32)}
