@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.at_hand import copy_file
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import files_below
@@ -27,6 +28,9 @@ def scratch_of(directory: Path) -> Path:
     Args:
       directory: where something is to be written; on this machine already, it is returned.
 
+    Raises:
+      ConfigError: the default cannot be made, or is another user's.
+
     Example:
       >>> scratch_of(Path("runs/a"))
       PosixPath('runs/a')
@@ -34,8 +38,25 @@ def scratch_of(directory: Path) -> Path:
     if not is_bucket(directory):
         return directory
     place = os.environ.get("JAXMOO_SCRATCH")
-    root = Path(place) if place else Path(tempfile.gettempdir(), f"jaxmoo-{os.getuid()}")
+    root = Path(place) if place else _own(Path(tempfile.gettempdir(), f"jaxmoo-{os.getuid()}"))
     return root / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+
+
+def _own(root: Path) -> Path:
+    """Make a directory of this user's alone where others may write, for programs lie in it."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.is_symlink() or root.stat().st_uid != os.getuid():
+            raise ConfigError(
+                f"{root} belongs to another user. Name a scratch directory of your own in the "
+                "environment variable JAXMOO_SCRATCH."
+            )
+    except OSError as error:
+        raise ConfigError(
+            f"{root} cannot be made: {error}. Name a scratch directory in the environment variable "
+            "JAXMOO_SCRATCH."
+        ) from error
+    return root
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -375,6 +375,10 @@ class _StateHandler(ocp.StandardCheckpointHandler):
         self._parts = parts
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if self._parts is not None and jax.process_index() > 0:
+            # The library makes these on the first host, and waits here until they are there.
+            place = Path(getattr(directory, "path", directory), "array_metadatas")
+            place.mkdir(parents=True, exist_ok=True)
         written = await super().async_save(directory, *args, **kwargs) or []
         if jax.process_count() == 1:
             return written
