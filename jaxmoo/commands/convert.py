@@ -18,6 +18,7 @@ from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.gguf_write import KINDS
+from jaxmoo.hf.push import prepare_push, push
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
 
@@ -102,6 +103,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-file-size", default="5GB", help="size of a file of weights (5GB)")
 
+    sub.add_argument("--push-to-hub", metavar="REPO", help="upload it, with its card")
+    sub.add_argument("--private", action="store_true", help="to a private repository, if made")
+
     sub = add("to-gguf", "A model of any kind -> GGUF file, for llama.cpp and Ollama")
     sub.add_argument(
         "source", help="Hugging Face directory, adapters, checkpoint, training run or model's name"
@@ -137,12 +141,21 @@ def _from_gguf(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    if options.push_to_hub:  # before long work
+        options.push_to_hub = prepare_push(options.push_to_hub, options.private or None)
+    _write_hf(options)
+    if options.push_to_hub:
+        print(f"Uploaded: {push(options.out, options.push_to_hub, 'jaxmoo convert to-hf')}")
+    return 0
+
+
+def _write_hf(options: argparse.Namespace) -> None:
     if options.adapter:
         if options.dtype is not None:
             raise ConfigError("--dtype does not go with --adapter: adapters are float32")
         to_adapter(options.source, options.out, step=options.step, base=options.base)
         print(f"Wrote {options.out} (PEFT format).")
-        return 0
+        return
     to_hf(
         options.source,
         options.out,
@@ -152,7 +165,6 @@ def _to_hf(options: argparse.Namespace) -> int:
         base=options.base,
     )
     print(f"Wrote {options.out} (Hugging Face format).")
-    return 0
 
 
 def _to_gguf(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
     "train": "fine-tune one model on many languages, or go on with a run",
+    "launch": "train in several processes of one machine, and go on with those left",
     "data": "show the data of a run as training will see it",
     "plan": "what a run will cost, before there are devices, weights or data",
     "evaluate": "score a model language by language, or compare two results",

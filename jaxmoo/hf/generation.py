@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.load import read_json
 from jaxmoo.models.sampling import Sampling
 
@@ -26,7 +27,7 @@ def stop_tokens(source: Path) -> list[int]:
       CheckpointError: a file is damaged.
     """
     for name in (FILE, "config.json"):
-        file = Path(source) / name
+        file = typed_path(source) / name
         if not file.is_file():
             continue
         found = read_json(file).get("eos_token_id")
@@ -113,7 +114,7 @@ def generation_config(source: Path, stop: Sequence[int]) -> str | None:
     tokens = _together(source, stop)
     if tokens == stop_tokens(source):
         return None
-    file = Path(source) / FILE
+    file = typed_path(source) / FILE
     config: dict[str, Any] = {}
     if file.is_file():
         config = read_json(file)
@@ -121,7 +122,7 @@ def generation_config(source: Path, stop: Sequence[int]) -> str | None:
         config.pop("_from_model_config", None)
     else:
         # Without the file, transformers takes these from the model's config; with it, it does not.
-        model = read_json(Path(source) / "config.json")
+        model = read_json(typed_path(source) / "config.json")
         config = {
             name: model[name]
             for name in ("bos_token_id", "pad_token_id")

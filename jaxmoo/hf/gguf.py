@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxmoo.errors import CheckpointError, JaxmooError, did_you_mean, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.gguf_fields import Fields, open_gguf
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
@@ -77,8 +78,8 @@ def convert_gguf(file: Path, path: Path) -> None:
       CheckpointError: when the file is damaged or of another architecture or tokenizer, its
         tensors are not those of a whole model, or ``path`` is not empty.
     """
-    file = Path(file)
-    check_target(Path(path))
+    file = typed_path(file)
+    check_target(typed_path(path))
     try:
         config, tensors, (tokenizer, tokenizer_config) = _read(file)
     except JaxmooError as error:
@@ -93,7 +94,7 @@ def convert_gguf(file: Path, path: Path) -> None:
         }.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(text + "\n", "utf-8")
-        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
         try:  # what is written must be a model for everything that reads it
             load_tokenizer(directory)
         except JaxmooError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.report.page import image, page, table
 from jaxmoo.report.plots import (
     Reply,
@@ -61,7 +62,7 @@ def write_report(
       ConfigError: matplotlib is not installed.
       DataError: a language has no score.
     """
-    directory = Path(directory)
+    directory = typed_path(directory)
     drawn: dict[str, str] = {}  # what a picture shows, by its file
 
     def draw(name: str, alt: str, plot: Callable[..., object], *given: Any) -> str:

@@ -267,6 +267,23 @@ def test_a_finished_run_only_repeats_its_table(finished, tmp_path, capsys):
     assert os.stat(model).st_mtime_ns == stamp
 
 
+def test_an_export_is_uploaded_at_the_end_and_a_missing_token_known_at_the_start(
+    finished, tmp_path, capsys, monkeypatch
+):
+    command, pushed = finished.copied(tmp_path / "run"), []
+    monkeypatch.setattr("jaxmoo.hf.push.get_token", lambda: None)
+    assert main([*command, "--push-to-hub", "me/model"]) == 2
+    captured = capsys.readouterr()
+    assert "there is no token" in captured.err and not captured.out
+    monkeypatch.setattr("jaxmoo.train.run.prepare_push", lambda name, private: f"{name} {private}")
+    monkeypatch.setattr("jaxmoo.train.run.push", lambda *asked: pushed.append(asked) or "there")
+    assert main([*command, "--push-to-hub", "me/model", "--private"]) == 0
+    assert pushed == [(tmp_path / "run" / "export", "me/model True", "jaxmoo, step 1")]
+    assert capsys.readouterr().out.endswith("Uploaded: there\n")
+    assert main([*command, "push_to_hub=me/model", "export=false"]) == 2
+    assert "push_to_hub needs export=true" in capsys.readouterr().err
+
+
 def flip(file, place):
     """Flip one bit of a file, as a disk may."""
     content = bytearray(file.read_bytes())
@@ -313,6 +330,36 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
         (export / name).unlink() if old is None else (export / name).write_text(old)
     assert main([*command, "train.steps=2"]) == 0
     assert (export / "model.safetensors").read_bytes() != first
+
+
+@pytest.mark.slow
+def test_the_checkpoint_before_a_damaged_one_is_used_and_gives_the_same_weights(
+    finished, tmp_path, capsys
+):
+    command = [*finished.copied(tmp_path / "run"), "train.steps=2"]
+    assert main(command) == 0
+    good, checkpoints = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    shutil.rmtree(tmp_path / "run" / "export")
+    files = [path for path in (checkpoints / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    flip(largest, 1000)
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{largest.relative_to(checkpoints / '2')} is not what was written. It is now in" in said
+    assert f"Warning: The checkpoint {checkpoints / '2'} cannot be restored" in said
+    assert "Resuming from the checkpoint of step 1." in said
+    assert (checkpoints / "damaged" / "2").is_dir() and (checkpoints / "2").is_dir()
+    for name, array in weights(tmp_path / "run").items():
+        assert np.array_equal(good[name], array), name
+
+    # None is whole: an error, as nothing says whether to begin anew; and nothing is moved.
+    shutil.rmtree(checkpoints / "1" / "about")
+    (checkpoints / "2" / "digests.json").write_text("{}")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "2/digests.json is damaged" in error and "remove that directory" in error
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2", "damaged"}
 
 
 def test_a_run_goes_on_only_with_the_model_that_it_began_with(finished, tmp_path, capsys, request):

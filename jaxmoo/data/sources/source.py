@@ -29,6 +29,7 @@ from jaxmoo.data.sources.records import (
 )
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import typed_path
 
 __all__ = [
@@ -331,11 +332,18 @@ def _language_files(source: str, kinds: Sequence[str]) -> dict[str, list[Path]]:
     # The name between the braces may occur several times, "data/{language}/{language}.csv".
     first, *rest = re.escape(str(path)).split(re.escape("{language}"))
     pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
-    wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
-    for file in sorted(glob.glob(wildcard)):
-        if match := pattern.fullmatch(file):
-            found.setdefault(match[1], []).append(Path(file))
+    for file in _like(path):
+        if match := pattern.fullmatch(str(file)):
+            found.setdefault(match[1], []).append(file)
     return found
+
+
+def _like(path: Path) -> list[Path]:
+    """Files whose path may be a pattern's."""
+    parts = str(path).split("{language}")
+    if is_bucket(path):  # all below the last directory that is the same for all languages
+        return list(typed_path(parts[0].rpartition("/")[0]).rglob("*"))
+    return [Path(file) for file in sorted(glob.glob("*".join(map(glob.escape, parts))))]
 
 
 def _opened(path: Path, data: DataConfig) -> RecordStream:
