@@ -35,6 +35,7 @@ __all__ = [
     "ROPE_FACTORS",
     "convert_gguf",
     "gguf_config",
+    "stretched",
 ]
 
 # GGUF's names of tensors and parts of tensors' names, and Hugging Face's.
@@ -115,7 +116,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Tensor], tuple[Any, dict[str
     factors = stored.pop(ROPE_FACTORS, None)
     config = gguf_config(architecture, fields, tied="output.weight" not in stored)
     if factors is not None:
-        config |= _stretched(config, np.array(factors.data, np.float32))
+        config |= stretched(config, np.array(factors.data, np.float32))
     decoder = DecoderConfig.from_hf(config)
     tokenizer = gguf_tokenizer(fields, decoder.max_position_embeddings)
     tensors = [_tensor(tensor, config, file) for tensor in stored.values()]
@@ -185,8 +186,16 @@ def gguf_config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, A
     }
 
 
-def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """The settings of Llama 3's stretched rotary frequencies, in both spellings."""
+def stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """Return the settings of Llama 3's stretched rotary frequencies, in both spellings.
+
+    Args:
+      config: the other settings.
+      factors: what each frequency is divided by.
+
+    Raises:
+      CheckpointError: these are not the factors of Llama 3's rule.
+    """
     if not factors.size:
         raise CheckpointError(f"{ROPE_FACTORS} is empty")
     # Of the four numbers of Llama 3's rule all its models share three.
@@ -199,9 +208,9 @@ def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
     }
     parameters = {**scaling, "rope_theta": config["rope_theta"]}
     settings = {"rope_scaling": scaling, "rope_parameters": parameters}
-    stretched = DecoderConfig.from_hf(config | settings)
-    plain = dataclasses.replace(stretched, rope_scaling=None)
-    expected = rope_frequencies(plain) / rope_frequencies(stretched)
+    slowed = DecoderConfig.from_hf(config | settings)
+    plain = dataclasses.replace(slowed, rope_scaling=None)
+    expected = rope_frequencies(plain) / rope_frequencies(slowed)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise CheckpointError(
             f"{ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "

@@ -19,12 +19,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
-from jaxmoo.hf.gguf import LAYER_PARTS, PREFIXES, ROPE_FACTORS, gguf_config
+from jaxmoo.hf.gguf import LAYER_PARTS, PREFIXES, ROPE_FACTORS, gguf_config, stretched
 from jaxmoo.hf.gguf_fields import Fields
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer, tokenizer_fields
 from jaxmoo.hf.load import progress
 from jaxmoo.hf.save import Tensor, check_space, model_tensors
-from jaxmoo.models.architecture import DecoderConfig, Llama3Rope
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
 
@@ -99,9 +99,10 @@ def save_gguf(
         _stored(tensor, config, architecture, KINDS[kind][0])
         for tensor in model_tensors(model, dtypes.__getitem__)
     ]
-    if config.rope_scaling is not None:
-        tensors.insert(0, _rope_factors(config, architecture))
-    _check(config, architecture, fields, tokenizer)
+    factors = None if config.rope_scaling is None else _rope_factors(config, architecture)
+    if factors is not None:
+        tensors.insert(0, _Stored(ROPE_FACTORS, factors.shape, _Kind.F32, lambda: factors))
+    _check(config, architecture, fields, factors)
     _write(path, architecture, fields, tensors)
 
 
@@ -137,25 +138,24 @@ def _fields(
     }
 
 
-def _rope_factors(config: DecoderConfig, architecture: str) -> _Stored:
+def _rope_factors(config: DecoderConfig, architecture: str) -> np.ndarray:
     """What each rotary frequency is divided by, which llama.cpp reads for one architecture."""
-    if not isinstance(config.rope_scaling, Llama3Rope) or architecture != "llama":
+    if architecture != "llama":
         raise CheckpointError(
-            f"GGUF files of the {architecture} architecture cannot hold these stretched rotary "
+            f"GGUF files of the {architecture} architecture cannot hold stretched rotary "
             f"frequencies ({config.rope_scaling})"
         )
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    factors = (plain / rope_frequencies(config)).astype(np.float32)
-    return _Stored(ROPE_FACTORS, factors.shape, _Kind.F32, lambda: factors)
+    return (plain / rope_frequencies(config)).astype(np.float32)
 
 
 def _check(
     config: DecoderConfig,
     architecture: str,
     fields: Mapping[str, tuple[Any, ...]],
-    tokenizer: PreTrainedTokenizerFast,
+    factors: np.ndarray | None,
 ) -> None:
-    """Raise unless the fields say all that there is to say about the model and its tokenizer."""
+    """Raise unless the fields say all that there is to say about the model."""
     wide = config.num_attention_heads * config.head_dim
     if architecture == "qwen2" and wide != config.hidden_size:
         raise CheckpointError(
@@ -166,15 +166,14 @@ def _check(
     found = Fields({key: value for key, (value, *_) in fields.items()})
     try:
         read = gguf_config(architecture, found, tied=config.tie_word_embeddings)
+        if factors is not None:
+            read |= stretched(read, factors)
         same = DecoderConfig.from_hf(read)
         gguf_tokenizer(found, same.max_position_embeddings)
     except JaxmooError as error:
         raise CheckpointError(f"a GGUF file cannot hold this model: {error}") from error
     expected = dataclasses.replace(
-        config,
-        max_position_embeddings=same.max_position_embeddings,
-        sliding_window=None,
-        rope_scaling=None,
+        config, max_position_embeddings=same.max_position_embeddings, sliding_window=None
     )
     differing = [
         f"{field.name}={getattr(config, field.name)}"

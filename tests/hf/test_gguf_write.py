@@ -223,7 +223,7 @@ def test_what_a_file_cannot_hold_is_refused(source, tmp_path, capsys):
     for config, message in (
         (both, "cannot hold a model with attention_bias=True"),
         (wide, "cannot hold heads of width 24: for llama.cpp, 4 of them are hidden_size=64"),
-        (stretched, "cannot hold these stretched rotary frequencies"),
+        (stretched, "cannot hold stretched rotary frequencies"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save_gguf(
