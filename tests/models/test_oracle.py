@@ -212,7 +212,10 @@ def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
 @pytest.mark.parametrize(
     "variant",
     [
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("llama", "mistral")),
+        *(
+            pytest.param(v, marks=pytest.mark.slow)
+            for v in ("llama", "mistral", "gemma2", "gemma3_text", "apertus", "cohere2", "granite")
+        ),
         *("qwen2", "qwen3"),
     ],
 )
