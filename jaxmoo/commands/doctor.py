@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo doctor") ->
     print(f"jaxmoo {__version__}, Python {platform.python_version()}, {platform.platform()}")
     requirements = needed(metadata.requires("jaxmoo") or []) if _installed() else []
     for extra, what in _PARTS.items():
-        problems = [p for n in requirements if n.extra == extra if (p := n.missing())]
-        print(_part(extra, what, problems, known=bool(requirements)))
+        mine = [n for n in requirements if n.extra == extra]
+        print(_part(extra, what, [p for n in mine if (p := n.missing())], known=bool(mine)))
     print("\n".join(_devices()))
     return int(any(n.missing() for n in requirements if not n.extra))
 
@@ -94,7 +94,7 @@ extra='train')]
 def _part(extra: str, what: str, problems: Sequence[str], *, known: bool) -> str:
     name = f"jaxmoo[{extra}]" if extra else "jaxmoo"
     if not known:
-        return f"{name} ({what}): not known; jaxmoo runs from a folder and is not installed"
+        return f"{name} ({what}): not known; what is installed as jaxmoo does not say"
     if not problems:
         return f"{name} ({what}): complete"
     return f'{name} ({what}): {"; ".join(problems)}\n  pip install "{name}"'

@@ -153,7 +153,7 @@ def grams_in_range(
         def goes_on(carry: Any) -> jax.Array:
             passes, _, found, _ = carry
             unclear = (doubtful & (squares_of(found) != 0)).any()
-            return (passes == 0) | ((passes < 3) & unclear)
+            return (passes == 0) | ((passes == 1) & unclear) | (passes == 2)
 
         def look(carry: Any) -> Any:
             passes, inverse, *_ = carry
