@@ -9,7 +9,8 @@ from jaxmoo.convert.kinds import tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data.tokenization.tokenizer import NO_ENDING, ending_token
 from jaxmoo.errors import CheckpointError
-from jaxmoo.files.outputs import check_writable
+from jaxmoo.files.buckets import is_bucket
+from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf.generation import stop_tokens
 from jaxmoo.hf.gguf_write import save_gguf
 from jaxmoo.hf.tokenizer import check_tokenizer, load_tokenizer
@@ -41,7 +42,9 @@ def to_gguf(
       CheckpointError: when ``out`` is there, ``source`` is damaged, or the format cannot hold it.
       ConfigError: nothing can be written there, or there is no such kind.
     """
-    source, out = Path(source), Path(out)
+    source, out = typed_path(source), typed_path(out)
+    if is_bucket(out):
+        raise CheckpointError(f"{out}: name a file of this machine, and copy it to the bucket.")
     if out.suffix != ".gguf":
         raise CheckpointError(f"{out}: name a file that ends in .gguf")
     if out.exists():

@@ -76,7 +76,7 @@ def sampling_of(source: Path) -> tuple[Sampling, list[str]]:
     Raises:
       CheckpointError: the file is damaged.
     """
-    file = Path(source) / FILE
+    file = typed_path(source) / FILE
     found = read_json(file) if file.is_file() else {}
     settings = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
     for name, value in settings.items():
