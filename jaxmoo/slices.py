@@ -12,7 +12,7 @@ from typing import Any
 from jaxmoo.errors import ConfigError
 from jaxmoo.platforms import platform_of
 
-__all__ = ["by_slice"]
+__all__ = ["by_slice", "wired_axes"]
 
 
 def by_slice(devices: Sequence[Any], given: int | None = None) -> list[list[Any]]:
@@ -62,3 +62,15 @@ def by_slice(devices: Sequence[Any], given: int | None = None) -> list[list[Any]
             "of one size."
         )
     return [found[index] for index in sorted(found)]
+
+
+def wired_axes(devices: Sequence[Any]) -> int:
+    """Count the axes of the torus that TPUs of a slice lie on; 0 for devices that have no place.
+
+    Args:
+      devices: all of one kind.
+    """
+    places = [getattr(device, "coords", None) for device in devices]
+    if platform_of(devices) != "tpu" or None in places:
+        return 0
+    return sum(len(set(along)) > 1 for along in zip(*places, strict=True))

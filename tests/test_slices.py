@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxmoo.errors import ConfigError
-from jaxmoo.slices import by_slice
+from jaxmoo.slices import by_slice, wired_axes
 
 
 def devices(*slices, platform="tpu"):
@@ -50,3 +51,11 @@ def test_another_number_of_slices_is_refused():
 def test_slices_of_several_sizes_are_refused():
     with pytest.raises(ConfigError, match="slices of one size, found 1, 3 devices"):
         by_slice(devices(1, 0, 1, 1))
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((1, 1, 1), 0), ((2, 4, 1), 2), ((2, 2, 4), 3)])
+def test_a_torus_has_as_many_axes_as_chips_differ_along(shape, axes):
+    slices = [(number, place) for number in range(2) for place in np.ndindex(shape)]
+    chips = [SimpleNamespace(platform="tpu", slice_index=n, coords=place) for n, place in slices]
+    assert wired_axes(chips) == axes
+    assert wired_axes(devices(0, 1)) == wired_axes(devices(0, 1, platform="gpu")) == 0

@@ -23,6 +23,7 @@ from jaxmoo.blocks.sections import Section, section_place, section_uniform
 from jaxmoo.errors import ConfigError
 from jaxmoo.mesh import DATA, FSDP, LANGUAGE, PIECES, sharded_axis
 from jaxmoo.platforms import like_tpu, platform_of
+from jaxmoo.slices import wired_axes
 
 __all__ = [
     "Layout",
@@ -45,6 +46,7 @@ class Topology:
     fsdp: int
     objectives: int  # K
     platform: str  # see jaxmoo.platforms
+    wired_axes: int = 0  # see jaxmoo.slices
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
@@ -60,7 +62,8 @@ class Topology:
                 "with jaxmoo.mesh.make_mesh."
             )
         data, language, fsdp = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
-        return cls(data, language, fsdp, objectives, platform_of(mesh.devices.flat))
+        devices = list(mesh.devices.flat)
+        return cls(data, language, fsdp, objectives, platform_of(devices), wired_axes(devices))
 
     @property
     def pieces(self) -> int:
@@ -196,11 +199,14 @@ class Layout:
 
 
 @jax.named_scope("gather_pieces")
-def gather(piece: jax.Array, axis: int | None) -> jax.Array:
+def gather(piece: jax.Array, axis: int | None, topology: Topology) -> jax.Array:
     """Make the whole array from all devices' pieces."""
     if axis is None:
         return piece
-    return jax.lax.all_gather(piece, PIECES, axis=axis, tiled=True)
+    # Over all of a torus of three axes, the compiler adds up arrays that are zero but for a piece.
+    for axes in reversed(PIECES) if topology.wired_axes == 3 else (PIECES,):
+        piece = jax.lax.all_gather(piece, axes, axis=axis, tiled=True)
+    return piece
 
 
 @jax.named_scope("exchange")

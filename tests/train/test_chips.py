@@ -213,3 +213,29 @@ def test_a_small_step_is_compiled_for_a_chip(text, config_file, eight_devices):
     assert (ours.chip.cycles is None) == gpu == (ours.chip.conflict_share is None)
     table = ours.table(plain)
     assert f"by the compiler for {place.name}" in table and "plain" in table
+
+
+def planned_on_slices(text, config_file):
+    """A small step with a replica in each of two slices, or why it cannot be compiled here."""
+    changes = ["model.dtype=bfloat16", "data.batch_size=2", "model.attention=auto", "mesh.data=2"]
+    config = load_config(config_file, [*changes, "resolve.replicas=pooled_gram"])
+    try:
+        return plan(config, MODEL, place=slice_of(text))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_replicas_in_two_slices_send_one_gradient_to_each_other(config_file, eight_devices):
+    found = eight_devices("train.test_chips", "planned_on_slices", "2xv5e:2x2", config_file)
+    if isinstance(found, str):
+        pytest.skip(found)
+    assert found.axes == {"data": 2, "language": 4, "fsdp": 1, "tensor": 1}
+    # A chip's piece of all parameters, of which both send half, twice, in bfloat16; and the
+    # blocks' Gram matrices.
+    layer = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256
+    piece = (2 * MODEL.vocab_size * MODEL.hidden_size + 2 * layer) // 4
+    between = found.collectives["all-reduce between slices"]
+    assert between == pytest.approx(2 * piece, rel=0.02)
+    assert found.chip.sent["all-reduce between slices"].bytes == between
+    assert "sent between slices per device and step" in found.table()
