@@ -182,7 +182,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--blocks", nargs="*", default=["layer", "leaf"])
     parser.add_argument("--layers", type=int, default=12)

@@ -42,7 +42,7 @@ class Registry(Generic[Made]):
     def __init__(self, kind: str, made: type[Made]) -> None:
         self._kind, self._made = kind, made
         self._factories: dict[str, Callable[..., Made]] = {}
-        self._imported: dict[Any, Callable[..., Made]] = {}
+        self._imported: dict[Any, Any] = {}
 
     def register(self, factory: Factory) -> Factory:
         """Let a factory be found by its name, and give the same object for the same parameters.
