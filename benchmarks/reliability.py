@@ -197,16 +197,18 @@ def trial(
     longest: float,
     expected: dict,
     signals: Sequence[signal.Signals],
+    kills: int,
 ) -> Trial:
     """Kill a run, finish it, and compare."""
     chance = random.Random(number)
     sent = signals[number % len(signals)]
-    after = chance.uniform(0, longest)
-    run = Run(config, output, processes)
-    victim = chance.choice(run.processes)[0]
-    run.wait_until(after)
-    victim.send_signal(sent)
-    codes, texts = run.wait()
+    for _ in range(kills):  # each of what the one before has left
+        after = chance.uniform(0, longest)
+        run = Run(config, output, processes)
+        victim = chance.choice(run.processes)[0]
+        run.wait_until(after)
+        victim.send_signal(sent)
+        codes, texts = run.wait()
     problems = []
     directory = RunDirectory(output)
     complete = directory.steps()
@@ -287,6 +289,7 @@ def _kill(options: argparse.Namespace, folder: Path, place: Path) -> bool:
                 kept["longest"],
                 expected,
                 signals,
+                options.kills,
             )
             trials[str(number)] = done._asdict()
             record.write_text(json.dumps(kept))
@@ -467,6 +470,7 @@ def main() -> int:
     killing.add_argument("--steps", type=int, default=40)
     killing.add_argument("--seed", type=int, default=0, help="of the moments")
     killing.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"], help="in turn")
+    killing.add_argument("--kills", type=int, default=1, help="of a run before it may end")
     killing.add_argument("--bucket", action="store_true", help="output on an S3 server")
     soaking = commands.add_parser("soak", help="watch the memory of a long run")
     soaking.add_argument("--steps", type=int, default=2000)
