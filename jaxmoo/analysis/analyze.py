@@ -269,7 +269,7 @@ def _measure(request: Request, inputs: _Inputs, say: Callable[[str], None]) -> _
     found = _Measured({}, {})
     if inputs.batch is None and inputs.sentences is None:
         return found
-    device_mesh = mesh.make_mesh(2 * len(inputs.config.data.seen), **request.mesh)
+    device_mesh = mesh.make_mesh(2 * len(inputs.config.data.seen), **dict[str, Any](request.mesh))
     if inputs.batch is not None:
         check_examples(request.examples, device_mesh)
     for name, model in _models(request, inputs, device_mesh):

@@ -328,7 +328,7 @@ def _read_checkpoint(path: Path, shardings: Callable[[nnx.State], Any]) -> Opene
     graph, state = nnx.split(Decoder.abstract(config))
     check_tensors({name: shape for name, (shape, _) in tensors.items()}, state, config, path)
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
-    like = with_dtypes(state, dtypes.__getitem__)
+    like = with_dtypes(state, dtypes.__getitem__, config)
     try:
         state = restore_params(path / _PARAMS, like, shardings=shardings)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.
@@ -367,9 +367,9 @@ def _open_run(
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:
-        like, within = with_dtypes(trained, lambda _: "float32"), "ema"
+        like, within = with_dtypes(trained, lambda _: "float32", architecture), "ema"
     elif config.lora.rank is None:
-        like = with_dtypes(trained, lambda _: config.model.param_dtype)
+        like = with_dtypes(trained, lambda _: config.model.param_dtype, architecture)
     del trained, model
     about = read_about(run.checkpoints, step)
     check_settings(about, step, config)

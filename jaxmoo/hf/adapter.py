@@ -21,6 +21,7 @@ from jaxmoo.files.at_hand import at_hand
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
+from jaxmoo.hf.fused_adapter import fuse_adapters
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
@@ -114,11 +115,11 @@ def save_adapter(
         write_file(directory / _WEIGHTS_FILE, tensors)
         (directory / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
-    write_directory(
-        typed_path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write
-    )
+    tensors = state_tensors(state, lambda _: np.float32, peft_tensor)
+    config, tensors = fuse_adapters(config, tensors, adapted, model.config)
+    write_directory(typed_path(path), tensors, write)
 
 
 def _plain(alpha: float) -> float:
@@ -246,7 +247,8 @@ def peft_tensor(path: str) -> HFTensor:
 
     Example:
       >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
-      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True)
+      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True,
+               rows=None)
     """
     projection, _, rest = path.partition(".lora_")
     adapted = hf_tensor(f"{projection}.kernel")
@@ -291,7 +293,7 @@ def _check_kind(config: dict[str, Any], path: Path) -> None:
 def _lora(config: dict[str, Any], path: Path, modules: Iterable[str]) -> LoRA:
     """The kind of adapters on modules such as ``model.layers.0.mlp.up_proj``."""
     given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    patterns: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, Any] = {}
     try:
         LoRA(**given)  # type and range of both
         for name, general in given.items():

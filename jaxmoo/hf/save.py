@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -25,7 +26,7 @@ from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import agree, check_target, first_process, new_directory
 from jaxmoo.hf.generation import generation_config
 from jaxmoo.hf.load import load_config, progress, read_json
-from jaxmoo.hf.names import HFTensor, hf_tensor
+from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
@@ -123,7 +124,7 @@ def save_model(
         if chat_template is not None:
             (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
     write_directory(path, tensors, write)
 
@@ -197,9 +198,19 @@ def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
       dtype: gives the dtype of a tensor in the file, by its name.
 
     Returns:
-      The tensors; each is brought to the host, and converted, when it is read.
+      The tensors; each is brought to the host, and converted, when it is read. What a family keeps
+      beside weights and never changes is among them, where it has a dtype.
     """
-    return state_tensors(nnx.state(model), dtype)
+    config = model.config
+    tensors = state_tensors(nnx.state(model), dtype, functools.partial(hf_tensor, config=config))
+    for name, value in constant_tensors(config).items():
+        with contextlib.suppress(KeyError):  # not in the files the model came from
+            tensors.append(_constant(name, value, jnp.dtype(dtype(name))))
+    return tensors
+
+
+def _constant(name: str, value: float, dtype: np.dtype) -> Tensor:
+    return Tensor(name, (), dtype, lambda: np.asarray(value, dtype))
 
 
 def state_tensors(
@@ -214,11 +225,26 @@ def state_tensors(
       dtype: gives the dtype of a tensor in the file, by its name.
       tensor_of: gives the tensor that holds a parameter, by its logical path.
     """
-    return [
-        _state_tensor(leaf, layer if path[0] == "layers" else None, tensor_of(logical), dtype)
-        for path, leaf in named_leaves(state)
-        for layer, logical in enumerate(logical_paths(path, leaf.shape))
-    ]
+    # Of tensors that hold several parameters, one below the other, by their first rows.
+    found: dict[str, dict[int, Tensor]] = {}
+    for path, leaf in named_leaves(state):
+        for layer, logical in enumerate(logical_paths(path, leaf.shape)):
+            tensor = tensor_of(logical)
+            first, _ = tensor.rows or (0, 0)
+            number = layer if path[0] == "layers" else None
+            found.setdefault(tensor.name, {})[first] = _state_tensor(leaf, number, tensor, dtype)
+    return [_joined([parts[first] for first in sorted(parts)]) for parts in found.values()]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor of the rows of several."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0]._replace(
+        shape=(rows, *parts[0].shape[1:]),
+        read=lambda: np.concatenate([part.read() for part in parts]),
+    )
 
 
 def _with_dtype(config: dict[str, Any], dtype: Any) -> str:
@@ -354,7 +380,7 @@ def _state_tensor(
     leaf: jax.Array, layer: int | None, tensor: HFTensor, dtype: Callable[[str], Any]
 ) -> Tensor:
     """The tensor that holds a parameter, or one layer of a stack of parameters."""
-    name, transposed = tensor
+    name, transposed, _ = tensor
     storage = jnp.dtype(dtype(name))
     shape = leaf.shape if layer is None else leaf.shape[1:]
 

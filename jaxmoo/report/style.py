@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "SEEN",
     "UNSEEN",
     "canvas",
+    "check_drawing",
     "line_styles",
     "title",
     "whole_numbers",
@@ -57,17 +59,22 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@contextlib.contextmanager
-def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Give a figure in the common style, and write it when the block is left."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def check_drawing() -> None:
+    """Raise ConfigError unless plots can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "Plots need matplotlib, which is not installed. Install 'jaxmoo[train]' or "
             "matplotlib, or set report=false."
-        ) from error
+        )
+
+
+@contextlib.contextmanager
+def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Give a figure in the common style, and write it when the block is left."""
+    check_drawing()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # No pyplot: a figure of its own needs no display and leaves no global state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -25,7 +25,7 @@ from jaxmoo.files.appended import send_appended
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import DIGESTS, files_below
 from jaxmoo.files.scratch import copy_files, scratch_of, send_directory
-from jaxmoo.runs.checkpoint import Checkpoints, UnsavedError, fetch_step
+from jaxmoo.runs.checkpoint import DAMAGED, Checkpoints, UnsavedError, fetch_step, free_name
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import barrier, everywhere, from_first, is_first
@@ -104,6 +104,37 @@ class BucketCheckpoints:
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, complete or being sent, or None."""
         return self._latest
+
+    def before(self, step: int) -> int | None:
+        """Return the step of the checkpoint before another, or None."""
+        steps = self._run.steps() if is_first() else []
+        older = from_first(max((s for s in steps if s < step), default=-1))
+        return None if older < 0 else older
+
+    def set_aside(self, steps: Iterable[int]) -> dict[int, Path]:
+        """Move checkpoints out of the way; see `Checkpoints.set_aside`.
+
+        Nothing in a bucket can be renamed: they are sent to their new place, then removed.
+
+        Raises:
+          UnsavedError: they cannot be sent.
+        """
+        moved, steps = {}, list(steps)
+        if is_first():
+            with self._sending():
+                for step in steps:
+                    moved[step] = free_name(self._remote / DAMAGED / str(step))
+                    send_directory(self._local_path / str(step), moved[step])
+                    _remove(self._remote / str(step))
+        barrier("damaged checkpoints are set aside")
+        if is_first() or not self._shared:
+            for step in steps:
+                shutil.rmtree(self._local_path / str(step), ignore_errors=True)
+        barrier("damaged checkpoints are gone from this machine")
+        self._local.reload()
+        found = from_first(max(self._run.steps(), default=-1) if is_first() else -1)
+        self._latest = None if found < 0 else found
+        return moved
 
     def score(self, step: int, score: float) -> None:
         """Note how good the state of a step is, lower being better, to keep the best."""

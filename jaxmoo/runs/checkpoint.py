@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, DamagedError
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import (
     DIGESTS,
+    agree_whole,
     files_below,
     note_own_digests,
     read_checked,
@@ -27,14 +29,16 @@ from jaxmoo.files.digests import (
 )
 from jaxmoo.files.scratch import copy_files
 from jaxmoo.runs.parts import Parts
-from jaxmoo.runtime.processes import from_first
+from jaxmoo.runtime.processes import barrier, from_first, is_first
 
 __all__ = [
     "ABOUT",
+    "DAMAGED",
     "STATE",
     "Checkpoints",
     "UnsavedError",
     "fetch_step",
+    "free_name",
     "read_about",
     "read_item",
     "unchecked",
@@ -44,7 +48,12 @@ T = TypeVar("T")
 
 # What a checkpoint is made of, each in a directory of that name.
 STATE, ABOUT = "state", "about"
-_REMOVE = "remove that directory; the run resumes from an older one, or from the beginning."
+# Where damaged ones are put; not the name of a step, so nothing takes it for one.
+DAMAGED = "damaged"
+_ADVICE = (
+    "If it is damaged, remove that directory; the run resumes from an older one, or from the "
+    "beginning."
+)
 
 
 class UnsavedError(CheckpointError):
@@ -78,8 +87,8 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       read: reads it, given its directory.
 
     Raises:
-      CheckpointError: it cannot be read, is damaged, or is that of another step. It names the
-        directory, and the file if one is to blame.
+      DamagedError: it is damaged. It names the directory, and the file if one is to blame.
+      CheckpointError: it cannot be read, or is that of another step.
     """
     if is_bucket(directory):
         with tempfile.TemporaryDirectory() as folder:
@@ -92,16 +101,19 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
             return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
-    advice = f"If it is damaged, {_REMOVE}"
+    digests, problems = None, []
     try:
         digests = read_digests(path)
+    except DamagedError as error:
+        problems.append(str(error))
     except CheckpointError as error:
-        raise CheckpointError(f"{says}: {error}.\n{advice}") from None
+        raise CheckpointError(f"{says}: {error}.\n{_ADVICE}") from None
+    agree_whole(problems, says=says, advice=_ADVICE)
     if digests is not None:
         _check_step(directory, step, digests.about.get("step"))
     files = {} if digests is None else digests.files
     files = {name: digest for name, digest in files.items() if name.startswith(f"{item}/")}
-    return read_checked(lambda: read(path / item), path, files, says=says, advice=advice)
+    return read_checked(lambda: read(path / item), path, files, says=says, advice=_ADVICE)
 
 
 def _check_step(directory: Path, step: int, found: Any) -> None:
@@ -121,13 +133,13 @@ def unchecked(directory: Path, step: int, about: Mapping[str, Any]) -> str | Non
       about: what was saved beside its state.
 
     Raises:
-      CheckpointError: it had digests, which are gone.
+      DamagedError: it had digests, which are gone.
     """
     path = directory / str(step)
     if (path / DIGESTS).exists():
         return None
     if about.get("digests"):
-        raise CheckpointError(f"The checkpoint {path} is damaged: {DIGESTS} is missing; {_REMOVE}")
+        raise DamagedError(f"The checkpoint {path} is damaged: {DIGESTS} is missing.\n{_ADVICE}")
     return (
         f"The checkpoint {path} has no digests ({DIGESTS}), as those of earlier versions: it is "
         "not checked for damage."
@@ -147,9 +159,9 @@ def read_about(directory: Path, step: int) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         about = read_item(directory, step, ABOUT, reader.restore)
     if not isinstance(about, dict):
-        raise CheckpointError(
-            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object; "
-            f"{_REMOVE}"
+        raise DamagedError(
+            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object."
+            f"\n{_ADVICE}"
         )
     # Those of earlier versions have no digests, which would say so, but may say it themselves.
     _check_step(directory, step, about.get("step", step))
@@ -194,9 +206,7 @@ class Checkpoints:
                 f"The checkpoints in {directory} cannot be listed: {error}\n"
                 "Remove the one that is damaged, or choose another output=..."
             ) from error
-        found = self._manager.latest_step()
-        step = from_first(-1 if found is None else found)
-        self._latest = None if step < 0 else step
+        self._latest = self._newest()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -213,6 +223,40 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, complete or being written, or None."""
         return self._latest
+
+    def before(self, step: int) -> int | None:
+        """Return the step of the checkpoint before another, or None."""
+        found = max((s for s in self._manager.all_steps() if s < step), default=-1)
+        older = from_first(found)
+        return None if older < 0 else older
+
+    def set_aside(self, steps: Iterable[int]) -> dict[int, Path]:
+        """Move checkpoints out of the way, to be looked at by a person.
+
+        Args:
+          steps: which ones.
+
+        Returns:
+          Where they are now; the first process knows.
+
+        Raises:
+          UnsavedError: they cannot be moved.
+        """
+        aside, moved = self._directory / DAMAGED, {}
+        with self._writing():
+            if is_first():
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    moved[step] = free_name(aside / str(step))
+                    (self._directory / str(step)).rename(moved[step])
+            barrier("damaged checkpoints are set aside")
+        self.reload()
+        return moved
+
+    def reload(self) -> None:
+        """Look again which there are; all processes see the same."""
+        self._manager.reload()
+        self._latest = self._newest()
 
     def score(self, step: int, score: float) -> None:
         """Note how good the state of a step is, lower being better, to keep the best."""
@@ -255,7 +299,7 @@ class Checkpoints:
         """Return what was saved beside the state.
 
         Raises:
-          CheckpointError: it cannot be read, or is damaged.
+          CheckpointError: as :func:`read_item` does.
         """
         return read_about(self._directory, step)
 
@@ -280,6 +324,11 @@ class Checkpoints:
 
         return read_item(self._directory, step, STATE, read)
 
+    def _newest(self) -> int | None:
+        found = self._manager.latest_step()
+        step = from_first(-1 if found is None else found)
+        return None if step < 0 else step
+
     def _digest(self) -> None:
         """Write the digests of a checkpoint that is complete, but has no name yet."""
         name = str(self._saving)
@@ -301,6 +350,14 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self._directory}: {error}\n{kept}. When "
                 "there is room, the same command goes on from there."
             ) from error
+
+
+def free_name(path: Path) -> Path:
+    """Return a name like this one that nothing has."""
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    )
+    return next(name for name in names if not name.exists())
 
 
 def _raw_key(found: Any, like: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxmoo.config import Config, dated, differences, load_config, to_yaml
+from jaxmoo.config.optimizer_section import steps_advice
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.buckets import is_bucket
@@ -19,7 +20,7 @@ from jaxmoo.files.digests import DIGESTS
 from jaxmoo.files.locks import Lock, Timeout, lock_of
 from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.files.scratch import scratch_of, send_directory
-from jaxmoo.runs.scores import LanguageScore
+from jaxmoo.runs.scores import LanguageScore, SampleReply
 from jaxmoo.runtime.processes import barrier, is_first
 
 __all__ = ["RunDirectory"]
@@ -40,7 +41,7 @@ class RunDirectory:
         grams/           inner products of the languages' gradients, by step
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
-        evaluation/      held-out scores by step
+        evaluation/      held-out scores and sample replies by step
         results.json     held-out scores before and after, and their means
         compiled/        programs, so that a resumed run need not compile them again
         profile/         what devices and host did in a few steps, if asked
@@ -92,12 +93,17 @@ class RunDirectory:
                 f"output: {self.path} is not empty and holds no run (no config.yaml). Choose "
                 "another directory with output=..."
             )
-        changed = differences(load_config(self.config), config)
+        old, done = load_config(self.config), max(self.steps(), default=0)
+        changed = differences(old, config, done)
         if changed:
+            advice = ""
+            if any(text.startswith("train.steps:") for text in changed):
+                advice = "\n" + steps_advice(old.optimizer, old.train.steps, done)
             raise ConfigError(
                 f"output: {self.path} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nGo on with that run's settings, or start a new one with output=..."
+                + advice
             )
 
     @contextlib.contextmanager
@@ -189,6 +195,30 @@ class RunDirectory:
         self.evaluation.mkdir(exist_ok=True)
         text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
         replace_text(self.evaluation / f"step_{step:08d}.json", text + "\n")
+
+    def all_scores(self) -> dict[int, dict[str, LanguageScore]]:
+        """Return the held-out scores of every step that has some, in order."""
+        files = self.evaluation.glob("step_*.json") if self.evaluation.is_dir() else ()
+        steps = sorted(int(p.stem.removeprefix("step_")) for p in files)
+        return {step: found for step in steps if (found := self.scores(step)) is not None}
+
+    def replies(self, step: int) -> dict[str, list[SampleReply]] | None:
+        """Return the sample replies stored for a step, or None."""
+        file = self.evaluation / f"replies_{step:08d}.json"
+        if not file.exists():
+            return None
+        stored = _read(file)
+        try:
+            return {code: [SampleReply(**one) for one in some] for code, some in stored.items()}
+        except TypeError as error:
+            raise _damaged(file, repr(error)) from error
+
+    def store_replies(self, step: int, replies: Mapping[str, Sequence[SampleReply]]) -> None:
+        """Store sample replies of a step."""
+        self.evaluation.mkdir(exist_ok=True)
+        plain = {code: [one._asdict() for one in some] for code, some in replies.items()}
+        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        replace_text(self.evaluation / f"replies_{step:08d}.json", text + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Record the results of a run that is complete, exported weights included."""

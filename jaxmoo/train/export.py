@@ -18,7 +18,7 @@ from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runtime.processes import from_first, is_first
 from jaxmoo.train.job import Job
 
-__all__ = ["check_exports", "export"]
+__all__ = ["check_exports", "export", "exports"]
 
 _CARD = "README.md"
 
@@ -33,7 +33,7 @@ def check_exports(config: Config, directory: RunDirectory) -> None:
     exported, steps = directory.exported_step(), directory.steps()
     if exported is not None and steps and steps[-1] >= config.train.steps:
         return
-    for path in _wanted(config, directory):
+    for path in exports(config, directory):
         _check_own(path)
 
 
@@ -53,7 +53,7 @@ def export(job: Job, params: Any, step: int) -> None:
     recorded = directory.exported_step() == step
     ending = job.setup.ending
     stop = () if ending is None else (ending,)
-    for path in _wanted(config, directory):
+    for path in exports(config, directory):
         there = recorded and path.is_dir() and any(path.iterdir()) and not is_unfinished(path)
         if from_first(there):
             first_process(lambda path=path: _check_whole(path))
@@ -84,7 +84,8 @@ def export(job: Job, params: Any, step: int) -> None:
                 job.say(NO_ENDING)
 
 
-def _wanted(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+def exports(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+    """Return where a run exports to, the merged model first."""
     if not config.export:
         return ()
     merged, adapter = directory.export, directory.adapter
