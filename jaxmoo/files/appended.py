@@ -12,8 +12,8 @@ from jaxmoo.files.buckets import is_bucket
 
 __all__ = ["Appended", "send_appended"]
 
-# Seconds between two times that an object in a bucket is written anew, and the most of the time that
-# may be spent on it.
+# Seconds between two times that an object in a bucket is written anew, and the largest share of the
+# time that may be spent on it.
 _EVERY, _SHARE = 10.0, 0.05
 _OPEN: weakref.WeakSet[Appended] = weakref.WeakSet()
 
