@@ -124,6 +124,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
                 "batch_size": 2,
                 "sequence_length": 96,
                 "max_held_out": 4,
+                "cache": str(tmp_path / "tokens"),
             },
             "resolve": {"aggregator": "pcgrad", "blocks": "layer"},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},

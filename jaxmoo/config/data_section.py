@@ -216,6 +216,13 @@ class DataConfig:
         expected=_TEXTS,
     )
     lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
+    cache: str = setting(
+        "auto",
+        "Directory in which tokenised data is kept, so that the next start, or the other processes "
+        "of a run, need only read it: `auto` is `tokens` in the user's cache directory "
+        "(`$JAXMOO_CACHE`), `none` keeps nothing. Streams are not kept.",
+        free=True,
+    )
 
     @property
     def each(self) -> list[DataConfig]:

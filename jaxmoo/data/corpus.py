@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,17 @@ from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.data.lengths import fits_tokens
 from jaxmoo.data.mixture import in_shares
-from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.sources.records import Malformed, MissingLanguageError, Origin
 from jaxmoo.data.sources.source import Source, open_source
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
+from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
+from jaxmoo.data.token_table import TokenTable
+from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.runtime.peers import Peers, all_peers
+from jaxmoo.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,15 +97,15 @@ class Corpus:
       weights: shares of the sources in an epoch; None where every example occurs once.
     """
 
-    train: Mapping[str, list[Tokenized] | ExampleStream]
-    held_out: dict[str, list[Tokenized]]
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream]
+    held_out: Mapping[str, Sequence[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
     special_tokens: str = "text"
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
 
-    def at_hand(self) -> dict[str, list[Tokenized]]:
+    def at_hand(self) -> dict[str, Sequence[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
         return {
             language: train.training(train.read(Place()))
@@ -185,6 +191,7 @@ def load_corpus(
     *,
     source: Source | None = None,
     say: Callable[[str], None] = print,
+    peers: Peers | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
 
@@ -197,11 +204,15 @@ def load_corpus(
     share, which cannot be linked). Unseen languages are divided, too, so that nothing is evaluated
     whose translation or copy is trained on elsewhere.
 
+    What is tokenised in memory is kept in ``data.cache`` and read from there the next time. Where
+    several processes see one such directory, each reads and tokenises some of the languages.
+
     Args:
       data: the settings.
       tokenizer: a fast tokenizer with a chat template.
       source: where the records come from, if not from ``data.source``.
-      say: called with lines about malformed records of a stream that come later.
+      say: called with lines about progress, and malformed records of a stream that come later.
+      peers: the processes that load the same corpus, all of them; by default those of the run.
 
     Returns:
       The tokenised examples and the report; of streams, about the records read so far.
@@ -214,31 +225,149 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
-    train: dict[str, list[Tokenized] | ExampleStream] = {}
-    evaluated: dict[str, list[Tokenized]] = {}
+    if not data.streaming:
+        return _in_memory(data, tokenizer, source, say, all_peers() if peers is None else peers)
+    train: dict[str, ExampleStream] = {}
+    evaluated: dict[str, TokenTable] = {}
     report: dict[str, LanguageReport] = {}
     complaints: list[str] = []
-    if data.streaming:
-        divided = _streamed(data, tokenizer, source, complaints, say)
-    else:
-        divided = _whole(data, tokenizer, source, complaints)
-    for one in divided:
-        language, seen = one.language, one.language in data.seen
-        if seen:
-            usable = _usable("train", one, data)
-            train[language] = one.stream or one.in_shares(usable, data.weights)
-        if data.held_out > 0 or not seen:
-            evaluated[language] = _usable("held_out", one, data)
-        report[language] = _report(one, seen, len(data.each))
+    for one in _streamed(data, tokenizer, source, complaints, say):
+        language = one.language
+        part = _part(one, data)
+        if one.stream is not None and language in data.seen:
+            train[language] = one.stream
+        if "held_out" in part.tables:
+            evaluated[language] = part.tables["held_out"]
+        report[language] = LanguageReport(**part.about)
     return Corpus(
         train,
         evaluated,
         report,
         tuple(complaints),
         data.special_tokens,
-        tuple(str(one.source) for one in data.each),
-        None if data.weights is None else tuple(data.weights),
+        *_named_sources(data),
     )
+
+
+def _in_memory(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    say: Callable[[str], None],
+    peers: Peers,
+) -> Corpus:
+    """A corpus that is read whole, now, or from what was kept of it."""
+    languages = [*data.seen, *data.unseen]
+    cores = max(1, available_cores() // peers.here())
+    complaints: list[str] = []
+
+    def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
+        complaints.clear()
+        return _whole(data, tokenizer, source, complaints, some, share, cores, say)
+
+    def make_all() -> dict[str, Kept]:
+        return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
+
+    cache = _cache(data, tokenizer, source, languages, peers)
+    if cache is None:
+        parts = make_all()
+        return _corpus(data, parts, complaints)
+    parts, complaints[:], damage = cache.read()
+    if damage:
+        say(f"The tokenised data that was kept is damaged, and made anew: {damage}.")
+    if not cache.everyone(bool(parts)):
+
+        def work() -> None:
+            for one in make(cache.mine, peers.union) if cache.mine else ():
+                parts[one.language] = cache.keep(one.language, _part(one, data))
+
+        try:
+            peers.all_do(work)
+        except BaseException:
+            cache.abandon()
+            raise
+        parts |= cache.finish(complaints)
+        complaints[:] = cache.complaints
+        if cache.problem:
+            say(f"Note: tokenised data cannot be kept: {cache.problem} (data.cache={data.cache}).")
+            if len(parts) < len(languages):
+                parts = make_all()
+    return _corpus(data, parts, complaints)
+
+
+def _cache(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    languages: Sequence[str],
+    peers: Peers,
+) -> TokenCache | None:
+    """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
+
+    def look() -> tuple[Path | None, dict[str, list[Origin]]]:
+        origins = _origins(data, source, languages)
+        return (None, {}) if origins is None else (open_cache(data.cache), origins)
+
+    root, origins = peers.all_do(look)
+    everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
+    if root is None or not everywhere:
+        return None
+    return TokenCache(root, cache_key(data, tokenizer, origins, peers), languages, peers)
+
+
+def _origins(
+    data: DataConfig, source: Source | None, languages: Sequence[str]
+) -> dict[str, list[Origin]] | None:
+    """What decides each language's records; None if a source does not tell."""
+    train = [open_source(one) for one in data.each] if source is None else [source]
+    own = data.own_held_out
+    held_out = [] if own is None else [open_source(own)]
+    if not all(hasattr(one, "origin") for one in (*train, *held_out)):
+        return None
+    found: dict[str, list[Origin]] = {}
+    for language in languages:
+        # It may be in some of several sources only, and unseen in those of held-out examples.
+        partly = len(train) > 1 or (own is not None and language in data.unseen)
+        found[language] = []
+        for opened in (*train, *held_out):
+            try:
+                found[language].append(opened.origin(language))
+            except MissingLanguageError:
+                if not partly:
+                    raise
+    return found
+
+
+def _named_sources(data: DataConfig) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    weights = None if data.weights is None else tuple(data.weights)
+    return tuple(str(one.source) for one in data.each), weights
+
+
+def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:
+    tables = {code: parts[code].tables for code in (*data.seen, *data.unseen)}
+    return Corpus(
+        {code: tables[code]["train"] for code in data.seen},
+        {code: some["held_out"] for code, some in tables.items() if "held_out" in some},
+        {code: LanguageReport(**parts[code].about) for code in tables},
+        tuple(complaints),
+        data.special_tokens,
+        *_named_sources(data),
+    )
+
+
+def _part(divided: _Divided, data: DataConfig) -> Kept:
+    """What of a language is used."""
+    seen, uses = divided.language in data.seen, []
+    if seen:
+        uses.append("train")
+    if data.held_out > 0 or not seen:
+        uses.append("held_out")
+    tables = {use: _usable(use, divided, data) for use in uses}
+    about = _report(divided, seen, len(data.each)).to_dict()
+    if seen and data.weights is not None:
+        numbers = in_shares(range(len(tables["train"])), divided.sources(), data.weights)
+        tables["train"] = tables["train"].repeated(np.array(numbers))
+    return Kept(tables, about)
 
 
 class _Divided(NamedTuple):
@@ -254,24 +383,18 @@ class _Divided(NamedTuple):
 
     language: str
     parts: dict[str, list[Example]]
-    tokens: dict[str, list[Tokenized]]
+    tokens: dict[str, TokenTable]
     counts: dict[str, int]
     stream: ExampleStream | None = None
 
-    def usable(self, use: str) -> list[Tokenized]:
+    def usable(self, use: str) -> TokenTable:
         """The examples for a use of which something can be learnt."""
-        return [tokens for tokens in self.tokens[use] if tokens.loss_mask.any()]
+        return self.tokens[use].chosen(self.tokens[use].learnt > 0)
 
     def sources(self) -> list[int]:
         """The number of the source of every usable example to train on."""
-        pairs = zip(self.parts["train"], self.tokens["train"], strict=True)
-        return [example.source for example, tokens in pairs if tokens.loss_mask.any()]
-
-    def in_shares(
-        self, usable: list[Tokenized], weights: Sequence[float] | None
-    ) -> list[Tokenized]:
-        """Examples to train on, repeated so that sources have the shares of their weights."""
-        return usable if weights is None else in_shares(usable, self.sources(), weights)
+        pairs = zip(self.parts["train"], self.tokens["train"].learnt, strict=True)
+        return [example.source for example, learnt in pairs if learnt > 0]
 
 
 def _whole(
@@ -279,40 +402,45 @@ def _whole(
     tokenizer: PreTrainedTokenizerFast,
     source: Source | None,
     complaints: list[str],
+    languages: Sequence[str],
+    share: Callable[[set[bytes]], set[bytes]],
+    cores: int,
+    say: Callable[[str], None],
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
-    divided = divide(data, [*data.seen, *data.unseen], complaints, source=source)
-    for language, found in divided.items():
-        # The limit leaves the rest unused, so that what is trained on does not depend on how much
-        # is evaluated, unless data.train_unevaluated.
-        parts = {"train": found.train, "held_out": found.held_out}
-        total = found.records + found.skipped
-        malformed = Malformed(f"language {language!r}", data.max_malformed, found.skipped, total)
-        tokens = {}
-        filtered = found.filtered
-        for use, part in parts.items():
-            good, rendered = tokenize_good(
-                part,
-                tokenizer,
-                data.sequence_length,
-                malformed,
-                special_tokens=data.special_tokens,
+    divided = divide(data, languages, complaints, source=source, share=share)
+    number = sum(len(found.train) + len(found.held_out) for found in divided.values())
+    with (
+        Tokenizing(
+            tokenizer, data.sequence_length, data.special_tokens, expected=number, cores=cores
+        ) as tokenizing,
+        Progress(number, "Tokenising", "examples", say) as progress,
+    ):
+        for language, found in divided.items():
+            parts = {"train": found.train, "held_out": found.held_out}
+            total = found.records + found.skipped
+            malformed = Malformed(
+                f"language {language!r}", data.max_malformed, found.skipped, total
             )
-            kept = [fits_tokens(one.length, data.lengths) for one in rendered]
-            parts[use] = list(itertools.compress(good, kept))
-            tokens[use] = list(itertools.compress(rendered, kept))
-            filtered += len(good) - len(parts[use])
-        bad = len(malformed.complaints)
-        complaints += malformed.complaints
-        counts = {
-            "records": found.records - bad,
-            "skipped": found.skipped + bad,
-            "filtered": filtered,
-            "duplicates": found.duplicates,
-            "leaked": found.leaked,
-            "reserve": found.reserve,
-        }
-        yield _Divided(language, parts, tokens, counts)
+            tokens = {}
+            filtered = found.filtered
+            for use, part in parts.items():
+                good, table = tokenizing.tokenize(part, malformed, progress.advance)
+                kept = np.array([fits_tokens(n, data.lengths) for n in table.lengths], bool)
+                parts[use] = list(itertools.compress(good, kept))
+                tokens[use] = table if all(kept) else table.chosen(kept)
+                filtered += len(good) - len(parts[use])
+            bad = len(malformed.complaints)
+            complaints += malformed.complaints
+            counts = {
+                "records": found.records - bad,
+                "skipped": found.skipped + bad,
+                "filtered": filtered,
+                "duplicates": found.duplicates,
+                "leaked": found.leaked,
+                "reserve": found.reserve,
+            }
+            yield _Divided(language, parts, tokens, counts)
 
 
 def _streamed(
@@ -342,7 +470,7 @@ def _streamed(
         yield _Divided(
             language,
             {use: [example for example, _ in part] for use, part in found.items()},
-            {use: [tokens for _, tokens in part] for use, part in found.items()},
+            {use: TokenTable.of(tokens for _, tokens in part) for use, part in found.items()},
             counts,
             stream,
         )
@@ -398,7 +526,7 @@ def _check_sizes(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         raise ConfigError(f"shuffle_buffer is a positive number, found {data.shuffle_buffer}.")
 
 
-def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
+def _usable(use: str, divided: _Divided, data: DataConfig) -> TokenTable:
     """The examples for one use, or an error that says why there are none."""
     usable, part, language = divided.usable(use), divided.parts[use], divided.language
     if usable:
@@ -426,14 +554,15 @@ def _report(divided: _Divided, seen: bool, num_sources: int) -> LanguageReport:
     """What became of a language's records."""
     parts, tokens = divided.parts, divided.tokens
     usable = {use: divided.usable(use) for use in parts}
-    everything = [t for part in tokens.values() for t in part]
-    kept = [t for part in usable.values() for t in part]
-    lengths = np.array([t.length for t in everything])
+    lengths = np.concatenate([table.lengths for table in tokens.values()])
+    spelled = Counter[str]()
+    for table in tokens.values():
+        spelled.update(table.spelled())
     replies = {
         use: [
             normalise(example.reply)
-            for example, t in zip(parts[use], tokens[use], strict=True)
-            if t.loss_mask.any()
+            for example, learnt in zip(parts[use], tokens[use].learnt.tolist(), strict=True)
+            if learnt
         ]
         for use in parts
     }
@@ -445,10 +574,10 @@ def _report(divided: _Divided, seen: bool, num_sources: int) -> LanguageReport:
         train=len(usable["train"]),
         held_out=len(usable["held_out"]),
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
-        truncated=sum(t.truncated for t in kept),
-        dropped=len(everything) - len(kept),
+        truncated=sum(int(table.truncated.sum()) for table in usable.values()),
+        dropped=len(lengths) - sum(map(len, usable.values())),
         by_source=[by_source[number] for number in range(num_sources)],
-        spelled=dict(Counter(token for t in everything for token in t.spelled)),
+        spelled=dict(spelled),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),
         tokens_p95=float(np.percentile(lengths, 95)),

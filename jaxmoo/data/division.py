@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
@@ -50,6 +50,7 @@ def divide(
     *,
     choices: str | None = None,
     source: Source | None = None,
+    share: Callable[[set[bytes]], set[bytes]] = lambda own: own,
 ) -> dict[str, DividedLanguage]:
     """Read languages whole and divide their examples.
 
@@ -60,6 +61,7 @@ def divide(
       complaints: takes what is wrong with each record left out.
       choices: the column of texts that a reply is chosen from; see `Example`.
       source: where the records come from, if not from ``data.source``.
+      share: see `split_languages`, where others divide the other languages.
 
     Returns:
       Per language what became of its records.
@@ -81,13 +83,15 @@ def divide(
     ]
     if own is None:
         linked = data.disjoint_replies
-        split = split_languages(distinct[0], data.seen, data.held_out, disjoint_replies=linked)
+        split = split_languages(
+            distinct[0], data.seen, data.held_out, disjoint_replies=linked, share=share
+        )
     else:
-        split = with_own_held_out(distinct[0] if seen else {}, distinct[-1])
+        split = with_own_held_out(distinct[0] if seen else {}, distinct[-1], share=share)
     evaluated = {code: one.held_out[: data.max_held_out] for code, one in split.items()}
     if data.train_unevaluated:
         split = with_unevaluated(
-            split, evaluated, data.seen, disjoint_replies=data.disjoint_replies
+            split, evaluated, data.seen, disjoint_replies=data.disjoint_replies, share=share
         )
 
     def described(code: str, one: Split) -> DividedLanguage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmoo.data.example import Example, normalise
@@ -122,6 +122,7 @@ def split_languages(
     held_out: float,
     *,
     disjoint_replies: bool = False,
+    share: Callable[[set[bytes]], set[bytes]] = lambda trained: trained,
 ) -> dict[str, Split]:
     """Split every language's examples, and keep those of one language out of another's training.
 
@@ -130,6 +131,8 @@ def split_languages(
       seen: the languages to train on; of the others everything is held out.
       held_out: see `split_examples`.
       disjoint_replies: see `split_examples`.
+      share: called once with digests of what these languages train on; returns those of what all
+        languages do, where others divide the rest.
 
     Returns:
       Per language its parts, held-out examples in the order of `split_examples`.
@@ -149,28 +152,34 @@ def split_languages(
         )
         for language, part in examples.items()
     }
-    return _without_leaks(sides)
+    return _without_leaks(sides, share)
 
 
-def _without_leaks(sides: Mapping[str, tuple[list[Example], list[Example]]]) -> dict[str, Split]:
+def _without_leaks(
+    sides: Mapping[str, tuple[list[Example], list[Example]]],
+    share: Callable[[set[bytes]], set[bytes]],
+) -> dict[str, Split]:
     """Leave out held-out examples that are, or whose group is, among the training examples."""
-    trained = {key for train, _ in sides.values() for e in train for key in (e.key, e.group)}
-    trained.discard(None)
+    trained = share({d for train, _ in sides.values() for e in train for d in _digests(e)})
     split = {}
     for language, (train, held) in sides.items():
-        clean = [e for e in held if e.key not in trained and e.group not in trained]
+        clean = [e for e in held if trained.isdisjoint(_digests(e))]
         split[language] = Split(train, clean, len(held) - len(clean))
     return split
 
 
 def with_own_held_out(
-    train: Mapping[str, Sequence[Example]], held_out: Mapping[str, Sequence[Example]]
+    train: Mapping[str, Sequence[Example]],
+    held_out: Mapping[str, Sequence[Example]],
+    *,
+    share: Callable[[set[bytes]], set[bytes]] = lambda trained: trained,
 ) -> dict[str, Split]:
     """Put training and held-out examples together that come from sources of their own.
 
     Args:
       train: per seen language its distinct examples.
       held_out: per seen and unseen language its distinct examples.
+      share: see `split_languages`.
 
     Returns:
       Per language of `held_out` its parts, held-out examples in the order of `split_examples`,
@@ -181,9 +190,8 @@ def with_own_held_out(
       >>> with_own_held_out({"en": [one]}, {"en": [one, two]})["en"].held_out == [two]
       True
     """
-    return _without_leaks(
-        {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()}
-    )
+    sides = {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()}
+    return _without_leaks(sides, share)
 
 
 def with_unevaluated(
@@ -192,6 +200,7 @@ def with_unevaluated(
     seen: Collection[str],
     *,
     disjoint_replies: bool = False,
+    share: Callable[[set[bytes]], set[bytes]] = lambda taken: taken,
 ) -> dict[str, Split]:
     """Give held-out examples that are not evaluated back to training.
 
@@ -200,6 +209,7 @@ def with_unevaluated(
       evaluated: per language the first of its held-out examples, which are evaluated.
       seen: the languages to train on.
       disjoint_replies: see `split_examples`.
+      share: as in `split_languages`, of what is evaluated.
 
     Returns:
       The same with more to train on: what shares no prompt and no group with an example that is
@@ -207,11 +217,12 @@ def with_unevaluated(
       number of examples that are not used, is left in ``held_out``.
     """
 
-    def names(example: Example) -> list[str]:
+    def names(example: Example) -> list[bytes]:
         found = [side_key(example), example.prompt_key]
-        return found + ([f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else [])
+        found += [f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else []
+        return [_digest(name) for name in found]
 
-    taken = {name for part in evaluated.values() for e in part for name in names(e)}
+    taken = share({name for part in evaluated.values() for e in part for name in names(e)})
     result = dict(split)
     for code in split.keys() & set(seen):
         first = evaluated[code]
@@ -227,6 +238,19 @@ def with_unevaluated(
 def _in_order(held_out: Iterable[Example]) -> list[Example]:
     """Held-out examples by their own hashes: not by their sides', which linked ones share."""
     return sorted(held_out, key=lambda example: hash_fraction("\x1e".join(example.key)))
+
+
+def _digests(example: Example) -> list[bytes]:
+    """What names an example, and its group, among those of all languages: 16 bytes each."""
+    prompt, reply = example.key
+    names = [f"{len(prompt)}:{prompt}{reply}"]
+    if example.group is not None:
+        names.append(f"group:{example.group}")
+    return [_digest(name) for name in names]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:

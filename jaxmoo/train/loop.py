@@ -49,6 +49,8 @@ class Loop:
             scores = stored_scores(job, step)
             if scores is not None:
                 self._note(step, scores)
+        data = job.config.data
+        self._rows = mesh.local_rows(job.setup.device_mesh, data.step_languages, data.batch_size)
         self._profile = ProfileWindow(
             job.directory.profile, settings.profile_from, settings.profile_steps
         )
@@ -67,7 +69,10 @@ class Loop:
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             latest = self._checkpoints.latest
             begun, weights = self._done, self._examined()
-            with Reporter(job, self._done, jax.device_get(skipped), latest) as reporter:
+            with (
+                job.setup.batches.reading_ahead(),
+                Reporter(job, self._done, jax.device_get(skipped), latest) as reporter,
+            ):
                 scores = stored_scores(job, self._done)
                 if scores is None:
                     self._evaluate(reporter)  # what an interrupted run did not come to
@@ -136,12 +141,13 @@ class Loop:
     def _step(self, reporter: Reporter) -> None:
         job, setup = self._job, self._job.setup
         with job.clock.part("data"):
-            batch = setup.batches.batch(self._done)
+            batch = setup.batches.batch(self._done, self._rows)
+            tokens = setup.batches.tokens(self._done, self._rows)
             placed = place(batch, mesh.batch_sharding(setup.device_mesh))
         begun = time.perf_counter()
         self._state, metrics = setup.step(self._state, setup.frozen, placed)
         self._done += 1
-        reporter.step(StepDone(self._done, batch, metrics, begun))
+        reporter.step(StepDone(self._done, tokens, metrics, begun))
         try:
             job.point(self._done)
         except InterruptedRunError:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmoo.data import count_tokens
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
@@ -37,13 +36,13 @@ class StepDone(NamedTuple):
 
     Attributes:
       step: its number, from 1.
-      batch: what it was trained on.
+      tokens: per language of the step how many it was trained on, padding left out.
       metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
       begun: when it was sent, by ``time.perf_counter``.
     """
 
     step: int
-    batch: Mapping[str, np.ndarray]
+    tokens: np.ndarray
     metrics: Mapping[str, jax.Array]
     begun: float
 
@@ -161,7 +160,7 @@ class Reporter:
         batches, seen = self._job.setup.batches, config.data.seen
         here = batches.in_step(done.step - 1)
         number = [seen.index(code) for code in here]
-        counts = count_tokens(done.batch)
+        counts = done.tokens
         tokens = int(counts.sum())
         cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
         cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]

@@ -17,7 +17,7 @@ import zipfile
 
 import yaml
 
-from jaxmoo.data.sources.records import MissingLanguageError, SequenceStream
+from jaxmoo.data.sources.records import MissingLanguageError, Origin, SequenceStream
 from jaxmoo.errors import did_you_mean
 
 BUILT_IN = "chatterbot"  # its name as a source
@@ -84,6 +84,10 @@ class Chatterbot:
 
         with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
             return SequenceStream(f"{PACKAGE} ({language})", _records(archive, language))
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records: the corpus does."""
+        return Origin(name=SHA256)
 
 
 def _records(archive: zipfile.ZipFile, language: str) -> list[dict[str, str] | None]:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from jaxmoo.config.data_section import DataConfig
@@ -83,6 +84,18 @@ class SequenceStream(Iterator[Record]):
         self._rows = itertools.islice(self._all, self._number, None)
 
 
+class Origin(NamedTuple):
+    """What decides the records of a language, so that their tokens can be kept.
+
+    Attributes:
+      files: files, whose contents do.
+      name: a text that changes with what else does.
+    """
+
+    files: tuple[Path, ...] = ()
+    name: str = ""
+
+
 class Malformed:
     """The malformed records of a part of a source.
 
@@ -108,6 +121,11 @@ class Malformed:
         self._part, self._limit, self._before = part, limit, before
         self._total = total
         self.complaints: list[str] = []
+
+    def of_part(self) -> Malformed:
+        """Return one for a part of the records, whose complaints are to be added here."""
+        before = self._before + len(self.complaints)
+        return Malformed(self._part, self._limit, before, self._total)
 
     def add(self, error: DataError) -> None:
         """Note a malformed record.

@@ -19,6 +19,7 @@ from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_
 from jaxmoo.data.sources.records import (
     Malformed,
     MissingLanguageError,
+    Origin,
     Record,
     RecordStream,
     SequenceStream,
@@ -45,6 +46,9 @@ __all__ = [
 
 class Source(Protocol):
     """Opens the records of every language.
+
+    One that also has a method ``origin(language)``, which returns an `Origin`, has its tokens kept
+    (``data.cache``).
 
     Attributes:
       column: the column that names a record's language, where every stream has the records of all
@@ -82,6 +86,13 @@ class FilesSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records."""
+        return _opened(self._file(language), self._data)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        return Origin((self._file(language),))
+
+    def _file(self, language: str) -> Path:
         name = self._data.codes.get(language, language)
         files = self._files.get(name)
         if not files:
@@ -92,7 +103,7 @@ class FilesSource:
                 f"{', '.join(file.name for file in files)}. Keep one, or give a pattern "
                 "such as 'data/{language}.jsonl'."
             )
-        return _opened(files[0], self._data)
+        return files[0]
 
 
 class TableSource:
@@ -118,6 +129,10 @@ class TableSource:
         """Return a new stream of all languages' records."""
         return _opened(self._path, self._data)
 
+    def origin(self, language: str) -> Origin:
+        """Return what decides all languages' records."""
+        return Origin((self._path,))
+
 
 class HubSource:
     """A hub dataset whose languages are subsets, splits or values of a column.
@@ -133,6 +148,16 @@ class HubSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records; with a column, of all languages'."""
+        name, table = self._table(language)
+        return _HubStream(name, table) if self._data.streaming else SequenceStream(name, table)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        name, table = self._table(language)
+        return Origin(name=f"{name} {table._fingerprint}")
+
+    def _table(self, language: str) -> tuple[str, Any]:
+        """A new table of a language's records, and what it is called."""
         import datasets
 
         data, subset, split = self._data, self._data.subset, self._data.split
@@ -150,8 +175,7 @@ class HubSource:
             split = split.replace("{language}", name)
         options = {"split": split, "streaming": data.streaming}
         table = self._call(datasets.load_dataset, self._dataset, subset, **options)
-        name = f"{self._dataset} ({subset or 'default'}, {split})"
-        return _HubStream(name, table) if data.streaming else SequenceStream(name, table)
+        return f"{self._dataset} ({subset or 'default'}, {split})", table
 
     @functools.cached_property
     def _subsets(self) -> list[str]:
@@ -377,17 +401,24 @@ def read_examples(
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
     if source is not None or not data.sources:
         return _read(data, languages, choices, source)
-    return _read_several(data.each, languages, choices)
+    # Other processes may read the other languages of a run.
+    whole = {*data.seen, *data.unseen} <= set(languages)
+    return _read_several(data.each, languages, choices, whole=whole)
 
 
 def _read_several(
-    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None
+    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None, *, whole: bool
 ) -> Reading:
-    """Read several sources, each of which has one of the languages at least."""
+    """Read several sources; if the languages are all, each has one of them at least."""
     languages_read: dict[str, Loaded] = {}
     complaints: list[str] = []
     for number, data in enumerate(sources):
-        reading = _read(data, languages, choices, None, partly=True)
+        try:
+            reading = _read(data, languages, choices, None, partly=True)
+        except MissingLanguageError:
+            if whole:
+                raise
+            continue
         complaints += reading.complaints
         for language, found in reading.languages.items():
             before = languages_read.get(language, Loaded([], 0))
