@@ -268,6 +268,10 @@ def test_own_held_out_files_are_evaluated_without_what_is_trained_on(tmp_path, t
     assert (en.train, en.held_out, en.leaked, en.reserve) == (30, 4, 5, 1)
     assert (fr.train, fr.held_out, fr.leaked, fr.reserve) == (0, 4, 0, 3)
     assert en.records == 40
+    # What is kept of it is made anew with the files.
+    write(tmp_path / "dev" / "en.jsonl", rows("en", 3, start=90))
+    again = load_corpus(tmp_path / "train", tokenizer, unseen=["fr"], held_out_source=dev)
+    assert (again.report["en"].held_out, again.report["en"].leaked) == (3, 0)
     with pytest.raises(DataError, match=r"none of it that is not trained on, too \(30 are\)"):
         load_corpus(tmp_path / "train", tokenizer, held_out_source=str(tmp_path / "train"))
 
