@@ -28,6 +28,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+from bucket_servers import (  # noqa: F401 -- fixtures of several rooms
+    faulty,
+    gs_bucket,
+    gs_server,
+    proxied,
+    s3_bucket,
+    s3_server,
+)
 from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
 from jaxmoo.errors import DownloadError
 from small_runs import (  # noqa: F401 -- fixtures of every room

@@ -216,6 +216,7 @@ class DataConfig:
         expected=_TEXTS,
     )
     lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
+
     cache: str = setting(
         "auto",
         "Directory in which tokenised data is kept, so that the next start, or the other processes "

@@ -158,6 +158,7 @@ _WORDS = {
     int: "an integer",
     float: "a number",
     str: "text",
+    int | str: "an integer or text",
     list[str]: "a list such as [en, fr]",
     list[int]: "a list such as [1, 2]",
     list[float]: "a list such as [1e-4, 3e-4]",

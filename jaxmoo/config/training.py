@@ -21,6 +21,7 @@ import yaml
 
 from jaxmoo.config import reading, schema
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig, SamplingConfig, check_data
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.config.lora_section import LoraConfig, check_lora
 from jaxmoo.config.optimizer_section import (
     OptimizerConfig,
@@ -156,11 +157,20 @@ class TrainConfig:
         choices=("last", "best"),
         free=True,
     )
-    checkpoint_every: int = setting(
-        0, "Steps between checkpoints; 0 saves only at the end.", within=_AT_LEAST_0, free=True
+    checkpoint_every: int | str = setting(
+        "10min",
+        "Between checkpoints: a time such as `90s`, `10min` or `2h`, by the clock of the first "
+        "process, or a number of steps; 0 saves only at the end.",
+        free=True,
     )
     keep_checkpoints: int = setting(
         2, "Newest checkpoints to keep; older ones are deleted.", within=_AT_LEAST_1, free=True
+    )
+    stop_file: str | None = setting(
+        None,
+        "A file whose appearance, on any host, stops the run as SIGTERM does; it must not be there "
+        "at the start. null watches for none.",
+        free=True,
     )
     hang_timeout: float = setting(
         1800.0,
@@ -206,7 +216,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged: the product of the four is their number."""
+    """How devices are arranged: data x language x fsdp x tensor is their number."""
 
     language: int | None = setting(
         None,
@@ -231,6 +241,14 @@ class MeshConfig:
         within=_AT_LEAST_1,
         free=True,
     )
+    slices: int | None = setting(
+        None,
+        "Slices of TPUs among which the devices are divided; only `data`, which must be a multiple "
+        "of it, goes from one to another. null counts them. On GPUs, where null is 1, a slice is "
+        "what shares fast links, mostly a host.",
+        within=_AT_LEAST_1,
+        free=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,14 +269,47 @@ class Config:
     export: bool = setting(
         True, "Write the trained model to `export/`, in Hugging Face format.", free=True
     )
-    report: bool = setting(True, "Draw the plots of `report/` at the end.", free=True)
+    report: bool = setting(
+        True,
+        "Draw the plots of `report/` at the end; the exported model gets a copy of its page.",
+        free=True,
+    )
+    report_samples: int = setting(
+        1,
+        "Held-out prompts of each language whose replies, before and after training, are in the "
+        "report.",
+        within=Range(least=0),
+        free=True,
+    )
     tensorboard: bool = setting(
         True, "Write TensorBoard events to `tensorboard/`, besides `metrics.jsonl`.", free=True
     )
     wandb: str | None = setting(
         None,
-        "Project of Weights & Biases to which metrics are also sent (package `wandb`); the run is "
+        "Project of Weights & Biases to which metrics are also sent (extra `wandb`); the run is "
         "named after the output directory.",
+        free=True,
+    )
+    trackio: str | None = setting(
+        None, "Project of Trackio to which metrics are also sent (extra `trackio`).", free=True
+    )
+    mlflow: str | None = setting(
+        None,
+        "Experiment of MLflow to which metrics are also sent (extra `mlflow`); where to, "
+        "`MLFLOW_TRACKING_URI` says.",
+        free=True,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "Repository, such as `me/model`, on a Hugging Face hub, to which the export is uploaded at "
+        "the end, with its card; made at the start, so that a missing token is known before "
+        "training. Of `lora.export=both`, the merged model.",
+        free=True,
+    )
+    hub_private: bool | None = setting(
+        None,
+        "Whether `push_to_hub` makes a private repository; null leaves it to the hub (public, "
+        "unless the organisation says otherwise).",
         free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -343,6 +394,12 @@ def validate(config: Config) -> None:
             if wanted and not config.train.evaluate_every:
                 problems.append(f"train.{name} needs evaluations: set train.evaluate_every.")
         problems += check_optimizer(config.optimizer, config.train.steps)
+        if config.push_to_hub and not config.export:
+            problems.append("push_to_hub needs export=true.")
+        try:
+            parse_interval(config.train.checkpoint_every, "train.checkpoint_every")
+        except ConfigError as error:
+            problems.append(str(error))
     schema.raise_problems(problems)
 
 

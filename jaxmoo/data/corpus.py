@@ -16,8 +16,8 @@ from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.data.lengths import fits_tokens
 from jaxmoo.data.mixture import in_shares
-from jaxmoo.data.sources.records import Malformed, MissingLanguageError, Origin
-from jaxmoo.data.sources.source import Source, open_source
+from jaxmoo.data.sources.records import Malformed, Origin
+from jaxmoo.data.sources.source import Source, open_source, origins_of
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
@@ -26,10 +26,12 @@ from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.runtime.peers import Peers, all_peers
-from jaxmoo.runtime.progress import Progress
+from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_MANY = 2000  # examples, from which on progress is shown
 
 
 @dataclass(frozen=True)
@@ -239,14 +241,7 @@ def load_corpus(
         if "held_out" in part.tables:
             evaluated[language] = part.tables["held_out"]
         report[language] = LanguageReport(**part.about)
-    return Corpus(
-        train,
-        evaluated,
-        report,
-        tuple(complaints),
-        data.special_tokens,
-        *_named_sources(data),
-    )
+    return _described(data, train, evaluated, report, complaints)
 
 
 def _in_memory(
@@ -263,7 +258,7 @@ def _in_memory(
 
     def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
         complaints.clear()
-        return _whole(data, tokenizer, source, complaints, some, share, cores, say)
+        return _whole(data, tokenizer, source, complaints, some, share, cores, peers.number == 0)
 
     def make_all() -> dict[str, Kept]:
         return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
@@ -305,8 +300,8 @@ def _cache(
     """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
 
     def look() -> tuple[Path | None, dict[str, list[Origin]]]:
-        origins = _origins(data, source, languages)
-        return (None, {}) if origins is None else (open_cache(data.cache), origins)
+        origins = origins_of(data, languages, source)
+        return None if origins is None else open_cache(data.cache), origins or {}
 
     root, origins = peers.all_do(look)
     everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
@@ -315,43 +310,32 @@ def _cache(
     return TokenCache(root, cache_key(data, tokenizer, origins, peers), languages, peers)
 
 
-def _origins(
-    data: DataConfig, source: Source | None, languages: Sequence[str]
-) -> dict[str, list[Origin]] | None:
-    """What decides each language's records; None if a source does not tell."""
-    train = [open_source(one) for one in data.each] if source is None else [source]
-    own = data.own_held_out
-    held_out = [] if own is None else [open_source(own)]
-    if not all(hasattr(one, "origin") for one in (*train, *held_out)):
-        return None
-    found: dict[str, list[Origin]] = {}
-    for language in languages:
-        # It may be in some of several sources only, and unseen in those of held-out examples.
-        partly = len(train) > 1 or (own is not None and language in data.unseen)
-        found[language] = []
-        for opened in (*train, *held_out):
-            try:
-                found[language].append(opened.origin(language))
-            except MissingLanguageError:
-                if not partly:
-                    raise
-    return found
-
-
-def _named_sources(data: DataConfig) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    weights = None if data.weights is None else tuple(data.weights)
-    return tuple(str(one.source) for one in data.each), weights
-
-
 def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:
     tables = {code: parts[code].tables for code in (*data.seen, *data.unseen)}
-    return Corpus(
+    return _described(
+        data,
         {code: tables[code]["train"] for code in data.seen},
         {code: some["held_out"] for code, some in tables.items() if "held_out" in some},
         {code: LanguageReport(**parts[code].about) for code in tables},
+        complaints,
+    )
+
+
+def _described(
+    data: DataConfig,
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream],
+    held_out: Mapping[str, Sequence[Tokenized]],
+    report: dict[str, LanguageReport],
+    complaints: Sequence[str],
+) -> Corpus:
+    return Corpus(
+        train,
+        held_out,
+        report,
         tuple(complaints),
         data.special_tokens,
-        *_named_sources(data),
+        tuple(str(one.source) for one in data.each),
+        None if data.weights is None else tuple(data.weights),
     )
 
 
@@ -363,11 +347,9 @@ def _part(divided: _Divided, data: DataConfig) -> Kept:
     if data.held_out > 0 or not seen:
         uses.append("held_out")
     tables = {use: _usable(use, divided, data) for use in uses}
-    about = _report(divided, seen, len(data.each)).to_dict()
-    if seen and data.weights is not None:
-        numbers = in_shares(range(len(tables["train"])), divided.sources(), data.weights)
-        tables["train"] = tables["train"].repeated(np.array(numbers))
-    return Kept(tables, about)
+    if seen and divided.stream is None:
+        tables["train"] = divided.in_shares(tables["train"], data.weights)
+    return Kept(tables, _report(divided, seen, len(data.each)).to_dict())
 
 
 class _Divided(NamedTuple):
@@ -393,8 +375,14 @@ class _Divided(NamedTuple):
 
     def sources(self) -> list[int]:
         """The number of the source of every usable example to train on."""
-        pairs = zip(self.parts["train"], self.tokens["train"].learnt, strict=True)
-        return [example.source for example, learnt in pairs if learnt > 0]
+        pairs = zip(self.parts["train"], self.tokens["train"].learnt.tolist(), strict=True)
+        return [example.source for example, learnt in pairs if learnt]
+
+    def in_shares(self, usable: TokenTable, weights: Sequence[float] | None) -> TokenTable:
+        """Examples to train on, repeated so that sources have the shares of their weights."""
+        if weights is None:
+            return usable
+        return usable.repeated(in_shares(range(len(usable)), self.sources(), weights))
 
 
 def _whole(
@@ -405,7 +393,7 @@ def _whole(
     languages: Sequence[str],
     share: Callable[[set[bytes]], set[bytes]],
     cores: int,
-    say: Callable[[str], None],
+    shown: bool,
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
     divided = divide(data, languages, complaints, source=source, share=share)
@@ -414,9 +402,11 @@ def _whole(
         Tokenizing(
             tokenizer, data.sequence_length, data.special_tokens, expected=number, cores=cores
         ) as tokenizing,
-        Progress(number, "Tokenising", "examples", say) as progress,
+        watched(number, "tokenising", unit="example", shown=number >= _MANY and shown) as advance,
     ):
         for language, found in divided.items():
+            # The limit leaves the rest unused, so that what is trained on does not depend on how
+            # much is evaluated, unless data.train_unevaluated.
             parts = {"train": found.train, "held_out": found.held_out}
             total = found.records + found.skipped
             malformed = Malformed(
@@ -425,10 +415,10 @@ def _whole(
             tokens = {}
             filtered = found.filtered
             for use, part in parts.items():
-                good, table = tokenizing.tokenize(part, malformed, progress.advance)
-                kept = np.array([fits_tokens(n, data.lengths) for n in table.lengths], bool)
-                parts[use] = list(itertools.compress(good, kept))
-                tokens[use] = table if all(kept) else table.chosen(kept)
+                good, table = tokenizing.tokenize(part, malformed, advance)
+                fitting = [fits_tokens(length, data.lengths) for length in table.lengths.tolist()]
+                parts[use] = list(itertools.compress(good, fitting))
+                tokens[use] = table.chosen(np.array(fitting, bool))
                 filtered += len(good) - len(parts[use])
             bad = len(malformed.complaints)
             complaints += malformed.complaints

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
 from jaxmoo.data.sources.source import Loaded, Source, read_examples
 from jaxmoo.data.split import (
+    Share,
     Split,
     deduplicate,
     split_languages,
@@ -50,7 +51,7 @@ def divide(
     *,
     choices: str | None = None,
     source: Source | None = None,
-    share: Callable[[set[bytes]], set[bytes]] = lambda own: own,
+    share: Share = lambda mine: mine,
 ) -> dict[str, DividedLanguage]:
     """Read languages whole and divide their examples.
 
@@ -61,7 +62,8 @@ def divide(
       complaints: takes what is wrong with each record left out.
       choices: the column of texts that a reply is chosen from; see `Example`.
       source: where the records come from, if not from ``data.source``.
-      share: see `split_languages`, where others divide the other languages.
+      share: given digests of what these languages have, returns those of what all languages of the
+        run have, where other processes read the rest.
 
     Returns:
       Per language what became of its records.
@@ -71,11 +73,12 @@ def divide(
     """
     own, seen = data.own_held_out, [code for code in languages if code in data.seen]
     readings = []
+    whole = set(languages) >= {*data.seen, *data.unseen}
     if own is None or seen:
         wanted = languages if own is None else seen
-        readings.append(read_examples(data, wanted, choices=choices, source=source))
+        readings.append(read_examples(data, wanted, choices=choices, source=source, whole=whole))
     if own is not None:
-        readings.append(read_examples(own, languages, choices=choices))
+        readings.append(read_examples(own, languages, choices=choices, whole=whole))
     complaints += [text for reading in readings for text in reading.complaints]
     distinct = [
         {code: deduplicate(found.examples) for code, found in reading.languages.items()}

@@ -12,6 +12,15 @@ from jaxmoo.errors import ConfigError
 _HASH_BYTES = 6  # 48 bits: exact in a float, so that the fraction below stays under 1
 
 
+# Given digests of what some languages have, returns those of what all have, where others divide the
+# rest.
+Share = Callable[[set[bytes]], set[bytes]]
+
+
+def _alone(mine: set[bytes]) -> set[bytes]:
+    return mine
+
+
 def deduplicate(examples: Iterable[Example]) -> list[Example]:
     """Keep the first of all examples with the same normalised prompt and reply.
 
@@ -122,7 +131,7 @@ def split_languages(
     held_out: float,
     *,
     disjoint_replies: bool = False,
-    share: Callable[[set[bytes]], set[bytes]] = lambda trained: trained,
+    share: Share = _alone,
 ) -> dict[str, Split]:
     """Split every language's examples, and keep those of one language out of another's training.
 
@@ -131,8 +140,7 @@ def split_languages(
       seen: the languages to train on; of the others everything is held out.
       held_out: see `split_examples`.
       disjoint_replies: see `split_examples`.
-      share: called once with digests of what these languages train on; returns those of what all
-        languages do, where others divide the rest.
+      share: makes what all languages train on of what these do.
 
     Returns:
       Per language its parts, held-out examples in the order of `split_examples`.
@@ -156,8 +164,7 @@ def split_languages(
 
 
 def _without_leaks(
-    sides: Mapping[str, tuple[list[Example], list[Example]]],
-    share: Callable[[set[bytes]], set[bytes]],
+    sides: Mapping[str, tuple[list[Example], list[Example]]], share: Share
 ) -> dict[str, Split]:
     """Leave out held-out examples that are, or whose group is, among the training examples."""
     trained = share({d for train, _ in sides.values() for e in train for d in _digests(e)})
@@ -168,18 +175,31 @@ def _without_leaks(
     return split
 
 
+def _digests(example: Example) -> list[bytes]:
+    """What names an example, and its group, among those of all languages: 16 bytes each."""
+    prompt, reply = example.key
+    names = [f"{len(prompt)}:{prompt}{reply}"]
+    if example.group is not None:
+        names.append(f"group:{example.group}")
+    return [_digest(name) for name in names]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
 def with_own_held_out(
     train: Mapping[str, Sequence[Example]],
     held_out: Mapping[str, Sequence[Example]],
     *,
-    share: Callable[[set[bytes]], set[bytes]] = lambda trained: trained,
+    share: Share = _alone,
 ) -> dict[str, Split]:
     """Put training and held-out examples together that come from sources of their own.
 
     Args:
       train: per seen language its distinct examples.
       held_out: per seen and unseen language its distinct examples.
-      share: see `split_languages`.
+      share: as in `split_languages`.
 
     Returns:
       Per language of `held_out` its parts, held-out examples in the order of `split_examples`,
@@ -190,8 +210,10 @@ def with_own_held_out(
       >>> with_own_held_out({"en": [one]}, {"en": [one, two]})["en"].held_out == [two]
       True
     """
-    sides = {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()}
-    return _without_leaks(sides, share)
+    return _without_leaks(
+        {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()},
+        share,
+    )
 
 
 def with_unevaluated(
@@ -200,7 +222,7 @@ def with_unevaluated(
     seen: Collection[str],
     *,
     disjoint_replies: bool = False,
-    share: Callable[[set[bytes]], set[bytes]] = lambda taken: taken,
+    share: Share = _alone,
 ) -> dict[str, Split]:
     """Give held-out examples that are not evaluated back to training.
 
@@ -209,7 +231,7 @@ def with_unevaluated(
       evaluated: per language the first of its held-out examples, which are evaluated.
       seen: the languages to train on.
       disjoint_replies: see `split_examples`.
-      share: as in `split_languages`, of what is evaluated.
+      share: makes what all languages evaluate of what these do.
 
     Returns:
       The same with more to train on: what shares no prompt and no group with an example that is
@@ -238,19 +260,6 @@ def with_unevaluated(
 def _in_order(held_out: Iterable[Example]) -> list[Example]:
     """Held-out examples by their own hashes: not by their sides', which linked ones share."""
     return sorted(held_out, key=lambda example: hash_fraction("\x1e".join(example.key)))
-
-
-def _digests(example: Example) -> list[bytes]:
-    """What names an example, and its group, among those of all languages: 16 bytes each."""
-    prompt, reply = example.key
-    names = [f"{len(prompt)}:{prompt}{reply}"]
-    if example.group is not None:
-        names.append(f"group:{example.group}")
-    return [_digest(name) for name in names]
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:

@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.token_table import TokenTable
-from jaxmoo.errors import CheckpointError, DataError, DownloadError
+from jaxmoo.errors import CheckpointError, ConfigError, DataError, DownloadError
 from jaxmoo.files.arrays import map_arrays, write_arrays
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import damaged_files, digest_files, read_digests, write_digests
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.runtime.peers import Peers
 
@@ -144,12 +146,19 @@ def open_cache(where: str) -> Path | None:
       where: the directory; ``auto`` for the user's cache directory, if that can be made; ``none``.
 
     Raises:
+      ConfigError: it is in a bucket.
       DownloadError: the directory that is named cannot be made.
     """
     if where == "none":
         return None
     if where != "auto":
-        return cache_directory(Path(where), "")
+        directory = typed_path(where)
+        if is_bucket(directory):
+            raise ConfigError(
+                f"data.cache: {directory} is in a bucket. Name a directory of this machine, auto "
+                "or none."
+            )
+        return cache_directory(directory, "")
     try:
         return cache_directory(None, "tokens")
     except DownloadError:
@@ -290,11 +299,13 @@ class TokenCache:
         others = {}
         if not (self.problem or self._whole):
             rest = [code for code in self._languages if code not in self.mine]
-            others = {language: self._open(self._entry, language) for language in rest}
+            try:
+                others = {language: self._open(self._entry, language) for language in rest}
+            except (OSError, ValueError) as error:  # a file system that shows them late
+                self.problem = str(error)
         self._peers.exchange(b"")  # nobody removes or replaces it before all have it open
         if makes:
-            if self.problem:
-                self.abandon()
+            self.abandon()  # nothing, if it has its name
             self._clean()
         return others
 

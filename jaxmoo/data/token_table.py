@@ -13,6 +13,7 @@ __all__ = ["TokenTable"]
 
 # What is marked at a token, and what an example is.
 _LEARNT, _OWN = 1, 2
+_OF_TOKENS = ("tokens", "marks")
 _HAS_OWN, _ENDED, _UNEVEN, _LEARNS_FIRST = 1, 2, 4, 8
 
 
@@ -40,7 +41,8 @@ class TokenTable(Sequence[Tokenized]):
     def __init__(self, arrays: Mapping[str, np.ndarray], words: Sequence[Any]) -> None:
         self.arrays = dict(arrays)
         self.words = [[tuple(spelled), tuple(ignored)] for spelled, ignored in words]
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        if "starts" not in self.arrays:
+            self.arrays["starts"] = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
 
     @classmethod
     def of(cls, examples: Iterable[Tokenized]) -> TokenTable:
@@ -78,16 +80,19 @@ class TokenTable(Sequence[Tokenized]):
         if len(tables) == 1:
             return tables[0]
         tables = [cls.of([]), *tables]
-        words, kinds = [], []
+        words, kinds, starts, before = [], [], [], 0
         for table in tables:
             kinds.append(table.arrays["kinds"] + np.int32(len(words)))
+            starts.append(table.arrays["starts"] + before)
             words += table.words
+            before += len(table.arrays["tokens"])
         names = tables[0].arrays
         arrays = {name: np.concatenate([t.arrays[name] for t in tables]) for name in names}
-        return cls(arrays | {"kinds": np.concatenate(kinds)}, words)
+        arrays |= {"kinds": np.concatenate(kinds), "starts": np.concatenate(starts)}
+        return cls(arrays, words)
 
     def chosen(self, which: np.ndarray) -> TokenTable:
-        """Return some of the examples.
+        """Return some of the examples, of a table in which none is repeated.
 
         Args:
           which: bool [n].
@@ -96,31 +101,23 @@ class TokenTable(Sequence[Tokenized]):
             return self
         tokens = np.repeat(which, self.sizes)
         arrays = {
-            name: array[tokens if name in ("tokens", "marks") else which]
+            name: array[tokens if name in _OF_TOKENS else which]
             for name, array in self.arrays.items()
+            if name != "starts"
         }
         return TokenTable(arrays, self.words)
 
-    def repeated(self, numbers: np.ndarray) -> TokenTable:
-        """Return examples by their numbers, in that order, some perhaps more than once.
-
-        Example:
-          >>> one, two = (Tokenized(np.array([n]), np.array([True]), 1, 1) for n in (5, 6))
-          >>> [e.tokens[0].item() for e in TokenTable.of([one, two]).repeated(np.array([1, 0, 1]))]
-          [6, 5, 6]
-        """
-        sizes = self.sizes[numbers]
-        before = np.cumsum(sizes) - sizes
-        places = np.repeat(self._starts[numbers] - before, sizes) + np.arange(sizes.sum())
+    def repeated(self, numbers: Sequence[int]) -> TokenTable:
+        """Return examples by their numbers, some of them several times; tokens lie there once."""
         arrays = {
-            name: array[places if name in ("tokens", "marks") else numbers]
+            name: array if name in _OF_TOKENS else array[np.asarray(numbers, np.int64)]
             for name, array in self.arrays.items()
         }
         return TokenTable(arrays, self.words)
 
     def without_tokens(self) -> TokenTable:
         """Return the facts about the examples, without what they say."""
-        nothing = {name: self.arrays[name][:0] for name in ("tokens", "marks")}
+        nothing = {name: self.arrays[name][:0] for name in _OF_TOKENS}
         return TokenTable(self.arrays | nothing, self.words)
 
     def __len__(self) -> int:
@@ -136,8 +133,9 @@ class TokenTable(Sequence[Tokenized]):
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"There are {len(self)} examples, not one of number {index}.")
-        here = slice(self._starts[number], self._starts[number + 1])
         arrays = self.arrays
+        start = int(arrays["starts"][number])
+        here = slice(start, start + int(arrays["sizes"][number]))
         marks, flags = arrays["marks"][here], int(arrays["flags"][number])
         spelled, ignored = self.words[arrays["kinds"][number]]
         return Tokenized(

@@ -39,6 +39,7 @@ from jaxmoo.evaluate.questions import (
     with_choices,
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder
@@ -111,7 +112,7 @@ class Evaluation:
         Raises:
           ConfigError: there is no run, or a value is out of range.
         """
-        directory = RunDirectory(Path(run))
+        directory = RunDirectory(typed_path(run))
         data = load_run_config(directory.config).data
         found: dict[str, Any] = {
             "name": str(run),
@@ -181,7 +182,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     if settings.new_tokens and ending_token(tokenizer) is None:
         say(NO_ENDING)
 
-    device_mesh = mesh.make_mesh(1, **settings.mesh)
+    device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
     opened = open_model(
         settings.model,
         step=settings.step,

@@ -12,6 +12,7 @@ from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
 from jaxmoo.evaluate.results import Results, read_results
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["results_of"]
@@ -54,7 +55,7 @@ def results_of(
             f"{side} is a model outside of any training run, so nobody says what to compare it on: "
             "give --config, the settings of a run."
         )
-    name = "held_out" + ("" if config is None else f"-{Path(config).stem}")
+    name = "held_out" + ("" if config is None else f"-{typed_path(config).stem}")
     own = _is_run(side)
     output = side / f"{name}.json" if own else side.with_name(f"{side.name}-{name}.json")
     asked = _asked(run, config) | {"name": str(side), "model": side, "output": output}

@@ -66,10 +66,10 @@ class Peers:
                 self.exchange(_FAILED + f"{error or type(error).__name__}".encode())
             raise
         told = [_TELLS]
-        while any(one[:1] == _TELLS for one in told):  # what others still tell each other
-            told = self.exchange(_DONE)
         try:
-            _check(told)
+            while any(one[:1] == _TELLS for one in told):  # what others still tell each other
+                told = self.exchange(_DONE)
+                _check(told)
         except _ElsewhereError as error:
             raise DataError(str(error)) from None
         return result

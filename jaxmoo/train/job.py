@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator
 
 from jaxmoo.config import Config
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runtime.hang import HangTimeout
+from jaxmoo.runtime.processes import Agreement
+from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.train.setup import Setup
 
@@ -64,9 +67,11 @@ class Job:
       config: its settings.
       setup: its data, model and compiled functions.
       directory: where it writes.
-      stop: whether it is asked to stop.
+      stop: whether this process is asked to stop.
+      saves: whether this process asks for a checkpoint, and all have agreed on one.
       hang: ends it when it makes no progress.
       say: called with lines for a person to read, in the first process alone.
+      agreement: how processes agree on these two.
       clock: where its time goes.
     """
 
@@ -74,8 +79,10 @@ class Job:
     setup: Setup
     directory: RunDirectory
     stop: StopRequest
+    saves: SaveRequest
     hang: HangTimeout
     say: Callable[[str], None]
+    agreement: Agreement = dataclasses.field(default_factory=lambda: Agreement(2))
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def point(self, done: int) -> None:
@@ -87,10 +94,12 @@ class Job:
           InterruptedRunError: when it shall stop here.
         """
         self.hang.progress()
-        number = self.stop.requested()
+        number, save = self.agreement.exchange(self.stop.requested() or 0, self.saves.wanted())
+        self.saves.agree(bool(save))
         if number:
+            asked = signal.Signals(number)
             raise InterruptedRunError(
-                f"Stopped by {number.name} after step {done} of {self.config.train.steps}. The "
+                f"Stopped by {asked.name} after step {done} of {self.config.train.steps}. The "
                 "same command goes on from there.",
-                number,
+                asked,
             )

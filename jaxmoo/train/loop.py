@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runtime.processes import place
@@ -44,6 +45,7 @@ class Loop:
         self._state, self._done = state, done
         settings = job.config.train
         self._selection = Selection(job.config)
+        self._steps_between = parse_interval(settings.checkpoint_every).steps
         every = settings.evaluate_every
         for step in range(every, min(done + 1, settings.steps), every) if every else ():
             scores = stored_scores(job, step)
@@ -80,6 +82,7 @@ class Loop:
                     reporter.held_out(self._done, scores)
                 if self._goes_on():
                     job.say("Compiling the training step ...")
+                    job.saves.restart()
                 while self._goes_on():
                     self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
@@ -155,7 +158,8 @@ class Loop:
             self._save()
             raise
         settings = job.config.train
-        if self._done == settings.steps or _due(self._done, settings.checkpoint_every):
+        due = job.saves.take() or _due(self._done, self._steps_between)
+        if due or self._done == settings.steps:
             reporter.flush()
             self._save()
         self._evaluate(reporter)
@@ -164,6 +168,7 @@ class Loop:
         described = about(self._job.config, self._job.setup, self._done)
         with self._job.clock.part("checkpoint"):
             self._checkpoints.save(self._done, self._state, described)
+        self._job.saves.restart()
 
     def _evaluate(self, reporter: Reporter) -> None:
         """Evaluate if it is time; the first and the last state are evaluated elsewhere."""

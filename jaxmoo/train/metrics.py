@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.jsonl and TensorBoard events.
+"""What a run writes down while it goes: metrics.jsonl, and rows for trackers.
 
 A *row* is a mapping with an integer ``step`` and any of these, as far as they are known then::
 
@@ -32,58 +32,63 @@ or, where the run was evaluated, from step 0 to the last one::
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import math
-import secrets
-import time
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import DataError
+from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.train.trackers import Tracker, Trackers, open_trackers
 
-__all__ = ["MetricsWriter", "check_packages", "read_metrics"]
+__all__ = ["MetricsWriter", "read_metrics"]
+
+
+_NONE = Trackers()
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` and, if asked, to TensorBoard events.
+    """Appends rows to ``metrics.jsonl`` and sends their numbers to trackers.
 
     Every row is on disk when :meth:`write` returns. A resumed run goes on behind the rows up to
     its checkpoint; those an interrupted run wrote after it are removed first, in one step, so
-    that no row occurs twice.
+    that no row occurs twice. A tracker that fails is told of and left; the run goes on.
 
     Args:
       directory: the run's directory; made if need be.
-      tensorboard: also write TensorBoard events to ``directory/tensorboard``.
-      wandb: also send rows to a run of this Weights & Biases project, named as the directory.
+      trackers: which trackers numbers are sent to.
       resume_step: last step whose rows are kept; None starts afresh.
+      settings: of the run, for the trackers.
 
     Raises:
-      ConfigError: a package is missing; see :func:`check_packages`.
+      ConfigError: a package is missing; see :func:`jaxmoo.train.trackers.check_packages`.
       DataError: the rows that are there cannot be read.
     """
 
     def __init__(
         self,
         directory: str | Path,
+        trackers: Trackers = _NONE,
         *,
-        tensorboard: bool = True,
-        wandb: str | None = None,
         resume_step: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
-        check_packages(tensorboard=tensorboard, wandb=wandb)
-        directory = Path(directory)
+        directory = typed_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
-        self._events = _summary_writer(directory, first_step) if tensorboard else None
-        self._wandb = _wandb_run(directory, wandb) if wandb else None
+        self._trackers = open_trackers(
+            directory, trackers, first_step=first_step, settings=settings
+        )
         _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = Appended(self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; values may be numbers, NumPy or JAX arrays, mappings and lists."""
@@ -91,21 +96,27 @@ class MetricsWriter:
         if not isinstance(plain.get("step"), int):
             raise DataError(f"A row of metrics needs an integer step, found {plain.get('step')!r}.")
         self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for tag, value in _scalars(plain):
-                self._events.add_scalar(tag, value, plain["step"])
-            self._events.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(_scalars(plain)), step=plain["step"])
+        values = dict(_scalars(plain))
+        for tracker in list(self._trackers):
+            with self._left_if_it_fails(tracker):
+                tracker.log(values, plain["step"])
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in list(self._trackers):
+            with self._left_if_it_fails(tracker):
+                tracker.close()
+
+    @contextlib.contextmanager
+    def _left_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
+        """Go on without a tracker whose server is gone; the numbers are in the file."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.remove(tracker)
+            name = type(tracker).__name__.strip("_")
+            print(f"Note: {name} gets no more metrics: {error}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -128,7 +139,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       DataError: another line is not a row.
     """
-    path = Path(path)
+    path = typed_path(path)
     if path.is_dir():
         path /= "metrics.jsonl"
     return [row for _, row in _lines(path)]
@@ -211,44 +222,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
-    """Raise unless what metrics are to be written with is installed.
-
-    Raises:
-      ConfigError: names the setting and the package.
-    """
-    for wanted, setting, package, off in (
-        (tensorboard, "tensorboard", "tensorboardX", "tensorboard=false"),
-        (wandb, "wandb", "wandb", "wandb=null"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{setting} is {wanted!r}, but the package {package} is not installed. Install it "
-                f"with pip, or set {off}."
-            )
-
-
-def _summary_writer(directory: Path, first_step: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # TensorBoard drops what earlier event files hold from the purge step on. Their names count
-    # seconds; the suffix keeps two starts within one second apart.
-    return SummaryWriter(
-        str(directory / "tensorboard"),
-        purge_step=first_step,
-        filename_suffix=f".{time.time_ns()}",
-    )
-
-
-def _wandb_run(directory: Path, project: str) -> Any:
-    import wandb
-
-    # So that a resumed run goes on in its own.
-    kept = directory / "wandb_id"
-    name = kept.read_text("utf-8").strip() if kept.exists() else secrets.token_hex(8)
-    kept.write_text(name + "\n", "utf-8")
-    return wandb.init(
-        project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
-    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxmoo.config import schema
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
@@ -21,6 +22,7 @@ from jaxmoo.train.metrics import MetricsWriter
 from jaxmoo.train.optimizer import learning_rate
 from jaxmoo.train.progress import Progress
 from jaxmoo.train.throughput import peak_flops
+from jaxmoo.train.trackers import trackers_of
 
 __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
 
@@ -80,9 +82,9 @@ class Reporter:
             self._metrics = self._open.enter_context(
                 MetricsWriter(
                     self._job.directory.path,
-                    tensorboard=config.tensorboard,
-                    wandb=config.wandb,
+                    trackers_of(config),
                     resume_step=self._start or None,
+                    settings=schema.values(config),
                 )
             )
             self._progress = self._open.enter_context(

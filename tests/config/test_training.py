@@ -416,6 +416,13 @@ def test_anchors_that_do_no_harm_are_read(load):
             "optimizer.learning_rate=1" + "0" * 400,
             "learning_rate must be a number, above 0, found",
         ),
+        (
+            "train.checkpoint_every=10m",
+            "a time such as 90s, 10min or 2h; found",
+        ),
+        ("train.checkpoint_every=0s", "train.checkpoint_every must be a number of steps"),
+        ("train.checkpoint_every=-1", "train.checkpoint_every must be a number of steps"),
+        ("train.checkpoint_every=0.5", "train.checkpoint_every must be an integer or text, found"),
         ("train.hang_timeout=1e10", "must be a number, at least 0 and at most 1000000000, found"),
         ("resolve.options.c=[" + "[" * 1000, "values are nested more than 32 deep"),
         ("wandb=a\ud800", "not YAML: unacceptable character #xd800"),

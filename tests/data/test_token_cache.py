@@ -17,7 +17,7 @@ from data.peers import as_processes
 from data.tables import settings
 from data.test_token_table import fields
 from devices import run_python
-from jaxmoo.config.data_section import DataConfig, SamplingConfig
+from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
 from jaxmoo.data.tokenization import parallel
 from jaxmoo.errors import DataError
@@ -222,7 +222,7 @@ def test_all_settings_that_name_files_are_known():
     """What is in the files is part of the digest: whoever adds such a setting has to see to it."""
     naming = {field.name for field in dataclasses.fields(DataConfig) if "source" in field.name}
     known = {"source", "sources", "held_out_source"}
-    assert naming == known, "extend what jaxmoo.data.corpus gives cache_key as origins"
+    assert naming == known, "extend jaxmoo.data.sources.source.origins_of"
 
 
 def damage(file, how):
@@ -291,6 +291,44 @@ def test_processes_divide_the_languages_and_have_all(count, folder, cache, make_
         assert len(entries(cache)) == 1
     # What several have made is what one would have, on another number of hosts, too.
     assert whole(load(data, make_tokenizer())) == expected and not parts
+
+
+@pytest.mark.parametrize("what", ["weights", "held-out files", "all trained on", "lengths"])
+def test_whatever_is_made_of_sources_is_divided_and_kept(what, folder, cache, make_tokenizer):
+    other = folder / "other"
+    other.mkdir()
+    lines = [json.dumps({"prompt": f"{i % 13}!", "completion": f"r{i}"}) for i in range(20)]
+    for language in ("fa", "de"):
+        (other / f"{language}.jsonl").write_text("\n".join(lines))
+    changes = {
+        "weights": {
+            "source": None,
+            "sources": [
+                {"source": f"{folder}/{{language}}.jsonl", "weight": 1.0},
+                {"source": f"{other}/{{language}}.jsonl", "weight": 3.0},
+            ],
+        },
+        "held-out files": {
+            "held_out_source": f"{other}/{{language}}.jsonl",
+            "seen": ["fa"],
+            "columns": settings("").columns,
+        },
+        "all trained on": {"train_unevaluated": True},
+        "lengths": {"lengths": LengthsConfig(max_tokens=70)},
+    }[what]
+    data = dataclasses.replace(options(folder, cache), **changes)
+    expected = uncached(data, make_tokenizer())
+
+    def run(peers):
+        return whole(load(data, make_tokenizer(), peers=peers))
+
+    assert as_processes(3, run) == [expected] * 3
+    assert whole(load(data, make_tokenizer())) == expected
+    assert len(entries(cache)) == 1
+    if what in ("weights", "held-out files"):
+        (other / "de.jsonl").write_text("\n".join(lines[:-1]))
+        assert whole(load(data, make_tokenizer())) == uncached(data, make_tokenizer()) != expected
+        assert len(entries(cache)) == 2
 
 
 def test_processes_that_share_no_directory_make_all_for_themselves(

@@ -64,6 +64,11 @@ def test_tables_are_joined_and_chosen_from_as_lists_are(examples):
     assert same(joined, examples)
     which = np.arange(len(examples)) % 3 == 1
     assert same(joined.chosen(which), [one for one, ok in zip(examples, which, strict=True) if ok])
+    numbers = [3, 3, 0, 7, 59, 3]
+    repeated = joined.repeated(numbers)
+    assert same(repeated, [examples[number] for number in numbers])
+    assert repeated.arrays["tokens"] is joined.arrays["tokens"]
+    assert same(TokenTable.joined([repeated, joined])[2:9:6], [examples[0], examples[2]])
     assert same(TokenTable.joined([]), []) and same(joined.chosen(which & False), [])
 
 

@@ -39,6 +39,16 @@ def test_what_fails_in_one_fails_in_all(when):
     assert all(isinstance(one, DataError) for one in found)
 
 
+def test_who_is_done_learns_that_one_has_failed_while_others_tell():
+    def work(peers):
+        if peers.number == 1:
+            raise DataError("no text")
+        return peers.union(set()) if peers.number == 2 else "done"
+
+    found = as_processes(3, lambda peers: peers.all_do(lambda: work(peers)))
+    assert [str(one) for one in found] == ["Process 1: no text", "no text", "Process 1: no text"]
+
+
 def test_a_single_process_asks_nobody():
     alone = Peers()
     assert alone.all_do(lambda: alone.union({b"x" * 16})) == {b"x" * 16}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.train.metrics import MetricsWriter, read_metrics
+from jaxmoo.train.trackers import Trackers
 
 
 def row(step: int, **more) -> dict:
@@ -28,7 +28,7 @@ def steps(directory) -> list[int]:
 
 def test_rows_come_back_as_they_were(tmp_path):
     rows = [row(1, blocks={"layers.22": {"conflict_share": 0.5}}), row(2, cosine=[[1, 0], [0, 1]])]
-    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "run") as writer:
         for each in rows:
             writer.write(each)
             # On disk at once, for whoever watches or if the process is killed.
@@ -46,7 +46,7 @@ def test_arrays_become_the_shortest_numbers_that_equal_them(tmp_path):
         "f": jnp.bfloat16(0.5),
         "g": {"h": [np.float32(1.1)]},
     }
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write({"step": np.int64(1), **values})
     (read,) = read_metrics(tmp_path)
     assert read == {
@@ -63,7 +63,7 @@ def test_arrays_become_the_shortest_numbers_that_equal_them(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write({"step": 1, "a": math.nan, "b": jnp.inf, "c": np.array([1, -np.inf])})
     line = (tmp_path / "metrics.jsonl").read_text()
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -72,18 +72,18 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 def test_a_row_needs_a_step(tmp_path):
     with (
-        MetricsWriter(tmp_path, tensorboard=False) as writer,
+        MetricsWriter(tmp_path) as writer,
         pytest.raises(DataError, match="integer step"),
     ):
         writer.write({"loss": 1.0})
 
 
 def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(row(step))
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         assert steps(tmp_path) == [1, 2, 3]
         writer.write(row(4))
     assert steps(tmp_path) == [1, 2, 3, 4]
@@ -93,7 +93,7 @@ def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
 
 def test_starting_afresh_keeps_no_rows(tmp_path):
     for _ in range(2):
-        with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path) as writer:
             writer.write(row(0))
             writer.write(row(1))
     assert steps(tmp_path) == [0, 1]
@@ -101,14 +101,14 @@ def test_starting_afresh_keeps_no_rows(tmp_path):
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "é'])
 def test_a_line_cut_by_a_kill_is_not_read_and_not_continued(tmp_path, tail):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(row(1))
         writer.write(row(2))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail.encode()[: len(tail)])
     complete = [1, 2, 3] if tail.endswith("}") else [1, 2]
     assert steps(tmp_path) == complete
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write(row(4))
     assert steps(tmp_path) == [*complete, 4]
 
@@ -119,7 +119,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected one JSON object"):
         read_metrics(path)
     with pytest.raises(DataError, match=":2:"):
-        MetricsWriter(tmp_path, tensorboard=False, resume_step=1)
+        MetricsWriter(tmp_path, resume_step=1)
     assert path.read_text().count("\n") == 3  # left as it was
 
 
@@ -150,8 +150,11 @@ def read_events(directory) -> dict[str, dict[int, float]]:
     return shown
 
 
+EVENTS = Trackers(tensorboard=True)
+
+
 def test_tensorboard_groups_scalars_by_quantity(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, EVENTS) as writer:
         writer.write(
             row(
                 1,
@@ -176,10 +179,10 @@ def test_tensorboard_groups_scalars_by_quantity(tmp_path):
 
 
 def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, EVENTS) as writer:
         for step in range(1, 6):
             writer.write({"step": step, "loss": {"en": 1.0}})
-    with MetricsWriter(tmp_path, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, EVENTS, resume_step=3) as writer:
         writer.write({"step": 4, "loss": {"en": 9.0}})
     events = read_events(tmp_path / "tensorboard")
     assert events["loss/en"] == {1: 1.0, 2: 1.0, 3: 1.0, 4: 9.0}
@@ -188,22 +191,5 @@ def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
 def test_missing_tensorboardx_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"tensorboardX is not installed.*tensorboard=false"):
-        MetricsWriter(tmp_path)
-    MetricsWriter(tmp_path, tensorboard=False).close()
-
-
-def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
-    """Without a connection they are kept in a file."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = tmp_path / "run"
-    with MetricsWriter(run, tensorboard=False, wandb="project") as metrics:
-        metrics.write({"step": 1, "loss": {"en": 2.3456}, "learning_rate": 0.0123})
-    [file] = run.glob("wandb/offline-run-*/*.wandb")
-    name = (run / "wandb_id").read_text().strip()
-    wanted = {"loss/en", "2.3456", "train/learning_rate", "0.0123", "project", name}
-    # The package's own process writes it, and may take a moment.
-    deadline = time.monotonic() + 30
-    while missing := {text for text in wanted if text.encode() not in file.read_bytes()}:
-        assert time.monotonic() < deadline, missing
-        time.sleep(0.1)
+        MetricsWriter(tmp_path, EVENTS)
+    MetricsWriter(tmp_path).close()

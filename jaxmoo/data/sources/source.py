@@ -29,6 +29,7 @@ from jaxmoo.data.sources.records import (
 )
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import typed_path
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "TableSource",
     "load_examples",
     "open_source",
+    "origins_of",
     "read_examples",
 ]
 
@@ -273,6 +275,38 @@ def open_source(data: DataConfig) -> Source:
     )
 
 
+def origins_of(
+    data: DataConfig, languages: Sequence[str], source: Source | None = None
+) -> dict[str, list[Origin]] | None:
+    """Return what decides the records of every language, in all sources that the settings name.
+
+    Args:
+      data: the settings.
+      languages: their codes.
+      source: where the records come from, if not from ``data.source``.
+
+    Returns:
+      Per language one `Origin` for each source; None where a source may change unnoticed.
+
+    Raises:
+      ConfigError, DataError: a source cannot be opened.
+    """
+    own = data.own_held_out
+    opened = [open_source(one) for one in data.each] if source is None else [source]
+    opened += [] if own is None else [open_source(one) for one in own.each]
+    found: dict[str, list[Origin]] = {language: [] for language in languages}
+    for one in opened:
+        origin = getattr(one, "origin", None)
+        if origin is None:
+            return None
+        for language in languages:
+            try:
+                found[language].append(origin(language))
+            except MissingLanguageError:  # that one of several has it is seen to by reading them
+                found[language].append(Origin(name="none"))
+    return found
+
+
 def _missing_language(
     source: str | Path, name: str, available: Iterable[str]
 ) -> MissingLanguageError:
@@ -298,11 +332,18 @@ def _language_files(source: str, kinds: Sequence[str]) -> dict[str, list[Path]]:
     # The name between the braces may occur several times, "data/{language}/{language}.csv".
     first, *rest = re.escape(str(path)).split(re.escape("{language}"))
     pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
-    wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
-    for file in sorted(glob.glob(wildcard)):
-        if match := pattern.fullmatch(file):
-            found.setdefault(match[1], []).append(Path(file))
+    for file in _like(path):
+        if match := pattern.fullmatch(str(file)):
+            found.setdefault(match[1], []).append(file)
     return found
+
+
+def _like(path: Path) -> list[Path]:
+    """Files whose path may be a pattern's."""
+    parts = str(path).split("{language}")
+    if is_bucket(path):  # all below the last directory that is the same for all languages
+        return list(typed_path(parts[0].rpartition("/")[0]).rglob("*"))
+    return [Path(file) for file in sorted(glob.glob("*".join(map(glob.escape, parts))))]
 
 
 def _opened(path: Path, data: DataConfig) -> RecordStream:
@@ -377,6 +418,7 @@ def read_examples(
     *,
     choices: str | None = None,
     source: Source | None = None,
+    whole: bool = True,
 ) -> Reading:
     """Read each language's examples to the end of the source.
 
@@ -385,6 +427,7 @@ def read_examples(
       languages: the codes to read.
       choices: the column with a list of texts that the reply is chosen from; see `Example`.
       source: where the records come from, if not from ``data.source``.
+      whole: whether one of several sources that has none of these languages is an error.
 
     Returns:
       Per language, in the order of `languages`, its examples, and what is wrong with the records
@@ -401,24 +444,17 @@ def read_examples(
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
     if source is not None or not data.sources:
         return _read(data, languages, choices, source)
-    # Other processes may read the other languages of a run.
-    whole = {*data.seen, *data.unseen} <= set(languages)
-    return _read_several(data.each, languages, choices, whole=whole)
+    return _read_several(data.each, languages, choices, whole)
 
 
 def _read_several(
-    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None, *, whole: bool
+    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None, whole: bool
 ) -> Reading:
-    """Read several sources; if the languages are all, each has one of them at least."""
+    """Read several sources, each of which has one of the languages at least."""
     languages_read: dict[str, Loaded] = {}
     complaints: list[str] = []
     for number, data in enumerate(sources):
-        try:
-            reading = _read(data, languages, choices, None, partly=True)
-        except MissingLanguageError:
-            if whole:
-                raise
-            continue
+        reading = _read(data, languages, choices, None, partly=True, whole=whole)
         complaints += reading.complaints
         for language, found in reading.languages.items():
             before = languages_read.get(language, Loaded([], 0))
@@ -442,6 +478,7 @@ def _read(
     source: Source | None,
     *,
     partly: bool = False,
+    whole: bool = True,
 ) -> Reading:
     """Read one source, which may lack some of the languages if `partly`."""
     shape = layout(data, choices)
@@ -463,7 +500,7 @@ def _read(
         names = {language: data.codes.get(language, language) for language in languages}
         sort = functools.partial(_sorted, column=source.column, where=where, stray=stray)
         streams = sort(source.open(languages[0]), names, lacking=lacking if partly else None)
-    if lacking and not streams:
+    if lacking and not streams and whole:
         raise MissingLanguageError(
             f"{where} has none of the languages {', '.join(languages)}. {lacking[0]}"
         )
