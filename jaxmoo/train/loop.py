@@ -45,6 +45,7 @@ class Loop:
         self._state, self._done = state, done
         settings = job.config.train
         self._selection = Selection(job.config)
+        self._told: int | None = None  # the step whose scores are in the metrics
         self._steps_between = parse_interval(settings.checkpoint_every).steps
         every = settings.evaluate_every
         for step in range(every, min(done + 1, settings.steps), every) if every else ():
@@ -79,7 +80,7 @@ class Loop:
                 if scores is None:
                     self._evaluate(reporter)  # what an interrupted run did not come to
                 else:
-                    reporter.held_out(self._done, scores)
+                    self._tell(reporter, scores)
                 if self._goes_on():
                     job.say("Compiling the training step ...")
                     job.saves.restart()
@@ -97,13 +98,20 @@ class Loop:
         return self._select()
 
     def _evaluate_last(self, reporter: Reporter) -> None:
-        """Evaluate the last state, if that was not done: a run may end early with an evaluation."""
-        if stored_scores(self._job, self._done) is None:
+        """Evaluate the last state, if that was not done: a run may end early with an evaluation.
+
+        The scores may be there although the checkpoint is not: from a run that could not save it.
+        """
+        if self._told != self._done:
             self._save()
             with self._job.clock.part("evaluate"):
                 weights = self._state.weights
                 scores = evaluate(self._job, self._done, weights, reporter.message)
-            reporter.held_out(self._done, scores)
+            self._tell(reporter, scores)
+
+    def _tell(self, reporter: Reporter, scores: Mapping[str, LanguageScore]) -> None:
+        reporter.held_out(self._done, scores)
+        self._told = self._done
 
     def _examined(self) -> dict[str, Condition]:
         return examine(self._state.params, self._job.setup.everywhere)
@@ -185,7 +193,7 @@ class Loop:
         self._note(self._done, scores)
         if settings.select == "best" and self._selection.best == self._done:
             self._save()
-        reporter.held_out(self._done, scores)
+        self._tell(reporter, scores)
 
 
 def _due(done: int, every: int) -> bool:
