@@ -6,10 +6,15 @@ every matrix product, as the compiler sees fit). Within a replica, parameters an
 are sharded over ``language`` and ``fsdp`` together, as fully sharded data parallelism would over
 L x F devices, and over ``tensor`` along another axis. Nothing is replicated but arrays too small to
 divide.
+
+TPUs come in slices: chips that are wired to each other, while slices talk over the data centre's
+network. Devices are put in the mesh such that neighbours in it are neighbours in the slice, and
+that only ``data``, the outermost axis, goes from slice to slice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -17,12 +22,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo.blocks import path_string
 from jaxmoo.errors import ConfigError
 from jaxmoo.platforms import platform_of
+from jaxmoo.slices import by_slice
 
 __all__ = [
     "batch_sharding",
@@ -36,6 +43,11 @@ __all__ = [
 
 DATA, LANGUAGE, FSDP, TENSOR = "data", "language", "fsdp", "tensor"
 
+# The axes over which the devices of a replica hold pieces of an array, the slowest first. What is
+# summed over examples is then cut along its outermost axis: compilers for TPUs make a
+# reduce-scatter of that without a copy, and of any other order an all-reduce of everything.
+PIECES = FSDP, LANGUAGE
+
 
 def mesh_shape(
     num_languages: int,
@@ -45,6 +57,7 @@ def mesh_shape(
     fsdp: int | None = None,
     data: int = 1,
     tensor: int = 1,
+    slices: int = 1,
 ) -> tuple[int, int, int, int]:
     """Choose the sizes of the axes that are not given.
 
@@ -57,12 +70,14 @@ def mesh_shape(
       fsdp: F, devices per group. By default all the rest.
       data: R, replicas.
       tensor: M, devices that share each matrix product.
+      slices: among how many slices the devices are divided; each holds R / slices replicas.
 
     Returns:
       ``(R, L, F, M)``.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or L exceeds K.
+      ConfigError: the sizes do not multiply to the number of devices, L exceeds K, or a replica
+        would lie in several slices.
 
     Example:
       >>> mesh_shape(4, 8)
@@ -70,6 +85,12 @@ def mesh_shape(
       >>> mesh_shape(4, 8, data=2)
       (2, 4, 1, 1)
     """
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data ({data}) must be a multiple of the number of slices ({slices}): devices "
+            "along language, fsdp and tensor exchange every gradient and must lie in one slice. "
+            f"Set mesh.data={slices} for a replica in each."
+        )
     fixed = data * tensor
     if language is None:
         language = math.gcd(num_languages, num_devices // (fixed * (fsdp or 1)))
@@ -94,37 +115,57 @@ def make_mesh(
     *,
     language: int | None = None,
     fsdp: int | None = None,
-    data: int = 1,
+    data: int | None = None,
     tensor: int = 1,
+    slices: int | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Arrange devices as ``data`` x ``language`` x ``fsdp`` x ``tensor``.
+
+    The order of TPUs in it follows from where they are in their slice, and is the same in every
+    run. Other devices stay in the order in which they are given.
 
     Args:
       num_languages: K.
       language: L; see :func:`mesh_shape`.
       fsdp: F; see :func:`mesh_shape`.
-      data: R; see :func:`mesh_shape`.
+      data: R; by default one replica in every slice.
       tensor: M; see :func:`mesh_shape`.
+      slices: see :func:`jaxmoo.slices.by_slice`.
       devices: the devices, ``jax.devices()`` by default.
 
     Returns:
       A mesh with axes ``("data", "language", "fsdp", "tensor")``.
 
     Raises:
-      ConfigError: as :func:`mesh_shape`, or the devices are of several kinds.
+      ConfigError: as :func:`mesh_shape` and :func:`jaxmoo.slices.by_slice`.
 
     Example:
       >>> dict(make_mesh(8, devices=jax.devices()[:1]).shape)
       {'data': 1, 'language': 1, 'fsdp': 1, 'tensor': 1}
     """
-    devices = jax.devices() if devices is None else devices
+    found = by_slice(jax.devices() if devices is None else devices, slices)
     shape = mesh_shape(
-        num_languages, len(devices), language=language, fsdp=fsdp, data=data, tensor=tensor
+        num_languages,
+        sum(map(len, found)),
+        language=language,
+        fsdp=fsdp,
+        data=len(found) if data is None else data,
+        tensor=tensor,
+        slices=len(found),
     )
-    platform_of(devices)
-    grid = np.asarray(devices).reshape(shape)
+    inner = (shape[0] // len(found), *shape[1:])
+    grid = np.concatenate([_arranged(some, inner) for some in found])
     return Mesh(grid, (DATA, LANGUAGE, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 4)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Arrange the devices of one slice such that neighbours along inner axes are wired."""
+    if platform_of(devices) == "tpu" and all(hasattr(device, "coords") for device in devices):
+        # What is no whole box of chips it refuses, in one way or another.
+        with contextlib.suppress(AssertionError, NotImplementedError, ValueError):
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -135,6 +176,25 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch [K, B, ...]: languages over ``language``, examples over the rest."""
     return NamedSharding(mesh, P(LANGUAGE, (DATA, FSDP)))
+
+
+def local_rows(mesh: Mesh, num_languages: int, batch_size: int) -> np.ndarray:
+    """Return which rows of a batch the devices of this process hold: bool [K, B].
+
+    Args:
+      mesh: the devices.
+      num_languages: K.
+      batch_size: B, rows per language.
+
+    Example:
+      >>> local_rows(make_mesh(2, devices=jax.devices()[:1]), 2, 3).all()
+      np.True_
+    """
+    rows = np.zeros((num_languages, batch_size), bool)
+    held = batch_sharding(mesh).addressable_devices_indices_map(rows.shape)
+    for index in held.values():
+        rows[index] = True
+    return rows
 
 
 def sharded_axis(path: str, shape: Sequence[int], pieces: int) -> int | None:
@@ -171,7 +231,7 @@ def parameter_shardings(mesh: Mesh, tree: Any, *, stacked: str | None = None) ->
     Returns:
       A pytree of NamedSharding; an array with no axis that divides is replicated.
     """
-    return _shardings(mesh, tree, stacked, (LANGUAGE, FSDP), leading=())
+    return _shardings(mesh, tree, stacked, PIECES, leading=())
 
 
 def objective_shardings(mesh: Mesh, tree: Any, *, stacked: str | None = None) -> Any:

@@ -116,6 +116,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         config = {
             "output": str(tmp_path / "run"),
+            "report_samples": 0,
             "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
             "data": {
                 "source": conversations,
@@ -124,6 +125,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
                 "batch_size": 2,
                 "sequence_length": 96,
                 "max_held_out": 4,
+                "cache": str(tmp_path / "tokens"),
             },
             "resolve": {"aggregator": "pcgrad", "blocks": "layer"},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},

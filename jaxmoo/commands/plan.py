@@ -62,8 +62,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--chip",
         metavar="NAME:SIZE",
-        help="compile for these chips by their own compiler, such as h100:8 or v5e:2x4; of "
-        f"{', '.join(CHIPS)}",
+        help="compile for these chips by their own compiler, such as h100:8, v5e:2x4 or two "
+        f"slices, 2xv5e:16x16; of {', '.join(CHIPS)}",
     )
     parser.add_argument("--device-memory", help="memory of each (80GB, or what the chip has)")
     parser.add_argument(

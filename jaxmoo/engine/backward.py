@@ -143,7 +143,7 @@ class Backward:
 
     def gather(self, piece: jax.Array, layout: Layout) -> jax.Array:
         """Make a whole array from the devices' pieces, in the dtype it is used in."""
-        return gather(piece.astype(layout.gathered_dtype), layout.axis)
+        return gather(piece.astype(layout.gathered_dtype), layout.axis, self.topology)
 
     def _use_trained(self, parameters: Sequence[Parameter]) -> tuple[jax.Array, ...]:
         in_pass = [p for p in parameters if p.leaf not in self.deferred]

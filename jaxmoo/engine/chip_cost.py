@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jaxmoo.engine.cost import kind_of, sent_bytes
+from jaxmoo.engine.cost import BETWEEN, is_between, kind_of, sent_by, sent_bytes
 from jaxmoo.engine.hlo import CONTROL, Instruction, Program
 
 __all__ = ["PARTS", "Cost", "Sent", "cycles", "launches", "part_of", "sent"]
@@ -136,8 +136,15 @@ class Sent(NamedTuple):
     exposed: int
 
 
-def sent(program: Program) -> dict[str, Sent]:
-    """Count what a program sends by kind; see :func:`jaxmoo.engine.cost.collective_bytes`."""
+def sent(program: Program, slices: int = 1, devices: int | None = None) -> dict[str, Sent]:
+    """Count what a program sends by kind; see :func:`jaxmoo.engine.cost.collective_bytes`.
+
+    Args:
+      program: the program; where TPUs are in several slices, that of one slice.
+      slices: among how many slices the devices are divided.
+      devices: how many there are in all; by default those of the program.
+    """
+    in_slice = (program.devices if devices is None else devices) // slices
     total: Counter[str] = Counter()
     exposed: Counter[str] = Counter()
     times: Counter[str] = Counter()  # that each computation is executed
@@ -145,51 +152,86 @@ def sent(program: Program) -> dict[str, Sent]:
         if visit.instruction is next(iter(program.computations[visit.computation].values())):
             times[visit.computation] += visit.times
     for computation, often in times.items():
-        for kind, count, hidden in _communications(program, computation):
+        for kind, count, hidden in _communications(program, computation, slices, in_slice):
             total[kind] += often * count
             exposed[kind] += 0 if hidden else often * count
     return {kind: Sent(count, exposed[kind]) for kind, count in total.items()}
 
 
-def _communications(program: Program, computation: str) -> Iterator[tuple[str, int, bool]]:
+def _communications(
+    program: Program, computation: str, slices: int, in_slice: int
+) -> Iterator[tuple[str, int, bool]]:
     """Kind and bytes of each communication of a computation, and whether a product is beside it."""
     instructions = list(program.computations[computation].values())
     products = [_is_product(program, one) for one in instructions]
     begun: dict[str, tuple[int, str, int]] = {}
+    names: dict[str, str] = {}  # of a message between slices, by what receives it
     for at, one in enumerate(instructions):
-        if one.opcode.endswith("-done") and one.operands and one.operands[0] in begun:
+        message = _message(one)
+        ended = names.get(one.operands[0]) if one.opcode == "recv-done" else None
+        if ended in begun:
+            first, kind, count = begun.pop(ended)
+            yield kind, count, any(products[first + 1 : at])
+        elif message is not None and one.opcode == "recv":
+            names[one.name] = message[0]
+        elif message is not None:
+            name, kind = message
+            size = program.computations[computation][one.operands[0]].nbytes
+            begun[name] = at, kind + BETWEEN, sent_by(kind, size, slices)
+        elif one.opcode.endswith("-done") and one.operands and one.operands[0] in begun:
             first, kind, count = begun.pop(one.operands[0])
             yield kind, count, any(products[first + 1 : at])
-        elif (kind := kind_of(one)) is not None:
+        elif (kind := _name(program, one, in_slice)) is not None:
             count = sent_bytes(program, computation, one)
             if one.opcode.endswith("-start"):
                 begun[one.name] = at, kind, count
             else:
                 yield kind, count, False
         elif one.opcode == "async-start":
-            for kind, count in _inside(program, one):
+            for kind, count in _inside(program, one, in_slice):
                 begun[one.name] = at, kind, count
         elif one.opcode == "fusion" and one.name.startswith("async-collective-start"):
             # On TPUs: it is sent by the operations up to the fusion that ends it, which say so
             # once more.
             end = one.name.replace("-start", "-done")
             last = next(i for i, x in enumerate(instructions) if x.name == end)
-            for kind, count in _inside(program, one):
+            for kind, count in _inside(program, one, in_slice):
                 yield kind, count, any(products[at + 1 : last])
         elif one.opcode == "fusion" and any(map(_REDUCE_SCATTER.match, one.called)):
             # On TPUs: an all-reduce of which every device keeps a piece, at half of its cost.
-            for _, count in _inside(program, one):
+            for _, count in _inside(program, one, in_slice):
                 yield "reduce-scatter", count // 2, False
+    for _, kind, count in begun.values():  # which end in another round of a loop
+        yield kind, count, False
+
+
+# TPUs hand what goes to other slices to their host.
+_MESSAGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_MESSAGE_KIND = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
+
+
+def _message(one: Instruction) -> tuple[str, str] | None:
+    """Name and kind of the message between slices that a TPU begins to send or to receive."""
+    name, kind = _MESSAGE.search(one.rest), _MESSAGE_KIND.search(one.rest)
+    if one.opcode not in ("send", "recv") or name is None or kind is None:
+        return None
+    return name[1], kind[1].lower().replace("_", "-")
+
+
+def _name(program: Program, one: Instruction, in_slice: int) -> str | None:
+    """The kind of communication that an instruction is; None where it is none."""
+    kind = kind_of(one)
+    return kind and kind + BETWEEN * is_between(program, one, in_slice)
 
 
 _REDUCE_SCATTER = re.compile(r"all-reduce-scatter\b")
 
 
-def _inside(program: Program, one: Instruction) -> Iterator[tuple[str, int]]:
+def _inside(program: Program, one: Instruction, in_slice: int) -> Iterator[tuple[str, int]]:
     """Kind and bytes of the communications that an instruction consists of."""
     for name in one.called:
         for inner in program.computations[name].values():
-            if (kind := kind_of(inner)) is not None:
+            if (kind := _name(program, inner, in_slice)) is not None:
                 yield kind, sent_bytes(program, name, inner)
 
 

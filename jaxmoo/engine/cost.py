@@ -12,24 +12,32 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxmoo.engine.hlo import Instruction, Program
 from jaxmoo.engine.jaxprs import inner_jaxprs
+from jaxmoo.mesh import DATA
 
 __all__ = [
+    "BETWEEN",
     "PER_ROUND",
     "Collective",
     "collective_bytes",
     "collectives",
     "compile_to_count",
     "flops",
+    "is_between",
     "kind_of",
     "memory",
+    "sent_by",
     "sent_bytes",
     "traced_collective_bytes",
 ]
 
 # Suffix of what is counted once in a loop whose number of rounds depends on the data.
 PER_ROUND = " per round"
+# Suffix of what devices of several slices do together.
+BETWEEN = " between slices"
 
 
 class Collective(NamedTuple):
@@ -42,6 +50,7 @@ class Collective(NamedTuple):
       times: how often a call of the program executes it; in a loop of unknown length, how often a
         round of that loop does.
       counted: whether ``times`` is for the whole call.
+      between: whether devices of several slices take part.
       source: the operation of the traced program it comes from.
     """
 
@@ -49,7 +58,14 @@ class Collective(NamedTuple):
     bytes: int
     times: int
     counted: bool
+    between: bool
     source: str
+
+    @property
+    def name(self) -> str:
+        """Its kind, with the suffixes that apply."""
+        between, per_round = BETWEEN * self.between, PER_ROUND * (not self.counted)
+        return f"{self.kind}{between}{per_round}"
 
 
 def compile_to_count(lowered: Any) -> Any:
@@ -69,7 +85,7 @@ def compile_to_count(lowered: Any) -> Any:
     )
 
 
-def collective_bytes(compiled: Any) -> dict[str, int]:
+def collective_bytes(compiled: Any, slices: int = 1) -> dict[str, int]:
     """Count the bytes that each device sends in one call of a compiled program.
 
     Of N devices that communicate, each sends, as the usual ring algorithms do: (N - 1) times its
@@ -80,25 +96,28 @@ def collective_bytes(compiled: Any) -> dict[str, int]:
     Args:
       compiled: ``jax.jit(f).lower(...).compile()``, for CPUs. Those of GPUs and TPUs spread one
         communication over several instructions: :func:`jaxmoo.engine.chip_cost.sent` counts it.
+      slices: among how many slices the devices are divided, in the order of the mesh.
 
     Returns:
-      Bytes by kind of communication. What happens in a loop whose number of rounds depends on the
+      Bytes by kind of communication; those of devices of several slices by themselves, with the
+      suffix ``" between slices"``. What happens in a loop whose number of rounds depends on the
       data is counted for one round, by itself, under the kind with the suffix ``" per round"``.
 
     Raises:
       ValueError: the program's text is not as expected.
     """
     total: Counter[str] = Counter()
-    for one in collectives(compiled):
-        total[one.kind if one.counted else one.kind + PER_ROUND] += one.bytes * one.times
+    for one in collectives(compiled, slices):
+        total[one.name] += one.bytes * one.times
     return dict(total)
 
 
-def collectives(compiled: Any) -> list[Collective]:
+def collectives(compiled: Any, slices: int = 1) -> list[Collective]:
     """List every communication of a compiled program.
 
     Args:
       compiled: ``jax.jit(f).lower(...).compile()``.
+      slices: see :func:`collective_bytes`.
 
     Raises:
       ValueError: the program's text is not as expected.
@@ -110,6 +129,7 @@ def collectives(compiled: Any) -> list[Collective]:
             bytes=sent_bytes(program, visit.computation, visit.instruction),
             times=visit.times,
             counted=not visit.loops,
+            between=is_between(program, visit.instruction, program.devices // slices),
             source=visit.instruction.source,
         )
         for visit in program.walk(into=None)
@@ -170,7 +190,7 @@ def flops(jaxpr: Any, devices: int = 1) -> dict[str, float]:
     return counts
 
 
-def traced_collective_bytes(jaxpr: Any) -> dict[str, int]:
+def traced_collective_bytes(jaxpr: Any, slices: int = 1) -> dict[str, int]:
     """Count, before it is compiled, the bytes that each device sends in one call of a program.
 
     Unlike :func:`collective_bytes` it sees only communication that the program itself asks for,
@@ -179,6 +199,7 @@ def traced_collective_bytes(jaxpr: Any) -> dict[str, int]:
 
     Args:
       jaxpr: the traced program, such as ``jax.make_jaxpr(f)(...)``.
+      slices: among how many slices the mesh's ``data`` axis is divided.
 
     Returns:
       See :func:`collective_bytes`.
@@ -194,8 +215,11 @@ def traced_collective_bytes(jaxpr: Any) -> dict[str, int]:
         devices = math.prod(step.axes[axis] for axis in axes)
         size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
         if devices > 1:
-            name = kind if step.counted else kind + PER_ROUND
-            total[name] += round(step.times * _SENT[kind](size, devices))
+            between = slices > 1 and DATA in axes
+            one = Collective(
+                kind, round(_SENT[kind](size, devices)), step.times, step.counted, between, ""
+            )
+            total[one.name] += one.bytes * one.times
     return dict(total)
 
 
@@ -230,23 +254,64 @@ def sent_bytes(program: Program, computation: str, instruction: Instruction) -> 
     kind = kind_of(instruction) or ""
     mine = program.computations[computation]
     size = sum(mine[name].nbytes for name in instruction.operands)
-    return _SENT[kind](size, _group_size(program, kind, instruction.rest))
+    return sent_by(kind, size, len(_group(program, kind, instruction.rest)))
 
 
-def _group_size(program: Program, kind: str, rest: str) -> int:
+def sent_by(kind: str, size: int, devices: int) -> int:
+    """Bytes that each of some devices sends, given the bytes of its input."""
+    return _SENT[kind](size, devices)
+
+
+def is_between(program: Program, instruction: Instruction, in_slice: int) -> bool:
+    """Whether a communication is one of devices of several slices.
+
+    Args:
+      program: the program.
+      instruction: one that has a kind; see :func:`kind_of`.
+      in_slice: number of devices in a slice.
+    """
+    if in_slice >= program.devices:
+        return False
+    kind, rest = kind_of(instruction) or "", instruction.rest
     if kind == "collective-permute":
-        return program.devices
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(found[1])
+        pairs = re.search(r"source_target_pairs=\{((?:\{[\d,]+\},?)*)\}", rest)
+        groups = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
+    else:
+        groups = [_group(program, kind, rest)]
+    return any(len({int(member) // in_slice for member in group}) > 1 for group in groups)
+
+
+def _group(program: Program, kind: str, rest: str) -> list[int]:
+    """Numbers of the devices that communicate, in one of the groups that do so side by side."""
+    everyone = list(range(program.devices))
+    if kind == "collective-permute":
+        return everyone
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape = [int(n) for n in found[2].split(",")]
+        order = [int(n) for n in (found[3] or "").split(",") if n] or range(len(shape))
+        numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+        return numbers.reshape(-1, int(found[1]))[0].tolist()
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        # Part of an axis is written as 'a':(1)2, where 2 is its size.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        return _group_of_axes(dict(re.findall(r"'(\w+)'=(\d+)", found[1])), found[2])
     found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
     if not found:
         raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
-    return found[1].count(",") + 1 if found[1] else program.devices
+    return [int(n) for n in found[1].split(",")] if found[1] else everyone
+
+
+def _group_of_axes(sizes: dict[str, str], axes: str) -> list[int]:
+    """The devices of a mesh along some axes, beginning with the first device."""
+    stride, strides = 1, {}
+    for name, size in reversed(sizes.items()):
+        strides[name] = stride
+        stride *= int(size)
+    members = [0]
+    # Part of an axis is written as 'a':(1)2, where 2 is its size, and 1 that of what is outside.
+    for name, outside, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(part or sizes[name])
+        step = strides[name] * (int(sizes[name]) // (int(outside or 1) * count))
+        members = [member + i * step for member in members for i in range(count)]
+    return members
 
 
 # --- Traced programs --------------------------------------------------------------------------

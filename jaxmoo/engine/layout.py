@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.blocks.sections import Section, section_place, section_uniform
 from jaxmoo.errors import ConfigError
-from jaxmoo.mesh import DATA, FSDP, LANGUAGE, sharded_axis
+from jaxmoo.mesh import DATA, FSDP, LANGUAGE, PIECES, sharded_axis
 from jaxmoo.platforms import like_tpu, platform_of
+from jaxmoo.slices import wired_axes
 
 __all__ = [
     "Layout",
@@ -45,6 +46,7 @@ class Topology:
     fsdp: int
     objectives: int  # K
     platform: str  # see jaxmoo.platforms
+    wired_axes: int = 0  # see jaxmoo.slices
 
     @classmethod
     def of(cls, mesh: Mesh, objectives: int) -> Topology:
@@ -60,7 +62,8 @@ class Topology:
                 "with jaxmoo.mesh.make_mesh."
             )
         data, language, fsdp = (mesh.shape[axis] for axis in (DATA, LANGUAGE, FSDP))
-        return cls(data, language, fsdp, objectives, platform_of(mesh.devices.flat))
+        devices = list(mesh.devices.flat)
+        return cls(data, language, fsdp, objectives, platform_of(devices), wired_axes(devices))
 
     @property
     def pieces(self) -> int:
@@ -81,11 +84,11 @@ class Topology:
         """Which piece this device holds; inside ``shard_map`` only."""
         if self.pieces == 1:
             return 0
-        return jax.lax.axis_index((LANGUAGE, FSDP))
+        return jax.lax.axis_index(PIECES)
 
     def total(self, x: jax.Array) -> jax.Array:
         """Sum over the devices that hold the other pieces."""
-        return x if self.pieces == 1 else jax.lax.psum(x, (LANGUAGE, FSDP))
+        return x if self.pieces == 1 else jax.lax.psum(x, PIECES)
 
     def own(self, x: jax.Array) -> jax.Array:
         """Take quantities [B, K] of all objectives to those of this device's [B, K / L]."""
@@ -178,9 +181,7 @@ class Layout:
     def spec(self) -> P:
         """Sharding of the stored array."""
         lead = () if self.layers is None else (None,)
-        return P(
-            *lead, *((LANGUAGE, FSDP) if a == self.axis else None for a in range(len(self.shape)))
-        )
+        return P(*lead, *(PIECES if a == self.axis else None for a in range(len(self.shape))))
 
     def piece_shape(self, pieces: int) -> tuple[int, ...]:
         """Shape of one device's piece of one layer."""
@@ -198,11 +199,14 @@ class Layout:
 
 
 @jax.named_scope("gather_pieces")
-def gather(piece: jax.Array, axis: int | None) -> jax.Array:
+def gather(piece: jax.Array, axis: int | None, topology: Topology) -> jax.Array:
     """Make the whole array from all devices' pieces."""
     if axis is None:
         return piece
-    return jax.lax.all_gather(piece, (LANGUAGE, FSDP), axis=axis, tiled=True)
+    # Over all of a torus of three axes, the compiler adds up arrays that are zero but for a piece.
+    for axes in reversed(PIECES) if topology.wired_axes == 3 else (PIECES,):
+        piece = jax.lax.all_gather(piece, axes, axis=axis, tiled=True)
+    return piece
 
 
 @jax.named_scope("exchange")
@@ -227,10 +231,10 @@ def scatter(gradients: jax.Array, axis: int | None, topology: Topology) -> jax.A
     at = axis + 1
     lead, size, rest = x.shape[:at], x.shape[at], x.shape[at + 1 :]
     piece = size // top.pieces
-    x = x.reshape(*lead, top.language, top.fsdp, piece, *rest)
+    x = x.reshape(*lead, top.fsdp, top.language, piece, *rest)
     # Over examples first: what then goes to the other groups is F times smaller.
     if top.fsdp > 1:
-        x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=at + 1)
+        x = jax.lax.psum_scatter(x, FSDP, scatter_dimension=at)
     else:
         x = x.reshape(*lead, top.language, piece, *rest)
     if top.language > 1:
@@ -251,7 +255,7 @@ def reduce_pieces(x: jax.Array, axis: int | None, topology: Topology) -> jax.Arr
       This device's piece, summed over the replicas as well.
     """
     if axis is not None:
-        x = jax.lax.psum_scatter(x, (LANGUAGE, FSDP), scatter_dimension=axis, tiled=True)
+        x = jax.lax.psum_scatter(x, PIECES, scatter_dimension=axis, tiled=True)
     else:
         x = topology.total(x)
     return jax.lax.psum(x, DATA) if topology.data > 1 else x
@@ -270,15 +274,15 @@ def scatter_vectors(
     Returns:
       ``(numbers [K, F N], vectors [K, F N, D / pieces])``.
     """
-    top, axes = topology, (LANGUAGE, FSDP)
+    top = topology
     cut = vectors.reshape(*vectors.shape[:2], top.pieces, -1)
-    cut = jax.lax.all_to_all(jnp.moveaxis(cut, 2, 0), axes, 0, 0, tiled=True)
+    cut = jax.lax.all_to_all(jnp.moveaxis(cut, 2, 0), PIECES, 0, 0, tiled=True)
 
-    def by_objective(x: jax.Array) -> jax.Array:  # [L F, K / L, N, ...]
-        x = jnp.moveaxis(x.reshape(top.language, top.fsdp, *x.shape[1:]), 1, 2)
+    def by_objective(x: jax.Array) -> jax.Array:  # [F L, K / L, N, ...]
+        x = jnp.moveaxis(x.reshape(top.fsdp, top.language, *x.shape[1:]), 0, 2)
         return x.reshape(-1, top.fsdp * x.shape[3], *x.shape[4:])[: top.objectives]
 
-    return by_objective(jax.lax.all_gather(numbers, axes)), by_objective(cut)
+    return by_objective(jax.lax.all_gather(numbers, PIECES)), by_objective(cut)
 
 
 def sections_of_whole(

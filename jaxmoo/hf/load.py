@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from jaxmoo.errors import CheckpointError, ConfigError, did_you_mean, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import Weights
@@ -56,14 +57,14 @@ def load_config(path: Path) -> DecoderConfig:
       ConfigError: when the architecture is not supported, or a size or number is of another type
         or out of range.
     """
-    file = Path(path) / "config.json"
+    file = typed_path(path) / "config.json"
     content = read_json(file)
     try:
         config = DecoderConfig.from_hf(content)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     _check_end_tokens(content, config, file)
-    generation = Path(path) / "generation_config.json"
+    generation = typed_path(path) / "generation_config.json"
     if generation.is_file():
         _check_end_tokens(read_json(generation), config, generation)
     return config
@@ -143,7 +144,7 @@ def load_model(
         another shape; all of them are named at once.
       ConfigError: when the architecture is not supported.
     """
-    path = Path(path)
+    path = typed_path(path)
     config = load_config(path)
     model = Decoder.abstract(
         config,

@@ -13,6 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmoo.platforms import default_platform, platform_of
+from jaxmoo.slices import by_slice
 
 __all__ = ["compiler_options", "distrust_on_cpus", "kept_programs", "nothing_kept"]
 
@@ -23,18 +24,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def compiler_options(platform: str, given: Mapping[str, Any]) -> dict[str, Any]:
+# Of TPU v5e, slices of more chips than this route messages in a way for which the compiler has no
+# asynchronous all-to-all: it ends with an error.
+_V5E, _MOST_V5E = "TPU v5 lite", 16
+
+
+def compiler_options(devices: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of XLA's compiler with which a training step is compiled.
 
     Args:
-      platform: the kind of devices, from :func:`jaxmoo.platforms.platform_of`.
+      devices: those that run it.
       given: options that are set as well, or instead; None leaves one to the compiler.
 
     Example:
-      >>> compiler_options("tpu", {"xla_tpu_enable_async_all_to_all": None})
+      >>> compiler_options(jax.devices("cpu"), {"xla_embed_ir_in_executable": None})
       {}
     """
-    options = {**_OPTIONS.get(platform, {}), **given}
+    own = _OPTIONS.get(platform_of(devices), {})
+    if devices[0].device_kind == _V5E and len(by_slice(devices)[0]) > _MOST_V5E:
+        own = {}
+    options = {**own, **given}
     return {name: value for name, value in options.items() if value is not None}
 
 

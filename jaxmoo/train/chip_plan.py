@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmoo.engine import chip_cost
@@ -35,21 +36,22 @@ class ChipPlan:
     cycles: Cost | None
 
     @classmethod
-    def of(cls, place: Slice, device: Any, compiled: Any) -> ChipPlan:
+    def of(cls, place: Slice, devices: Sequence[Any], compiled: Any, slices: int = 1) -> ChipPlan:
         """Read it off a compiled program.
 
         Args:
           place: the slice.
-          device: one of its devices.
+          devices: its devices.
           compiled: from :func:`~jaxmoo.train.chips.compile_for`.
+          slices: among how many slices the devices are divided.
         """
         program = Program(compiled.as_text())
         gpu = place.chip.platform == "gpu"
         return cls(
             place=place.name,
             memory=place.chip.memory,
-            peak=peak_flops(device),
-            sent=chip_cost.sent(program),
+            peak=peak_flops(devices[0]),
+            sent=chip_cost.sent(program, slices, len(devices)),
             launches=chip_cost.launches(program) if gpu else None,
             cycles=None if gpu else chip_cost.cycles(program),
         )

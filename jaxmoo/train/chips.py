@@ -1,7 +1,8 @@
 """Chips that need not be here: their memory, and compiling for them with their own compiler.
 
 The compilers for GPUs and TPUs run without the devices. A slice of a machine is named by the chip
-and how many of them there are: ``h100:8``, or ``v5e:2x4`` for a TPU's grid.
+and how many of them there are: ``h100:8``, or ``v5e:2x4`` for a TPU's grid. Several slices of TPUs
+that work together have their number before: ``2xv5e:16x16``.
 """
 
 from __future__ import annotations
@@ -142,14 +143,21 @@ class Slice:
     Attributes:
       chip: the kind.
       grid: how many along each axis.
+      number: how many of such slices there are, which talk over a data centre's network.
     """
 
     chip: Chip
     grid: tuple[int, ...]
+    number: int = 1
 
     @property
     def name(self) -> str:
-        """What it is called: ``h100:8``."""
+        """What it is called: ``h100:8``, or ``2xv5e:16x16`` for two slices."""
+        several = f"{self.number}x" if self.number > 1 else ""
+        return f"{several}{self._one}"
+
+    @property
+    def _one(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     def devices(self) -> list[Any]:
@@ -164,7 +172,9 @@ class Slice:
                 # Else it asks a metadata server, and a second process on this machine is refused.
                 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
                 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-                return list(topologies.get_topology_desc(self.name, platform="tpu").devices)
+                several = {"num_slices": self.number} if self.number > 1 else {}
+                found = topologies.get_topology_desc(self._one, platform="tpu", **several)
+                return list(found.devices)
             number = self.grid[0]
             hosts = -(-number // _GPUS_PER_HOST)
             found = topologies.get_topology_desc(
@@ -187,7 +197,8 @@ def slice_of(text: str) -> Slice:
     """Read the name of a slice.
 
     Args:
-      text: a chip's name, a colon and how many of them there are: ``h100:8``, ``v5e:2x4``.
+      text: a chip's name, a colon and how many of them there are: ``h100:8``, ``v5e:2x4``; before
+        it, for several slices of TPUs, their number and an x: ``2xv5e:2x4``.
 
     Raises:
       ConfigError: there is no such chip, or no such slice of it; says which there are.
@@ -195,6 +206,8 @@ def slice_of(text: str) -> Slice:
     Example:
       >>> slice_of("v5e:2x4").grid
       (2, 4)
+      >>> slice_of("2xv5e:2x4").number
+      2
       >>> slice_of("h100:12")
       Traceback (most recent call last):
       ...
@@ -206,7 +219,9 @@ def slice_of(text: str) -> Slice:
             f"--chip {text}: expected one kind of chips, since one program runs on all of them, "
             "such as v5e:2x4."
         )
-    name, _, size = text.strip().partition(":")
+    several = re.fullmatch(r"([1-9]\d{0,3})x(\D.*)", text.strip())
+    number, one = (int(several[1]), several[2]) if several else (1, text.strip())
+    name, _, size = one.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
         known = "; ".join(one.slices() for one in CHIPS.values())
@@ -220,11 +235,16 @@ def slice_of(text: str) -> Slice:
     else:
         known_size = len(numbers) == 1 and _is_number_of_gpus(numbers[0])
     if not known_size:
-        near = did_you_mean(text, [f"{name}:{grid}" for grid in chip.grids])
+        near = did_you_mean(one, [f"{name}:{grid}" for grid in chip.grids])
         raise ConfigError(
             f"--chip {text}: there is no such slice.{near} There are {chip.slices()}."
         )
-    return Slice(chip, numbers)
+    if number > 1 and chip.platform != "tpu":
+        raise ConfigError(
+            f"--chip {text}: only TPUs come in slices. For hosts of GPUs ask for all of them, such "
+            f"as {name}:16, and set mesh.slices=2 and mesh.data=2 for a replica in each."
+        )
+    return Slice(chip, numbers, number)
 
 
 def _is_number_of_gpus(number: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxmoo.data.table import plain_table
+from jaxmoo.engine.cost import BETWEEN
 from jaxmoo.sizes import format_size
 from jaxmoo.train.chip_plan import ChipPlan
 
@@ -110,10 +111,13 @@ class Plan:
 
         section("memory per device", self.memory, format_size)
         section("resolved after the backward pass", self.late, format_size)
-        section("sent per device and step", self.collectives, format_size)
+        wired, between = _by_way(self.collectives)
+        section("sent per device and step", wired, format_size)
+        section("sent between slices per device and step", between, format_size)
         if self.chip is not None:
-            exposed = {kind: sent.exposed for kind, sent in self.chip.sent.items()}
-            section("of these with no product beside them", exposed, format_size)
+            wired, between = _by_way({k: sent.exposed for k, sent in self.chip.sent.items()})
+            section("of these with no product beside them", wired, format_size)
+            section("between slices with no product beside them", between, format_size)
             if self.chip.launches is not None:
                 section("kernels started per step", self.chip.launches.parts, "{:,.0f}".format)
             if self.chip.cycles is not None:
@@ -159,6 +163,13 @@ class Quantity(NamedTuple):
 
     value: float
     text: str
+
+
+def _by_way(sent: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What is sent within slices and what between them, by kind."""
+    between = {kind: count for kind, count in sent.items() if BETWEEN in kind}
+    wired = {kind: count for kind, count in sent.items() if kind not in between}
+    return wired, {kind.replace(BETWEEN, ""): count for kind, count in between.items()}
 
 
 def _millions(count: float) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from jaxmoo import mesh
 from jaxmoo.config import Config, validate
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.paths import STACKED, named_leaves
@@ -31,6 +31,7 @@ from jaxmoo.models.presets import preset
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
 from jaxmoo.runtime.compiled import compiler_options
+from jaxmoo.slices import by_slice
 from jaxmoo.train.chip_plan import ChipPlan
 from jaxmoo.train.chips import Slice, answering_for, compile_for
 from jaxmoo.train.gradient_source import GradientSource, make_gradients
@@ -68,6 +69,7 @@ class AbstractStep(NamedTuple):
       arguments: its (state, frozen, batch): shapes, dtypes and shardings.
       gradients: where its gradient comes from.
       device_mesh: the devices.
+      slices: among how many slices they are divided.
       attention: its implementation.
     """
 
@@ -75,6 +77,7 @@ class AbstractStep(NamedTuple):
     arguments: tuple[TrainState, Any, Any]
     gradients: GradientSource
     device_mesh: Mesh
+    slices: int
     attention: str
 
 
@@ -121,7 +124,7 @@ def plan(
     seconds = time.perf_counter() - begun
     chip = None
     if place is not None:
-        chip = ChipPlan.of(place, step.device_mesh.devices.flat[0], compiled)
+        chip = ChipPlan.of(place, list(step.device_mesh.devices.flat), compiled, step.slices)
         collectives = {kind: sent.bytes for kind, sent in chip.sent.items()}
     else:
         collectives = bytes_sent(step, traced, compiled)
@@ -174,7 +177,7 @@ def shape_of(source: str) -> DecoderConfig:
     Raises:
       ConfigError, CheckpointError: it is neither, or cannot be read.
     """
-    return load_model_config(Path(source)) if Path(source).is_dir() else preset(source)
+    return load_model_config(typed_path(source)) if typed_path(source).is_dir() else preset(source)
 
 
 def abstract_step(
@@ -235,9 +238,16 @@ def abstract_step(
         state,
         device_mesh,
         ema=config.optimizer.ema,
-        options=compiler_options(platform, config.train.compiler_options),
+        options=compiler_options(list(device_mesh.devices.flat), config.train.compiler_options),
     )
-    return AbstractStep(function, (state, frozen, batch), source, device_mesh, decoder.attention)
+    return AbstractStep(
+        function,
+        (state, frozen, batch),
+        source,
+        device_mesh,
+        len(by_slice(list(device_mesh.devices.flat), config.mesh.slices)),
+        decoder.attention,
+    )
 
 
 def _with_sharding(tree: Any, shardings: Any) -> Any:
@@ -304,8 +314,8 @@ def bytes_sent(step: AbstractStep, traced: Any, compiled: Any) -> dict[str, int]
     layouts = () if engine is None or step.device_mesh.shape[mesh.TENSOR] > 1 else engine.layouts
     if any(layout.gathered_dtype == jnp.bfloat16 for layout in layouts):
         # Programs compiled for the CPU send bfloat16 as float32.
-        return cost.traced_collective_bytes(traced.jaxpr)
-    return cost.collective_bytes(compiled)
+        return cost.traced_collective_bytes(traced.jaxpr, step.slices)
+    return cost.collective_bytes(compiled, step.slices)
 
 
 def _late(step: AbstractStep) -> dict[str, int]:

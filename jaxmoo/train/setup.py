@@ -47,7 +47,7 @@ from jaxmoo.train.throughput import model_flops
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Setup", "make_run_mesh", "prepare", "run_attention", "step_spec"]
+__all__ = ["Setup", "check_devices", "make_run_mesh", "prepare", "run_attention", "step_spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,32 @@ def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         fsdp=sizes.fsdp,
         data=sizes.data,
         tensor=sizes.tensor,
+        slices=sizes.slices,
         devices=devices,
     )
-    data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
+    _check_examples(config, device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP])
+    return device_mesh
+
+
+def check_devices(config: Config, devices: int) -> None:
+    """Raise unless a run can be divided among so many devices; none is asked for.
+
+    Raises:
+      ConfigError: as :func:`make_run_mesh`.
+    """
+    sizes = config.mesh
+    data, _, fsdp, _ = mesh.mesh_shape(
+        config.data.step_languages,
+        devices,
+        language=sizes.language,
+        fsdp=sizes.fsdp,
+        data=sizes.data,
+        tensor=sizes.tensor,
+    )
+    _check_examples(config, data, fsdp)
+
+
+def _check_examples(config: Config, data: int, fsdp: int) -> None:
     parts = data * fsdp * config.train.microbatches
     if config.data.batch_size % parts:
         raise ConfigError(
@@ -123,7 +146,6 @@ def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"data ({data}) x fsdp ({fsdp}) x train.microbatches ({config.train.microbatches}) "
             "each take an equal share of a language's examples."
         )
-    return device_mesh
 
 
 def run_attention(config: Config, architecture: DecoderConfig, device_mesh: Mesh) -> str:
@@ -189,7 +211,7 @@ def prepare(
     say(f"Attention: {attention}.")
     platform = platform_of(device_mesh.devices.flat)
     _tell_of_sketches(config, say)
-    options = compiler_options(platform, config.train.compiler_options)
+    options = compiler_options(list(device_mesh.devices.flat), config.train.compiler_options)
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"Compiler options of the training step (train.compiler_options): {named}.")

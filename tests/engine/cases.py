@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -243,10 +244,16 @@ REPLICAS = {
 
 
 def on_mesh(mesh: str, name: str) -> dict[str, np.ndarray]:
-    """What a case gives on a mesh of the first of this program's devices."""
+    """What a case gives on a mesh of the first of this program's devices, every replica a slice.
+
+    Where there are several, devices lie in another order than JAX's.
+    """
     case, (data, language, fsdp) = (CASES | REPLICAS)[name], MESHES[mesh]
     devices = jax.devices()[: data * language * fsdp]
-    return case.engine(make_mesh(case.k, data=data, language=language, fsdp=fsdp, devices=devices))
+    if data > 1:
+        devices = random.Random(0).sample(devices, len(devices))
+    sizes = {"data": data, "slices": data, "language": language, "fsdp": fsdp}
+    return case.engine(make_mesh(case.k, **sizes, devices=devices))
 
 
 def wanted(name: str, pieces: int = 1) -> dict[str, np.ndarray]:

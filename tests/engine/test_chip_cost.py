@@ -247,6 +247,73 @@ def test_a_sum_of_which_every_device_keeps_a_piece_is_a_reduce_scatter():
     assert sent(program(SCATTER)) == {"reduce-scatter": Sent(one, one)}
 
 
+MESSAGES = """HloModule step, is_scheduled=true, num_partitions=4
+
+%gemm (a: MAT) -> MAT {
+  %a = MAT parameter(0)
+  ROOT %dot = MAT dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: MAT) -> MAT {
+  %x = MAT parameter(0)
+  %after = token[] after-all()
+  %within = MAT all-reduce(%x), among=4, to_apply=%add
+  %recv = (MAT, u32[], token[]) recv(%after), channel_id=1, to="first"
+  %send = (MAT, u32[], token[]) send(%within, %after), channel_id=2, to="first"
+  %product = MAT fusion(%x), calls=%gemm
+  %send-done = token[] send-done(%send), channel_id=2
+  %recv-done = (MAT, token[]) recv-done(%recv), channel_id=1
+  %send.1 = (MAT, u32[], token[]) send(%product, %after), channel_id=4, to="second"
+  %recv.1 = (MAT, u32[], token[]) recv(%after), channel_id=3, to="second"
+  %recv-done.1 = (MAT, token[]) recv-done(%recv.1), channel_id=3
+  ROOT %all = MAT get-tuple-element(%recv-done.1), index=0
+}
+""".replace(
+    "to=",
+    'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}, '
+    "_xla_host_transfer_rendezvous=",
+)
+
+
+def test_what_tpus_hand_to_their_hosts_goes_between_slices():
+    one = 2 * MATRIX // 2  # both slices have the sum when each has sent its half, twice
+    assert sent(program(MESSAGES), slices=2, devices=8) == {
+        "all-reduce": Sent(2 * 3 * MATRIX // 4, 2 * 3 * MATRIX // 4),
+        "all-reduce between slices": Sent(2 * one, one),
+    }
+
+
+GROUPS = """HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY %main (x: MAT) -> MAT {
+  %x = MAT parameter(0)
+  ROOT %all = MAT all-reduce(%x), GROUPS, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "between"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, False),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, True),
+        ("replica_groups={}", 8, True),
+        ("replica_groups=[2,4]<=[8]", 4, False),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, True),
+        ("replica_groups=mesh['data'=2,'fsdp'=4]{'fsdp'}", 4, False),
+        ("replica_groups=mesh['data'=2,'fsdp'=4]{'data'}", 2, True),
+        ("replica_groups=mesh['data'=4,'fsdp'=2] {'data':(1)2}", 2, True),
+        ("replica_groups=mesh['data'=4,'fsdp'=2] {'data':(2)2,'fsdp'}", 4, False),
+    ],
+)
+def test_communication_of_two_slices_is_told_by_its_groups(groups, size, between):
+    count = 2 * MATRIX * (size - 1) // size
+    name = "all-reduce" + " between slices" * between
+    given = program(GROUPS.replace("GROUPS", groups))
+    assert sent(given, slices=2) == {name: Sent(count, count)}
+    assert sent(given) == {"all-reduce": Sent(count, count)}
+
+
 @pytest.mark.parametrize(
     ("source", "part"),
     [

@@ -61,7 +61,21 @@ def what_is_sent():
         x = jax.ShapeDtypeStruct((8 * 3,), jnp.float32, sharding=spread)
         return collective_bytes(jax.jit(lambda x: x, out_shardings=wanted).lower(x).compile())
 
+    def between(axis):
+        mesh = jax.make_mesh((2, 4), ("data", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        add = jax.shard_map(
+            lambda x: jax.lax.psum(x, axis),
+            mesh=mesh,
+            in_specs=P(("data", "b")),
+            out_specs=P(),
+            check_vma=False,
+        )
+        run = jax.jit(add)
+        traced = traced_collective_bytes(run.trace(x).jaxpr, slices=2)
+        return collective_bytes(run.lower(x).compile(), slices=2), traced
+
     counted = {name: sent(f) for name, f in PROGRAMS.items()}
+    counted |= {"between slices": between(("data", "b")), "within": between("b")}
     return counted | {"moved everywhere": [moved(None)], "moved": [moved("a")]}
 
 
@@ -99,6 +113,11 @@ def test_the_traced_program_sends_what_the_compiled_one_does(sent, name):
     compiled, traced, half = sent[name]
     assert traced == compiled
     assert half == {kind: count // 2 for kind, count in compiled.items()}
+
+
+def test_what_slices_send_to_each_other_is_reported_by_itself(sent):
+    assert sent["between slices"] == ({"all-reduce between slices": 2 * 12 * 7 // 8},) * 2
+    assert sent["within"] == ({"all-reduce": 2 * 12 * 3 // 4},) * 2
 
 
 def test_one_device_sends_nothing():

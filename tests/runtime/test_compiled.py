@@ -1,11 +1,13 @@
 """Compiled programs are kept where a run says, unless the user keeps them elsewhere."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxmoo.runtime.compiled import kept_programs
+from jaxmoo.runtime.compiled import compiler_options, kept_programs
 
 
 @pytest.fixture
@@ -65,3 +67,28 @@ def test_the_users_own_cache_is_used(no_other_cache, tmp_path):
     with kept_programs(tmp_path / "run"):
         compile_anew()
     assert files(tmp_path / "users") and not (tmp_path / "run").exists()
+
+
+ASYNC = "xla_tpu_enable_async_all_to_all"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "set"),
+    [
+        ("TPU v5 lite", [16], True),
+        ("TPU v5 lite", [32], False),  # its compiler would end with an error
+        ("TPU v5 lite", [16, 16], True),
+        ("TPU v5 lite", [64, 64], False),
+        ("TPU v5", [128], True),
+        ("TPU v6 lite", [256], True),
+    ],
+)
+def test_the_exchange_runs_beside_products_where_the_compiler_can(kind, sizes, set):
+    devices = [
+        SimpleNamespace(platform="tpu", device_kind=kind, slice_index=number)
+        for number, size in enumerate(sizes)
+        for _ in range(size)
+    ]
+    assert compiler_options(devices, {}) == ({ASYNC: True} if set else {})
+    assert compiler_options(devices, {ASYNC: None}) == {}
+    assert compiler_options(devices, {ASYNC: True}) == {ASYNC: True}

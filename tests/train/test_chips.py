@@ -44,9 +44,18 @@ def test_a_slice_is_named_by_chip_and_size(text, number):
     assert math.prod(place.grid) == number
 
 
+def test_several_slices_have_their_number_before():
+    place = slice_of("2xv5e:16x16")
+    assert (place.name, place.number, place.grid) == ("2xv5e:16x16", 2, (16, 16))
+    assert slice_of("1xv5e:2x4") == slice_of("v5e:2x4")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("2xh100:8", r"only TPUs come in slices.* h100:16, and set mesh.slices=2"),
+        ("0xv5e:2x4", "there is no chip '0xv5e'"),
+        ("2xv5e:2x5", r"Did you mean 'v5e:2x"),
         ("v5:2x4", r"there is no chip 'v5'\. Did you mean 'v5p'\?.* There are a100:N"),
         ("h10:8", r"Did you mean 'h100'\?"),
         ("h100", r"no such slice.* There are h100:N with N from 1 to 8"),
@@ -110,7 +119,7 @@ def test_ordinary_training_shares_all_devices_of_a_replica(sizes, config_file):
     validate(config)
     assert (config.data.step_languages, config.data.batch_size) == (1, 4 * 2)
     replicas = config.mesh.data
-    found = mesh_shape(1, 8, **dataclasses.asdict(config.mesh))
+    found = mesh_shape(1, 8, **dataclasses.asdict(config.mesh) | {"slices": 1})
     assert found == (replicas, 1, 8 // replicas, 1)
 
 
@@ -204,3 +213,29 @@ def test_a_small_step_is_compiled_for_a_chip(text, config_file, eight_devices):
     assert (ours.chip.cycles is None) == gpu == (ours.chip.conflict_share is None)
     table = ours.table(plain)
     assert f"by the compiler for {place.name}" in table and "plain" in table
+
+
+def planned_on_slices(text, config_file):
+    """A small step with a replica in each of two slices, or why it cannot be compiled here."""
+    changes = ["model.dtype=bfloat16", "data.batch_size=2", "model.attention=auto", "mesh.data=2"]
+    config = load_config(config_file, [*changes, "resolve.replicas=pooled_gram"])
+    try:
+        return plan(config, MODEL, place=slice_of(text))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_replicas_in_two_slices_send_one_gradient_to_each_other(config_file, eight_devices):
+    found = eight_devices("train.test_chips", "planned_on_slices", "2xv5e:2x2", config_file)
+    if isinstance(found, str):
+        pytest.skip(found)
+    assert found.axes == {"data": 2, "language": 4, "fsdp": 1, "tensor": 1}
+    # A chip's piece of all parameters, of which both send half, twice, in bfloat16; and the
+    # blocks' Gram matrices.
+    layer = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256
+    piece = (2 * MODEL.vocab_size * MODEL.hidden_size + 2 * layer) // 4
+    between = found.collectives["all-reduce between slices"]
+    assert between == pytest.approx(2 * piece, rel=0.02)
+    assert found.chip.sent["all-reduce between slices"].bytes == between
+    assert "sent between slices per device and step" in found.table()

@@ -150,6 +150,8 @@ with open(sys.argv[1], "wb") as file:
 """
 COMMANDS = {
     "eight devices": ["--devices", "8", "--device-memory", "1GB", "data.batch_size=8"],
+    "two slices": ["--devices", "8", "data.batch_size=8", "mesh.data=2", "mesh.slices=2"],
+    "a replica over two slices": ["--devices", "8", "data.batch_size=8", "mesh.slices=2"],
     "too large": ["--device-memory", "1MB", "resolve.blocks=whole"],
     "three devices": ["--devices", "3", "mesh.language=2"],
     "ten billion devices": ["--devices", "10000000000"],
@@ -194,6 +196,18 @@ def test_the_command_plans_for_devices_that_are_not_there(planned):
 
 
 @pytest.mark.slow
+def test_what_goes_between_slices_stands_apart(planned):
+    code, out, err, found = planned["two slices"]
+    assert code == 0, err
+    assert "sent between slices per device and step" in out
+    # Replicas add up all languages' gradients of their pieces: each of two sends its half, twice.
+    between = found.collectives["all-reduce between slices"]
+    assert between == pytest.approx(4 * 4 * PARAMETERS / 4, rel=0.01)
+    within = found.collectives["all-to-all"]  # between the four languages of a replica
+    assert within == pytest.approx(3 / 4 * 4 * PARAMETERS, rel=0.01)
+
+
+@pytest.mark.slow
 def test_the_command_says_what_to_change_when_it_does_not_fit(planned):
     code, out, *_ = planned["too large"]
     assert code == 1
@@ -205,6 +219,7 @@ def test_the_command_says_what_to_change_when_it_does_not_fit(planned):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("a replica over two slices", "Set mesh.data=2 for a replica in each."),
         ("three devices", "but there are 3 devices"),
         ("ten billion devices", "--devices takes 1 to 10000, found 10000000000"),
         ("too few examples", "data.batch_size"),
