@@ -89,8 +89,7 @@ def cache_key(
     settings = {
         name: value for name, value in dataclasses.asdict(data).items() if name not in CANNOT_MATTER
     }
-    files = {str(file) for some in origins.values() for one in some for file in one.files}
-    contents = _contents(sorted(files), peers)
+    contents = _contents([f for some in origins.values() for one in some for f in one.files], peers)
     described = {
         "settings": settings,
         "records": {
@@ -112,14 +111,19 @@ def cache_key(
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _contents(files: Sequence[str], peers: Peers) -> dict[str, str]:
+def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
     """Digests of files, of which each process reads its share."""
+    by_name = {str(file): file for file in files}
 
     def read() -> dict[str, str]:
-        try:
-            return digest_files(Path(), files[peers.number :: peers.count])
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from None
+        found = {}
+        for name in sorted(by_name)[peers.number :: peers.count]:
+            file = by_name[name]
+            try:
+                found[name] = digest_files(file.parent, [file.name])[file.name]
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from None
+        return found
 
     told = peers.exchange(json.dumps(peers.all_do(read)).encode())
     return {file: digest for one in told for file, digest in json.loads(one).items()}

@@ -12,8 +12,9 @@ from jaxmoo.files.buckets import is_bucket
 
 __all__ = ["Appended", "send_appended"]
 
-# Seconds between two times that an object in a bucket is written anew.
-_EVERY = 10.0
+# Seconds between two times that an object in a bucket is written anew, and the largest share of the
+# time that may be spent on it.
+_EVERY, _SHARE = 10.0, 0.05
 _OPEN: weakref.WeakSet[Appended] = weakref.WeakSet()
 
 
@@ -45,7 +46,7 @@ class Appended:
         self._parts: list[str] = []
         with contextlib.suppress(FileNotFoundError):
             self._parts.append(path.read_text("utf-8"))
-        self._sent, self._sent_at = len(self._parts), time.monotonic()
+        self._sent, self._next = len(self._parts), time.monotonic() + _EVERY
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sending: concurrent.futures.Future[None] | None = None
         _OPEN.add(self)
@@ -61,9 +62,7 @@ class Appended:
             self._file.flush()
             return
         self._parts.append(text)
-        if time.monotonic() - self._sent_at > _EVERY and (
-            self._sending is None or self._sending.done()
-        ):
+        if time.monotonic() > self._next and (self._sending is None or self._sending.done()):
             self._send()
 
     def sync(self) -> None:
@@ -94,11 +93,14 @@ class Appended:
         if self._sending is not None:
             self._sending.result()
         self._parts = ["".join(self._parts)]
-        self._sent, self._sent_at = 1, time.monotonic()
+        self._sent, self._next = 1, time.monotonic() + _EVERY
         self._sending = self._pool.submit(self._write, self._parts[0])
 
     def _write(self, text: str) -> None:
+        begun = time.monotonic()
         self._path.write_text(text, "utf-8")
+        now = time.monotonic()
+        self._next = now + max(_EVERY, (now - begun) / _SHARE)
 
 
 def send_appended() -> None:

@@ -237,13 +237,15 @@ def test_several_sources_have_the_shares_of_their_weights(tmp_path, tokenizer):
     assert sum(found) == weighed.report["en"].train == len(even.train["en"])
     # Of b all examples, as often as it takes; of a every one once.
     assert len(weighed.train["en"]) == found[0] + 3 * found[0]
-    counts = [
-        sum(t is one for t in weighed.train["en"]) for one in weighed.train["en"][: sum(found)]
-    ]
+    texts = [one.tokens.tobytes() for one in weighed.train["en"]]
+    counts = [texts.count(text) for text in texts[: sum(found)]]
     assert set(counts[: found[0]]) == {1}
     assert max(counts[found[0] :]) - min(counts[found[0] :]) <= 1
     assert len(weighed.train["fr"]) == weighed.report["fr"].by_source[0] == len(even.train["fr"])
     assert "shares of 25.0% and 75.0%" in weighed.table()
+    kept = load(a | {"weight": 1}, b | {"weight": 3})  # as it was kept the first time
+    assert texts == [one.tokens.tobytes() for one in kept.train["en"]]
+    assert kept.report == weighed.report and kept.table() == weighed.table()
 
     # What one source says of itself need not be said for languages that it lacks.
     only = {"prompt": {"en": "{q}"}, "completion": {"en": "{a}"}, "columns": {}}
@@ -266,6 +268,10 @@ def test_own_held_out_files_are_evaluated_without_what_is_trained_on(tmp_path, t
     assert (en.train, en.held_out, en.leaked, en.reserve) == (30, 4, 5, 1)
     assert (fr.train, fr.held_out, fr.leaked, fr.reserve) == (0, 4, 0, 3)
     assert en.records == 40
+    # What is kept of it is made anew with the files.
+    write(tmp_path / "dev" / "en.jsonl", rows("en", 3, start=90))
+    again = load_corpus(tmp_path / "train", tokenizer, unseen=["fr"], held_out_source=dev)
+    assert (again.report["en"].held_out, again.report["en"].leaked) == (3, 0)
     with pytest.raises(DataError, match=r"none of it that is not trained on, too \(30 are\)"):
         load_corpus(tmp_path / "train", tokenizer, held_out_source=str(tmp_path / "train"))
 

@@ -20,7 +20,8 @@ from devices import run_python
 from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
 from jaxmoo.data.tokenization import parallel
-from jaxmoo.errors import DataError
+from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_tokenizer
 
 LANGUAGES = ["en", "fa", "it", "de"]
@@ -144,6 +145,22 @@ def test_other_settings_have_an_entry_of_their_own(name, folder, cache, tokenize
     data = options(folder, cache, **changes)
     assert whole(load(data, tokenizer)) == uncached(data, tokenizer)
     assert len(entries(cache)) == 2
+
+
+def test_what_lies_in_a_bucket_is_kept_here(folder, cache, tokenizer, parts):
+    bucket = typed_path("memory://bucket/kept")
+    for file in folder.glob("*.jsonl"):
+        (bucket / file.name).write_bytes(file.read_bytes())
+    data = options(bucket, cache)
+    expected = uncached(data, tokenizer)
+    assert whole(load(data, tokenizer)) == expected
+    parts.clear()
+    assert whole(load(data, tokenizer)) == expected and not parts
+    text = (bucket / "en.jsonl").read_text()
+    (bucket / "en.jsonl").write_text(text.replace("reply 1 ", "reply 8 "))
+    assert whole(load(data, tokenizer)) == uncached(data, tokenizer) != expected
+    with pytest.raises(ConfigError, match=r"data\.cache: memory://bucket/.* is in a bucket"):
+        load(dataclasses.replace(data, cache=str(bucket)), tokenizer)
 
 
 def test_other_names_of_languages_have_an_entry_of_their_own(folder, cache, tokenizer):

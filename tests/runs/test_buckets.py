@@ -8,7 +8,7 @@ import pytest
 
 from bucket_servers import upload
 from jaxmoo.config import load_config
-from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.errors import CheckpointError, ConfigError, DamagedError
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf.directory import new_directory
 from jaxmoo.runs.bucket_checkpoints import open_checkpoints
@@ -78,14 +78,21 @@ def test_what_a_killed_run_began_to_send_is_no_checkpoint(run):
     assert run.steps() == [1, 3] and not (run.checkpoints / "7").exists()
 
 
-def test_damage_in_a_bucket_is_found_and_named(run):
-    save(run, 1)
-    file = next(p for p in (run.checkpoints / "1/state").rglob("*") if p.stat().st_size > 64)
+def test_damage_in_a_bucket_is_found_and_the_one_before_is_used(run):
+    save(run, 1, 2)
+    file = next(p for p in (run.checkpoints / "2/state").rglob("*") if p.stat().st_size > 64)
     data = bytearray(file.read_bytes())
     data[40] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=rf"{run.checkpoints}/1 .*is not what was written"):
-        restored(run, 1)
+    with open_checkpoints(run, keep=2) as checkpoints:
+        with pytest.raises(DamagedError, match=rf"{run.checkpoints}/2 .*is not what was written"):
+            checkpoints.restore(checkpoints.latest(), STATE)
+        assert checkpoints.before(2) == 1
+        np.testing.assert_array_equal(checkpoints.restore(1, STATE)["a"], STATE["a"] + 1)
+        [(number, place)] = checkpoints.set_aside([2]).items()
+        assert number == 2 and (place / file.relative_to(run.checkpoints / "2")).is_file()
+        assert checkpoints.latest() == 1
+    assert run.steps() == [1]
 
 
 def test_a_bucket_that_takes_nothing_more_loses_nothing(faulty):
@@ -105,14 +112,14 @@ def test_a_bucket_that_takes_nothing_more_loses_nothing(faulty):
 
 
 def test_rows_of_metrics_are_there_before_a_checkpoint_is(run):
-    with MetricsWriter(run.path, tensorboard=False) as metrics:
+    with MetricsWriter(run.path) as metrics:
         metrics.write({"step": 1})
         assert not run.metrics.exists()
         save(run, 1)
         assert [row["step"] for row in read_metrics(run.path)] == [1]
         metrics.write({"step": 2})
     assert [row["step"] for row in read_metrics(run.path)] == [1, 2]
-    with MetricsWriter(run.path, tensorboard=False, resume_step=1) as metrics:
+    with MetricsWriter(run.path, resume_step=1) as metrics:
         metrics.write({"step": 2, "loss": {"en": 1.0}})
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == [
         {"step": 1},

@@ -140,11 +140,7 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     rows = trained(run)
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["blocks"]) == {f"layers.{i}" for i in range(22, 30)}
-    assert {p.name for p in (run / "report").iterdir()} >= {
-        "index.html",
-        "loss.png",
-        "held_out.png",
-    }
+    assert {p.name for p in (run / "report").iterdir()} >= {"index.html", "loss.png"}
     assert any((run / "tensorboard").iterdir())
     _check_samples(run, smollm2_dir)
 
