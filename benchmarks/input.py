@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     flags = parser.parse_args()
-    config = load_config(flags.config, flags.overrides)
+    config = load_config(flags.config, [*flags.overrides, "data.cache=none"])
     packages = ["jax", "tokenizers", "transformers"]
     pages = Pages(flags.json, environment(os.cpu_count() or 1, packages))
 

@@ -158,8 +158,9 @@ def restore(scratch: Path, number: str) -> Action:
     from jaxmoo.models import Decoder
     from jaxmoo.runs.checkpoint import Checkpoints
 
-    shapes = nnx.state(Decoder.abstract(load_config(scratch / "source")))
-    shapes = with_dtypes(shapes, lambda _: "bfloat16")
+    config = load_config(scratch / "source")
+    shapes = nnx.state(Decoder.abstract(config))
+    shapes = with_dtypes(shapes, lambda _: "bfloat16", config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 

@@ -158,7 +158,8 @@ def shape(flags: argparse.Namespace) -> DecoderConfig:
 def hf_config(model: DecoderConfig) -> dict[str, Any]:
     """The model's sizes as transformers reads them."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling is not None or model.sliding_window is not None:
+    odd = model.rope_scaling is not None or model.sliding_window is not None
+    if odd or model.family not in ("llama", "qwen2", "qwen3"):
         raise SystemExit(f"expected a model with plain RoPE and attention, found {model}")
     kind = "qwen3" if model.qk_norm else "qwen2" if model.attention_bias else "llama"
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")

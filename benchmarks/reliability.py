@@ -1,6 +1,7 @@
 """Kill runs at random moments and see that they lose nothing; watch a long one's memory.
 
     python benchmarks/reliability.py kill --trials 20 --processes 2
+    python benchmarks/reliability.py kill --trials 20 --bucket --signals SIGKILL
     python benchmarks/reliability.py soak --steps 2000
     python benchmarks/reliability.py processes
 
@@ -14,6 +15,9 @@ unbroken run's bit for bit. ``processes`` trains the very model and languages of
 a few steps, in two processes of one device and in one process of two, and compares. The exit code
 is 1 when something fails.
 
+With ``--bucket`` the runs' output is in a bucket of an S3 server (moto) on the loopback, and every
+process has a scratch directory of its own.
+
 With ``--folder`` everything is kept there, and the trials that it holds are not made again: a long
 series can be made in parts.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -34,15 +39,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxmoo.files.digests import DIGESTS
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source, save_model
+from jaxmoo.hf.directory import remove_directory
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train.metrics import read_metrics
@@ -56,7 +66,8 @@ def make_model(path: Path) -> None:
     source = resolve_source("smollm2-135m-instruct")
     path.mkdir(parents=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja") and "safetensors" not in file.name:
+        wanted = file.suffix in (".json", ".jinja") and "safetensors" not in file.name
+        if wanted and file.name != DIGESTS:
             shutil.copyfile(file, path / file.name)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -104,11 +115,11 @@ class Run:
         command += overrides
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             # Compiled once, read by all the others (not by several processes on CPUs).
-            "JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
@@ -125,7 +136,8 @@ class Run:
             process = subprocess.Popen(
                 list(map(str, arguments)),
                 cwd=ROOT,
-                env=environment,
+                # As on hosts that share no disk.
+                env=environment | {"JAXMOO_SCRATCH": str(config.parent / f"scratch-{number}")},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -154,14 +166,14 @@ class Run:
         return codes, texts
 
 
-def result(output: Path) -> dict[str, bytes | list]:
+def result(output: Path) -> dict[str, Any]:
     """Everything that two equal runs have in common."""
     run = RunDirectory(output)
     return {
-        "weights": (run.export / "model.safetensors").read_bytes(),
+        "weights": hashlib.sha256((run.export / "model.safetensors").read_bytes()).hexdigest(),
         "scores": [file.read_text() for file in sorted(run.evaluation.iterdir())],
         "losses": [
-            (row["step"], row.get("loss"), row.get("held_out")) for row in read_metrics(run.path)
+            [row["step"], row.get("loss"), row.get("held_out")] for row in read_metrics(run.path)
         ],
     }
 
@@ -178,17 +190,25 @@ class Trial(NamedTuple):
 
 
 def trial(
-    config: Path, output: Path, processes: int, number: int, longest: float, expected: dict
+    config: Path,
+    output: Path,
+    processes: int,
+    number: int,
+    longest: float,
+    expected: dict,
+    signals: Sequence[signal.Signals],
+    kills: int,
 ) -> Trial:
     """Kill a run, finish it, and compare."""
     chance = random.Random(number)
-    sent = (signal.SIGKILL, signal.SIGTERM)[number % 2]
-    after = chance.uniform(0, longest)
-    run = Run(config, output, processes)
-    victim = chance.choice(run.processes)[0]
-    run.wait_until(after)
-    victim.send_signal(sent)
-    codes, texts = run.wait()
+    sent = signals[number % len(signals)]
+    for _ in range(kills):  # each of what the one before has left
+        after = chance.uniform(0, longest)
+        run = Run(config, output, processes)
+        victim = chance.choice(run.processes)[0]
+        run.wait_until(after)
+        victim.send_signal(sent)
+        codes, texts = run.wait()
     problems = []
     directory = RunDirectory(output)
     complete = directory.steps()
@@ -215,24 +235,61 @@ def trial(
     else:
         found_result = result(output)
         problems += [f"{name} differ" for name in expected if found_result[name] != expected[name]]
-    shutil.rmtree(output)
+    remove_directory(output)
     return Trial(sent.name, after, codes, reached, resumed, problems)
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[Path]:
+    """Start an S3 server on the loopback, in a process of its own; yield a bucket of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), urllib.request.urlopen(address):
+                break
+            time.sleep(0.1)
+        urllib.request.urlopen(urllib.request.Request(f"{address}/reliability", method="PUT"))
+        yield typed_path("s3://reliability")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def kill(options: argparse.Namespace, folder: Path) -> bool:
     """Run the trials; tell whether all have passed."""
+    with s3_server() if options.bucket else contextlib.nullcontext(folder) as place:
+        return _kill(options, folder, place)
+
+
+def _kill(options: argparse.Namespace, folder: Path, place: Path) -> bool:
     # Several processes compile every time, and the machine code runs for seconds.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    signals = [signal.Signals[name] for name in options.signals]
     config = make_config(folder, options.steps, checkpoint_every=5, evaluate_every=10)
-    record = folder / f"kill-{options.processes}.json"
+    record = folder / f"kill-{options.processes}{'-bucket' if options.bucket else ''}.json"
     if not record.exists():
-        record.write_text(json.dumps({"longest": unbroken(options, folder, config), "trials": {}}))
+        longest, expected = unbroken(options, folder, place, config)
+        record.write_text(json.dumps({"longest": longest, "expected": expected, "trials": {}}))
     kept = json.loads(record.read_text())
-    expected, trials = result(folder / f"unbroken-{options.processes}"), kept["trials"]
+    expected, trials = kept["expected"], kept["trials"]
     for number in range(options.seed, options.seed + options.trials):
         if str(number) not in trials:
             done = trial(
-                config, folder / "trial", options.processes, number, kept["longest"], expected
+                config,
+                place / f"trial-{number}",
+                options.processes,
+                number,
+                kept["longest"],
+                expected,
+                signals,
+                options.kills,
             )
             trials[str(number)] = done._asdict()
             record.write_text(json.dumps(kept))
@@ -256,11 +313,21 @@ def kill(options: argparse.Namespace, folder: Path) -> bool:
     return not failed
 
 
-def unbroken(options: argparse.Namespace, folder: Path, config: Path) -> float:
-    """Make the run that all others are compared with; return its CPU time in seconds."""
+def unbroken(
+    options: argparse.Namespace, folder: Path, place: Path, config: Path
+) -> tuple[float, dict]:
+    """Make the run that all others are compared with; return its CPU time and result.
+
+    Where the trials' output is in a bucket, its own is on the disk: these are compared as well.
+    """
     longest = 0.0
     # Once to compile, once to measure how long it takes when nothing is compiled.
-    outputs = [folder / f"{name}-{options.processes}" for name in ("first", "unbroken")]
+    outputs = [
+        place / f"first-{options.processes}",
+        folder / f"unbroken-{options.processes}",
+    ]
+    if options.bucket:  # the time is that of a run in a bucket
+        outputs.reverse()
     for output in outputs:
         run = Run(config, output, options.processes)
         longest = run.wait_until(math.inf)
@@ -269,7 +336,7 @@ def unbroken(options: argparse.Namespace, folder: Path, config: Path) -> float:
             raise SystemExit(f"The unbroken run failed: {codes}\n{texts[0]}")
     if result(outputs[0]) != result(outputs[1]):
         raise SystemExit("Two unbroken runs differ.")
-    return longest
+    return longest, result(outputs[0])
 
 
 def soak(options: argparse.Namespace, folder: Path) -> bool:
@@ -402,6 +469,9 @@ def main() -> int:
     killing.add_argument("--processes", type=int, default=1)
     killing.add_argument("--steps", type=int, default=40)
     killing.add_argument("--seed", type=int, default=0, help="of the moments")
+    killing.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM"], help="in turn")
+    killing.add_argument("--kills", type=int, default=1, help="of a run before it may end")
+    killing.add_argument("--bucket", action="store_true", help="output on an S3 server")
     soaking = commands.add_parser("soak", help="watch the memory of a long run")
     soaking.add_argument("--steps", type=int, default=2000)
     comparing = commands.add_parser("processes", help="two processes beside one, the real model")

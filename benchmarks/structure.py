@@ -92,9 +92,10 @@ TOUCH: Mapping[str, Sequence[Touch]] = {
         Touch("docs/training.md", r"conflict_share"),
     ],
     "model family": [
-        Touch("jaxmoo/models/architecture.py", r"^_ARCHITECTURES\b"),
-        Touch("jaxmoo/hf/gguf.py", r'^    "llama": "LlamaForCausalLM"'),
-        Touch("docs/models.md", r"^\| `qwen3`"),
+        Touch("jaxmoo/models/families/NEW.py"),
+        Touch("jaxmoo/models/families/__init__.py", r'^        "granite": GRANITE,'),
+        Touch("tests/tiny_models.py", r'^    "granite": \{'),
+        Touch("docs/models.md", r"^\| `granite`"),
     ],
 }
 # The same before these rooms were made.
@@ -115,7 +116,8 @@ TOUCH_BEFORE: Mapping[str, Sequence[Touch]] = {
     ],
     "model family": [
         Touch("jaxmoo/models/config.py", r"^_ARCHITECTURES\b"),
-        *TOUCH["model family"][1:],
+        Touch("jaxmoo/hf/gguf.py", r'^    "llama": "LlamaForCausalLM"'),
+        Touch("docs/models.md", r"^\| `qwen3`"),
     ],
 }
 

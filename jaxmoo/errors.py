@@ -30,6 +30,10 @@ class CheckpointError(JaxmooError, ValueError):
     """A checkpoint or weight file is missing, damaged or does not fit."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint or model are not what was written."""
+
+
 class DownloadError(JaxmooError, OSError):
     """A file could not be fetched, or arrived damaged."""
 

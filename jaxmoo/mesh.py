@@ -178,6 +178,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(LANGUAGE, (DATA, FSDP)))
 
 
+def local_rows(mesh: Mesh, num_languages: int, batch_size: int) -> np.ndarray:
+    """Return which rows of a batch the devices of this process hold: bool [K, B].
+
+    Args:
+      mesh: the devices.
+      num_languages: K.
+      batch_size: B, rows per language.
+
+    Example:
+      >>> local_rows(make_mesh(2, devices=jax.devices()[:1]), 2, 3).all()
+      np.True_
+    """
+    rows = np.zeros((num_languages, batch_size), bool)
+    held = batch_sharding(mesh).addressable_devices_indices_map(rows.shape)
+    for index in held.values():
+        rows[index] = True
+    return rows
+
+
 def sharded_axis(path: str, shape: Sequence[int], pieces: int) -> int | None:
     """Choose the axis along which devices hold pieces of one array.
 

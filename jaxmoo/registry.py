@@ -7,13 +7,17 @@ listed in the order in which the files are imported.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import os
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from jaxmoo.errors import ConfigError, did_you_mean
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "imported", "is_path"]
 
 Made = TypeVar("Made")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -38,6 +42,7 @@ class Registry(Generic[Made]):
     def __init__(self, kind: str, made: type[Made]) -> None:
         self._kind, self._made = kind, made
         self._factories: dict[str, Callable[..., Made]] = {}
+        self._imported: dict[Any, Any] = {}
 
     def register(self, factory: Factory) -> Factory:
         """Let a factory be found by its name, and give the same object for the same parameters.
@@ -65,16 +70,23 @@ class Registry(Generic[Made]):
         """Make an object by name, or pass one through.
 
         Args:
-          name: one of :attr:`names`, or a ready-made object, which is returned as it is.
+          name: one of :attr:`names`; or ``"package.module:object"``, where another factory or a
+            ready-made object is imported from; or a ready-made object, which is returned as it is.
           **options: parameters of the factory.
 
         Returns:
           The object.
 
         Raises:
-          ConfigError: if the name or an option is unknown, a required option is missing, or
-            options are given for a ready-made object.
+          ConfigError: if the name or an option is unknown, a required option is missing,
+            options are given for a ready-made object, or what is imported is not there or of
+            another kind.
         """
+        if isinstance(name, str) and is_path(name):
+            found = imported(name, self._kind)
+            if not isinstance(found, self._made):
+                return self._made_by(found, name, options)
+            return self.get(found, **options)
         if isinstance(name, self._made):
             if options:
                 raise ConfigError(
@@ -85,13 +97,28 @@ class Registry(Generic[Made]):
         if not isinstance(name, str) or name not in self._factories:
             raise ConfigError(
                 f"Unknown {self._kind} {name!r}.{did_you_mean(str(name), self._factories)} Known: "
-                f"{', '.join(self._factories)}."
+                f"{', '.join(self._factories)}; or give package.module:object for your own."
             )
-        factory = self._factories[name]
+        return self._make(self._factories[name], name, options)
+
+    def _made_by(self, factory: Any, path: str, options: dict[str, Any]) -> Made:
+        """What an imported factory makes, the same object for the same options."""
+        wanted = f"expected {_a(self._kind)}, or a function that returns one"
+        if not callable(factory):
+            raise ConfigError(f"{path}: {wanted}; found {type(factory).__name__}.")
+        if factory not in self._imported:
+            self._imported[factory] = _remembering(factory)
+        found = self._make(self._imported[factory], path, options)
+        if not isinstance(found, self._made):
+            raise ConfigError(f"{path}: {wanted}; it returned {type(found).__name__}.")
+        return found
+
+    def _make(self, factory: Callable[..., Made], name: str, options: dict[str, Any]) -> Made:
         signature = inspect.signature(factory)
         known = list(signature.parameters)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         for option in options:
-            if option not in known:
+            if option not in known and not takes_any:
                 raise ConfigError(
                     f"Unknown option {option!r} of {self._kind} {name!r}."
                     f"{did_you_mean(option, known)} "
@@ -102,6 +129,64 @@ class Registry(Generic[Made]):
         except TypeError as error:
             raise ConfigError(f"{self._kind.capitalize()} {name!r}: {error}.") from error
         return factory(**options)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name says where something is imported from.
+
+    Example:
+      >>> is_path("package.module:object"), is_path("cagrad")
+      (True, False)
+    """
+    return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name))
+
+
+def imported(path: str, kind: str) -> Any:
+    """Import an object of the user's, from an installed package or from the working directory.
+
+    Args:
+      path: ``"package.module:object"``.
+      kind: what it should be, for messages.
+
+    Returns:
+      The object.
+
+    Raises:
+      ConfigError: the module is not found or cannot be imported, or it has no such object.
+
+    Example:
+      >>> imported("math:tau", "number") > 6
+      True
+      >>> imported("math:tao", "number")
+      Traceback (most recent call last):
+      jaxmoo.errors.ConfigError: Number 'math:tao': math has no 'tao'. Did you mean 'tau'?
+    """
+    module, _, name = path.partition(":")
+    what = f"{kind.capitalize()} {path!r}"
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # a command of an installed package does not look there
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{what}: there is no module {error.name!r}, neither installed nor in "
+                f"{os.getcwd()}. Install its package, or add its folder to PYTHONPATH."
+            ) from error
+        raise ConfigError(f"{what}: {module} needs {error.name}: {error}.") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{what}: importing {module} failed: {type(error).__name__}: {error}"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{what}: {module} has no {name!r}.{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _remembering(factory: Factory) -> Factory:

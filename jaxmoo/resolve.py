@@ -21,7 +21,9 @@ from jaxmoo.block_solve import Grams, Group, Resolution, in_own_units, solve_blo
 from jaxmoo.blocks import Partition
 from jaxmoo.blocks.sections import (
     Section,
+    alike,
     cut,
+    join,
     of_sections,
     section_place,
     sum_by_block,
@@ -32,8 +34,9 @@ from jaxmoo.kernels.reductions import (
     cross_grams,
     gram_parts,
     grams_in_range,
+    is_partitioned,
+    rows_of,
     scaled_grams,
-    section_sizes,
     weighted_sum,
 )
 from jaxmoo.sharding import automatic, spec_of
@@ -144,7 +147,7 @@ def resolve(
             preference=preference,
             match_norm=match_norm,
             partitioned=partitioned,
-            rescale=True,
+            many=True,
             sketch=sketch,
             second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )
@@ -172,7 +175,7 @@ def resolve_sections(
     second: Sequence[jax.Array] | None = None,
     partitioned: bool | None = None,
     platform: str | None = None,
-    rescale: bool = False,
+    many: bool = False,
     sketch: int | None = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -191,8 +194,9 @@ def resolve_sections(
       second: values of the sections of a second batch.
       partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
       platform: likewise; on a GPU a solve is one kernel as well.
-      rescale: whether gradients whose squares leave float32's range are scaled, in a second and
-        third pass over them. Else the largest count as not finite, the smallest as zero.
+      many: whether these are all arrays of a model, in a form that is compiled quickly. Gradients
+        whose squares leave float32's range are then scaled, in a second and third pass over them.
+        Else the largest count as not finite, the smallest as zero.
       sketch: see :func:`resolve`; for blocks without other pieces.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
@@ -203,46 +207,48 @@ def resolve_sections(
     numbers = jnp.asarray(numbers)
     num_blocks = len(numbers)
     labels = [jnp.asarray(section.labels) for section in sections]
-    every = jnp.concatenate(labels)
+    values = [section.values for section in sections]
+
+    # Arrays that the compiler divides would be gathered to be joined.
+    alone = not many or is_partitioned(partitioned)
+    together = [[i] for i in range(len(values))] if alone else alike(values)
+    places = [jnp.concatenate([labels[i] for i in some]) for some in together]
+
+    def joined(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        return [join([arrays[i] for i in some]) for some in together]
 
     def blocks_of(parts: Sequence[jax.Array]) -> jax.Array:
         """Sums [B, ...] of sections' quantities, each given in parts [S, P, ...]."""
         counted = [x * s.counted for x, s in zip(parts, sections, strict=True)]
         return total(sum_by_block(counted, labels, num_blocks))
 
-    def scaled(unit: jax.Array, others: Sequence[Any]) -> jax.Array:
-        return blocks_of(
+    def blocks_of_joined(parts: Sequence[jax.Array]) -> jax.Array:
+        """The same of what was made of joined arrays."""
+        return blocks_of(parts) if alone else total(sum_by_block(parts, places, num_blocks))
+
+    def scaled(unit: jax.Array, others: Sequence[jax.Array] | None = None) -> jax.Array:
+        rows = joined(values)
+        columns = rows if others is None else joined(others)
+        return blocks_of_joined(
             [
-                scaled_grams(s.values, unit[n], y, partitioned=partitioned)[:, None]
-                for s, n, y in zip(sections, labels, others, strict=True)
+                scaled_grams(x, unit[n], y, partitioned=partitioned)[:, None]
+                for x, n, y in zip(rows, places, columns, strict=True)
             ]
         )
 
     def exact() -> Grams:
-        values = [s.values for s in sections]
-        grams = gram_parts(values, partitioned=partitioned, platform=platform)
-        grams = pooled(blocks_of(grams))
+        grams = gram_parts(joined(values), partitioned=partitioned, platform=platform)
+        grams = pooled(blocks_of_joined(grams))
         unit = jnp.ones(num_blocks, grams.dtype)
-        if rescale:
-            grams, unit = grams_in_range(
-                grams,
-                active,
-                lambda: jax.ops.segment_max(
-                    jnp.concatenate(
-                        [section_sizes(s.values, partitioned=partitioned) for s in sections]
-                    ),
-                    every,
-                    num_blocks,
-                ),
-                lambda unit: scaled(unit, [None] * len(sections)),
-            )
+        if many:
+            grams, unit = grams_in_range(grams, active, scaled)
         return Grams(grams, unit, jnp.zeros_like(unit))
 
     if sketch is None:
         grams = exact()
     else:
         z = sketch_blocks(sections, numbers, sketch, key=key, platform=platform)
-        grams = grams_of_sketches(z, active=active, rescale=rescale)
+        grams = grams_of_sketches(z, active=active, rescale=many)
     unit, crossed = grams.unit, None
     present = grams.present if active is None else active
     if any(group.aggregator.cross_gram for group in groups):
@@ -271,8 +277,9 @@ def resolve_sections(
         match_norm=match_norm,
         platform=platform,
     )
+    weigh = rows_of if many else of_sections
     updates = [
-        weighted_sum(s.values, of_sections(found.weights, n), partitioned=partitioned)
+        weighted_sum(s.values, weigh(found.weights, n), partitioned=partitioned, many=many)
         for s, n in zip(sections, labels, strict=True)
     ]
     update_norm, used = found.update_norm, present & ~found.nonfinite

@@ -180,10 +180,7 @@ def grams_of_sketches(
     gram, by_chance = products(z)
     unit = jnp.ones(z.shape[1], gram.dtype)
     if rescale:
-        sizes = jnp.where(jnp.isfinite(z), jnp.abs(z), jnp.inf).max(2).T
-        gram, unit = grams_in_range(
-            gram, active, lambda: sizes, lambda unit: products(z * unit[None, :, None])[0]
-        )
+        gram, unit = grams_in_range(gram, active, lambda unit: products(z * unit[None, :, None])[0])
         by_chance = products(z * unit[None, :, None])[1]
     return Grams(gram, unit, _relative(by_chance, gram))
 

@@ -41,8 +41,9 @@ def resolve_conflicts(
 
     Takes updates whose every array carries a leading objective axis ``[K, ...]`` (see
     :func:`jaxmoo.stacked_value_and_grad`) and returns updates shaped like the parameters. Place
-    it first in an ``optax.chain``. All blocks' Gram matrices are formed array by array, solved as
-    one batch, and each array is combined once; nothing is concatenated.
+    it first in an ``optax.chain``. All blocks' Gram matrices are solved as one batch, and each
+    array is combined once. Small arrays are joined to form Gram matrices, up to 4 MB at a time;
+    large ones are not copied.
 
     ``update`` takes two optional extra arguments. ``active``: bool [K], False for objectives that
     are absent from this step; without it, objectives whose gradient is zero everywhere are. An

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -27,6 +28,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+from bucket_servers import (  # noqa: F401 -- fixtures of several rooms
+    faulty,
+    gs_bucket,
+    gs_server,
+    proxied,
+    s3_bucket,
+    s3_server,
+)
 from devices import eight_devices  # noqa: F401 -- a fixture of several rooms
 from jaxmoo.errors import DownloadError
 from small_runs import (  # noqa: F401 -- fixtures of every room
@@ -37,6 +46,20 @@ from small_runs import (  # noqa: F401 -- fixtures of every room
 
 # A script, which needs what the tests do without.
 collect_ignore = ["aggregators/make_goldens.py"]
+
+
+@pytest.fixture(autouse=True)
+def own_token_cache(tmp_path_factory, monkeypatch):
+    """Keep tokenised data of one test, which may have changed what tokenises, from all others."""
+    own = functools.cache(tmp_path_factory.mktemp)
+
+    def directory(where, kind):
+        if where is None:
+            return own(kind)
+        where.mkdir(parents=True, exist_ok=True)
+        return where
+
+    monkeypatch.setattr("jaxmoo.data.token_cache.cache_directory", directory)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def save_model(path: Path) -> Path:
     weights = {}
     for leaf_path, leaf in named_leaves(state):
         for layer, logical in enumerate(logical_paths(leaf_path, leaf.shape)):
-            name, transposed = hf_tensor(logical)
+            name, transposed, _ = hf_tensor(logical)
             value = np.asarray(leaf[layer] if leaf_path[0] == "layers" else leaf)
             weights[name] = np.ascontiguousarray(value.T if transposed else value)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -116,6 +116,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         config = {
             "output": str(tmp_path / "run"),
+            "report_samples": 0,
             "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
             "data": {
                 "source": conversations,
@@ -124,6 +125,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
                 "batch_size": 2,
                 "sequence_length": 96,
                 "max_held_out": 4,
+                "cache": str(tmp_path / "tokens"),
             },
             "resolve": {"aggregator": "pcgrad", "blocks": "layer"},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},

@@ -41,6 +41,7 @@ def name(page: Path) -> str:
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, monkeypatch, tmp_path):
     """A text block directly after a Python block is that block's output."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as of a script in that folder
     fences = _FENCE.findall(page.read_text())
     namespace: dict = {"__name__": page.stem}
     for (kind, code), following in zip(fences, [*fences[1:], ("", "")], strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoo import stacked_value_and_grad
-from jaxmoo.errors import DataError
+from jaxmoo.errors import ConfigError, DataError
 
 
 def loss(params, batch):
@@ -39,6 +39,43 @@ def test_auxiliary_data_is_returned_per_objective(problem):
     (losses, sums), _ = fn(params, batch)
     assert losses.shape == (4,)
     np.testing.assert_allclose(sums, batch["y"].sum(1), rtol=1e-6)
+
+
+def test_further_arguments_are_shared_or_have_a_value_per_objective(problem):
+    params, batch = problem
+
+    def scaled(p, b, factor, name, *, power):
+        return loss(p, b) * factor**power if name == "scaled" else loss(p, b)
+
+    factors = jnp.arange(1.0, 5.0)
+    losses, gradients = stacked_value_and_grad(scaled, in_axes=(0, None))(
+        params, batch, factors, "scaled", power=2
+    )
+    plain, wanted = stacked_value_and_grad(loss)(params, batch)
+    np.testing.assert_allclose(losses, plain * factors**2, rtol=1e-6)
+    for found, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        by = (factors**2).reshape(-1, *(1,) * (exact.ndim - 1))
+        np.testing.assert_allclose(found, exact * by, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="one for each of the 1 arguments after the batch"):
+        stacked_value_and_grad(scaled, in_axes=(0, None))(params, batch, factors)
+
+
+def test_objectives_may_be_functions_of_their_own(problem):
+    """Each gets all arguments as they are; losses that are not finite are marked here too."""
+    params, batch = problem
+    functions = [
+        lambda p, b: (loss(p, jax.tree.map(lambda x: x[0], b)), "first"),
+        lambda p, b: (loss(p, jax.tree.map(lambda x: x[1], b)) + jnp.inf, "second"),
+    ]
+    (losses, aux), found = stacked_value_and_grad(functions, has_aux=True)(params, batch)
+    plain, wanted = stacked_value_and_grad(loss)(params, batch)
+    assert aux == ["first", "second"]
+    np.testing.assert_allclose(losses[0], plain[0], rtol=1e-6)
+    for name in params:
+        np.testing.assert_allclose(found[name][0], wanted[name][0], rtol=1e-5, atol=1e-6)
+        assert np.isnan(found[name][1]).all()
+    with pytest.raises(ConfigError, match="one per objective; found none"):
+        stacked_value_and_grad([])
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient(problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -63,3 +64,29 @@ def test_faults_are_found(structure, tmp_path):
     assert numbers["imports that run up"] == "1 of 2"
     assert numbers["circles of modules (modules in them)"] == "1 (2)"
     assert numbers["files to touch: aggregator"] == "?"
+
+
+# Where `Path` is given what is a path of this machine for certain, or a mere name.
+MADE_OF_LOCAL_NAMES = {
+    "data/sources/source.py",
+    "engine/jaxprs.py",
+    "hf/directory.py",
+    "hf/source.py",
+    "hf/weights.py",
+    "hf/wheels.py",
+    "runs/checkpoint.py",
+}
+
+
+def test_texts_become_paths_in_one_place():
+    """Elsewhere, `Path(text)` would take s3://bucket/x for a directory of this machine."""
+    found = set()
+    for file in (ROOT / "jaxmoo").rglob("*.py"):
+        name = file.relative_to(ROOT / "jaxmoo").as_posix()
+        for node in ast.walk(ast.parse(file.read_text())):
+            made = isinstance(node, ast.Call) and ast.unparse(node.func) == "Path" and node.args
+            own = made and ast.unparse(node.args[0]) == "__file__"
+            if made and not own and not isinstance(node.args[0], ast.Constant):
+                found.add(name)
+    strangers = {name for name in found if not name.startswith("files/")} - MADE_OF_LOCAL_NAMES
+    assert strangers == set(), "use jaxmoo.files.outputs.typed_path there"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmoo.models import logical_paths, named_leaves
+from jaxmoo.models.families import FAMILIES
 
 if TYPE_CHECKING:  # seconds of importing, which only those pay for who make a model
     import torch
@@ -33,6 +34,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+NEAR_NEAR_FAR = ["sliding_attention", "sliding_attention", "full_attention"]
 # Every architecture and switch that is read from a config.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -43,6 +45,57 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
     "qwen3_window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    "qwen2_windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "gemma3_text": {
+        "sliding_window": 7,
+        "layer_types": NEAR_NEAR_FAR,
+        "query_pre_attn_scalar": 13,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma2": {
+        "sliding_window": 7,
+        "query_pre_attn_scalar": 13,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "olmo2": {},
+    "olmo3": {
+        "sliding_window": 7,
+        "layer_types": NEAR_NEAR_FAR,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "apertus": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"sliding_window": 7, "layer_types": NEAR_NEAR_FAR},
+    "phi3": {
+        "head_dim": 8,
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2],
+            "long_factor": [1.0, 2.0, 5.0],
+        },
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    },
 }
 
 
@@ -51,7 +104,8 @@ def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     import torch
     import transformers
 
-    model_type = variant.split("_")[0].replace("llama3", "llama")
+    model_type = variant if variant in FAMILIES else variant.split("_")[0]
+    model_type = model_type.replace("llama3", "llama")
     settings = {**SIZES, **VARIANTS[variant], **overrides}
     config = transformers.AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
@@ -59,7 +113,9 @@ def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                # Gemma's scales are stored less 1.
+                one = 0 if model_type.startswith("gemma") else 1
+                parameter.copy_(one + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.15 * torch.randn_like(parameter))
     return model.eval()

@@ -14,6 +14,7 @@ from jaxmoo.aggregators.aggregate import gram as gram
 from jaxmoo.aggregators.aggregator import Aggregator as Aggregator
 from jaxmoo.aggregators.aggregator import get as get
 from jaxmoo.aggregators.aggregator import names as names
+from jaxmoo.aggregators.aggregator import register as register
 from jaxmoo.aggregators.weighing import combine_block as combine_block
 from jaxmoo.aggregators.weighing import init_blocks as init_blocks
 from jaxmoo.aggregators.weighing import weigh_block as weigh_block

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -17,6 +17,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.registry import Registry
 
 State = Any  # a pytree of arrays
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 def stateless(num_objectives: int) -> State:
@@ -87,7 +88,22 @@ class Aggregator:
 
 
 _registry = Registry("aggregator", Aggregator)
-register = _registry.register
+
+
+def register(factory: Factory) -> Factory:
+    """Let a method be found by its name, by :func:`get` and so in a configuration.
+
+    For a method of your own; see ``docs/own-method.md``. In a configuration of a training run,
+    ``resolve.aggregator: package.module:function`` needs no registration.
+
+    Args:
+      factory: a function of the method's options that returns an :class:`Aggregator`; its name is
+        the method's.
+
+    Returns:
+      The factory, which now gives the same object for the same options.
+    """
+    return _registry.register(factory)
 
 
 def names() -> tuple[str, ...]:
@@ -107,14 +123,16 @@ def get(name: str | Aggregator, **options: Any) -> Aggregator:
     """An aggregator by name.
 
     Args:
-      name: one of :func:`names`, or an aggregator, which is returned as it is.
+      name: one of :func:`names`; ``"package.module:object"``, from where another factory or an
+        aggregator is imported; or an aggregator, which is returned as it is.
       **options: parameters of the method's factory.
 
     Returns:
       The aggregator.
 
     Raises:
-      ConfigError: if the name or an option is unknown, or an option is out of range.
+      ConfigError: if the name or an option is unknown, an option is out of range, or what is
+        imported is not there or no aggregator.
 
     Example:
       >>> get("cagrad", c=0.4)

@@ -32,7 +32,7 @@ from jaxmoo.convert.models import open_model
 from jaxmoo.data.load import load_data
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.atomic import replace_text
-from jaxmoo.files.outputs import check_writable
+from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.hf.directory import first_process
@@ -126,7 +126,7 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
       ConfigError, DataError, CheckpointError, DownloadError: before any model is run.
     """
     say = say if is_first() else _silence
-    directory = request.output or Path(request.run) / "analysis"
+    directory = request.output or typed_path(request.run) / "analysis"
     first_process(lambda: check_writable(directory, "--output"), _WRITE)
     inputs = _check(request, say)
     check_same(
@@ -269,7 +269,7 @@ def _measure(request: Request, inputs: _Inputs, say: Callable[[str], None]) -> _
     found = _Measured({}, {})
     if inputs.batch is None and inputs.sentences is None:
         return found
-    device_mesh = mesh.make_mesh(2 * len(inputs.config.data.seen), **request.mesh)
+    device_mesh = mesh.make_mesh(2 * len(inputs.config.data.seen), **dict[str, Any](request.mesh))
     if inputs.batch is not None:
         check_examples(request.examples, device_mesh)
     for name, model in _models(request, inputs, device_mesh):
@@ -338,8 +338,8 @@ def _sections(
 def _settings(request: Request, inputs: _Inputs) -> dict[str, Any]:
     config, resolve = inputs.config, inputs.config.resolve
     settings: dict[str, Any] = {
-        "run": Path(request.run).name,
-        "model": Path(config.model.source).name,
+        "run": typed_path(request.run).name,
+        "model": typed_path(config.model.source).name,
         "trained": config.model.trainable
         if config.lora.rank is None
         else f"adapters of rank {config.lora.rank} on {config.model.trainable}",
@@ -382,7 +382,7 @@ def _page(
         body.append(f"<h2>Not measured</h2><ul>{items}</ul>")
     rows = [[name, _shown(value)] for name, value in settings.items()]
     body.append('<h2 id="settings">Settings</h2>' + table([], rows, "settings"))
-    return page(f"Analysis of {Path(request.run).name}", "\n".join(body))
+    return page(f"Analysis of {typed_path(request.run).name}", "\n".join(body))
 
 
 def _shown(value: Any) -> str:

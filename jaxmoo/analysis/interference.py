@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jaxmoo.config.training import Config, differences, load_config
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate import LanguageScore
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.runs.directory import RunDirectory
 
 __all__ = ["Interference", "interference"]
@@ -54,7 +55,7 @@ def interference(joint: Path, singles: Sequence[Path]) -> dict[str, Interference
       ConfigError: a run is not complete, or its settings do not suit the comparison.
       DataError: runs were evaluated on different examples.
     """
-    config, before, after = _results(Path(joint))
+    config, before, after = _results(typed_path(joint))
     found = {}
     for path in map(Path, singles):
         alone, first, last = _results(path)
@@ -73,7 +74,7 @@ def interference(joint: Path, singles: Sequence[Path]) -> dict[str, Interference
                 f"{joint} and {path} cannot be compared; their settings differ:\n  "
                 + "\n  ".join(changed)
             )
-        _check_same_examples(Path(joint), path, language, before[language], first[language])
+        _check_same_examples(typed_path(joint), path, language, before[language], first[language])
         found[language] = Interference(
             before[language].nll, after[language].nll, last[language].nll
         )

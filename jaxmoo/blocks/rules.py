@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxmoo.blocks.piece import Blocks, Piece, Rule, natural_key
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.registry import imported, is_path
 from jaxmoo.sizes import parse_size
 
 # A path component that numbers a layer: "3", or Flax Linen's "Dense_3".
@@ -304,11 +306,13 @@ def get(spec: Rule) -> Blocks:
 
     Args:
       spec: ``"whole"``, ``"layer"``, ``"module"``, ``"leaf"``, ``"bytes:25MiB"``,
-        ``"slices:16"``, ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; or a function
-        path -> name.
+        ``"slices:16"``, ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; a function path
+        -> name; or ``"package.module:object"``, where such a function or :class:`Blocks` are
+        imported from.
 
     Raises:
-      ConfigError: the form is unknown or its number cannot be read.
+      ConfigError: the form is unknown, its number cannot be read, or what is imported is not
+        there or of another kind.
 
     Example:
       >>> get("random:32").spec
@@ -335,7 +339,24 @@ def get(spec: Rule) -> Blocks:
         return slices(int(rest))
     if kind == "random" and re.fullmatch(r"\d+(:\d+)?", rest):
         return random(*map(int, rest.split(":")))
+    if is_path(str(spec)) and kind not in _KINDS:
+        return _own(str(spec))
     raise ConfigError(
         f"Unknown blocks {spec!r}.{did_you_mean(kind, _KINDS)} Expected one of "
         f"{', '.join(_FORMS)}, or a function from path to name."
     )
+
+
+def _own(path: str) -> Blocks:
+    """Blocks of the user's, imported from ``"package.module:object"``."""
+    found = imported(path, "blocks")
+    if isinstance(found, Blocks):
+        return found
+    try:
+        inspect.signature(found).bind("path")
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"Blocks {path!r}: expected a function from a parameter's path to the name of its "
+            f"block, or jaxmoo.blocks.Blocks; found {found!r}."
+        ) from None
+    return by(found, path)

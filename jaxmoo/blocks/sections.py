@@ -12,7 +12,9 @@ import numpy as np
 
 __all__ = [
     "Section",
+    "alike",
     "cut",
+    "join",
     "of_sections",
     "section_key",
     "section_place",
@@ -23,6 +25,7 @@ __all__ = [
 
 # Numbers up to which sums by block go over all sections, block by block.
 _FEW = 2**20
+_JOINED = 2**20  # entries up to which arrays are joined
 
 
 class Section(NamedTuple):
@@ -47,6 +50,41 @@ def cut(x: jax.Array, count: int) -> jax.Array:
     if x.ndim > 1 and x.shape[1] == count:
         return x
     return x.reshape(x.shape[0], count, -1)
+
+
+def alike(arrays: Sequence[jax.Array]) -> list[list[int]]:
+    """Find small arrays [K, S, ...] with sections of one size, to be joined.
+
+    What is done to every array by itself is also compiled for every array by itself. A large array
+    is not worth the copy.
+
+    Returns:
+      Numbers of arrays, a list for those to be joined.
+
+    Example:
+      >>> alike([jnp.ones((2, 1, 3)), jnp.ones((2, 1, 4)), jnp.ones((2, 5, 3))])
+      [[0, 2], [1]]
+    """
+    found: list[list[int]] = []
+    last: dict[Any, tuple[list[int], int]] = {}
+    for number, x in enumerate(arrays):
+        kind = (math.prod(x.shape[2:]), x.dtype)
+        group, entries = last.get(kind, ([], _JOINED))
+        if entries + x.size > _JOINED:
+            group, entries = [], 0
+            found.append(group)
+        group.append(number)
+        last[kind] = (group, entries + x.size)
+    return found
+
+
+def join(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays [K, S, ...] with sections of one size as one array [K, sum of S, size]."""
+    if len(arrays) == 1:
+        return arrays[0]
+    # Section by section in memory, as batches of products are laid out.
+    rows = [x.reshape(*x.shape[:2], -1).swapaxes(0, 1) for x in arrays]
+    return jnp.concatenate(rows).swapaxes(0, 1)
 
 
 @jax.named_scope("gram")

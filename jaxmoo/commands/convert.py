@@ -11,11 +11,14 @@ import jax
 from jaxmoo.commands.command import command
 from jaxmoo.convert.compare import compare
 from jaxmoo.convert.describe import describe
+from jaxmoo.convert.gguf import to_gguf
 from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target
 from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.gguf_write import KINDS
+from jaxmoo.hf.push import prepare_push, push
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
 
@@ -26,6 +29,7 @@ _EXAMPLES = """examples:
   jaxmoo convert from-hf path/to/hf-model path/to/checkpoint
   jaxmoo convert to-hf path/to/checkpoint path/to/hf-copy
   jaxmoo convert from-gguf path/to/model.gguf path/to/hf-model
+  jaxmoo convert to-gguf runs/quickstart quickstart.gguf --type q8_0
   jaxmoo convert verify path/to/hf-model path/to/hf-copy
   jaxmoo convert to-hf runs/quickstart exported --step 30 --dtype bfloat16
   jaxmoo convert to-hf runs/lora adapter --adapter
@@ -99,6 +103,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-file-size", default="5GB", help="size of a file of weights (5GB)")
 
+    sub.add_argument("--push-to-hub", metavar="REPO", help="upload it, with its card")
+    sub.add_argument("--private", action="store_true", help="to a private repository, if made")
+
+    sub = add("to-gguf", "A model of any kind -> GGUF file, for llama.cpp and Ollama")
+    sub.add_argument(
+        "source", help="Hugging Face directory, adapters, checkpoint, training run or model's name"
+    )
+    sub.add_argument("out", type=typed_path, help="file to make, .gguf")
+    sub.add_argument("--type", choices=list(KINDS), help="of the matrices (as the model came)")
+    sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
+    sub.add_argument("--base", help="model that the run or adapters began with, if moved")
+
     sub = add("verify", "Compare two models: every tensor, and the logits of a prompt")
     sub.add_argument("a", help="Hugging Face directory, checkpoint or training run")
     sub.add_argument("b", help="the same")
@@ -125,12 +141,21 @@ def _from_gguf(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    if options.push_to_hub:  # before long work
+        options.push_to_hub = prepare_push(options.push_to_hub, options.private or None)
+    _write_hf(options)
+    if options.push_to_hub:
+        print(f"Uploaded: {push(options.out, options.push_to_hub, 'jaxmoo convert to-hf')}")
+    return 0
+
+
+def _write_hf(options: argparse.Namespace) -> None:
     if options.adapter:
         if options.dtype is not None:
             raise ConfigError("--dtype does not go with --adapter: adapters are float32")
         to_adapter(options.source, options.out, step=options.step, base=options.base)
         print(f"Wrote {options.out} (PEFT format).")
-        return 0
+        return
     to_hf(
         options.source,
         options.out,
@@ -140,6 +165,17 @@ def _to_hf(options: argparse.Namespace) -> int:
         base=options.base,
     )
     print(f"Wrote {options.out} (Hugging Face format).")
+
+
+def _to_gguf(options: argparse.Namespace) -> int:
+    to_gguf(
+        _directory(options.source),
+        options.out,
+        kind=options.type,
+        step=options.step,
+        base=options.base,
+    )
+    print(f"Wrote {options.out} (GGUF).")
     return 0
 
 
@@ -159,6 +195,7 @@ _COMMANDS = {
     "from-hf": _from_hf,
     "from-gguf": _from_gguf,
     "to-hf": _to_hf,
+    "to-gguf": _to_gguf,
     "verify": _verify,
     "inspect": _inspect,
 }

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoo.commands.command import command, pairs
+from jaxmoo.commands.compare import add_resampling, show
 from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.config import ColumnsConfig, DataConfig, load_config
 from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
-from jaxmoo.evaluate.compare import compare
 from jaxmoo.evaluate.evaluation import Evaluation, evaluate
-from jaxmoo.evaluate.results import ResultStore, read_results
+from jaxmoo.evaluate.results import ResultStore
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source
 from jaxmoo.hf.directory import first_process
@@ -41,7 +40,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo evaluate") 
     """Run the command; return its exit code: see `command`. What was done is stored."""
     options = _parser(prog).parse_args(arguments)
     if options.compare is not None:
-        return _compare(options)
+        with named_when_full("Use a smaller --batch-size, or more devices."):
+            a, b = options.compare
+            return show(a, b, options)
     return together(options, lambda: _evaluate(options))
 
 
@@ -71,8 +72,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "examples",
         "By default those that a run holds out: of --config, else of the run that --model names. "
-        "With --data every example of that source. Other data settings come from the same config, "
-        "or from the options below.",
+        "With --data every example of that source, which --config or the options below describe; a "
+        "run that --model names then gives its languages and how it is prompted, no more.",
     )
     group.add_argument("--config", help="settings of a training run, for its data")
     group.add_argument("--data", help="source of examples, in any form that data.source takes")
@@ -123,7 +124,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--max-length",
         type=int,
         metavar="N",
-        help="most tokens of a sequence (data.sequence_length of the config, else the model's)",
+        help="most tokens of a sequence (data.sequence_length of the config, or of a run on its "
+        "own examples; else the model's)",
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_mesh(group, ("data", "fsdp", "tensor"))
@@ -135,22 +137,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         nargs=2,
         type=typed_path,
         metavar=("A", "B"),
-        help="compare two results of the same examples; --output also writes the numbers",
+        help="compare two results of the same examples, runs or exported models, as `jaxmoo "
+        "compare` does; --output also writes the numbers",
     )
-    group.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (2000)")
-    group.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    add_resampling(group)
     return parser
-
-
-def _compare(options: argparse.Namespace) -> int:
-    if options.resamples < 100:
-        raise ConfigError(f"--resamples takes at least 100, found {options.resamples}.")
-    a, b = map(read_results, options.compare)
-    found = compare(a, b, resamples=options.resamples, seed=options.seed)
-    print(f"A: {a.path} ({a.model})\nB: {b.path} ({b.model})\n\n{found.table()}")
-    if options.output is not None:
-        options.output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", "utf-8")
-    return 0
 
 
 def _settings(options: argparse.Namespace) -> Evaluation:
@@ -160,7 +151,7 @@ def _settings(options: argparse.Namespace) -> Evaluation:
     first_process(lambda: ResultStore(options.output), "write the results")
     path = typed_path(options.model)
     model = path if path.is_dir() else resolve_source(options.model)
-    config = _run_config(options, model)
+    config, run = _config(options, model)
     held_out = options.data is None
     if config is None and (options.data is None or options.languages is None):
         raise ConfigError(
@@ -175,7 +166,7 @@ def _settings(options: argparse.Namespace) -> Evaluation:
     limit, length = options.max_examples, options.max_length
     if limit is None and held_out:
         limit = data.max_held_out
-    if length is None and config is not None:
+    if length is None and config is not None and not run:
         length = data.sequence_length
     return Evaluation(
         name=options.model,
@@ -199,12 +190,26 @@ def _settings(options: argparse.Namespace) -> Evaluation:
     )
 
 
-def _run_config(options: argparse.Namespace, model: Path) -> DataConfig | None:
+def _config(options: argparse.Namespace, model: Path) -> tuple[DataConfig | None, bool]:
+    """Settings of data, and whether other data than a run's own is evaluated by its settings."""
     if options.config is not None:
-        return load_config(options.config).data
-    if kind_of(model) == "run":
-        return load_config(RunDirectory(model).config).data
-    return None
+        return load_config(options.config).data, False
+    if kind_of(model) != "run":
+        return None, False
+    data = load_config(RunDirectory(model).config).data
+    if options.data is None:
+        return data, False
+    # The run says how its model is prompted, and nothing about data that is not its own, so that
+    # the same command evaluates a model before and after it was trained.
+    own = DataConfig(
+        source=options.data,
+        seen=data.seen,
+        unseen=data.unseen,
+        chat_template=data.chat_template,
+        date=data.date,
+        special_tokens=data.special_tokens,
+    )
+    return own, True
 
 
 def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
@@ -212,6 +217,7 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
         config = DataConfig(source=options.data, seen=options.languages)
     changes = {
         "source": options.data,
+        "sources": None if options.data is None else [],
         "codes": pairs("--codes", options.codes),
         "language_column": options.language_column,
         "subset": options.subset,
@@ -225,5 +231,6 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
             if key not in known:
                 raise ConfigError(f"--columns takes {', '.join(known)}, found {key!r}.")
         changes["columns"] = ColumnsConfig(**columns)
+        config = dataclasses.replace(config, prompt=None, completion=None)
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(config, **given)

@@ -17,14 +17,18 @@ __all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {
     "train": "fine-tune one model on many languages, or go on with a run",
+    "launch": "train in several processes of one machine, and go on with those left",
     "data": "show the data of a run as training will see it",
     "plan": "what a run will cost, before there are devices, weights or data",
     "evaluate": "score a model language by language, or compare two results",
+    "generate": "let a model reply to prompts, many at a time",
+    "compare": "compare two runs, exported models or results, with intervals",
     "analyze": "measure what training did: conflict, stationarity, neurons, interference",
     "study": "train a grid of runs and compare them, with confidence intervals",
     "convert": "convert models between formats, exactly; compare and describe them",
     "methods": "list the methods that resolve conflicts, the kinds of blocks, the loss weightings",
     "configs": "list the example configs, or copy them",
+    "doctor": "show versions, devices, what is installed and what each part would need",
 }
 
 

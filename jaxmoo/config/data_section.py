@@ -7,15 +7,26 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
+from typing import Any
 
+from jaxmoo.config.field_text import check_texts
 from jaxmoo.config.schema import MISSING, Range, setting
+from jaxmoo.config.several_sources import check_entry, with_entry
 from jaxmoo.errors import did_you_mean
 
-__all__ = ["ColumnsConfig", "DataConfig", "SamplingConfig", "check_data", "is_date"]
+__all__ = [
+    "ColumnsConfig",
+    "DataConfig",
+    "LengthsConfig",
+    "SamplingConfig",
+    "check_data",
+    "is_date",
+]
 
 _AT_LEAST_1 = Range(least=1)
 _POSITIVE = Range(above=0)
 _FRACTION = Range(least=0, below=1)
+_TEXTS = "text, or texts by language such as {en: '{question}', fr: '{question}'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +43,27 @@ class ColumnsConfig:
         None,
         "Column that names what belongs together, such as translations of one text: a group is "
         "held out as a whole.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthsConfig:
+    """Examples that are too short or too long to be used, for training and evaluation."""
+
+    min_characters: int | None = setting(
+        None, "Least characters of an example, prompt and reply together.", within=_AT_LEAST_1
+    )
+    max_characters: int | None = setting(
+        None, "Most characters of an example, prompt and reply together.", within=_AT_LEAST_1
+    )
+    min_tokens: int | None = setting(
+        None, "Least tokens of an example as the chat template renders it.", within=_AT_LEAST_1
+    )
+    max_tokens: int | None = setting(
+        None,
+        "Most tokens of an example as the chat template renders it; what is longer than "
+        "`data.sequence_length` only is truncated.",
+        within=_AT_LEAST_1,
     )
 
 
@@ -54,11 +86,26 @@ class SamplingConfig:
 class DataConfig:
     """The examples of every language."""
 
-    source: str = setting(
-        MISSING,
+    source: str | None = setting(
+        None,
         "Where the examples come from: `chatterbot` (built in), a file pattern such as "
         "`data/{language}.jsonl` (also .json, .parquet, .csv, and those of text as .gz or .zst), a "
-        "directory of such files, or the id of a data set on a Hugging Face hub.",
+        "directory of such files, or the id of a data set on a Hugging Face hub. Either this or "
+        "`data.sources` must be given.",
+    )
+    sources: list[dict[str, Any]] = setting(
+        [],
+        "Several sources instead of one: mappings with `source` and, where they differ from those "
+        "below, `columns`, `prompt`, `completion`, `system`, `codes`, `language_column`, `subset`, "
+        "`split`. `weight`, of all of them or of none, is a source's share of a language's "
+        "training examples; without, every example counts alike.",
+    )
+    held_out_source: Any = setting(
+        None,
+        "Where held-out examples come from, if not from the training data: as `data.source`, or a "
+        "mapping as in `data.sources`, such as `{split: validation}`. Then `data.held_out` has no "
+        "effect.",
+        expected="text, or a mapping such as {split: validation}",
     )
     seen: list[str] = setting(
         MISSING, "Languages to train on, by their code in the data. Each gives one gradient."
@@ -130,6 +177,11 @@ class DataConfig:
     max_held_out: int | None = setting(
         None, "Most examples evaluated per language; null evaluates all.", within=_AT_LEAST_1
     )
+    train_unevaluated: bool = setting(
+        False,
+        "Train on the held-out examples beyond `data.max_held_out`, which are used for nothing "
+        "otherwise, but for those that share a prompt, group or reply with one that is evaluated.",
+    )
     disjoint_replies: bool = setting(
         False,
         "Hold out every example that shares its reply with a held-out one. Right where prompts "
@@ -148,6 +200,56 @@ class DataConfig:
     )
     split: str = setting("train", "Split of a hub data set; `{language}` stands for the language.")
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
+    prompt: Any = setting(
+        None,
+        "Text of a prompt with columns in it, such as `'{context}\\n\\n{question}'`, instead of a "
+        "column.",
+        expected=_TEXTS,
+    )
+    completion: Any = setting(
+        None, "Text of a reply with columns in it, such as `'{answers.text[0]}'`.", expected=_TEXTS
+    )
+    system: Any = setting(
+        None,
+        "Text of a system message before every conversation that has none, with or without columns "
+        "in it.",
+        expected=_TEXTS,
+    )
+    lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
+
+    cache: str = setting(
+        "auto",
+        "Directory in which tokenised data is kept, so that the next start, or the other processes "
+        "of a run, need only read it: `auto` is `tokens` in the user's cache directory "
+        "(`$JAXMOO_CACHE`), `none` keeps nothing. Streams are not kept.",
+        free=True,
+    )
+
+    @property
+    def each(self) -> list[DataConfig]:
+        """Settings of every source by itself."""
+        return [with_entry(self, entry, ColumnsConfig) for entry in self.sources] or [self]
+
+    @property
+    def own_held_out(self) -> DataConfig | None:
+        """Settings of the source of held-out examples, where they have one."""
+        entry = self.held_out_source
+        if entry is None:
+            return None
+        return with_entry(
+            self, {"source": entry} if isinstance(entry, str) else entry, ColumnsConfig
+        )
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Weights of the sources; None without any."""
+        found = [entry["weight"] for entry in self.sources if entry.get("weight") is not None]
+        return found or None
+
+    @property
+    def named(self) -> str:
+        """The source, or all of them, for people."""
+        return ", ".join(str(one.source) for one in self.each)
 
     @property
     def samples(self) -> bool:
@@ -179,7 +281,7 @@ _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 def check_data(data: DataConfig) -> list[str]:
     """Return what the settings of the data contradict each other in."""
-    problems = []
+    problems = _check_sources(data)
     if not data.seen:
         problems.append("data.seen is empty: name at least one language to train on.")
     for name, codes in (("seen", data.seen), ("unseen", data.unseen)):
@@ -197,16 +299,74 @@ def check_data(data: DataConfig) -> list[str]:
         problems.append(
             f"{', '.join(both)} in both data.seen and data.unseen: a language is one or the other."
         )
-    columns = data.columns
-    kinds = [columns.messages, columns.prompt or columns.completion, columns.text]
-    if sum(kind is not None for kind in kinds) > 1:
-        problems.append(
-            "data.columns takes either messages or prompt and completion or text: name columns of "
-            "one kind only."
-        )
     if data.date is not None and not is_date(data.date):
         problems.append(f"data.date is {data.date!r}, expected a date such as 2026-07-26.")
     return problems + _check_streaming(data) + _check_sampling(data)
+
+
+def _check_sources(data: DataConfig) -> list[str]:
+    if not data.sources:
+        if data.source in (None, MISSING):
+            return ["data.source is missing (Where the examples come from)."]
+    elif data.source is not None:
+        return ["data takes either source or sources, not both."]
+    columns = [field.name for field in dataclasses.fields(ColumnsConfig)]
+    entries = {f"data.sources[{number}]": entry for number, entry in enumerate(data.sources)}
+    problems = [f"{name} names no source." for name in entries if not entries[name].get("source")]
+    if isinstance(data.held_out_source, dict):
+        entries["data.held_out_source"] = data.held_out_source
+    elif data.held_out_source is not None and not isinstance(data.held_out_source, str):
+        problems.append(
+            f"data.held_out_source must be text or a mapping, found {data.held_out_source!r}."
+        )
+    for name, entry in entries.items():
+        problems += check_entry(name, entry, columns)
+    if problems:
+        return problems
+    if data.weights is not None and len(data.weights) != len(data.sources):
+        problems.append(
+            f"data.sources: {len(data.weights)} of {len(data.sources)} sources have a weight: give "
+            "one to all of them, or to none."
+        )
+    names = list(entries) if data.sources else ["data", *entries]
+    every, own = data.each, data.own_held_out
+    if own is not None:
+        every.append(own)
+        if own.source is None:
+            problems.append(
+                "data.held_out_source names no source, and of data.sources there are several."
+            )
+    for name, one in zip(names, every, strict=False):
+        problems += [text for text in _check_shape(name, one) if text not in problems]
+    return problems
+
+
+def _check_shape(name: str, data: DataConfig) -> list[str]:
+    """What contradicts each other in how one source's records become examples."""
+    columns, problems = data.columns, []
+    kinds = [columns.messages, columns.prompt or columns.completion, columns.text]
+    if sum(kind is not None for kind in kinds) > 1:
+        problems.append(
+            f"{name}.columns takes either messages or prompt and completion or text: name columns "
+            "of one kind only."
+        )
+    for key in ("prompt", "completion"):
+        if getattr(data, key) is not None and getattr(columns, key) is not None:
+            problems.append(f"{name} takes either {key} or columns.{key}, not both.")
+    if (data.prompt or data.completion) is not None and (columns.messages or columns.text):
+        problems.append(
+            f"{name}.prompt and {name}.completion make a prompt and its reply: remove "
+            f"{name}.columns.messages and {name}.columns.text."
+        )
+    # One of several sources may lack languages; whether it does is known when it is read.
+    languages = [] if name.startswith("data.sources") else [*data.seen, *data.unseen]
+    for key in ("prompt", "completion", "system"):
+        problems += check_texts(f"{name}.{key}", getattr(data, key), languages)
+    for unit in ("characters", "tokens"):
+        least, most = (getattr(data.lengths, f"{end}_{unit}") for end in ("min", "max"))
+        if least is not None and most is not None and least > most:
+            problems.append(f"data.lengths.min_{unit} is {least}, more than max_{unit}, {most}.")
+    return problems
 
 
 def _check_streaming(data: DataConfig) -> list[str]:
@@ -215,14 +375,21 @@ def _check_streaming(data: DataConfig) -> list[str]:
     wrong = {
         "data.max_held_out must be set": data.max_held_out is None,
         "data.disjoint_replies must be false": data.disjoint_replies,
+        "data.train_unevaluated must be false": data.train_unevaluated,
         "data.sampling.temperature must be null (give weights)": data.sampling.temperature
         is not None,
     }
-    return [
+    problems = [
         f"data.streaming: {text}, for nobody knows all the examples of a stream."
         for text, found in wrong.items()
         if found
     ]
+    if data.sources or data.held_out_source is not None:
+        problems.append(
+            "data.streaming reads one source, and holds out examples of its own: set data.source, "
+            "and no data.sources and data.held_out_source, or set data.streaming=false."
+        )
+    return problems
 
 
 def _check_sampling(data: DataConfig) -> list[str]:

@@ -183,8 +183,11 @@ def _override(schema: type, text: str, given: dict[str, _Given], problems: list[
         problems.append(where + _unknown(schema, name))
         return
     # Text is taken as it is unless quoted: regular expressions are full of YAML's own signs.
-    is_text = leaf is not None and leaf.base is str
-    literal = is_text and not re.fullmatch(r"|null|~|'.*'|\".*\"", raw)
+    is_text = leaf is not None and leaf.base in (str, Any)
+    other = r"|null|~|'.*'|\".*\""
+    if leaf is not None and leaf.base is Any:  # a text, or a mapping: {question} is the former
+        other += r"|\{\s*[\w-]+\s*:\s.*\}"
+    literal = is_text and not re.fullmatch(other, raw, re.DOTALL)
     try:
         loader = Loader(raw)
         node = None if literal else loader.get_single_node()

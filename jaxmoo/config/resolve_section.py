@@ -12,6 +12,7 @@ import jax
 from jaxmoo import aggregators, blocks, weighting
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.registry import is_path
 from jaxmoo.sketched import check_sketchable, sketch_size
 
 __all__ = ["ResolveConfig", "check_gram", "check_resolve", "check_sampled"]
@@ -25,14 +26,17 @@ class ResolveConfig:
     """How the languages' gradients become one update."""
 
     aggregator: str = setting(
-        "cagrad", "Method that resolves conflicts; `mean` is plain fine-tuning."
+        "cagrad",
+        "Method that resolves conflicts; `mean` is plain fine-tuning. `package.module:object` is "
+        "one of your own: a function of `options`, or an aggregator.",
     )
     options: dict[str, Any] = setting({}, "Options of the method, such as `{c: 0.5}` for `cagrad`.")
     blocks: str = setting(
         "layer",
         "How the parameters are cut into blocks that are resolved one by one: `whole`, `layer`, "
         "`module`, `leaf`, `bytes:25MiB` (buckets of that size), `shard` (each device's own piece: "
-        "the result depends on the mesh) or `random:32` (a control).",
+        "the result depends on the mesh), `random:32` (a control), or `package.module:function`, "
+        "yours, from a parameter's path to the name of its block.",
     )
     vocabulary_slices: int | None = setting(
         None,
@@ -108,7 +112,8 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     """Return what is wrong with the settings of the resolution, a sentence each."""
     problems = []
     methods = aggregators.names()
-    if resolve.aggregator not in methods:
+    own = is_path(resolve.aggregator)
+    if resolve.aggregator not in methods and not own:
         problems.append(
             f"resolve.aggregator: unknown method {resolve.aggregator!r}."
             f"{did_you_mean(resolve.aggregator, methods)} There are {', '.join(methods)}."
@@ -117,7 +122,11 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
         try:
             method = aggregators.get(resolve.aggregator, **resolve.options)
         except (TypeError, ValueError) as error:
-            problems.append(f"resolve.options do not suit {resolve.aggregator}: {error}")
+            problems.append(
+                f"resolve.aggregator: {error}"
+                if own
+                else f"resolve.options do not suit {resolve.aggregator}: {error}"
+            )
         else:
             if method.cross_gram:
                 problems.append(

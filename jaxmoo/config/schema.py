@@ -83,6 +83,7 @@ def setting(
     choices: Sequence[str] = (),
     within: Range | None = None,
     free: bool = False,
+    expected: str = "",
 ) -> Any:
     """Declare one setting as a dataclass field.
 
@@ -92,8 +93,10 @@ def setting(
       choices: the valid values, where they are few and fixed.
       within: the valid numbers.
       free: whether an interrupted run may be resumed with another value.
+      expected: the values it takes, in words, where its type is ``Any``.
     """
     metadata = {"doc": doc, "choices": tuple(choices), "within": within, "free": free}
+    metadata["words"] = expected
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -113,22 +116,23 @@ class Leaf:
     choices: tuple[str, ...]
     within: Range | None
     free: bool
+    words: str = ""
 
     @property
     def optional(self) -> bool:
         """Whether null is a value."""
-        return type(None) in typing.get_args(self.type)
+        return self.type is Any or type(None) in typing.get_args(self.type)
 
     @property
     def base(self) -> Any:
         """The type without ``| None``."""
         kinds = [kind for kind in typing.get_args(self.type) if kind is not type(None)]
-        return kinds[0] if self.optional else self.type
+        return kinds[0] if self.optional and kinds else self.type
 
     @property
     def expected(self) -> str:
         """The values the setting takes, in words."""
-        words = _WORDS[self.base]
+        words = self.words or _WORDS[self.base]
         if self.choices:
             words = "one of " + ", ".join(self.choices)
         if self.within is not None:
@@ -154,6 +158,7 @@ _WORDS = {
     int: "an integer",
     float: "a number",
     str: "text",
+    int | str: "an integer or text",
     list[str]: "a list such as [en, fr]",
     list[int]: "a list such as [1, 2]",
     list[float]: "a list such as [1e-4, 3e-4]",
@@ -162,6 +167,7 @@ _WORDS = {
     dict[str, float]: "a mapping to numbers such as {en: 2}",
     dict[str, list[str]]: "a mapping to lists such as {mean: [resolve.aggregator=mean]}",
     dict[str, Any]: "a mapping such as {c: 0.5}",
+    list[dict[str, Any]]: "a list such as [{source: a.jsonl, weight: 2}, {source: b.jsonl}]",
 }
 
 

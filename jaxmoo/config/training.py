@@ -11,6 +11,7 @@ else is derived from that by :mod:`jaxmoo.config.schema`: reading, checking, the
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,8 +21,13 @@ import yaml
 
 from jaxmoo.config import reading, schema
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig, SamplingConfig, check_data
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.config.lora_section import LoraConfig, check_lora
-from jaxmoo.config.optimizer_section import OptimizerConfig
+from jaxmoo.config.optimizer_section import (
+    OptimizerConfig,
+    check_optimizer,
+    planned_from,
+)
 from jaxmoo.config.resolve_section import (
     ResolveConfig,
     check_gram,
@@ -107,8 +113,9 @@ class TrainConfig:
 
     steps: int = setting(
         MISSING,
-        "Optimiser steps. A run may be resumed with another number only when `optimizer.decay` is "
-        "`constant`; otherwise the schedule depends on it.",
+        "Optimiser steps. A run may be resumed with another number as long as its learning rates "
+        "so far do not depend on it: with `optimizer.decay=constant`, or with `wsd` before the "
+        "learning rate falls.",
         within=_AT_LEAST_1,
     )
     microbatches: int = setting(
@@ -150,11 +157,20 @@ class TrainConfig:
         choices=("last", "best"),
         free=True,
     )
-    checkpoint_every: int = setting(
-        0, "Steps between checkpoints; 0 saves only at the end.", within=_AT_LEAST_0, free=True
+    checkpoint_every: int | str = setting(
+        "10min",
+        "Between checkpoints: a time such as `90s`, `10min` or `2h`, by the clock of the first "
+        "process, or a number of steps; 0 saves only at the end.",
+        free=True,
     )
     keep_checkpoints: int = setting(
         2, "Newest checkpoints to keep; older ones are deleted.", within=_AT_LEAST_1, free=True
+    )
+    stop_file: str | None = setting(
+        None,
+        "A file whose appearance, on any host, stops the run as SIGTERM does; it must not be there "
+        "at the start. null watches for none.",
+        free=True,
     )
     hang_timeout: float = setting(
         1800.0,
@@ -253,14 +269,47 @@ class Config:
     export: bool = setting(
         True, "Write the trained model to `export/`, in Hugging Face format.", free=True
     )
-    report: bool = setting(True, "Draw the plots of `report/` at the end.", free=True)
+    report: bool = setting(
+        True,
+        "Draw the plots of `report/` at the end; the exported model gets a copy of its page.",
+        free=True,
+    )
+    report_samples: int = setting(
+        1,
+        "Held-out prompts of each language whose replies, before and after training, are in the "
+        "report.",
+        within=Range(least=0),
+        free=True,
+    )
     tensorboard: bool = setting(
         True, "Write TensorBoard events to `tensorboard/`, besides `metrics.jsonl`.", free=True
     )
     wandb: str | None = setting(
         None,
-        "Project of Weights & Biases to which metrics are also sent (package `wandb`); the run is "
+        "Project of Weights & Biases to which metrics are also sent (extra `wandb`); the run is "
         "named after the output directory.",
+        free=True,
+    )
+    trackio: str | None = setting(
+        None, "Project of Trackio to which metrics are also sent (extra `trackio`).", free=True
+    )
+    mlflow: str | None = setting(
+        None,
+        "Experiment of MLflow to which metrics are also sent (extra `mlflow`); where to, "
+        "`MLFLOW_TRACKING_URI` says.",
+        free=True,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "Repository, such as `me/model`, on a Hugging Face hub, to which the export is uploaded at "
+        "the end, with its card; made at the start, so that a missing token is known before "
+        "training. Of `lora.export=both`, the merged model.",
+        free=True,
+    )
+    hub_private: bool | None = setting(
+        None,
+        "Whether `push_to_hub` makes a private repository; null leaves it to the hub (public, "
+        "unless the organisation says otherwise).",
         free=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -344,37 +393,41 @@ def validate(config: Config) -> None:
         ):
             if wanted and not config.train.evaluate_every:
                 problems.append(f"train.{name} needs evaluations: set train.evaluate_every.")
-        if config.optimizer.warmup_steps > config.train.steps:
-            problems.append(
-                f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than the "
-                f"{config.train.steps} of train.steps."
-            )
+        problems += check_optimizer(config.optimizer, config.train.steps)
+        if config.push_to_hub and not config.export:
+            problems.append("push_to_hub needs export=true.")
+        try:
+            parse_interval(config.train.checkpoint_every, "train.checkpoint_every")
+        except ConfigError as error:
+            problems.append(str(error))
     schema.raise_problems(problems)
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Config, new: Config, done: float = math.inf) -> list[str]:
     """Return how settings differ in a way that makes it wrong to resume one run as the other.
 
     Settings that only change what is watched, written or recomputed, or where, are left out. So
-    is ``train.steps`` when the learning rate does not depend on it, and ``data.date`` of a run that
-    noted none: whether its prompts are still the same is told by its batches.
+    is ``train.steps`` when the learning rates of the steps that are done do not depend on it, and
+    ``data.date`` of a run that noted none: whether its prompts are still the same is told by its
+    batches.
 
     Args:
       old: the settings the run was started with.
       new: those it is to go on with.
+      done: steps that are done; by default all of them.
 
     Returns:
       One text ``"section.key: old -> new"`` per difference, in the order of declaration.
     """
-    return _differences(schema.values(old), schema.values(new))
+    return _differences(schema.values(old), schema.values(new), done)
 
 
-def differences_from_yaml(old: str, new: Config) -> list[str]:
+def differences_from_yaml(old: str, new: Config, done: float = math.inf) -> list[str]:
     """Return how settings differ from those that :func:`to_yaml` wrote, as :func:`differences`.
 
     Settings that there were not yet when it wrote them are left out.
     """
-    return _differences(_written(old), _written(to_yaml(new)))
+    return _differences(_written(old), _written(to_yaml(new)), done)
 
 
 def _written(text: str) -> dict[str, Any]:
@@ -389,9 +442,8 @@ def _written(text: str) -> dict[str, Any]:
     return found
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    decay = "optimizer.decay"
-    steps_free = before.get(decay) == after.get(decay) == "constant"
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], done: float) -> list[str]:
+    steps_free = done <= min(_planned_from(before), _planned_from(after))
     return [
         f"{name}: {flow(before[name])} -> {flow(after[name])}"
         for name, leaf in schema.leaves(Config).items()
@@ -401,6 +453,13 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         and not (name == "train.steps" and steps_free)
         and not (name == "data.date" and before[name] is None)
     ]
+
+
+def _planned_from(found: Mapping[str, Any]) -> float:
+    """As :func:`planned_from`, of settings by name."""
+    section = "optimizer."
+    own = {name.removeprefix(section): x for name, x in found.items() if name.startswith(section)}
+    return planned_from(OptimizerConfig(**own), found.get("train.steps", 0))
 
 
 def dated(config: Config, date: str | None) -> Config:

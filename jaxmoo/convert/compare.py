@@ -14,6 +14,7 @@ from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data.table import plain_table
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.load import progress
 from jaxmoo.hf.save import Tensor, model_tensors
 from jaxmoo.hf.tokenizer import load_tokenizer
@@ -124,7 +125,7 @@ def compare(
     Raises:
       CheckpointError: when a directory is damaged or of no kind.
     """
-    a, b = Path(a), Path(b)
+    a, b = typed_path(a), typed_path(b)
     left, right = _tensors(a, steps[0], say), _tensors(b, steps[1], say)
     differences = []
     total = sum(left[name].nbytes for name in left)

@@ -17,6 +17,7 @@ from jaxmoo.convert.kinds import kind_of
 from jaxmoo.convert.models import stored_tensors
 from jaxmoo.data.table import plain_table
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter import describe_adapter
 from jaxmoo.hf.load import load_config, read_json
 from jaxmoo.hf.weights import Weights
@@ -41,7 +42,7 @@ def describe(path: Path) -> str:
     Raises:
       CheckpointError: when it is none of these, or damaged.
     """
-    path = Path(path)
+    path = typed_path(path)
     kind = kind_of(path)
     if kind == "run":
         return _run(RunDirectory(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxmoo.config.training import load_config as load_run_config
 from jaxmoo.errors import CheckpointError, JaxmooError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter import Adapters, describe_adapter, is_adapter
 from jaxmoo.hf.source import resolve_source
 from jaxmoo.runs.directory import RunDirectory
@@ -21,7 +22,7 @@ def kind_of(path: Path) -> str:
     Raises:
       CheckpointError: when it is none of them.
     """
-    path = Path(path)
+    path = typed_path(path)
     if RunDirectory(path).config.is_file():
         return "run"
     if (path / CHECKPOINT_FILE).is_file():
@@ -57,7 +58,7 @@ def source_of(path: Path, *, base: str | None = None) -> Path:
       CheckpointError: when the directory is of no kind.
       ConfigError, DownloadError: when the model that a run began with is not to be had.
     """
-    path = Path(path)
+    path = typed_path(path)
     kind = kind_of(path)
     if kind == "adapter":
         return base_of(path, describe_adapter(path), base)
@@ -76,8 +77,8 @@ def tokenizer_of(path: Path, source: Path) -> Path:
     Returns:
       ``source``, but for adapters that have a tokenizer of their own beside them.
     """
-    own = kind_of(path) == "adapter" and (Path(path) / "tokenizer.json").is_file()
-    return Path(path) if own else source
+    own = kind_of(path) == "adapter" and (typed_path(path) / "tokenizer.json").is_file()
+    return typed_path(path) if own else source
 
 
 def base_of(path: Path, adapters: Adapters, base: str | None) -> Path:

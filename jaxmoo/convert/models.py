@@ -34,6 +34,7 @@ from jaxmoo.data.tokenization.tokenizer import (
     read_template,
 )
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter import describe_adapter, load_adapter, save_adapter
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import check_target, first_process, new_directory, read_unchanged
@@ -108,7 +109,7 @@ def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> N
       CheckpointError: when ``out`` is not empty or ``source`` is damaged.
       ConfigError: when the architecture is not supported.
     """
-    source, out = Path(source), Path(out)
+    source, out = typed_path(source), typed_path(out)
     first_process(lambda: check_target(out))
     _check_tokenizer(source, load_config(source))
     model = load_model(source, param_dtype=None, shardings=spread)
@@ -162,10 +163,10 @@ def to_hf(
       CheckpointError: when ``out`` is not empty, or ``source`` is damaged, of another kind, or has
         no such step.
     """
-    out = Path(out)
+    out = typed_path(out)
     first_process(lambda: check_target(out))
-    opened = open_model(Path(source), step=step, base=base, say=say)
-    tokenizer = tokenizer_of(Path(source), opened.source)
+    opened = open_model(typed_path(source), step=step, base=base, say=say)
+    tokenizer = tokenizer_of(typed_path(source), opened.source)
     _check_tokenizer(tokenizer, opened.model.config)
     save_model(
         opened.model,
@@ -178,7 +179,7 @@ def to_hf(
         stop=opened.stop,
         tokenizer=tokenizer,
     )
-    if kind_of(Path(source)) == "run" and not opened.stop:
+    if kind_of(typed_path(source)) == "run" and not opened.stop:
         say(NO_ENDING)
 
 
@@ -209,14 +210,14 @@ def to_adapter(
       CheckpointError: when ``out`` is not empty, or ``source`` is damaged, trained no adapters, or
         has no such step.
     """
-    check_target(Path(out))
+    check_target(typed_path(out))
     run = RunDirectory(source)
-    if kind_of(Path(source)) != "run" or load_run_config(run.config).lora.rank is None:
+    if kind_of(typed_path(source)) != "run" or load_run_config(run.config).lora.rank is None:
         raise CheckpointError(f"{source} is not a training run with adapters (lora.rank)")
     opened = _open_run(run, step, base, say)
     save_adapter(
         opened.model,
-        Path(out),
+        typed_path(out),
         base_model=loadable_name(opened.source),
         card=None if opened.card is None else adapter_card(opened.card),
     )
@@ -249,7 +250,7 @@ def open_model(
     Raises:
       CheckpointError: when the directory is damaged, of no kind, or has no such step.
     """
-    path = Path(path)
+    path = typed_path(path)
     kind = kind_of(path)
     if kind == "run":
         opened = _open_run(RunDirectory(path), step, base, say, shardings)
@@ -327,7 +328,7 @@ def _read_checkpoint(path: Path, shardings: Callable[[nnx.State], Any]) -> Opene
     graph, state = nnx.split(Decoder.abstract(config))
     check_tensors({name: shape for name, (shape, _) in tensors.items()}, state, config, path)
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
-    like = with_dtypes(state, dtypes.__getitem__)
+    like = with_dtypes(state, dtypes.__getitem__, config)
     try:
         state = restore_params(path / _PARAMS, like, shardings=shardings)
     # A damaged checkpoint fails in any way at all inside the library, and says it at length.
@@ -366,9 +367,9 @@ def _open_run(
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:
-        like, within = with_dtypes(trained, lambda _: "float32"), "ema"
+        like, within = with_dtypes(trained, lambda _: "float32", architecture), "ema"
     elif config.lora.rank is None:
-        like = with_dtypes(trained, lambda _: config.model.param_dtype)
+        like = with_dtypes(trained, lambda _: config.model.param_dtype, architecture)
     del trained, model
     about = read_about(run.checkpoints, step)
     check_settings(about, step, config)

@@ -5,7 +5,7 @@ from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.mixture import shares
-from jaxmoo.data.sources.records import RecordStream, SequenceStream
+from jaxmoo.data.sources.records import Origin, RecordStream, SequenceStream
 from jaxmoo.data.sources.source import Source, load_examples, open_source
 from jaxmoo.data.split import deduplicate, split_examples
 from jaxmoo.data.table import text_table
@@ -16,6 +16,7 @@ __all__ = [
     "Example",
     "LanguageBatches",
     "LanguageReport",
+    "Origin",
     "RecordStream",
     "RunData",
     "SequenceStream",

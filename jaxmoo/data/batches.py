@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.data.mixture import Mixture
 from jaxmoo.data.packing import ShuffledRows, StreamedRows
 from jaxmoo.data.streaming import ExampleStream
+from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
+
+
+class _Step(NamedTuple):
+    """What a step is made of: its batch, tokens per language, and where streams are."""
+
+    batch: dict[str, np.ndarray]
+    tokens: np.ndarray
+    state: dict[str, Any]
 
 
 class LanguageBatches:
@@ -94,16 +105,18 @@ class LanguageBatches:
             if isinstance(examples, ExampleStream):
                 self.rows[language] = StreamedRows(examples, sequence_length, **options)
             else:
-                _check(language, examples, sequence_length)
-                self.rows[language] = ShuffledRows(examples, sequence_length, **options)
+                table = TokenTable.of(examples)
+                _check(language, table, sequence_length)
+                self.rows[language] = ShuffledRows(table, sequence_length, **options)
         # Of a step; a stream need not be read again for what was read last.
-        self._last: tuple[int, dict[str, np.ndarray], dict[str, Any]] | None = None
+        self._last: tuple[int, bytes | None, _Step] | None = None
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, only: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the batch of one step.
 
         Args:
           step: from 0.
+          only: bool [k, B], the rows that are needed; the others are left empty. By default all.
 
         Returns:
           The arrays that :func:`batch_spec` lists, with k = K unless languages are sampled.
@@ -111,7 +124,19 @@ class LanguageBatches:
         Raises:
           ValueError: `step` is negative.
         """
-        return self._at(step)[0]
+        return self._at(step, only).batch
+
+    def tokens(self, step: int, only: np.ndarray | None = None) -> np.ndarray:
+        """Count the tokens of a step that are not padding, in all rows.
+
+        Args:
+          step: from 0.
+          only: as for the batch, if that is wanted, too; does not change what is counted.
+
+        Returns:
+          int [k], per language of the step.
+        """
+        return self._at(step, only).tokens
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what finds the batch of a step again besides its number, as JSON holds it.
@@ -122,7 +147,24 @@ class LanguageBatches:
         Returns:
           Per language that is streamed a place in its stream.
         """
-        return self._at(step)[1]
+        return self._at(step).state
+
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Read and tokenise the next pieces of streams meanwhile, in a thread of their own."""
+        streams = [rows for rows in self.rows.values() if isinstance(rows, StreamedRows)]
+        if not streams:
+            yield
+            return
+        with ThreadPoolExecutor(1, "reading ahead") as pool:
+            for rows in streams:
+                rows.read_ahead(pool)
+            try:
+                yield
+            finally:
+                pool.shutdown(cancel_futures=True)
+                for rows in streams:
+                    rows.read_ahead(None)
 
     def seek(self, state: Mapping[str, Any]) -> None:
         """Go to where the batch of a step was found.
@@ -134,18 +176,20 @@ class LanguageBatches:
             self.rows[language].seek(mark)
         self._last = None
 
-    def _at(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _at(self, step: int, only: np.ndarray | None = None) -> _Step:
         if step < 0:
             raise ValueError(f"step counts from 0, found {step}.")
-        if self._last is None or self._last[0] != step:
+        which = None if only is None else only.tobytes()
+        last = self._last
+        if last is None or last[0] != step or last[1] not in (None, which):
             firsts = (self._taken(step) * self.batch_size).tolist()
             marks = {
                 language: self.rows[language].mark(first)
                 for language, first in zip(self.languages, firsts, strict=True)
             }
             state = {language: mark for language, mark in marks.items() if mark is not None}
-            self._last = step, self._batch(step), state
-        return self._last[1:]
+            last = self._last = step, which, _Step(*self._batch(step, only), state)
+        return last[2]
 
     def _taken(self, step: int) -> np.ndarray:
         """In how many of the steps before one each language took part, int [K]."""
@@ -153,7 +197,9 @@ class LanguageBatches:
             return np.full(len(self.languages), step)
         return self.mixture.taken(step)
 
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
+    def _batch(
+        self, step: int, only: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         taking_part, before = np.arange(len(self.languages)), self._taken(step)
         if self.mixture is not None:
             taking_part = self.mixture.languages(step)
@@ -170,12 +216,15 @@ class LanguageBatches:
         batch["tokens"][:] = self.pad_id
         if self.mixture is not None:
             batch["language"][:] = taking_part[:, None]
+        tokens = np.zeros(len(taking_part), np.int64)
         for k, number in enumerate(taking_part):
             language = self.languages[number]
             for b in range(self.batch_size):
                 index = int(before[number]) * self.batch_size + b
-                self._fill(language, index, {n: x[k, b] for n, x in batch.items()})
-        return batch
+                tokens[k] += self.rows[language].size(index)
+                if only is None or only[k, b]:
+                    self._fill(language, index, {n: x[k, b] for n, x in batch.items()})
+        return batch, tokens
 
     def _fill(self, language: str, index: int, row: Mapping[str, np.ndarray]) -> None:
         """Write a language's row of all its epochs, counted through."""
@@ -273,17 +322,16 @@ def count_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return length.sum(1)
 
 
-def _check(language: str, examples: Sequence[Tokenized], sequence_length: int) -> None:
+def _check(language: str, examples: TokenTable, sequence_length: int) -> None:
     if not examples:
         raise DataError(f"Language {language!r} has no training examples.")
-    longest = max(len(example.tokens) for example in examples)
+    longest = examples.sizes.max()
     if longest > sequence_length:
         raise DataError(
             f"Language {language!r} has an example of {longest} tokens, longer than the sequence "
             f"length {sequence_length}. Tokenise with max_length={sequence_length}."
         )
-    # The first token of a sequence is predicted from nothing and is never a target.
-    if not all(example.loss_mask[1:].any() for example in examples):
+    if not examples.targets.all():
         raise DataError(f"Language {language!r} has an example without target tokens.")
 
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.config.data_section import DataConfig, check_data
+from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
-from jaxmoo.data.sources.records import Malformed
-from jaxmoo.data.sources.source import Source, open_source, read_examples
-from jaxmoo.data.split import deduplicate, split_languages
+from jaxmoo.data.lengths import fits_tokens
+from jaxmoo.data.mixture import in_shares
+from jaxmoo.data.sources.records import Malformed, Origin
+from jaxmoo.data.sources.source import Source, open_source, origins_of
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize_good
+from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
+from jaxmoo.data.token_table import TokenTable
+from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
+from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.runtime.peers import Peers, all_peers
+from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_MANY = 2000  # examples, from which on progress is shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class LanguageReport:
       seen: whether it is trained on.
       records: examples in the source.
       skipped: records of the source that are malformed, or that the template cannot render.
+      filtered: examples dropped for their length (``data.lengths``).
       duplicates: records dropped because prompt and reply had occurred before.
       leaked: held-out examples dropped because they, or others of their group, are among the
         training examples of another language.
@@ -42,6 +54,7 @@ class LanguageReport:
       truncated: examples of `train` and `held_out` whose reply lost its end.
       dropped: examples of both that had no reply within the sequence length, not counted in
         `train` and `held_out`.
+      by_source: of several sources, examples of `train` by the number of their source.
       spelled: special tokens that texts of both spell, by how often.
       tokens_min, tokens_median, tokens_p95, tokens_max: lengths of the rendered examples of both
         (and the dropped ones) before truncation.
@@ -51,6 +64,7 @@ class LanguageReport:
     seen: bool
     records: int
     skipped: int
+    filtered: int
     duplicates: int
     leaked: int
     train: int
@@ -59,6 +73,7 @@ class LanguageReport:
     replies_in_train: int
     truncated: int
     dropped: int
+    by_source: list[int]
     spelled: dict[str, int]
     tokens_min: int
     tokens_median: float
@@ -80,15 +95,19 @@ class Corpus:
       report: per seen and unseen language what became of its records.
       complaints: what is wrong with each malformed record that was left out.
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
+      sources: where the examples come from.
+      weights: shares of the sources in an epoch; None where every example occurs once.
     """
 
-    train: Mapping[str, list[Tokenized] | ExampleStream]
-    held_out: dict[str, list[Tokenized]]
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream]
+    held_out: Mapping[str, Sequence[Tokenized]]
     report: dict[str, LanguageReport]
     complaints: tuple[str, ...] = ()
     special_tokens: str = "text"
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
 
-    def at_hand(self) -> dict[str, list[Tokenized]]:
+    def at_hand(self) -> dict[str, Sequence[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
         return {
             language: train.training(train.read(Place()))
@@ -101,12 +120,16 @@ class Corpus:
         """Return the report as an aligned table, and what is wrong with malformed records."""
         header = ["language", "records", "malformed", "duplicates", "train", "held-out"]
         header += ["truncated", "dropped", "tokens median", "95 %", "max"]
+        filtered = any(r.filtered for r in self.report.values())
+        if filtered:
+            header.insert(4, "filtered")
         rows = [
             [
                 r.language if r.seen else f"{r.language} (unseen)",
                 r.records,
                 r.skipped,
                 r.duplicates,
+                *([r.filtered] if filtered else []),
                 r.train,
                 r.held_out,
                 r.truncated,
@@ -117,7 +140,7 @@ class Corpus:
             ]
             for r in self.report.values()
         ]
-        lines = [text_table(header, rows)]
+        lines = [text_table(header, rows), *self._by_source(), *self._unused()]
         if self.complaints:
             lines += [
                 f"Malformed records left out: {len(self.complaints):,}.",
@@ -136,6 +159,33 @@ class Corpus:
             )
         return "\n".join(lines)
 
+    def _by_source(self) -> list[str]:
+        """Lines about what several sources give to each language."""
+        if len(self.sources) < 2:
+            return []
+        rows = [[r.language, *r.by_source] for r in self.report.values() if r.seen]
+        weighed = ""
+        if self.weights is not None:
+            shares = [weight / sum(self.weights) for weight in self.weights]
+            weighed = ", in an epoch repeated up to shares of " + " and ".join(
+                f"{share:.1%}" for share in shares
+            )
+        return [
+            f"Training examples by source{weighed}:",
+            text_table(["language", *self.sources], rows),
+        ]
+
+    def _unused(self) -> list[str]:
+        """A line about held-out examples that nothing uses."""
+        unused = {r.language: r.reserve for r in self.report.values() if r.seen and r.reserve}
+        if not unused:
+            return []
+        return [
+            f"Held out but unused, being more than data.max_held_out: {sum(unused.values()):,} "
+            f"examples ({', '.join(f'{code} {n:,}' for code, n in unused.items())}). "
+            "data.train_unevaluated=true trains on them."
+        ]
+
 
 def load_corpus(
     data: DataConfig,
@@ -143,6 +193,7 @@ def load_corpus(
     *,
     source: Source | None = None,
     say: Callable[[str], None] = print,
+    peers: Peers | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
 
@@ -155,11 +206,15 @@ def load_corpus(
     share, which cannot be linked). Unseen languages are divided, too, so that nothing is evaluated
     whose translation or copy is trained on elsewhere.
 
+    What is tokenised in memory is kept in ``data.cache`` and read from there the next time. Where
+    several processes see one such directory, each reads and tokenises some of the languages.
+
     Args:
       data: the settings.
       tokenizer: a fast tokenizer with a chat template.
       source: where the records come from, if not from ``data.source``.
-      say: called with lines about malformed records of a stream that come later.
+      say: called with lines about progress, and malformed records of a stream that come later.
+      peers: the processes that load the same corpus, all of them; by default those of the run.
 
     Returns:
       The tokenised examples and the report; of streams, about the records read so far.
@@ -172,23 +227,129 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
-    train: dict[str, list[Tokenized] | ExampleStream] = {}
-    evaluated: dict[str, list[Tokenized]] = {}
+    if not data.streaming:
+        return _in_memory(data, tokenizer, source, say, all_peers() if peers is None else peers)
+    train: dict[str, ExampleStream] = {}
+    evaluated: dict[str, TokenTable] = {}
     report: dict[str, LanguageReport] = {}
     complaints: list[str] = []
-    if data.streaming:
-        divided = _streamed(data, tokenizer, source, complaints, say)
-    else:
-        divided = _whole(data, tokenizer, source, complaints)
-    for one in divided:
-        language, seen = one.language, one.language in data.seen
-        if seen:
-            usable = _usable("train", one, data)
-            train[language] = one.stream or usable
-        if data.held_out > 0 or not seen:
-            evaluated[language] = _usable("held_out", one, data)
-        report[language] = _report(one, seen)
-    return Corpus(train, evaluated, report, tuple(complaints), data.special_tokens)
+    for one in _streamed(data, tokenizer, source, complaints, say):
+        language = one.language
+        part = _part(one, data)
+        if one.stream is not None and language in data.seen:
+            train[language] = one.stream
+        if "held_out" in part.tables:
+            evaluated[language] = part.tables["held_out"]
+        report[language] = LanguageReport(**part.about)
+    return _described(data, train, evaluated, report, complaints)
+
+
+def _in_memory(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    say: Callable[[str], None],
+    peers: Peers,
+) -> Corpus:
+    """A corpus that is read whole, now, or from what was kept of it."""
+    languages = [*data.seen, *data.unseen]
+    cores = max(1, available_cores() // peers.here())
+    complaints: list[str] = []
+
+    def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
+        complaints.clear()
+        return _whole(data, tokenizer, source, complaints, some, share, cores, peers.number == 0)
+
+    def make_all() -> dict[str, Kept]:
+        return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
+
+    cache = _cache(data, tokenizer, source, languages, peers)
+    if cache is None:
+        parts = make_all()
+        return _corpus(data, parts, complaints)
+    parts, complaints[:], damage = cache.read()
+    if damage:
+        say(f"The tokenised data that was kept is damaged, and made anew: {damage}.")
+    if not cache.everyone(bool(parts)):
+
+        def work() -> None:
+            for one in make(cache.mine, peers.union) if cache.mine else ():
+                parts[one.language] = cache.keep(one.language, _part(one, data))
+
+        try:
+            peers.all_do(work)
+        except BaseException:
+            cache.abandon()
+            raise
+        parts |= cache.finish(complaints)
+        complaints[:] = cache.complaints
+        if cache.problem:
+            say(f"Note: tokenised data cannot be kept: {cache.problem} (data.cache={data.cache}).")
+            if len(parts) < len(languages):
+                parts = make_all()
+    return _corpus(data, parts, complaints)
+
+
+def _cache(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    languages: Sequence[str],
+    peers: Peers,
+) -> TokenCache | None:
+    """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
+
+    def look() -> tuple[Path | None, dict[str, list[Origin]]]:
+        origins = origins_of(data, languages, source)
+        return None if origins is None else open_cache(data.cache), origins or {}
+
+    root, origins = peers.all_do(look)
+    everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
+    if root is None or not everywhere:
+        return None
+    return TokenCache(root, cache_key(data, tokenizer, origins, peers), languages, peers)
+
+
+def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:
+    tables = {code: parts[code].tables for code in (*data.seen, *data.unseen)}
+    return _described(
+        data,
+        {code: tables[code]["train"] for code in data.seen},
+        {code: some["held_out"] for code, some in tables.items() if "held_out" in some},
+        {code: LanguageReport(**parts[code].about) for code in tables},
+        complaints,
+    )
+
+
+def _described(
+    data: DataConfig,
+    train: Mapping[str, Sequence[Tokenized] | ExampleStream],
+    held_out: Mapping[str, Sequence[Tokenized]],
+    report: dict[str, LanguageReport],
+    complaints: Sequence[str],
+) -> Corpus:
+    return Corpus(
+        train,
+        held_out,
+        report,
+        tuple(complaints),
+        data.special_tokens,
+        tuple(str(one.source) for one in data.each),
+        None if data.weights is None else tuple(data.weights),
+    )
+
+
+def _part(divided: _Divided, data: DataConfig) -> Kept:
+    """What of a language is used."""
+    seen, uses = divided.language in data.seen, []
+    if seen:
+        uses.append("train")
+    if data.held_out > 0 or not seen:
+        uses.append("held_out")
+    tables = {use: _usable(use, divided, data) for use in uses}
+    if seen and divided.stream is None:
+        tables["train"] = divided.in_shares(tables["train"], data.weights)
+    return Kept(tables, _report(divided, seen, len(data.each)).to_dict())
 
 
 class _Divided(NamedTuple):
@@ -204,13 +365,24 @@ class _Divided(NamedTuple):
 
     language: str
     parts: dict[str, list[Example]]
-    tokens: dict[str, list[Tokenized]]
+    tokens: dict[str, TokenTable]
     counts: dict[str, int]
     stream: ExampleStream | None = None
 
-    def usable(self, use: str) -> list[Tokenized]:
+    def usable(self, use: str) -> TokenTable:
         """The examples for a use of which something can be learnt."""
-        return [tokens for tokens in self.tokens[use] if tokens.loss_mask.any()]
+        return self.tokens[use].chosen(self.tokens[use].learnt > 0)
+
+    def sources(self) -> list[int]:
+        """The number of the source of every usable example to train on."""
+        pairs = zip(self.parts["train"], self.tokens["train"].learnt.tolist(), strict=True)
+        return [example.source for example, learnt in pairs if learnt]
+
+    def in_shares(self, usable: TokenTable, weights: Sequence[float] | None) -> TokenTable:
+        """Examples to train on, repeated so that sources have the shares of their weights."""
+        if weights is None:
+            return usable
+        return usable.repeated(in_shares(range(len(usable)), self.sources(), weights))
 
 
 def _whole(
@@ -218,43 +390,47 @@ def _whole(
     tokenizer: PreTrainedTokenizerFast,
     source: Source | None,
     complaints: list[str],
+    languages: Sequence[str],
+    share: Callable[[set[bytes]], set[bytes]],
+    cores: int,
+    shown: bool,
 ) -> Iterator[_Divided]:
     """Languages whose records are all read before any is divided."""
-    reading = read_examples(data, [*data.seen, *data.unseen], source=source)
-    complaints += reading.complaints
-    distinct = {
-        language: deduplicate(loaded.examples) for language, loaded in reading.languages.items()
-    }
-    split = split_languages(
-        distinct, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
-    )
-    for language, (examples, skipped) in reading.languages.items():
-        divided = split[language]
-        # The limit leaves the rest unused, so that what is trained on does not depend on how much
-        # is evaluated.
-        parts = {"train": divided.train, "held_out": divided.held_out[: data.max_held_out]}
-        reserve = len(divided.held_out) - len(parts["held_out"])
-        total = len(examples) + skipped
-        malformed = Malformed(f"language {language!r}", data.max_malformed, skipped, total)
-        tokens = {}
-        for use, part in parts.items():
-            parts[use], tokens[use] = tokenize_good(
-                part,
-                tokenizer,
-                data.sequence_length,
-                malformed,
-                special_tokens=data.special_tokens,
+    divided = divide(data, languages, complaints, source=source, share=share)
+    number = sum(len(found.train) + len(found.held_out) for found in divided.values())
+    with (
+        Tokenizing(
+            tokenizer, data.sequence_length, data.special_tokens, expected=number, cores=cores
+        ) as tokenizing,
+        watched(number, "tokenising", unit="example", shown=number >= _MANY and shown) as advance,
+    ):
+        for language, found in divided.items():
+            # The limit leaves the rest unused, so that what is trained on does not depend on how
+            # much is evaluated, unless data.train_unevaluated.
+            parts = {"train": found.train, "held_out": found.held_out}
+            total = found.records + found.skipped
+            malformed = Malformed(
+                f"language {language!r}", data.max_malformed, found.skipped, total
             )
-        bad = len(malformed.complaints)
-        complaints += malformed.complaints
-        counts = {
-            "records": len(examples) - bad,
-            "skipped": skipped + bad,
-            "duplicates": len(examples) - len(distinct[language]),
-            "leaked": divided.leaked,
-            "reserve": reserve,
-        }
-        yield _Divided(language, parts, tokens, counts)
+            tokens = {}
+            filtered = found.filtered
+            for use, part in parts.items():
+                good, table = tokenizing.tokenize(part, malformed, advance)
+                fitting = [fits_tokens(length, data.lengths) for length in table.lengths.tolist()]
+                parts[use] = list(itertools.compress(good, fitting))
+                tokens[use] = table.chosen(np.array(fitting, bool))
+                filtered += len(good) - len(parts[use])
+            bad = len(malformed.complaints)
+            complaints += malformed.complaints
+            counts = {
+                "records": found.records - bad,
+                "skipped": found.skipped + bad,
+                "filtered": filtered,
+                "duplicates": found.duplicates,
+                "leaked": found.leaked,
+                "reserve": found.reserve,
+            }
+            yield _Divided(language, parts, tokens, counts)
 
 
 def _streamed(
@@ -276,6 +452,7 @@ def _streamed(
         counts = {
             "records": scan.records,
             "skipped": len(scan.complaints),
+            "filtered": scan.filtered,
             "duplicates": scan.duplicates,
             "leaked": 0,
             "reserve": scan.reserve + len(scan.train) - len(train),
@@ -283,7 +460,7 @@ def _streamed(
         yield _Divided(
             language,
             {use: [example for example, _ in part] for use, part in found.items()},
-            {use: [tokens for _, tokens in part] for use, part in found.items()},
+            {use: TokenTable.of(tokens for _, tokens in part) for use, part in found.items()},
             counts,
             stream,
         )
@@ -297,7 +474,7 @@ class _Scan:
         assert wanted is not None  # `check_data` asks for it
         self.train: list[tuple[Example, Tokenized]] = []
         self.complaints: list[str] = []
-        self.records = self.duplicates = 0
+        self.records = self.duplicates = self.filtered = 0
         found: dict[tuple[str, str], tuple[Example, Tokenized]] = {}
         place, read = Place(), 0
         while len(found) < wanted:
@@ -314,6 +491,7 @@ class _Scan:
             found |= new
             self.complaints += piece.complaints
             self.records += piece.records
+            self.filtered += piece.filtered
             self.duplicates += piece.duplicates + len(piece.held_out) - len(new)
             place = piece.behind
             if piece.ended:
@@ -338,7 +516,7 @@ def _check_sizes(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         raise ConfigError(f"shuffle_buffer is a positive number, found {data.shuffle_buffer}.")
 
 
-def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
+def _usable(use: str, divided: _Divided, data: DataConfig) -> TokenTable:
     """The examples for one use, or an error that says why there are none."""
     usable, part, language = divided.usable(use), divided.parts[use], divided.language
     if usable:
@@ -351,37 +529,45 @@ def _usable(use: str, divided: _Divided, data: DataConfig) -> list[Tokenized]:
             "sequence_length if the model reads longer ones."
         )
     advice = "lower held_out" if use == "train" else "raise held_out"
+    if use == "held_out" and data.held_out_source is not None:
+        raise DataError(
+            f"Language {language!r} has no held-out examples: data.held_out_source has none of it "
+            f"that is not trained on, too ({divided.counts['leaked']} are)."
+        )
     raise DataError(
         f"Language {language!r} has no {use} examples at held_out={data.held_out}: its other part "
         f"has {sum(map(len, divided.parts.values()))}. Give it more data, or {advice}."
     )
 
 
-def _report(divided: _Divided, seen: bool) -> LanguageReport:
+def _report(divided: _Divided, seen: bool, num_sources: int) -> LanguageReport:
     """What became of a language's records."""
     parts, tokens = divided.parts, divided.tokens
     usable = {use: divided.usable(use) for use in parts}
-    everything = [t for part in tokens.values() for t in part]
-    kept = [t for part in usable.values() for t in part]
-    lengths = np.array([t.length for t in everything])
+    lengths = np.concatenate([table.lengths for table in tokens.values()])
+    spelled = Counter[str]()
+    for table in tokens.values():
+        spelled.update(table.spelled())
     replies = {
         use: [
             normalise(example.reply)
-            for example, t in zip(parts[use], tokens[use], strict=True)
-            if t.loss_mask.any()
+            for example, learnt in zip(parts[use], tokens[use].learnt.tolist(), strict=True)
+            if learnt
         ]
         for use in parts
     }
     trained_replies = set(replies["train"])
+    by_source = Counter(divided.sources())
     return LanguageReport(
         language=divided.language,
         seen=seen,
         train=len(usable["train"]),
         held_out=len(usable["held_out"]),
         replies_in_train=sum(reply in trained_replies for reply in replies["held_out"]),
-        truncated=sum(t.truncated for t in kept),
-        dropped=len(everything) - len(kept),
-        spelled=dict(Counter(token for t in everything for token in t.spelled)),
+        truncated=sum(int(table.truncated.sum()) for table in usable.values()),
+        dropped=len(lengths) - sum(map(len, usable.values())),
+        by_source=[by_source[number] for number in range(num_sources)],
+        spelled=dict(spelled),
         tokens_min=int(lengths.min()),
         tokens_median=float(np.median(lengths)),
         tokens_p95=float(np.percentile(lengths, 95)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -195,6 +196,9 @@ class Example:
       choices: texts that the reply is chosen from, where an evaluation asks for it.
       tools: descriptions of tools, for the chat template.
       place: where it was found, "data/en.jsonl:12"; nothing that examples differ by.
+      source: which of several sources it is from; likewise.
+      preset: whether the first message is a system message that is not the example's own, but
+        comes before all; it tells no examples apart, so that the same are held out without it.
 
     Example:
       >>> example = Example.from_pair("it", "Ciao!", "Ciao, come stai?")
@@ -209,6 +213,8 @@ class Example:
     choices: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     place: str = field(default="", compare=False)
+    source: int = field(default=0, compare=False)
+    preset: bool = False
 
     @classmethod
     def from_text(
@@ -312,10 +318,38 @@ class Example:
             raise DataError(f"tools: {error}") from None
         return cls(language, tuple(kept), group, tools=tools, place=place)
 
+    def after_system(self, text: str) -> Example:
+        """Return the example behind a system message, unless that is empty or it has its own.
+
+        Raises:
+          DataError: it is plain text.
+
+        Example:
+          >>> example = Example.from_pair("en", "Hi", "Hello").after_system("Be brief.")
+          >>> [message["role"] for message in example.messages], example.prompt_key
+          (['system', 'user', 'assistant'], 'user:Hi')
+        """
+        if self.text is not None:
+            raise DataError("plain text has no system message: data.system is for conversations")
+        text = checked_text(text)
+        if not text or self.messages[0]["role"] == "system":
+            return self
+        messages = ({"role": "system", "content": text}, *self.messages)
+        return dataclasses.replace(self, messages=messages, preset=True)
+
     @property
     def prompt(self) -> str:
         """The text of every message before the reply, one per line."""
         return "\n".join(message["content"] for message in self.messages[:-1])
+
+    @property
+    def _own(self) -> tuple[Mapping[str, Any], ...]:
+        return self.messages[1:] if self.preset else self.messages
+
+    @property
+    def characters(self) -> int:
+        """Length of all its texts together, but for a system message that is not its own."""
+        return sum(len(m["content"]) for m in self._own) if self.text is None else len(self.text)
 
     @property
     def reply(self) -> str:
@@ -335,7 +369,7 @@ class Example:
         """
         if self.text is not None:
             return f"text:{normalise(self.text)}"
-        given = [f"{m['role']}:{normalise(m['content'])}{_rest(m)}" for m in self.messages[:-1]]
+        given = [f"{m['role']}:{normalise(m['content'])}{_rest(m)}" for m in self._own[:-1]]
         return "\x1f".join(
             [*given, json.dumps(self.tools, sort_keys=True)] if self.tools else given
         )

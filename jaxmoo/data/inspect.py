@@ -12,6 +12,7 @@ from jaxmoo.data.batches import LanguageBatches
 from jaxmoo.data.corpus import Corpus
 from jaxmoo.data.packing import ShuffledRows, plan_rows
 from jaxmoo.data.table import text_table
+from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenize import Tokenized
 
 if TYPE_CHECKING:
@@ -47,13 +48,12 @@ def describe(corpus: Corpus, batches: LanguageBatches, steps: int) -> dict[str, 
     train = corpus.at_hand()
     languages: dict[str, dict[str, Any]] = {}
     for language, report in corpus.report.items():
-        examples = train.get(language) or corpus.held_out[language]
-        lengths = np.array([example.length for example in examples])
-        quantiles = {str(q): float(np.percentile(lengths, q)) for q in _QUANTILES}
+        examples = TokenTable.of(train.get(language) or corpus.held_out[language])
+        quantiles = {str(q): float(np.percentile(examples.lengths, q)) for q in _QUANTILES}
         languages[language] = report.to_dict() | {"length_quantiles": quantiles}
     for number, language in enumerate(batches.languages):
-        examples = train[language]
-        kept = [len(example.tokens) for example in examples]
+        examples = TokenTable.of(train[language])
+        kept = examples.sizes.tolist()
         order = batches.rows[language]
         if not isinstance(order, ShuffledRows):
             raise TypeError("expected batches of examples in memory, as of Corpus.at_hand()")
@@ -62,7 +62,7 @@ def describe(corpus: Corpus, batches: LanguageBatches, steps: int) -> dict[str, 
         languages[language] |= {
             "rows": rows,
             "tokens": tokens,
-            "targets": sum(int(example.loss_mask[1:].sum()) for example in examples),
+            "targets": int(examples.targets.sum()),
             "filled": tokens / (rows * length),
             "filled_padded": tokens / (len(kept) * length),
             "filled_packed": tokens / (packed * length),
@@ -164,23 +164,24 @@ def notes(tokenized: Mapping[str, Sequence[Tokenized]], limit: str) -> list[str]
       ['All examples of en lose their end, the longest of 9 tokens: no end of a reply is learnt or \
 scored. Raise --max-length.']
     """
+    tables = {code: TokenTable.of(part) for code, part in tokenized.items()}
 
-    def some(flag: Callable[[Tokenized], bool]) -> dict[str, int]:
-        found = {code: sum(map(flag, part)) for code, part in tokenized.items()}
+    def some(number: Callable[[TokenTable], int]) -> dict[str, int]:
+        found = {code: int(number(part)) for code, part in tables.items()}
         return {code: number for code, number in found.items() if number}
 
     def counted(found: Mapping[str, int]) -> str:
-        return ", ".join(f"{code}: {n} of {len(tokenized[code])}" for code, n in found.items())
+        return ", ".join(f"{code}: {n} of {len(tables[code])}" for code, n in found.items())
 
     lines = []
-    unended = some(lambda one: not one.ended)
+    unended = some(lambda part: (~part.ended).sum())
     if unended:
         lines.append(
             f"The chat template ends no reply with a special token ({counted(unended)} examples): "
             "nothing tells a model where to stop, and what it generates goes on to the limit. Give "
             "a template that ends replies (data.chat_template)."
         )
-    uneven = some(lambda one: one.uneven)
+    uneven = some(lambda part: part.uneven.sum())
     if uneven:
         lines.append(
             "The chat template renders replies within a conversation otherwise than at its end, as "
@@ -189,15 +190,15 @@ scored. Raise --max-length.']
             "conversations so that each reply comes last, or give another template "
             "(data.chat_template)."
         )
-    for key in sorted({key for part in tokenized.values() for one in part for key in one.ignored}):
-        having = some(lambda one, key=key: key in one.ignored)
+    for key in sorted({key for part in tables.values() for key in part.ignored()}):
+        having = some(lambda part, key=key: part.ignored().get(key, 0))
         lines.append(
             f"The chat template shows nothing of {key!r}, which messages have beside their text "
             f"({counted(having)} examples): it is ignored."
         )
-    cut = some(lambda one: one.truncated)
-    for code in [code for code, number in cut.items() if number == len(tokenized[code])]:
-        longest = max(one.length for one in tokenized[code])
+    cut = some(lambda part: part.truncated.sum())
+    for code in [code for code, number in cut.items() if number == len(tables[code])]:
+        longest = tables[code].lengths.max()
         lines.append(
             f"All examples of {code} lose their end, the longest of {longest:,} tokens: no end of "
             f"a reply is learnt or scored. Raise {limit}."

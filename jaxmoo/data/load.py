@@ -13,7 +13,8 @@ from jaxmoo.data.corpus import Corpus, load_corpus
 from jaxmoo.data.inspect import notes
 from jaxmoo.data.mixture import shares
 from jaxmoo.data.sources.source import Source
-from jaxmoo.data.tokenization.tokenize import Tokenized
+from jaxmoo.data.streaming import ExampleStream
+from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenizer import chat_tokenizer
 
 if TYPE_CHECKING:
@@ -68,10 +69,16 @@ def load_data(
     return RunData(tokenizer, corpus, batches, date)
 
 
-def _kept(corpus: Corpus) -> dict[str, list[Tokenized]]:
+def _kept(corpus: Corpus) -> dict[str, TokenTable]:
     """What is used of every language; of streams, what was read to find the held-out examples."""
-    train = {code: part for code, part in corpus.train.items() if isinstance(part, list)}
-    return {code: [*train.get(code, ()), *corpus.held_out.get(code, ())] for code in corpus.report}
+    kept = {}
+    for code in corpus.report:
+        train = corpus.train.get(code, ())
+        parts = [corpus.held_out.get(code, ())]
+        if not isinstance(train, ExampleStream):
+            parts.insert(0, train)
+        kept[code] = TokenTable.joined([TokenTable.of(part).without_tokens() for part in parts])
+    return kept
 
 
 def make_batches(config: Config, corpus: Corpus, pad_id: int) -> LanguageBatches:

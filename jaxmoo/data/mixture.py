@@ -1,12 +1,17 @@
-"""Which languages take part in a step, where not all of them do."""
+"""Which languages take part in a step, where not all of them do, and sources in an epoch."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from jaxmoo.errors import ConfigError
+
+T = TypeVar("T")
 
 _BLOCK = 1024  # steps drawn at a time
 
@@ -27,6 +32,34 @@ def shares(sizes: Mapping[str, int], temperature: float) -> dict[str, float]:
     """
     powers = {language: size ** (1 / temperature) for language, size in sizes.items()}
     return {language: power / sum(powers.values()) for language, power in powers.items()}
+
+
+def in_shares(items: Sequence[T], sources: Sequence[int], weights: Sequence[float]) -> list[T]:
+    """Repeat items so that every source has its share, and no item is left out.
+
+    The source that has most items for its weight occurs as it is. Of another all items are repeated
+    as often as fits, and its first ones once more.
+
+    Args:
+      items: in any order.
+      sources: the number of each item's source.
+      weights: of the sources, above 0; those without items do not count.
+
+    Returns:
+      The items, then their repetitions; shares are exact but for rounding to whole items.
+
+    Example:
+      >>> "".join(in_shares("aaabb", [0, 0, 0, 1, 1], [1, 2]))
+      'aaabbbbbb'
+    """
+    sizes = Counter(sources)
+    most = max((sizes[number] / weights[number] for number in sizes), default=0.0)
+    repeated = []
+    for number, size in sorted(sizes.items()):
+        own = [item for item, source in zip(items, sources, strict=True) if source == number]
+        wanted = max(math.floor(most * weights[number] + 0.5), size)
+        repeated += [own[place % size] for place in range(size, wanted)]
+    return [*items, *repeated]
 
 
 class Mixture:

@@ -6,12 +6,14 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmoo.data.shuffle import epoch_order
-from jaxmoo.data.streaming import ExampleStream, Place
+from jaxmoo.data.streaming import ExampleStream, Piece, Place
+from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 
@@ -20,7 +22,7 @@ __all__ = ["Rows", "ShuffledRows", "StreamedRows", "plan_rows"]
 _KEPT = 2  # epochs whose order is kept: a batch may span two
 
 
-def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def plan_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Divide examples among as few rows as best-fit-decreasing finds.
 
     The longest example comes first, and each goes into the row that it leaves least room in. That
@@ -84,7 +86,9 @@ class Rows:
       (2, [1, 2], [3, 0])
     """
 
-    def __init__(self, lengths: Sequence[int], capacity: int, *, packing: bool, seed: int):
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, capacity: int, *, packing: bool, seed: int
+    ) -> None:
         self._lengths = np.asarray(lengths, np.int64)
         self._plan = plan_rows(lengths, capacity) if packing else None
         self._seed = seed
@@ -122,11 +126,10 @@ class ShuffledRows:
     """
 
     def __init__(
-        self, examples: Sequence[Tokenized], sequence_length: int, *, packing: bool, seed: int
+        self, examples: TokenTable, sequence_length: int, *, packing: bool, seed: int
     ) -> None:
         self._examples = examples
-        lengths = [len(example.tokens) for example in examples]
-        self._rows = Rows(lengths, sequence_length, packing=packing, seed=seed)
+        self._rows = Rows(examples.sizes, sequence_length, packing=packing, seed=seed)
         order = functools.partial(epoch_order, len(self._rows), seed)
         self._order = functools.lru_cache(_KEPT)(order)
 
@@ -136,9 +139,15 @@ class ShuffledRows:
 
     def row(self, index: int) -> list[Tokenized]:
         """Return the examples of a row; rows are counted through all epochs."""
+        return [self._examples[number] for number in self._members(index)]
+
+    def size(self, index: int) -> int:
+        """Return the number of tokens in a row."""
+        return int(self._examples.sizes[self._members(index)].sum())
+
+    def _members(self, index: int) -> list[int]:
         epoch, place = divmod(index, len(self))
-        members = self._rows.examples(int(self._order(epoch)[place]), epoch)
-        return [self._examples[number] for number in members]
+        return self._rows.examples(int(self._order(epoch)[place]), epoch)
 
     def epochs(self, index: int) -> float:
         """Return how many passes over the rows were made before a row."""
@@ -172,11 +181,12 @@ class _Mark(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """The rows of one piece, and what comes behind it."""
+    """The rows of one piece, what comes behind it, and the pieces that were read for it."""
 
     mark: _Mark
     rows: list[list[Tokenized]]
     behind: _Mark
+    read: list[Piece]
 
 
 class StreamedRows:
@@ -201,6 +211,19 @@ class StreamedRows:
         self._packing, self._seed = packing, seed
         self._start = _Mark()
         self._windows: list[_Window] = []
+        self._pool: Executor | None = None
+        self._ahead: tuple[_Mark, Future[_Window]] | None = None
+
+    def read_ahead(self, pool: Executor | None) -> None:
+        """Read the next piece while the rows of the last are used, or no longer.
+
+        What was read ahead counts as read only when it is used.
+
+        Args:
+          pool: of one thread, which reads for all streams of a tokenizer; all its work is done, or
+            cancelled, when this is None.
+        """
+        self._pool, self._ahead = pool, None
 
     def row(self, index: int) -> list[Tokenized]:
         """Return the examples of a row; rows are counted through all passes.
@@ -210,6 +233,10 @@ class StreamedRows:
         """
         window = self._window(index)
         return window.rows[index - window.mark.row]
+
+    def size(self, index: int) -> int:
+        """Return the number of tokens in a row."""
+        return sum(len(example.tokens) for example in self.row(index))
 
     def epochs(self, index: int) -> float:
         """Return how many whole passes were made before a row, as far as was read."""
@@ -238,14 +265,30 @@ class StreamedRows:
             self._start = _Mark()
         while not self._windows or index >= self._windows[-1].behind.row:
             last = self._windows[-1].behind if self._windows else self._start
-            self._windows = [*self._windows[-1:], self._load(last)]
+            self._windows = [*self._windows[-1:], self._next(last)]
         return next(w for w in reversed(self._windows) if w.mark.row <= index)
+
+    def _next(self, mark: _Mark) -> _Window:
+        """The window that begins at a mark; the one behind it is begun."""
+        if self._pool is None:
+            window = self._load(mark)
+        else:
+            # In the pool in any case: nothing else may read from the stream meanwhile.
+            begun, future = self._ahead or (None, None)
+            if future is None or begun != mark:
+                future = self._pool.submit(self._load, mark)
+            window = future.result()
+            self._ahead = window.behind, self._pool.submit(self._load, window.behind)
+        for piece in window.read:
+            self._stream.complain(piece)
+        return dataclasses.replace(window, read=[])
 
     def _load(self, mark: _Mark) -> _Window:
         """Read the next piece that has something to train on."""
+        read = []
         while True:
             piece = self._stream.read(mark.place)
-            self._stream.complain(piece)
+            read.append(piece)
             rows = self._rows(self._stream.training(piece), mark.number)
             row, ends = mark.row + len(rows), mark.ends
             if piece.ended:
@@ -258,7 +301,7 @@ class StreamedRows:
                 ends = (*ends, row)
             behind = _Mark(row, mark.number + 1, ends, piece.behind)
             if rows:
-                return _Window(mark, rows, behind)
+                return _Window(mark, rows, behind, read)
             mark = behind
 
     def _rows(self, examples: Sequence[Tokenized], number: int) -> list[list[Tokenized]]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.errors import ConfigError
 
 _HASH_BYTES = 6  # 48 bits: exact in a float, so that the fraction below stays under 1
+
+
+# Given digests of what some languages have, returns those of what all have, where others divide the
+# rest.
+Share = Callable[[set[bytes]], set[bytes]]
+
+
+def _alone(mine: set[bytes]) -> set[bytes]:
+    return mine
 
 
 def deduplicate(examples: Iterable[Example]) -> list[Example]:
@@ -98,9 +107,7 @@ def split_examples(
     held: list[Example] = []
     for example, key in zip(examples, _linked_keys(examples, disjoint_replies), strict=True):
         (held if hash_fraction(key) < held_out else train).append(example)
-    # By the example's own hash, or else the first n would be a few sets of linked examples.
-    held.sort(key=lambda example: hash_fraction("\x1e".join(example.key)))
-    return train, held
+    return train, _in_order(held)
 
 
 class Split(NamedTuple):
@@ -124,6 +131,7 @@ def split_languages(
     held_out: float,
     *,
     disjoint_replies: bool = False,
+    share: Share = _alone,
 ) -> dict[str, Split]:
     """Split every language's examples, and keep those of one language out of another's training.
 
@@ -132,6 +140,7 @@ def split_languages(
       seen: the languages to train on; of the others everything is held out.
       held_out: see `split_examples`.
       disjoint_replies: see `split_examples`.
+      share: makes what all languages train on of what these do.
 
     Returns:
       Per language its parts, held-out examples in the order of `split_examples`.
@@ -151,13 +160,106 @@ def split_languages(
         )
         for language, part in examples.items()
     }
-    trained = {key for train, _ in sides.values() for e in train for key in (e.key, e.group)}
-    trained.discard(None)
+    return _without_leaks(sides, share)
+
+
+def _without_leaks(
+    sides: Mapping[str, tuple[list[Example], list[Example]]], share: Share
+) -> dict[str, Split]:
+    """Leave out held-out examples that are, or whose group is, among the training examples."""
+    trained = share({d for train, _ in sides.values() for e in train for d in _digests(e)})
     split = {}
     for language, (train, held) in sides.items():
-        clean = [e for e in held if e.key not in trained and e.group not in trained]
+        clean = [e for e in held if trained.isdisjoint(_digests(e))]
         split[language] = Split(train, clean, len(held) - len(clean))
     return split
+
+
+def _digests(example: Example) -> list[bytes]:
+    """What names an example, and its group, among those of all languages: 16 bytes each."""
+    prompt, reply = example.key
+    names = [f"{len(prompt)}:{prompt}{reply}"]
+    if example.group is not None:
+        names.append(f"group:{example.group}")
+    return [_digest(name) for name in names]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
+def with_own_held_out(
+    train: Mapping[str, Sequence[Example]],
+    held_out: Mapping[str, Sequence[Example]],
+    *,
+    share: Share = _alone,
+) -> dict[str, Split]:
+    """Put training and held-out examples together that come from sources of their own.
+
+    Args:
+      train: per seen language its distinct examples.
+      held_out: per seen and unseen language its distinct examples.
+      share: as in `split_languages`.
+
+    Returns:
+      Per language of `held_out` its parts, held-out examples in the order of `split_examples`,
+      without those that are also trained on, in any language.
+
+    Example:
+      >>> one, two = (Example.from_pair("en", f"{n} + 1", str(n + 1)) for n in (1, 2))
+      >>> with_own_held_out({"en": [one]}, {"en": [one, two]})["en"].held_out == [two]
+      True
+    """
+    return _without_leaks(
+        {code: (list(train.get(code, ())), _in_order(held)) for code, held in held_out.items()},
+        share,
+    )
+
+
+def with_unevaluated(
+    split: Mapping[str, Split],
+    evaluated: Mapping[str, Sequence[Example]],
+    seen: Collection[str],
+    *,
+    disjoint_replies: bool = False,
+    share: Share = _alone,
+) -> dict[str, Split]:
+    """Give held-out examples that are not evaluated back to training.
+
+    Args:
+      split: per language its parts.
+      evaluated: per language the first of its held-out examples, which are evaluated.
+      seen: the languages to train on.
+      disjoint_replies: see `split_examples`.
+      share: makes what all languages evaluate of what these do.
+
+    Returns:
+      The same with more to train on: what shares no prompt and no group with an example that is
+      evaluated in any language, and with `disjoint_replies` no reply. What is evaluated, and the
+      number of examples that are not used, is left in ``held_out``.
+    """
+
+    def names(example: Example) -> list[bytes]:
+        found = [side_key(example), example.prompt_key]
+        found += [f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else []
+        return [_digest(name) for name in found]
+
+    taken = share({name for part in evaluated.values() for e in part for name in names(e)})
+    result = dict(split)
+    for code in split.keys() & set(seen):
+        first = evaluated[code]
+        rest = split[code].held_out[len(first) :]
+        free = [taken.isdisjoint(names(example)) for example in rest]
+        back = [example for example, ok in zip(rest, free, strict=True) if ok]
+        left = [example for example, ok in zip(rest, free, strict=True) if not ok]
+        train = [*split[code].train, *back]
+        result[code] = split[code]._replace(train=train, held_out=[*first, *left])
+    return result
+
+
+def _in_order(held_out: Iterable[Example]) -> list[Example]:
+    """Held-out examples by their own hashes: not by their sides', which linked ones share."""
+    return sorted(held_out, key=lambda example: hash_fraction("\x1e".join(example.key)))
 
 
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
+from jaxmoo.data.lengths import fits, fits_tokens
 from jaxmoo.data.sources.records import (
     Malformed,
     Position,
     Record,
     RecordStream,
     language_of,
-    named_columns,
+    layout,
     take_examples,
 )
 from jaxmoo.data.split import deduplicate, hash_fraction, side_key
@@ -50,6 +51,7 @@ class Piece(NamedTuple):
       passed: records read in all, those of other languages and malformed ones included.
       complaints: what is wrong with each malformed one.
       duplicates: examples left out.
+      filtered: examples left out for their length.
       ended: whether the stream is over.
       behind: the place behind them: the beginning, if it is over.
     """
@@ -60,6 +62,7 @@ class Piece(NamedTuple):
     passed: int
     complaints: list[str]
     duplicates: int
+    filtered: int
     ended: bool
     behind: Place
 
@@ -92,7 +95,7 @@ class ExampleStream:
     ) -> None:
         self.language = language
         self._records, self._data, self._tokenizer = records, data, tokenizer
-        self._columns = named_columns(data.columns)
+        self._layout = layout(data)
         self._name, self._column = data.codes.get(language, language), column
         self._say = say
         self._scanned = self._said = 0
@@ -114,14 +117,15 @@ class ExampleStream:
         taken = take_examples(
             self._records,
             self.language,
-            self._columns,
+            self._layout,
             malformed,
             size=data.shuffle_buffer,
             most=most,
             belongs=self._belongs,
         )
         examples, position = taken.examples, None if taken.ended else self._records.position()
-        distinct = deduplicate(examples)
+        fitting = [example for example in examples if fits(example, data.lengths)]
+        distinct = deduplicate(fitting)
         good, tokens = tokenize_good(
             distinct,
             self._tokenizer,
@@ -132,7 +136,12 @@ class ExampleStream:
         records = len(examples) - (len(distinct) - len(good))
         malformed.check(place.good + records)
         train, held = [], []
-        for one in zip(good, tokens, strict=True):
+        kept = [
+            one
+            for one in zip(good, tokens, strict=True)
+            if fits_tokens(one[1].length, data.lengths)
+        ]
+        for one in kept:
             (held if hash_fraction(side_key(one[0])) < data.held_out else train).append(one)
         return Piece(
             train,
@@ -140,7 +149,8 @@ class ExampleStream:
             records,
             taken.passed,
             malformed.complaints,
-            len(examples) - len(distinct),
+            len(fitting) - len(distinct),
+            len(examples) - len(fitting) + len(good) - len(kept),
             taken.ended,
             Place(
                 position,

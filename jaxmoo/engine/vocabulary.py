@@ -37,6 +37,8 @@ from jaxmoo.engine.layout import (
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.kernels.cross_entropy import (
+    PLAIN,
+    Logits,
     Scores,
     chunked_nll,
     hidden_gradient,
@@ -73,13 +75,16 @@ class TableResult(NamedTuple):
     rows: BlockTable | None  # where it has blocks that are resolved in the pass
 
 
-def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, HeadResiduals | None]:
+def lookup(
+    table: Any, tokens: jax.Array, dtype: Any, form: Logits = PLAIN
+) -> tuple[jax.Array, HeadResiduals | None]:
     """Look up one vector per token.
 
     Args:
       table: [V, D], or the engine's parameter in its place.
       tokens: int32 [B, S].
       dtype: dtype of the result.
+      form: of the logits, as :func:`nll` of the same table is given it.
 
     Returns:
       ``(vectors [B, S, D], residuals)``; the residuals go to :func:`nll` when it reads the same
@@ -93,7 +98,7 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, HeadRe
     if not _sliced(engine, table):
         return engine.use([table])[0][tokens].astype(dtype), None
 
-    call = _Call(engine, table)
+    call = _Call(engine, table, form)
     size = engine.layouts[table.leaf].shape[1]
     tied = table.leaf in engine.tied
 
@@ -124,7 +129,12 @@ def lookup(table: Any, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, HeadRe
 
 
 def nll(
-    table: Any, h: jax.Array, targets: jax.Array, chunk: int, residuals: HeadResiduals | None
+    table: Any,
+    h: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    residuals: HeadResiduals | None,
+    form: Logits = PLAIN,
 ) -> jax.Array:
     """Negative log-likelihood of targets under the softmax of the table's scores.
 
@@ -134,25 +144,26 @@ def nll(
       targets: int32 [B, T], those of each row first; -1 for none.
       chunk: positions per row whose logits exist at one time; a divisor of T.
       residuals: from :func:`lookup` of the same table, when it is tied.
+      form: how products with the table become logits.
 
     Returns:
       float32 [B, T]; 0 where there is no target.
     """
     engine = current()
     if engine is None or not engine.reads(table):
-        return chunked_nll(h, table, targets, chunk)
+        return chunked_nll(h, table, targets, chunk, form)
     if not isinstance(engine, Backward):
         whole = engine.use([table], _name(engine, table, "nll"))[0]
-        return chunked_nll(h, whole, targets, chunk)
+        return chunked_nll(h, whole, targets, chunk, form)
     if not _sliced(engine, table):
-        return chunked_nll(h, engine.use([table])[0], targets, chunk)
+        return chunked_nll(h, engine.use([table])[0], targets, chunk, form)
 
-    call = _Call(engine, table)
+    call = _Call(engine, table, form)
     # A tied table's gradient is formed at the lookup.
     to_lookup = residuals if table.leaf in engine.tied else None
 
     def score(value: Any, h: jax.Array, targets: jax.Array, *, slopes: bool) -> Scores:
-        return scores(h, engine.gather(value, call.layout), targets, chunk, slopes=slopes)
+        return scores(h, engine.gather(value, call.layout), targets, chunk, form, slopes=slopes)
 
     @jax.custom_vjp
     def scored(
@@ -228,8 +239,8 @@ def _fit(x: jax.Array, like: jax.Array) -> jax.Array:
 class _Call:
     """A call that resolves a table, as if its slices were layers of a stack."""
 
-    def __init__(self, engine: Backward, table: Parameter) -> None:
-        self.engine, self.table = engine, table
+    def __init__(self, engine: Backward, table: Parameter, form: Logits) -> None:
+        self.engine, self.table, self.form = engine, table, form
         self.layout = engine.layouts[table.leaf]
         rows, size = self.layout.shape
         self.deferred = table.leaf in engine.deferred
@@ -308,7 +319,7 @@ class _Call:
                 total = jnp.zeros(shape, place.dtype)
                 if mine[0] is not None and table is not None:
                     found = _from_scores(
-                        mine[0], table, first, engine.topology.platform, self.pieces
+                        mine[0], table, first, engine.topology.platform, self.pieces, self.form
                     )
                     total = found.astype(place.dtype)
                 return total if mine[1] is None else _add_lookup(total, mine[1], first)
@@ -493,7 +504,12 @@ def _add_lookup(
 
 
 def _from_scores(
-    head: HeadResiduals, table: jax.Array, first: jax.Array, platform: str, pieces: int
+    head: HeadResiduals,
+    table: jax.Array,
+    first: jax.Array,
+    platform: str,
+    pieces: int,
+    form: Logits,
 ) -> jax.Array:
     """Gradient of one objective's scores with respect to one slice of the table, in pieces."""
     rows, length = head.targets.shape
@@ -504,4 +520,6 @@ def _from_scores(
     targets = jnp.pad(head.targets.astype(jnp.int32), ((0, 0), (0, fill)), constant_values=-1)
     normaliser, ct = (jnp.pad(x, ((0, 0), (0, fill))) for x in (head.normaliser, head.cotangent))
     skip = platform == "cpu"
-    return table_gradient(h, table, targets, normaliser, ct, chunk, first, skip=skip, pieces=pieces)
+    return table_gradient(
+        h, table, targets, normaliser, ct, chunk, first, form=form, skip=skip, pieces=pieces
+    )

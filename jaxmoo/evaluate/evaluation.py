@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm.auto import tqdm
 
 from jaxmoo import mesh
 from jaxmoo.config import DataConfig, is_date
@@ -23,8 +22,8 @@ from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import source_of, tokenizer_of
 from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
+from jaxmoo.data.division import divide
 from jaxmoo.data.inspect import notes
-from jaxmoo.data.split import split_languages
 from jaxmoo.data.tokenization.tokenizer import NO_ENDING, chat_tokenizer, ending_token
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.evaluator import Evaluator
@@ -40,6 +39,7 @@ from jaxmoo.evaluate.questions import (
     with_choices,
 )
 from jaxmoo.evaluate.results import LanguageResult, ResultStore
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder
@@ -48,6 +48,7 @@ from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runtime.processes import check_same, from_first, is_first
+from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +112,7 @@ class Evaluation:
         Raises:
           ConfigError: there is no run, or a value is out of range.
         """
-        directory = RunDirectory(Path(run))
+        directory = RunDirectory(typed_path(run))
         data = load_run_config(directory.config).data
         found: dict[str, Any] = {
             "name": str(run),
@@ -181,7 +182,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     if settings.new_tokens and ending_token(tokenizer) is None:
         say(NO_ENDING)
 
-    device_mesh = mesh.make_mesh(1, **settings.mesh)
+    device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
     opened = open_model(
         settings.model,
         step=settings.step,
@@ -230,12 +231,9 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         new_tokens=settings.new_tokens,
     )
     total = sum(asked.rows for asked in missing.values())
-    # None: only on a terminal
-    silent = None if missing and is_first() else True
-    with tqdm(total=total, unit="row", disable=silent) as bar:
+    with watched(total, "evaluating", unit="row", shown=bool(missing) and is_first()) as advance:
         for code, asked in missing.items():
-            bar.set_description(code)
-            found = evaluator.answer(parameters, asked, bar.update)
+            found = evaluator.answer(parameters, asked, advance)
             done[code] = found
             keep = functools.partial(store.store, code, identities[code], found)
             first_process(keep, "write the results")
@@ -346,6 +344,7 @@ def ask(
             drop_unusable=settings.skip_empty,
             max_malformed=settings.data.max_malformed,
             special_tokens=settings.data.special_tokens,
+            asked=settings.data.lengths,
         )
         for code, part in examples.items()
     }
@@ -353,29 +352,25 @@ def ask(
 
 def _examples(settings: Evaluation) -> dict[str, list[Example]]:
     data, wanted = settings.data, [*settings.seen, *settings.unseen]
-    # What a run holds out of one language depends on what it learns in the others.
-    trained = data.seen if settings.held_out else []
     choices = settings.choices or ""
     column = choices.removeprefix(COLUMN) if choices.startswith(COLUMN) else None
     # Everything is read, also of what a run streams.
-    examples = load_examples(
-        dataclasses.replace(data, streaming=False),
-        list(dict.fromkeys([*wanted, *trained])),
-        choices=column,
-    )
+    data = dataclasses.replace(data, streaming=False)
     if not settings.held_out:
+        examples = load_examples(data, wanted, choices=column)
         return {code: choose_some(examples[code], settings.max_examples) for code in wanted}
-    split = split_languages(
-        examples, data.seen, data.held_out, disjoint_replies=data.disjoint_replies
-    )
-    return {code: split[code].held_out[: settings.max_examples] for code in wanted}
+    # What a run holds out of one language depends on what it learns in the others.
+    languages = list(dict.fromkeys([*wanted, *data.seen]))
+    limited = dataclasses.replace(data, max_held_out=settings.max_examples)
+    divided = divide(limited, languages, [], choices=column)
+    return {code: divided[code].held_out for code in wanted}
 
 
 def _described(settings: Evaluation) -> dict[str, Any]:
     """The settings for a reader of the results, paths as they were given."""
     data = settings.data
     return {
-        "data": data.source,
+        "data": data.named,
         "examples": "held out by the run's settings" if settings.held_out else "all",
         "choices": settings.choices,
         "new_tokens": settings.new_tokens,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.runs.scores import LanguageScore
+from jaxmoo.runtime.watching import watched
 
 # Lengths to which batches are padded, so that one program is compiled per length, not per batch.
 # Steps of a third to a half waste about a quarter of the work on the short replies of chat data.
@@ -79,7 +79,7 @@ def evaluate_nll(
       batch_size: B, rows per call; missing rows are padding.
       pad_id: the token to pad with.
       buckets: ascending lengths to pad to; longer examples double the last one.
-      progress: show a progress bar.
+      progress: show how far it has come.
 
     Returns:
       Per language its score, in the order of `tokenized`.
@@ -100,19 +100,15 @@ def evaluate_nll(
             raise DataError(
                 f"Language {language!r} has no held-out examples, or some without reply tokens."
             )
-    with tqdm(
-        total=sum(map(len, tokenized.values())),
-        desc="evaluating",
-        unit="reply",
-        disable=None if progress else True,  # None: only on a terminal
-    ) as bar:
+    total = sum(map(len, tokenized.values()))
+    with watched(total, "evaluating", unit="example", shown=progress) as advance:
         found = likelihoods(
             nll_fn,
             tokenized,
             batch_size=batch_size,
             pad_id=pad_id,
             buckets=buckets,
-            advance=bar.update,
+            advance=advance,
         )
     return {language: one.score() for language, one in found.items()}
 

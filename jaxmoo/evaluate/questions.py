@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxmoo.config.data_section import LengthsConfig
 from jaxmoo.data.example import Example
+from jaxmoo.data.lengths import fits_tokens
 from jaxmoo.data.sources.records import Malformed
 from jaxmoo.data.split import hash_fraction
 from jaxmoo.data.tokenization.tokenize import (
@@ -201,6 +204,7 @@ def prepare_questions(
     drop_unusable: bool = False,
     max_malformed: float = 0.0,
     special_tokens: str = "text",
+    asked: LengthsConfig | None = None,
 ) -> Questions:
     """Tokenise one language's examples for every measure that is asked for.
 
@@ -213,6 +217,7 @@ def prepare_questions(
       max_malformed: the largest share of examples that the template may fail to render; they are
         left out.
       special_tokens: as in :func:`~jaxmoo.data.tokenization.tokenize.tokenize_all`.
+      asked: examples with fewer or more tokens are left out.
 
     Raises:
       DataError: a reply begins beyond `max_length`, no example is left, or a prompt leaves no room
@@ -222,6 +227,12 @@ def prepare_questions(
     malformed = Malformed(f"language {language!r}", max_malformed, total=len(examples))
     options = {"special_tokens": special_tokens}
     examples, replies = tokenize_good(examples, tokenizer, max_length, malformed, **options)
+    if asked is not None:
+        kept = [fits_tokens(reply.length, asked) for reply in replies]
+        if not any(kept):
+            raise DataError(f"Language {language!r} has no examples within data.lengths.")
+        examples = list(itertools.compress(examples, kept))
+        replies = list(itertools.compress(replies, kept))
     usable = [bool(reply.loss_mask[1:].any()) for reply in replies]
     if not all(usable) and not (drop_unusable and any(usable)):
         lengths = [r.length for r, ok in zip(replies, usable, strict=True) if not ok]

@@ -17,7 +17,7 @@ from jaxmoo.config import is_date
 from jaxmoo.errors import CheckpointError, ConfigError, shown
 from jaxmoo.evaluate.measures import measured, score, summarise_measures
 from jaxmoo.files.atomic import replace_text
-from jaxmoo.files.outputs import check_writable
+from jaxmoo.files.outputs import check_writable, typed_path
 
 __all__ = ["LanguageResult", "ResultStore", "Results", "read_results"]
 
@@ -78,7 +78,7 @@ class ResultStore:
     """
 
     def __init__(self, output: Path, *, check: bool = True):
-        self.output = Path(output)
+        self.output = typed_path(output)
         if self.output.suffix != ".json" or self.output.is_dir():
             raise ConfigError(f"--output names a file that ends in .json, found {output}.")
         self.directory = _directory(self.output)
@@ -163,7 +163,7 @@ def read_results(path: Path) -> Results:
     Raises:
       CheckpointError: files are missing or damaged.
     """
-    path = Path(path)
+    path = typed_path(path)
     found = _read(path)
     try:
         seen, unseen = ([str(code) for code in found[key]] for key in ("seen", "unseen"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from jaxmoo.files.buckets import is_bucket
 
 __all__ = ["replace_text", "replacing"]
 
@@ -35,6 +38,11 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
       ...     print(file.read_bytes())
       b'new'
     """
+    if is_bucket(file):  # an object is replaced at once, or not at all
+        whole = io.BytesIO()
+        yield whole
+        file.write_bytes(whole.getvalue())
+        return
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         yield stream

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["bundled", "config_names", "copy_bundled", "find_config"]
 
@@ -48,7 +49,7 @@ def find_config(name: str | Path) -> Path:
       >>> find_config("quickstart").name, str(find_config("no/such/file"))
       ('quickstart.yaml', 'no/such/file')
     """
-    path = Path(name)
+    path = typed_path(name)
     with contextlib.suppress(OSError, ValueError):  # no path at all
         return next((file for file in _meant(path) if file.is_file()), path)
     return path

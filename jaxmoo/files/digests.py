@@ -25,11 +25,14 @@ import numpy as np
 import xxhash
 from jax.experimental import multihost_utils
 
-from jaxmoo.errors import CheckpointError, JaxmooError
+from jaxmoo.errors import CheckpointError, DamagedError, JaxmooError
+from jaxmoo.files.buckets import is_bucket
 
 __all__ = [
     "DIGESTS",
+    "UNFINISHED",
     "Digests",
+    "agree_whole",
     "damaged_files",
     "digest_files",
     "files_below",
@@ -42,6 +45,8 @@ __all__ = [
 T = TypeVar("T")
 
 DIGESTS = "digests.json"
+# Lies in a directory of a bucket, which cannot be renamed, as long as that is not whole.
+UNFINISHED = ".unfinished"
 # How notes of digests begin that several processes leave for the first one.
 _NOTE = "digests.process_"
 _ALGORITHM = "xxh128"
@@ -124,16 +129,19 @@ def write_digests(
         files |= {(place / name).as_posix(): digest for name, digest in found.items()}
         note.unlink()
     names = {(Path(part) / name).as_posix() for part in within for name in files_below(root / part)}
-    files |= digest_files(root, sorted(names - files.keys() - {DIGESTS}))
+    files |= digest_files(root, sorted(names - files.keys() - {DIGESTS, UNFINISHED}))
     content = {
         "format": 1,
         "algorithm": _ALGORITHM,
         "about": dict(about or {}),
         "files": dict(sorted(files.items())),
     }
+    text = json.dumps(content | {"own": _own(content)}, indent=1) + "\n"
+    if is_bucket(root):
+        (root / DIGESTS).write_text(text, "utf-8")
+        return
     with (root / DIGESTS).open("w", encoding="utf-8") as stream:
-        json.dump(content | {"own": _own(content)}, stream, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -142,7 +150,8 @@ def read_digests(root: Path) -> Digests | None:
     """Read the digests of a directory; None where there are none.
 
     Raises:
-      CheckpointError: they are damaged, or of a kind that is not known.
+      DamagedError: they are damaged.
+      CheckpointError: they are of a kind that is not known.
     """
     file = root / DIGESTS
     try:
@@ -155,9 +164,9 @@ def read_digests(root: Path) -> Digests | None:
         return None
     # RecursionError: brackets nested by the thousand.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r})") from None
+        raise DamagedError(f"{file} is damaged ({error!r})") from None
     if not whole or not inside:
-        raise CheckpointError(f"{file} is damaged: it is not what was written")
+        raise DamagedError(f"{file} is damaged: it is not what was written")
     if content.get("algorithm") != _ALGORITHM or content.get("format") != 1:
         raise CheckpointError(
             f"{file} has format {content.get('format')!r} and algorithm "
@@ -196,7 +205,8 @@ def read_checked(
 ) -> T:
     """Read files and check them meanwhile: small ones before, large ones beside the reading.
 
-    Where there are several processes all must call; each checks its share.
+    Where there are several processes all must call; each checks its share, and all of it is checked
+    before: the others would wait for one whose reading fails.
 
     Args:
       read: reads what lies in the files.
@@ -209,16 +219,18 @@ def read_checked(
       What was read.
 
     Raises:
-      CheckpointError: files are damaged (in all processes), or ``read`` fails on them. Errors of
-        ours stay what they are where no file is damaged.
+      DamagedError: files are damaged (in all processes).
+      CheckpointError: ``read`` fails on them. Errors of ours stay what they are where no file is
+        damaged.
     """
-    small = {name: d for name, d in files.items() if _size(root / name) <= _SMALL}
-    large = {name: d for name, d in files.items() if name not in small}
-    _agree(damaged_files(root, _share(small)), says, advice)
+    several = jax.process_count() > 1
+    before = {n: d for n, d in files.items() if several or _size(root / n) <= _SMALL}
+    beside = {name: d for name, d in files.items() if name not in before}
+    agree_whole(damaged_files(root, _share(before)), says=says, advice=advice)
     failure: CheckpointError | None = None
     result: T | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as background:
-        found = background.submit(damaged_files, root, _share(large))
+        found = background.submit(damaged_files, root, beside)
         try:
             with _leftovers_unheard():
                 result = read()
@@ -230,9 +242,10 @@ def read_checked(
             reason = str(error).strip().split("\n")[0][:500] or type(error).__name__
             failure = CheckpointError(f"{says}: {reason}\n{advice}")
         problems = found.result()
+    if problems:
+        raise _damaged(problems, says, advice)
     if failure is not None:
-        raise _damaged(problems, says, advice) if problems else failure
-    _agree(problems, says, advice)
+        raise failure
     return cast("T", result)
 
 
@@ -262,19 +275,29 @@ def _is_leftover(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
-def _agree(problems: Sequence[str], says: str, advice: str) -> None:
+def agree_whole(problems: Sequence[str], *, says: str, advice: str) -> None:
+    """Raise in every process if one of them has found something damaged.
+
+    Args:
+      problems: what this one has found.
+      says: what is the matter then, as an error begins.
+      advice: what to do then; a sentence.
+
+    Raises:
+      DamagedError: one of them has.
+    """
     somewhere = bool(problems)
     if jax.process_count() > 1:
         somewhere = bool(np.any(multihost_utils.process_allgather(np.bool_(somewhere))))
     if problems:
         raise _damaged(problems, says, advice)
     if somewhere:
-        raise CheckpointError(f"{says}: another process found it damaged and says where.\n{advice}")
+        raise DamagedError(f"{says}: another process found it damaged and says where.\n{advice}")
 
 
-def _damaged(problems: Sequence[str], says: str, advice: str) -> CheckpointError:
+def _damaged(problems: Sequence[str], says: str, advice: str) -> DamagedError:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return CheckpointError(f"{says}: {', '.join(problems[:3])}{more}.\n{advice}")
+    return DamagedError(f"{says}: {', '.join(problems[:3])}{more}.\n{advice}")
 
 
 def _share(files: Mapping[str, str]) -> dict[str, str]:

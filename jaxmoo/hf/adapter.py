@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError, ConfigError, shown
+from jaxmoo.files.at_hand import at_hand
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
+from jaxmoo.hf.fused_adapter import fuse_adapters
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
@@ -111,9 +115,11 @@ def save_adapter(
         write_file(directory / _WEIGHTS_FILE, tensors)
         (directory / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
-    write_directory(Path(path), state_tensors(state, lambda _: np.float32, peft_tensor), write)
+    tensors = state_tensors(state, lambda _: np.float32, peft_tensor)
+    config, tensors = fuse_adapters(config, tensors, adapted, model.config)
+    write_directory(typed_path(path), tensors, write)
 
 
 def _plain(alpha: float) -> float:
@@ -149,7 +155,7 @@ def describe_adapter(path: Path) -> Adapters:
     Raises:
       CheckpointError: when files are missing or damaged, or the adapters are of another kind.
     """
-    path = Path(path)
+    path = typed_path(path)
     config = read_json(path / _CONFIG_FILE)
     _check_kind(config, path)
     with _opened(path) as handle:
@@ -173,7 +179,10 @@ def _opened(path: Path) -> Iterator[Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_WEIGHTS_FILE}; save the adapters as safetensors")
     try:
-        with safe_open(file, framework="numpy") as handle:
+        with (
+            at_hand(path, [_WEIGHTS_FILE]) as directory,
+            safe_open(os.path.join(directory, _WEIGHTS_FILE), framework="numpy") as handle,
+        ):
             yield handle
     except (SafetensorError, OSError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
@@ -195,7 +204,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
       CheckpointError: when files are missing or damaged, or the adapters are of another kind,
         rank or scale, or on other projections.
     """
-    path = Path(path)
+    path = typed_path(path)
     _check_like(lora, describe_adapter(path).lora, path)
     found = read_unchanged(lambda: _read_tensors(path), path)
     _check_tensors(found, abstract, path / _WEIGHTS_FILE)
@@ -238,7 +247,8 @@ def peft_tensor(path: str) -> HFTensor:
 
     Example:
       >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
-      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True)
+      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True,
+               rows=None)
     """
     projection, _, rest = path.partition(".lora_")
     adapted = hf_tensor(f"{projection}.kernel")
@@ -283,7 +293,7 @@ def _check_kind(config: dict[str, Any], path: Path) -> None:
 def _lora(config: dict[str, Any], path: Path, modules: Iterable[str]) -> LoRA:
     """The kind of adapters on modules such as ``model.layers.0.mlp.up_proj``."""
     given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    patterns: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, Any] = {}
     try:
         LoRA(**given)  # type and range of both
         for name, general in given.items():

@@ -6,8 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 __all__ = ["ModelCard"]
+
+_REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class ModelCard:
       data: what it was trained on, in a sentence.
       metrics: tables of numbers: a heading, and for every row a value of every column.
       library: what loads it: "transformers", or "peft" for adapters.
+      report: a page of HTML about its training, which lies beside the card as ``report.html``.
 
     Example:
       >>> card = ModelCard("tiny", base_model="org/base", languages=("en", "ja"),
@@ -54,6 +58,13 @@ class ModelCard:
     data: str | None = None
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     library: str = "transformers"
+    report: str | None = None
+
+    def write(self, directory: Path) -> None:
+        """Write the README.md, and the page it links to, into a model's directory."""
+        (directory / "README.md").write_text(self.text(), "utf-8")
+        if self.report is not None:
+            (directory / _REPORT).write_text(self.report, "utf-8")
 
     def text(self) -> str:
         """Contents of the README.md: metadata for the hub, then the facts as Markdown."""
@@ -71,6 +82,8 @@ class ModelCard:
             "Data": self.data,
         }
         lines += [f"- {name}: {fact}" for name, fact in facts.items() if fact]
+        if self.report is not None:
+            lines.append(f"- Report of the training: [{_REPORT}]({_REPORT})")
         for heading, rows in self.metrics.items():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
             lines += ["", f"## {heading}", "", f"| | {' | '.join(columns)} |"]

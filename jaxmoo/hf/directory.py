@@ -18,15 +18,18 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
-from jaxmoo.files.digests import DIGESTS, read_checked, read_digests, write_digests
+from jaxmoo.files.buckets import BucketPath, is_bucket
+from jaxmoo.files.digests import DIGESTS, UNFINISHED, read_checked, read_digests, write_digests
 from jaxmoo.files.outputs import check_writable
 
 __all__ = [
     "agree",
     "check_target",
     "first_process",
+    "is_unfinished",
     "new_directory",
     "read_unchanged",
+    "remove_directory",
     "written_files",
 ]
 
@@ -42,7 +45,7 @@ def check_target(path: Path) -> None:
     Raises:
       CheckpointError: when it is a file or holds anything, or nothing can be written there.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not is_unfinished(path) and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"{path} already exists and is not an empty directory; nothing was written. Choose "
             "another path or remove it yourself."
@@ -66,12 +69,18 @@ def new_directory(path: Path) -> Iterator[Path]:
       path: the directory to make; may exist if empty.
 
     Yields:
-      A temporary directory beside it to write into; removed on an error.
+      A temporary directory beside it to write into; removed on an error. In a bucket the directory
+      itself, where the digests come last: one without them is not whole, and cleared by the next
+      that is made there.
 
     Raises:
       CheckpointError: when ``path`` is not empty, or the disk is full or read-only; in all
         processes if in the first.
     """
+    if is_bucket(path):
+        with _new_in_bucket(path):
+            yield path
+        return
     number = os.getpid()
     if jax.process_count() > 1:
         number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -108,6 +117,42 @@ def new_directory(path: Path) -> Iterator[Path]:
             lock.release()
             with contextlib.suppress(OSError):
                 Path(lock.lock_file).unlink()
+
+
+@contextlib.contextmanager
+def _new_in_bucket(path: Path) -> Iterator[None]:
+    def begin() -> None:
+        check_target(path)
+        remove_directory(path)
+        (path / UNFINISHED).write_bytes(b"")
+
+    def finish() -> None:
+        write_digests(path)
+        (path / UNFINISHED).unlink()
+
+    try:
+        first_process(begin)
+        yield
+        first_process(finish)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {error}. What is there of it is cleared by the next "
+            "that is written there."
+        ) from error
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a directory in a bucket was begun by `new_directory`, and not finished."""
+    return is_bucket(path) and (path / UNFINISHED).exists()
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory with all that is in it, if it is there."""
+    if not isinstance(path, BucketPath):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    (path / DIGESTS).unlink(missing_ok=True)  # without them it is not whole, from then on
+    path.rmtree()
 
 
 def _remove(directory: Path) -> None:

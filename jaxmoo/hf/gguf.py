@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from jaxmoo.errors import CheckpointError, JaxmooError, did_you_mean, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target, new_directory
 from jaxmoo.hf.gguf_fields import Fields, open_gguf
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
@@ -28,15 +29,22 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
 
-__all__ = ["convert_gguf"]
+__all__ = [
+    "LAYER_PARTS",
+    "PREFIXES",
+    "ROPE_FACTORS",
+    "convert_gguf",
+    "gguf_config",
+    "stretched",
+]
 
 # GGUF's names of tensors and parts of tensors' names, and Hugging Face's.
-_PREFIXES = {
+PREFIXES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_LAYER_PARTS = {
+LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -55,7 +63,7 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 # Llama 3's stretched rotary frequencies: GGUF files hold what each is divided by.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def convert_gguf(file: Path, path: Path) -> None:
@@ -71,8 +79,8 @@ def convert_gguf(file: Path, path: Path) -> None:
       CheckpointError: when the file is damaged or of another architecture or tokenizer, its
         tensors are not those of a whole model, or ``path`` is not empty.
     """
-    file = Path(file)
-    check_target(Path(path))
+    file = typed_path(file)
+    check_target(typed_path(path))
     try:
         config, tensors, (tokenizer, tokenizer_config) = _read(file)
     except JaxmooError as error:
@@ -87,7 +95,7 @@ def convert_gguf(file: Path, path: Path) -> None:
         }.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(text + "\n", "utf-8")
-        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
         try:  # what is written must be a model for everything that reads it
             load_tokenizer(directory)
         except JaxmooError as error:
@@ -105,10 +113,10 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Tensor], tuple[Any, dict[str
             f"{', '.join(_ARCHITECTURES)}"
         )
     stored = {tensor.name: tensor for tensor in found}
-    factors = stored.pop(_ROPE_FACTORS, None)
-    config = _config(architecture, fields, tied="output.weight" not in stored)
+    factors = stored.pop(ROPE_FACTORS, None)
+    config = gguf_config(architecture, fields, tied="output.weight" not in stored)
     if factors is not None:
-        config |= _stretched(config, np.array(factors.data, np.float32))
+        config |= stretched(config, np.array(factors.data, np.float32))
     decoder = DecoderConfig.from_hf(config)
     tokenizer = gguf_tokenizer(fields, decoder.max_position_embeddings)
     tensors = [_tensor(tensor, config, file) for tensor in stored.values()]
@@ -117,7 +125,19 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Tensor], tuple[Any, dict[str
     return config, tensors, tokenizer
 
 
-def _config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, Any]:
+def gguf_config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, Any]:
+    """Return what ``config.json`` says of the model of a header.
+
+    Args:
+      architecture: GGUF's name of it.
+      fields: of the header.
+      tied: whether the head is the embedding.
+
+    Raises:
+      CheckpointError: a field is missing, of another type or out of range, or asks for what cannot
+        be converted.
+    """
+
     def key(name: str) -> str:
         return f"{architecture}.{name}"
 
@@ -166,10 +186,18 @@ def _config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """The settings of Llama 3's stretched rotary frequencies, in both spellings."""
+def stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """Return the settings of Llama 3's stretched rotary frequencies, in both spellings.
+
+    Args:
+      config: the other settings.
+      factors: what each frequency is divided by.
+
+    Raises:
+      CheckpointError: these are not the factors of Llama 3's rule.
+    """
     if not factors.size:
-        raise CheckpointError(f"{_ROPE_FACTORS} is empty")
+        raise CheckpointError(f"{ROPE_FACTORS} is empty")
     # Of the four numbers of Llama 3's rule all its models share three.
     scaling = {
         "rope_type": "llama3",
@@ -180,12 +208,12 @@ def _stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
     }
     parameters = {**scaling, "rope_theta": config["rope_theta"]}
     settings = {"rope_scaling": scaling, "rope_parameters": parameters}
-    stretched = DecoderConfig.from_hf(config | settings)
-    plain = dataclasses.replace(stretched, rope_scaling=None)
-    expected = rope_frequencies(plain) / rope_frequencies(stretched)
+    slowed = DecoderConfig.from_hf(config | settings)
+    plain = dataclasses.replace(slowed, rope_scaling=None)
+    expected = rope_frequencies(plain) / rope_frequencies(slowed)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise CheckpointError(
-            f"{_ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "
+            f"{ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "
             "cannot be converted"
         )
     return settings
@@ -201,7 +229,7 @@ def _tensor(tensor: Any, config: dict[str, Any], file: Path) -> Tensor:
     match = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name)
     assert match is not None  # it fits any text
     layer, part, leaf = match.groups()
-    known = _PREFIXES if layer is None else _LAYER_PARTS
+    known = PREFIXES if layer is None else LAYER_PARTS
     if part not in known or leaf not in (".weight", ".bias"):
         raise CheckpointError(
             f"tensor {tensor.name!r} is not part of the {config['model_type']} architecture"

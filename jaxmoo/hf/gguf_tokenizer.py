@@ -1,17 +1,22 @@
-"""The tokenizer of a GGUF file, as the Hugging Face library's."""
+"""The tokenizer of a GGUF file, as the Hugging Face library's, and the other way round."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
-from gguf import TokenType
+from gguf import GGUFValueType, TokenType
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxmoo.errors import CheckpointError, did_you_mean, shown
 from jaxmoo.hf.gguf_fields import Fields
 
-__all__ = ["gguf_tokenizer"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["gguf_tokenizer", "tokenizer_fields"]
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -151,3 +156,109 @@ def _built(
     if "tokenizer.chat_template" in fields:
         config["chat_template"] = fields.text("tokenizer.chat_template")
     return tokenizer, config
+
+
+# What tells ways of splitting apart: numbers, apostrophes, white space, other scripts, signs.
+_PROBE = (
+    "Hello, World! I'VE we'll can't\tx = 12345 + 6.7e-8;\n\n  def f(a_b):\n    return [1, 22]\r\n"
+    "   \u00c5ngstro\u0308m na\u00efve \u0645\u0631\u062d\u0628\u0627 \u0661\u0662\u0663 "
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 ...!!! #tag @name http://a.b/c?d=1%20 \n "
+)
+
+
+def tokenizer_fields(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop: Sequence[int] = ()
+) -> dict[str, tuple[Any, ...]]:
+    """Return the fields of a GGUF file from which the same tokenizer is built.
+
+    Args:
+      tokenizer: a byte-level BPE tokenizer whose splitting llama.cpp knows, with its chat template.
+      vocab_size: rows of the model's table; those beyond the tokens are named ``[PAD7]``.
+      stop: tokens that end a reply beside its end token; llama.cpp has room for one, and knows the
+        usual ones by their names.
+
+    Returns:
+      By name: value, type, and for lists the type of their elements.
+
+    Raises:
+      CheckpointError: it is of another kind, or has no token that ends a text.
+    """
+    backend = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+        raise CheckpointError(
+            "only byte-level BPE tokenizers can be written into a GGUF file. For those of "
+            "SentencePiece, give a Hugging Face directory (`jaxmoo convert to-hf`) to llama.cpp's "
+            "own convert_hf_to_gguf.py, which reads tokenizer.model"
+        )
+    added = backend.get_added_tokens_decoder()
+    names = {number: text for text, number in backend.get_vocab(with_added_tokens=True).items()}
+    tokens = [names.get(number, f"[PAD{number}]") for number in range(vocab_size)]
+    kinds = [int(_kind(number, names, added)) for number in range(vocab_size)]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    u32, text, each = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY
+    ends = list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *stop) if t is not None))
+    if not ends:
+        raise CheckpointError(
+            "nothing says which token ends a text: set eos_token in tokenizer_config.json"
+        )
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": ends[0],
+        "eot": ends[1] if len(ends) > 1 else None,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+    }
+    begins = special["bos"] is not None and backend.encode("a").ids[:1] == [special["bos"]]
+    fields: dict[str, tuple[Any, ...]] = {
+        "tokenizer.ggml.model": ("gpt2", text),
+        "tokenizer.ggml.tokens": (tokens, each, text),
+        "tokenizer.ggml.token_type": (kinds, each, GGUFValueType.INT32),
+        "tokenizer.ggml.merges": (merges, each, text),
+        **{
+            f"tokenizer.ggml.{name}_token_id": (int(number), u32)
+            for name, number in special.items()
+            if isinstance(number, int)
+        },
+        "tokenizer.ggml.add_bos_token": (begins, GGUFValueType.BOOL),
+    }
+    fields["tokenizer.ggml.pre"] = (_splitting(backend, fields), text)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        fields["tokenizer.chat_template"] = (template, text)
+    return fields
+
+
+def _kind(number: int, names: Mapping[int, str], added: Mapping[int, Any]) -> TokenType:
+    if number not in names:
+        return TokenType.UNUSED
+    if number not in added:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+
+
+def _splitting(backend: tokenizers.Tokenizer, fields: Mapping[str, tuple[Any, ...]]) -> str:
+    """The name of the rules by which a tokenizer splits text, found by trying all on a text."""
+    plain = {name: value for name, (value, *_) in fields.items()}
+    wanted = _split(backend)
+    for pre in _RULES:
+        built, _ = gguf_tokenizer(Fields(plain | {"tokenizer.ggml.pre": pre}), 1)
+        if _split(built) == wanted:
+            return pre
+    raise CheckpointError(
+        "the tokenizer splits text in a way that has no name here: known are "
+        f"{', '.join(_RULES)}. llama.cpp's own convert_hf_to_gguf.py knows more: give it a Hugging "
+        "Face directory (`jaxmoo convert to-hf`)"
+    )
+
+
+def _split(backend: tokenizers.Tokenizer) -> tuple[list[str], list[int]]:
+    """The pieces of a text, and its tokens."""
+    text, split = _PROBE, backend.pre_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    pieces = [] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
+    return pieces, backend.encode(_PROBE).ids

@@ -19,11 +19,13 @@ from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from jaxmoo.errors import CheckpointError, ConfigError, did_you_mean, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import read_unchanged
-from jaxmoo.hf.names import HFTensor, hf_tensor
+from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import Weights
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.paths import logical_paths, named_leaves
 
 __all__ = [
@@ -55,14 +57,14 @@ def load_config(path: Path) -> DecoderConfig:
       ConfigError: when the architecture is not supported, or a size or number is of another type
         or out of range.
     """
-    file = Path(path) / "config.json"
+    file = typed_path(path) / "config.json"
     content = read_json(file)
     try:
         config = DecoderConfig.from_hf(content)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     _check_end_tokens(content, config, file)
-    generation = Path(path) / "generation_config.json"
+    generation = typed_path(path) / "generation_config.json"
     if generation.is_file():
         _check_end_tokens(read_json(generation), config, generation)
     return config
@@ -142,7 +144,7 @@ def load_model(
         another shape; all of them are named at once.
       ConfigError: when the architecture is not supported.
     """
-    path = Path(path)
+    path = typed_path(path)
     config = load_config(path)
     model = Decoder.abstract(
         config,
@@ -157,7 +159,7 @@ def load_model(
     graphdef, state = nnx.split(model)
     _check(weights, state, config, path)
     if param_dtype is None:
-        state = with_dtypes(state, weights.dtype)
+        state = with_dtypes(state, weights.dtype, config)
     if callable(shardings):
         shardings = shardings(state)
     leaves, treedef = jax.tree.flatten(state)
@@ -170,7 +172,7 @@ def load_model(
     def read() -> list[jax.Array]:
         with progress(sum(x.size * x.dtype.itemsize for x in leaves), "Loading weights") as bar:
             return [
-                _read_leaf(weights, leaf_path, leaf, placement, bar.update)
+                _read_leaf(weights, config, leaf_path, leaf, placement, bar.update)
                 for (leaf_path, leaf), placement in zip(
                     named_leaves(state), placements, strict=True
                 )
@@ -193,13 +195,16 @@ def progress(total: int, description: str) -> tqdm:
     )
 
 
-def with_dtypes(state: nnx.State, dtype_of: Callable[[str], Any]) -> nnx.State:
+def with_dtypes(
+    state: nnx.State, dtype_of: Callable[[str], Any], config: DecoderConfig
+) -> nnx.State:
     """Give the abstract state of a `Decoder` other dtypes.
 
     Args:
       state: the state.
       dtype_of: gives a tensor's dtype by its Hugging Face name; a stack of layers gets one that
         holds those of all its layers exactly.
+      config: of the model.
 
     Returns:
       The state, its leaves `jax.ShapeDtypeStruct`.
@@ -209,7 +214,9 @@ def with_dtypes(state: nnx.State, dtype_of: Callable[[str], Any]) -> nnx.State:
     """
     leaves = []
     for path, leaf in named_leaves(state):
-        dtypes = [dtype_of(hf_tensor(name).name) for name in logical_paths(path, leaf.shape)]
+        dtypes = [
+            dtype_of(hf_tensor(name, config).name) for name in logical_paths(path, leaf.shape)
+        ]
         dtype = functools.reduce(jnp.promote_types, dtypes)
         if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             raise CheckpointError(
@@ -243,10 +250,23 @@ def check_tensors(
     for leaf_path, leaf in named_leaves(state):
         shape = leaf.shape[1:] if leaf_path[0] == "layers" else leaf.shape
         for logical in logical_paths(leaf_path, leaf.shape):
-            tensor = hf_tensor(logical)
-            expected[tensor.name] = shape[::-1] if tensor.transposed else shape
+            tensor = hf_tensor(logical, config)
+            stored = shape[::-1] if tensor.transposed else shape
+            if tensor.rows is not None:  # one of several, below those before it
+                stored = (sum(tensor.rows), *stored[1:])
+                stored = max(stored, expected.get(tensor.name, stored))
+            expected[tensor.name] = stored
+    constant = constant_tensors(config)
+    found = {name: shape for name, shape in found.items() if name not in constant}
     missing = [name for name in expected if name not in found]
     extra = sorted(set(found) - set(expected))
+    for start, what in FAMILIES[config.family].names.others.items():
+        if any(name.startswith(start) for name in extra):
+            raise CheckpointError(
+                f"the weights in {path} have a {what} ({start}*), which is not supported. Save "
+                "the text model alone with transformers, as the documentation of models shows, "
+                "and use that."
+            )
     misshapen = [
         f"{name}: expected shape {list(shape)}, found {list(found[name])}"
         for name, shape in expected.items()
@@ -269,15 +289,26 @@ def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path
     """Raise unless the files hold exactly the tensors of the model."""
     found = {name: weights.shape(name) for name in weights.names() if not _IGNORED.search(name)}
     # Some tied models ship a copy of the embedding as their head.
-    copied = config.tie_word_embeddings and found.pop("lm_head.weight", None) is not None
+    head, table = (hf_tensor(f"{x}.embedding", config).name for x in ("lm_head", "embed_tokens"))
+    copied = config.tie_word_embeddings and found.pop(head, None) is not None
+    for name, value in constant_tensors(config).items():
+        if name in found:
+            _check_constant(weights, name, value)
     check_tensors(found, state, config, path)
-    if copied and not _equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
+    if copied and not _equal(weights, head, table):
         raise CheckpointError(
-            f"{path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
-            "model.embed_tokens.weight. Set tie_word_embeddings to false or drop the tensor."
+            f"{path}: config.json says tie_word_embeddings, but {head} differs from "
+            f"{table}. Set tie_word_embeddings to false or drop the tensor."
         )
     for name in found:
         weights.dtype(name)
+
+
+def _check_constant(weights: Weights, name: str, value: float) -> None:
+    """Raise unless a tensor holds a number, rounded to its own dtype."""
+    rounded = np.asarray(value, jnp.dtype(weights.dtype(name)))
+    if weights.shape(name) != () or np.asarray(weights.read(name)) != rounded:
+        raise CheckpointError(f"{name} must be {value}; other values are not supported")
 
 
 def _listed(items: list[str], describe: Callable[[str], str], most: int = 20) -> list[str]:
@@ -304,13 +335,14 @@ def _equal(weights: Weights, a: str, b: str) -> bool:
 
 def _read_leaf(
     weights: Weights,
+    config: DecoderConfig,
     path: tuple[Any, ...],
     leaf: jax.ShapeDtypeStruct,
     placement: Sharding | None,
     done: Callable[[int], Any],
 ) -> jax.Array:
     """Read a parameter, or the stack of its layers, into place; ``done`` is told of bytes."""
-    tensors = [hf_tensor(name) for name in logical_paths(path, leaf.shape)]
+    tensors = [hf_tensor(name, config) for name in logical_paths(path, leaf.shape)]
     if path[0] != "layers":
         done(leaf.size * leaf.dtype.itemsize)
         return _place(weights, tensors[0], leaf.shape, leaf.dtype, placement)
@@ -331,12 +363,21 @@ def _place(
 
     def read(index: Any) -> np.ndarray:  # a slice per axis
         if tensor.transposed:
-            return _transposed(weights.read(tensor.name, index[::-1]), dtype)
+            return _transposed(weights.read(tensor.name, _within(tensor, index[::-1])), dtype)
         return weights.read(tensor.name, index).astype(dtype, copy=False)
 
     if placement is None:
         return jnp.asarray(read(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, placement, read)
+
+
+def _within(tensor: HFTensor, index: Any) -> Any:
+    """Move slices of a parameter in the layout of the file to where it begins in its tensor."""
+    if tensor.rows is None:
+        return index
+    first, count = tensor.rows
+    start, stop, _ = index[0].indices(count)
+    return (slice(first + start, first + stop), *index[1:])
 
 
 def _transposed(matrix: np.ndarray, dtype: Any) -> np.ndarray:

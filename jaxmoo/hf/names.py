@@ -1,30 +1,36 @@
 """Which Hugging Face tensor holds which parameter.
 
-One table, read in both directions; ``{i}`` stands for a layer's number. Hugging Face stores the
-matrix of a linear map as [out, in]; ours are [in, out], except for the head's, which like the
-embedding is a table of one vector per token.
+One table, read in both directions; ``{i}`` stands for a layer's number. A family says where it has
+names of its own (:class:`jaxmoo.models.families.family.Names`). Hugging Face stores the matrix of a
+linear map as [out, in]; ours are [in, out], except for the head's, which like the embedding is a
+table of one vector per token.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.models.architecture import DecoderConfig
+from jaxmoo.models.families import FAMILIES
 
-__all__ = ["HFTensor", "hf_tensor", "logical_path"]
+__all__ = ["HFTensor", "constant_tensors", "hf_tensor", "logical_path"]
 
 
 class HFTensor(NamedTuple):
-    """A tensor of a Hugging Face checkpoint.
+    """A tensor of a Hugging Face checkpoint, or some of its rows.
 
     Attributes:
       name: its name in the file.
       transposed: whether its two axes are swapped in comparison with the parameter.
+      rows: the first of its rows that hold the parameter, and how many there are; None: all.
     """
 
     name: str
     transposed: bool
+    rows: tuple[int, int] | None = None
 
 
 _LINEAR = ("weight", "kernel", True)
@@ -32,64 +38,100 @@ _BIAS = ("bias", "bias", False)
 _NORM = ("weight", "scale", False)
 _TABLE_OF_VECTORS = ("weight", "embedding", False)
 
-# Hugging Face's prefix, ours, and the leaves below: (its name, our name, transposed).
-_TABLE = [
-    ("model.embed_tokens", "embed_tokens", [_TABLE_OF_VECTORS]),
-    ("model.layers.{i}.input_layernorm", "layers.{i}.input_layernorm", [_NORM]),
-    ("model.layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.q_proj", [_LINEAR, _BIAS]),
-    ("model.layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.k_proj", [_LINEAR, _BIAS]),
-    ("model.layers.{i}.self_attn.v_proj", "layers.{i}.self_attn.v_proj", [_LINEAR, _BIAS]),
-    ("model.layers.{i}.self_attn.q_norm", "layers.{i}.self_attn.q_norm", [_NORM]),
-    ("model.layers.{i}.self_attn.k_norm", "layers.{i}.self_attn.k_norm", [_NORM]),
-    ("model.layers.{i}.self_attn.o_proj", "layers.{i}.self_attn.o_proj", [_LINEAR]),
-    (
-        "model.layers.{i}.post_attention_layernorm",
-        "layers.{i}.post_attention_layernorm",
-        [_NORM],
-    ),
-    ("model.layers.{i}.mlp.gate_proj", "layers.{i}.mlp.gate_proj", [_LINEAR]),
-    ("model.layers.{i}.mlp.up_proj", "layers.{i}.mlp.up_proj", [_LINEAR]),
-    ("model.layers.{i}.mlp.down_proj", "layers.{i}.mlp.down_proj", [_LINEAR]),
-    ("model.norm", "norm", [_NORM]),
-    ("lm_head", "lm_head", [_TABLE_OF_VECTORS]),
-]
-
-_TO_HF = {
-    f"{ours}.{leaf}": HFTensor(f"{theirs}.{their_leaf}", transposed)
-    for theirs, ours, leaves in _TABLE
-    for their_leaf, leaf, transposed in leaves
+# Modules of a layer and the leaves below: (Hugging Face's name, our name, transposed).
+_LAYER = {
+    "input_layernorm": [_NORM],
+    "self_attn.q_proj": [_LINEAR, _BIAS],
+    "self_attn.k_proj": [_LINEAR, _BIAS],
+    "self_attn.v_proj": [_LINEAR, _BIAS],
+    "self_attn.q_norm": [_NORM],
+    "self_attn.k_norm": [_NORM],
+    "self_attn.o_proj": [_LINEAR],
+    "post_attention_layernorm": [_NORM],
+    "pre_feedforward_layernorm": [_NORM],
+    "post_feedforward_layernorm": [_NORM],
+    "mlp.gate_proj": [_LINEAR],
+    "mlp.up_proj": [_LINEAR],
+    "mlp.down_proj": [_LINEAR],
+    "mlp.act_fn": [("alpha_p", "alpha_p", False), ("alpha_n", "alpha_n", False)],
 }
-_FROM_HF = {tensor.name: path for path, tensor in _TO_HF.items()}
 
 
-def hf_tensor(path: str) -> HFTensor:
+@functools.cache
+def _tables(family: str) -> tuple[dict[str, HFTensor], dict[str, str]]:
+    """Tensors by our paths, and our paths by tensors' names, of one family."""
+    names = FAMILIES[family].names
+    modules = [
+        (f"{names.prefix}embed_tokens", "embed_tokens", [_TABLE_OF_VECTORS]),
+        *(
+            (
+                f"{names.prefix}layers.{{i}}.{names.modules.get(module, module)}",
+                f"layers.{{i}}.{module}",
+                leaves,
+            )
+            for module, leaves in _LAYER.items()
+        ),
+        (f"{names.prefix}norm", "norm", [_NORM]),
+        (names.head, "lm_head", [_TABLE_OF_VECTORS]),
+    ]
+    to_hf = {
+        f"{ours}.{leaf}": HFTensor(f"{theirs}.{their_leaf}", transposed)
+        for theirs, ours, leaves in modules
+        for their_leaf, leaf, transposed in leaves
+    }
+    return to_hf, {tensor.name: path for path, tensor in to_hf.items()}
+
+
+def hf_tensor(path: str, config: DecoderConfig | None = None) -> HFTensor:
     """Find the tensor that holds a parameter.
 
     Args:
       path: the parameter's logical path.
+      config: of the model; by default, one of Llama's names.
 
     Returns:
-      The tensor's name and whether it is transposed.
+      The tensor's name, whether it is transposed, and which of its rows, where it holds more.
 
     Raises:
       CheckpointError: when the table has no such parameter.
 
     Example:
       >>> hf_tensor("layers.25.mlp.up_proj.kernel")
-      HFTensor(name='model.layers.25.mlp.up_proj.weight', transposed=True)
+      HFTensor(name='model.layers.25.mlp.up_proj.weight', transposed=True, rows=None)
     """
+    family = "llama" if config is None else config.family
     template, number = _template(path)
-    if template not in _TO_HF:
+    to_hf, _ = _tables(family)
+    if template not in to_hf:
         raise CheckpointError(f"parameter {path!r} has no Hugging Face name")
-    tensor = _TO_HF[template]
+    tensor = to_hf[template]
+    if config is not None:
+        module = template.removeprefix("layers.{i}.").rpartition(".")[0]
+        for whole, parts in FAMILIES[family].names.fused.items():
+            if module in parts:
+                sizes = [_rows(part, config) for part in parts]
+                at = parts.index(module)
+                name = tensor.name.replace(module, whole)
+                tensor = HFTensor(name, tensor.transposed, (sum(sizes[:at]), sizes[at]))
     return tensor._replace(name=tensor.name.replace("{i}", number))
 
 
-def logical_path(name: str) -> str | None:
-    """Find the parameter that a tensor holds: the inverse of `hf_tensor`.
+def _rows(module: str, config: DecoderConfig) -> int:
+    """How many rows the matrix of a projection has, in Hugging Face's layout."""
+    heads = {
+        "self_attn.q_proj": config.num_attention_heads,
+        "self_attn.k_proj": config.num_key_value_heads,
+        "self_attn.v_proj": config.num_key_value_heads,
+    }.get(module)
+    return config.intermediate_size if heads is None else heads * config.head_dim
+
+
+def logical_path(name: str, family: str = "llama") -> str | None:
+    """Find the parameter that a tensor holds: the inverse of `hf_tensor`, but for fused matrices.
 
     Args:
       name: the tensor's name.
+      family: by whose names; see `jaxmoo.models.families.FAMILIES`.
 
     Returns:
       The parameter's logical path, or None for a tensor the table does not have.
@@ -101,8 +143,18 @@ def logical_path(name: str) -> str | None:
       True
     """
     template, number = _template(name)
-    path = _FROM_HF.get(template)
+    path = _tables(family)[1].get(template)
     return None if path is None else path.replace("{i}", number)
+
+
+def constant_tensors(config: DecoderConfig) -> dict[str, float]:
+    """Names and values of tensors that never change, which a family's files have beside weights."""
+    names = FAMILIES[config.family].names
+    return {
+        f"{names.prefix}layers.{i}.{name}": value
+        for i in range(config.num_hidden_layers)
+        for name, value in names.constants.items()
+    }
 
 
 def _template(name: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -18,11 +19,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.at_hand import copy_file
+from jaxmoo.files.buckets import is_bucket
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import agree, check_target, first_process, new_directory
 from jaxmoo.hf.generation import generation_config
 from jaxmoo.hf.load import load_config, progress, read_json
-from jaxmoo.hf.names import HFTensor, hf_tensor
+from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.paths import logical_paths, named_leaves
@@ -93,7 +97,7 @@ def save_model(
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
         the disk is too small, or a value does not fit the dtype of the files.
     """
-    path, source = Path(path), Path(source)
+    path, source = typed_path(path), typed_path(source)
     first_process(lambda: check_target(path))
     if load_config(source) != model.config:
         raise CheckpointError(
@@ -120,7 +124,7 @@ def save_model(
         if chat_template is not None:
             (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
         if card is not None:
-            (directory / "README.md").write_text(card.text(), "utf-8")
+            card.write(directory)
 
     write_directory(path, tensors, write)
 
@@ -183,7 +187,7 @@ def copy_companions(source: Path, directory: Path, *, tokenizer: Path | None = N
     origins = dict.fromkeys(_COPIED, source) | dict.fromkeys(_TOKENIZER, tokenizer or source)
     for name, origin in origins.items():
         if (origin / name).is_file():
-            shutil.copyfile(origin / name, directory / name)
+            copy_file(origin / name, directory / name)
 
 
 def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
@@ -194,9 +198,19 @@ def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
       dtype: gives the dtype of a tensor in the file, by its name.
 
     Returns:
-      The tensors; each is brought to the host, and converted, when it is read.
+      The tensors; each is brought to the host, and converted, when it is read. What a family keeps
+      beside weights and never changes is among them, where it has a dtype.
     """
-    return state_tensors(nnx.state(model), dtype)
+    config = model.config
+    tensors = state_tensors(nnx.state(model), dtype, functools.partial(hf_tensor, config=config))
+    for name, value in constant_tensors(config).items():
+        with contextlib.suppress(KeyError):  # not in the files the model came from
+            tensors.append(_constant(name, value, jnp.dtype(dtype(name))))
+    return tensors
+
+
+def _constant(name: str, value: float, dtype: np.dtype) -> Tensor:
+    return Tensor(name, (), dtype, lambda: np.asarray(value, dtype))
 
 
 def state_tensors(
@@ -211,11 +225,26 @@ def state_tensors(
       dtype: gives the dtype of a tensor in the file, by its name.
       tensor_of: gives the tensor that holds a parameter, by its logical path.
     """
-    return [
-        _state_tensor(leaf, layer if path[0] == "layers" else None, tensor_of(logical), dtype)
-        for path, leaf in named_leaves(state)
-        for layer, logical in enumerate(logical_paths(path, leaf.shape))
-    ]
+    # Of tensors that hold several parameters, one below the other, by their first rows.
+    found: dict[str, dict[int, Tensor]] = {}
+    for path, leaf in named_leaves(state):
+        for layer, logical in enumerate(logical_paths(path, leaf.shape)):
+            tensor = tensor_of(logical)
+            first, _ = tensor.rows or (0, 0)
+            number = layer if path[0] == "layers" else None
+            found.setdefault(tensor.name, {})[first] = _state_tensor(leaf, number, tensor, dtype)
+    return [_joined([parts[first] for first in sorted(parts)]) for parts in found.values()]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor of the rows of several."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0]._replace(
+        shape=(rows, *parts[0].shape[1:]),
+        read=lambda: np.concatenate([part.read() for part in parts]),
+    )
 
 
 def _with_dtype(config: dict[str, Any], dtype: Any) -> str:
@@ -290,6 +319,8 @@ def write_weights(
 
 def check_space(directory: Path, total: int) -> None:
     """Raise CheckpointError unless so many bytes can be written to a directory."""
+    if is_bucket(directory):
+        return  # which tells nobody
     free = shutil.disk_usage(directory).free
     if total > free:
         raise CheckpointError(
@@ -349,7 +380,7 @@ def _state_tensor(
     leaf: jax.Array, layer: int | None, tensor: HFTensor, dtype: Callable[[str], Any]
 ) -> Tensor:
     """The tensor that holds a parameter, or one layer of a stack of parameters."""
-    name, transposed = tensor
+    name, transposed, _ = tensor
     storage = jnp.dtype(dtype(name))
     shape = leaf.shape if layer is None else leaf.shape[1:]
 

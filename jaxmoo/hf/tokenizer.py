@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmoo.errors import CheckpointError, shown
+from jaxmoo.files.at_hand import at_hand
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.load import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["check_tokenizer", "load_tokenizer"]
+
+# What transformers reads of a directory to make a tokenizer.
+_FILES = ("*.json", "*.jinja")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -32,7 +37,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         number, or the directory's model does not know all of the tokens.
       ConfigError: when the architecture of the directory's model is not supported.
     """
-    file = Path(path) / "tokenizer.json"
+    file = typed_path(path) / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
             f"{path} has no tokenizer.json. Copy the base model's tokenizer files into it; a "
@@ -42,7 +47,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        with at_hand(typed_path(path), _FILES) as directory:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     # The Rust library raises bare Exception on a file it cannot parse.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
@@ -52,7 +58,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"the tokenizer in {path} cannot be used: model_max_length, in tokenizer_config.json, "
             f"must be a number of tokens, found {shown(longest)}"
         )
-    if (Path(path) / "config.json").is_file():
+    if (typed_path(path) / "config.json").is_file():
         check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")

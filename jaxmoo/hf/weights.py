@@ -16,6 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmoo.errors import CheckpointError
+from jaxmoo.files.buckets import BucketPath
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf.remote_weights import remote_tensors
 
 __all__ = ["DTYPES", "INDEX_FILE", "WEIGHTS_FILE", "Weights"]
 
@@ -43,7 +46,7 @@ class Weights:
 
     def __init__(self, directory: Path):
         self._slices: dict[str, Any] = {}
-        found = _files(Path(directory))
+        found = _files(typed_path(directory))
         self.files = list(found)
         for file, names in found.items():
             slices = _safetensors_slices if file.suffix == ".safetensors" else _pickle_slices
@@ -78,6 +81,14 @@ class Weights:
 
 
 def _safetensors_slices(file: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
+    if isinstance(file, BucketPath):
+        try:
+            found: dict[str, Any] = dict(remote_tensors(file))
+            yield from ((name, found[name]) for name in names or found)
+        # RecursionError: brackets nested by the thousand.
+        except (ValueError, KeyError, RecursionError) as error:
+            raise _damaged(file, error) from error
+        return
     try:
         handle = safe_open(file, framework="numpy")
         for name in names or handle.keys():
@@ -87,6 +98,8 @@ def _safetensors_slices(file: Path, names: list[str]) -> Iterator[tuple[str, Any
 
 
 def _pickle_slices(file: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
+    if isinstance(file, BucketPath):
+        raise CheckpointError(f"{file} is a pickle, and not read from a bucket: save safetensors.")
     try:
         import torch
     except ImportError:

@@ -27,6 +27,8 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
 from jaxmoo.sharding import varying
 
+__all__ = ["grams_by_slices", "grams_of_many"]
+
 # Entries of one slice, K rows of float32: it stays in a core's cache. Smaller slices cost more to
 # start than to multiply, and the backend would run loops over them one after the other.
 _ENTRIES = 98_304
@@ -34,6 +36,9 @@ _FEWEST_COLUMNS = 512
 _LOOPS_PER_CORE = 8  # as many as the backend leaves to one thread
 _MOST_LOOPS = 64
 _FEWEST_SLICES = 4  # of a loop, if there are so many
+# Entries up to which an array is worth no loops where there may be hundreds: they take ten times as
+# long to compile as a product.
+_FEW = 2**20
 
 
 class _Carry(NamedTuple):
@@ -43,6 +48,24 @@ class _Carry(NamedTuple):
     rows: jax.Array  # [K, columns], the last slice
     product: jax.Array  # [K, K], its Gram matrix
     total: jax.Array  # [S, K, K]
+
+
+def grams_of_many(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Gram matrix of every section of every array; only large arrays are cut into slices.
+
+    Args:
+      arrays: per-objective gradients, each [K, S, ...].
+
+    Returns:
+      Gram matrices [S, K, K] of each array.
+
+    Example:
+      >>> grams_of_many([jnp.ones((2, 1, 100))])[0].tolist()
+      [[[100.0, 100.0], [100.0, 100.0]]]
+    """
+    large = [i for i, x in enumerate(arrays) if x.size > _FEW]
+    sliced = dict(zip(large, grams_by_slices([arrays[i] for i in large]), strict=True))
+    return [sliced[i] if i in sliced else cross_grams(x, x) for i, x in enumerate(arrays)]
 
 
 @jax.custom_jvp

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxmoo.dtypes import at_least_float32
 
 __all__ = [
+    "PLAIN",
+    "Logits",
     "Scores",
     "chunked_nll",
     "hidden_gradient",
@@ -29,9 +31,43 @@ __all__ = [
 ]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+class Logits(NamedTuple):
+    """What becomes of the products of hidden states and the table: cap tanh(scale x / cap).
+
+    Attributes:
+      scale: what they are multiplied by.
+      cap: bound towards which they go then; None: there is none.
+
+    Example:
+      >>> float(Logits(scale=2.0, cap=30.0).of(jnp.float32(100.0)).round(2))
+      30.0
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of(self, products: jax.Array) -> jax.Array:
+        """Return the logits."""
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
+
+    def pull_back(self, logits: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Turn a gradient with respect to logits into that with respect to the products."""
+        if self.cap is not None:
+            gradient = gradient * (1 - jnp.square(logits / self.cap))
+        return gradient if self.scale == 1 else gradient * self.scale
+
+
+PLAIN = Logits()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def chunked_nll(
-    h_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
+    h_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    form: Logits = PLAIN,
 ) -> jax.Array:
     """Negative log-likelihood of each target.
 
@@ -40,6 +76,7 @@ def chunked_nll(
       table_VD: one vector per token of the vocabulary [V, D]; used in the dtype of ``h_BTD``.
       targets_BT: int32 [B, T]; -1 for none.
       chunk: positions per row whose logits exist at one time; a divisor of T.
+      form: how the products become logits.
 
     Returns:
       float32 [B, T] in nats; 0 where there is no target.
@@ -48,7 +85,7 @@ def chunked_nll(
       >>> chunked_nll(jnp.zeros((1, 2, 3)), jnp.ones((4, 3)), jnp.array([[1, -1]]), 1).round(3)
       Array([[1.386, 0.   ]], dtype=float32)
     """
-    return scores(h_BTD, table_VD, targets_BT, chunk).nll
+    return scores(h_BTD, table_VD, targets_BT, chunk, form).nll
 
 
 class Scores(NamedTuple):
@@ -64,6 +101,7 @@ def scores(
     table_VD: jax.Array,
     targets_BT: jax.Array,
     chunk: int,
+    form: Logits = PLAIN,
     *,
     slopes: bool = False,
 ) -> Scores:
@@ -71,13 +109,13 @@ def scores(
 
     def body(i: jax.Array, found: Scores) -> Scores:
         start = i * chunk
-        logits = _logits(_take(h_BTD, start, chunk), table_VD)
+        logits = _logits(_take(h_BTD, start, chunk), table_VD, form)
         target = _take(targets_BT, start, chunk)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         label = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
         piece = Scores(jnp.where(target >= 0, normaliser - label, 0), normaliser, None)
         if slopes:
-            dlogits = _logit_gradient(logits, target, normaliser, 1.0).astype(h_BTD.dtype)
+            dlogits = _product_gradient(logits, target, normaliser, 1.0, form).astype(h_BTD.dtype)
             table = table_VD.astype(h_BTD.dtype)
             slope = jnp.matmul(dlogits, table, preferred_element_type=logits.dtype)
             piece = piece._replace(slope=slope)
@@ -114,6 +152,7 @@ def table_gradient(
     chunk: int,
     first_token: jax.Array | int = 0,
     *,
+    form: Logits = PLAIN,
     skip: bool = True,
     pieces: int = 1,
 ) -> jax.Array:
@@ -127,6 +166,7 @@ def table_gradient(
       cotangent_BT: of the NLL.
       chunk: see :func:`chunked_nll`.
       first_token: number of the slice's first token.
+      form: see :func:`chunked_nll`.
       skip: whether to skip chunks without targets. A single chunk then is a loop as well, of no
         round or one.
       pieces: into how many its columns are cut.
@@ -141,8 +181,8 @@ def table_gradient(
         targets, lse, cotangent = (
             _take(x, start, chunk) for x in (targets_BT, lse_BT, cotangent_BT)
         )
-        logits = _logits(h_BCD, table_VD)
-        dlogits = _logit_gradient(logits, targets, lse, cotangent, first_token)
+        logits = _logits(h_BCD, table_VD, form)
+        dlogits = _product_gradient(logits, targets, lse, cotangent, form, first_token)
         dlogits = dlogits.astype(h_BTD.dtype)
         # As a product of plain matrices: the compiler's CPU backend has no others of bfloat16 with
         # a float32 result.
@@ -190,34 +230,39 @@ def _put(into: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(into, piece.astype(into.dtype), start, 1)
 
 
-def _logits(h_BCD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    return jnp.matmul(
+def _logits(h_BCD: jax.Array, table_VD: jax.Array, form: Logits) -> jax.Array:
+    products = jnp.matmul(
         h_BCD,
         table_VD.astype(h_BCD.dtype).T,
         preferred_element_type=at_least_float32(h_BCD.dtype),
     )
+    return form.of(products)
 
 
-def _logit_gradient(
+def _product_gradient(
     logits: jax.Array,
     target: jax.Array,
     normaliser: jax.Array,
     cotangent: jax.Array | float,
+    form: Logits,
     first_token: jax.Array | int = 0,
 ) -> jax.Array:
     token = first_token + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     ct = jnp.where(target >= 0, cotangent, 0)[..., None]
-    return (jnp.exp(logits - normaliser[..., None]) - (token == target[..., None])) * ct
+    gradient = (jnp.exp(logits - normaliser[..., None]) - (token == target[..., None])) * ct
+    return form.pull_back(logits, gradient)
 
 
-def _forward(h: Any, table: Any, targets: Any, chunk: int) -> tuple[jax.Array, Any]:
+def _forward(
+    h: Any, table: Any, targets: Any, chunk: int, form: Logits = PLAIN
+) -> tuple[jax.Array, Any]:
     # What nobody asks for, a frozen table's gradient or that of what is below it, costs nothing.
-    found = scores(h.value, table.value, targets.value, chunk, slopes=h.perturbed)
+    found = scores(h.value, table.value, targets.value, chunk, form, slopes=h.perturbed)
     rest = (h.value, table.value, found.normaliser) if table.perturbed else None
     return found.nll, (found.slope, targets.value, rest)
 
 
-def _backward(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any, None]:
+def _backward(chunk: int, form: Logits, residuals: Any, cotangent: Any) -> tuple[Any, Any, None]:
     slope, targets, rest = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None
@@ -225,7 +270,7 @@ def _backward(chunk: int, residuals: Any, cotangent: Any) -> tuple[Any, Any, Non
     if rest is None:
         return dh, None, None
     h, table, normaliser = rest
-    (dtable,) = table_gradient(h, table, targets, normaliser, cotangent, chunk)
+    (dtable,) = table_gradient(h, table, targets, normaliser, cotangent, chunk, form=form)
     return dh, dtable.astype(table.dtype), None
 
 

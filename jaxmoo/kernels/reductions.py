@@ -13,14 +13,15 @@ be contracted as a whole: slicing along a partitioned axis would make it gather 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
-from jaxmoo.kernels.cpu_grams import grams_by_slices
+from jaxmoo.kernels.cpu_grams import grams_by_slices, grams_of_many
+from jaxmoo.kernels.cpu_sums import sum_in_pieces
 from jaxmoo.kernels.gpu_grams import grams_in_one_kernel
 from jaxmoo.kernels.tpu_grams import tpu_gram
 from jaxmoo.platforms import interpreted, like_gpu, like_tpu, several_devices
@@ -30,13 +31,14 @@ __all__ = [
     "cross_grams",
     "gram_parts",
     "grams_in_range",
+    "is_partitioned",
+    "rows_of",
     "scaled_grams",
     "section_grams",
-    "section_sizes",
     "weighted_sum",
 ]
 
-_AT_A_TIME = 2**16  # entries that are scaled, and so copied
+_AT_A_TIME = 2**20  # entries that are scaled, and so copied
 
 
 def section_grams(
@@ -87,7 +89,7 @@ def gram_parts(
     def whole(arrays: list[jax.Array]) -> list[jax.Array]:
         return [cross_grams(x, x) for x in arrays]
 
-    if _is_partitioned(partitioned) or divided_by_compiler() or not arrays:
+    if is_partitioned(partitioned) or divided_by_compiler() or not arrays:
         found = whole(list(arrays))
     elif like_gpu(platform):
         return grams_in_one_kernel(arrays, interpret=interpreted(platform))
@@ -96,85 +98,85 @@ def gram_parts(
     elif platform == "cpu":
         found = grams_by_slices(list(arrays))
     else:
-        found = jax.lax.platform_dependent(list(arrays), cpu=grams_by_slices, default=whole)
+        found = jax.lax.platform_dependent(list(arrays), cpu=grams_of_many, default=whole)
     return [x[:, None] for x in found]
 
 
-def _is_partitioned(given: bool | None) -> bool:
+def is_partitioned(given: bool | None) -> bool:
+    """Whether the compiler partitions arrays; by default, whether JAX has several devices."""
     return several_devices() if given is None else given
-
-
-def section_sizes(x: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
-    """Largest absolute entry of every row of every section.
-
-    Args:
-      x: per-objective gradients [K, S, ...].
-      partitioned: as in :func:`section_grams`.
-
-    Returns:
-      [S, K], float32 or float64; infinite for a row that is not finite.
-
-    Example:
-      >>> section_sizes(jnp.array([[[1.0, -2.0]], [[jnp.inf, 3.0]]])).tolist()
-      [[2.0, inf]]
-    """
-    x = jax.lax.stop_gradient(x.reshape(*x.shape[:2], -1))
-
-    def size(x: jax.Array) -> jax.Array:
-        return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))  # a maximum may pass over a NaN
-
-    if _is_partitioned(partitioned):
-        largest = jnp.max(size(x), axis=2, initial=0)
-    else:  # in one reduction, or the entries' sizes would be copied
-        zero = np.zeros((), x.dtype)
-        largest = jax.lax.reduce(x, zero, lambda a, b: jnp.maximum(size(a), size(b)), (2,))
-    return largest.T.astype(at_least_float32(x.dtype))
 
 
 def grams_in_range(
     grams: jax.Array,
     active: jax.Array | None,
-    sizes: Callable[[], jax.Array],
     scaled: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Form Gram matrices anew, of scaled gradients, where squares left their type's range.
 
-    The passes over the gradients that this takes are made only when a square looks like it.
+    Only when a square looks like it. One pass over the gradients tells whether what looks like zero
+    is; two more are made if it is not, or if something looks infinite.
 
     Args:
       grams: [B, K, K].
       active: bool [K], or None.
-      sizes: gives the largest entries of the gradients [B, K].
       scaled: gives the Gram matrices of gradients times a number per block [B].
 
     Returns:
       The Gram matrices, and what the gradients of each block were multiplied by: powers of two.
     """
     kind = jnp.finfo(grams.dtype)
-    squares = jnp.diagonal(grams, axis1=1, axis2=2)
     # Wide enough that no sum of squares between has lost a part that counts.
-    doubtful = ~((squares > kind.tiny * 2.0**60) & (squares < kind.max * 2.0**-30))
+    low, high = float(kind.tiny) * 2.0**60, float(kind.max) * 2.0**-30
+    # What is below is far above it times the one, what is above far below it times the other.
+    up, down = (2.0 ** (sign * kind.maxexp * 5 // 8) for sign in (1, -1))
+    bound = 2.0 ** (kind.maxexp - 8)
+
+    def squares_of(grams: jax.Array) -> jax.Array:
+        return jnp.diagonal(grams, axis1=1, axis2=2)
+
+    def largest(grams: jax.Array) -> jax.Array:
+        squares = squares_of(grams)
+        counted = jnp.isfinite(squares)
+        return jnp.where(counted if active is None else counted & active, squares, 0).max(1)
+
+    doubtful = ~((squares_of(grams) > low) & (squares_of(grams) < high))
     if active is not None:
         doubtful &= active
-    plain = varying((grams, jnp.ones(len(grams), grams.dtype)), grams, active)
+    one = jnp.ones(len(grams), grams.dtype)
+    plain = varying((grams, one), grams, active)
 
-    def look() -> tuple[jax.Array, jax.Array]:
-        largest = sizes()
-        largest = jnp.where(jnp.isfinite(largest), largest, 0)
-        wrong = (doubtful & (largest > 0)).any(1)
-        # To a power of two, so that scaling rounds nothing.
-        bound = 2.0 ** (kind.maxexp - 8)
-        power = jax.lax.reduce_precision(
-            jnp.clip(largest.max(1), 1 / bound, bound), kind.nexp, mantissa_bits=0
-        )
-        unit = jnp.where(wrong, 1 / power, 1)
+    def search() -> tuple[jax.Array, jax.Array]:
+        top = largest(grams)
+        inverse = jnp.where(top > low, jax.lax.rsqrt(top), 0)  # of the largest norm; 0: not known
 
-        def again() -> tuple[jax.Array, jax.Array]:
-            return jnp.where(wrong[:, None, None], scaled(unit), grams), unit
+        def goes_on(carry: Any) -> jax.Array:
+            passes, _, found, _ = carry
+            unclear = (doubtful & (squares_of(found) != 0)).any()
+            return (passes == 0) | ((passes == 1) & unclear) | (passes == 2)
 
-        return jax.lax.cond(wrong.any(), again, lambda: plain)
+        def look(carry: Any) -> Any:
+            passes, inverse, *_ = carry
+            # To a power of two, so that scaling rounds nothing.
+            power = jax.lax.reduce_precision(
+                jnp.clip(inverse, 1 / bound, bound), kind.nexp, mantissa_bits=0
+            )
+            power = jnp.where(inverse > 0, power, 1)
+            unit = jnp.where(passes == 0, up, jnp.where(passes == 1, down, power))
+            found = scaled(unit.astype(grams.dtype))
+            top = largest(found)
+            smaller = (passes == 0) & (inverse == 0) & (top > 0)
+            larger = (passes == 1) & (top >= high * down**2)
+            known = jnp.maximum(unit * jax.lax.rsqrt(top), 1 / bound)
+            return passes + 1, jnp.where(smaller | larger, known, inverse), found, unit
 
-    return jax.lax.cond(doubtful.any(), look, lambda: plain)
+        first = varying((jnp.zeros((), jnp.int32), inverse, grams, one), grams, active)
+        passes, _, found, unit = jax.lax.while_loop(goes_on, look, first)
+        squares = squares_of(found)
+        wrong = (doubtful & jnp.isfinite(squares) & (squares != 0)).any(1) & (passes == 3)
+        return jnp.where(wrong[:, None, None], found, grams), jnp.where(wrong, unit, 1)
+
+    return jax.lax.cond(doubtful.any(), search, lambda: plain)
 
 
 @jax.named_scope("gram")
@@ -200,13 +202,19 @@ def scaled_grams(
     y = x if y is None else y
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        by = scale.astype(wide).reshape(1, -1, *(1,) * (x.ndim - 2))
-        return cross_grams(x.astype(wide) * by, y.astype(wide) * by)
+        axes = tuple(range(2, x.ndim))
+        by = scale.astype(wide).reshape(-1, *(1,) * (x.ndim - 1))
+        rows, columns = (z.swapaxes(0, 1).astype(wide) * by for z in (x, y))
+        return jax.lax.dot_general(
+            rows, columns, ((axes, axes), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+        )
 
-    if _is_partitioned(partitioned):
+    if is_partitioned(partitioned):
         return product(x, y)
     k, sections = x.shape[:2]
     x, y = x.reshape(k, sections, -1), y.reshape(k, sections, -1)
+    if x.size <= _AT_A_TIME:
+        return product(x, y)
     columns = max(128, _AT_A_TIME // max(1, k * sections))
     pieces = x.shape[2] // columns
 
@@ -220,7 +228,9 @@ def scaled_grams(
 
 
 @jax.named_scope("combine")
-def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None) -> jax.Array:
+def weighted_sum(
+    x: jax.Array, weights: jax.Array, *, partitioned: bool | None = None, many: bool = False
+) -> jax.Array:
     """Combine the objectives of every section.
 
     An objective of weight 0 does not enter at all, so its values may be non-finite.
@@ -229,6 +239,7 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
       x: per-objective gradients [K, S, ...].
       weights: [S, K].
       partitioned: as in :func:`section_grams`.
+      many: whether the program combines so many arrays that compiling it counts.
 
     Returns:
       Sums [S, ...] in the dtype of ``x``, accumulated in float32, or float64 where that is it.
@@ -241,7 +252,7 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
     wide = at_least_float32(x.dtype)
     weights = weights.astype(wide)
     columns = weights.T.reshape(*weights.T.shape, *(1,) * (x.ndim - 2))  # [K, S, 1, ...]
-    if _is_partitioned(partitioned):
+    if is_partitioned(partitioned):
         kept = jnp.where(columns != 0, x, 0)
         total = jax.lax.dot_general(
             weights,
@@ -251,8 +262,36 @@ def weighted_sum(x: jax.Array, weights: jax.Array, *, partitioned: bool | None =
             preferred_element_type=wide,
         )
         return total.astype(x.dtype)
-    # One fused elementwise pass: every row is read once and nothing is copied.
-    total = jnp.zeros(x.shape[1:], wide)
-    for row, column in zip(x, columns, strict=True):
-        total += jnp.where(column != 0, column * row.astype(wide), 0)
-    return total.astype(x.dtype)
+
+    def at_once(x: jax.Array, weights: jax.Array) -> jax.Array:
+        # One fused elementwise pass: every row is read once and nothing is copied.
+        total = jnp.zeros(x.shape[1:], wide)
+        for row, column in zip(x, columns, strict=True):
+            total += jnp.where(column != 0, column * row.astype(wide), 0)
+        return total.astype(x.dtype)
+
+    if many:
+        return jax.lax.platform_dependent(x, weights, cpu=sum_in_pieces, default=at_once)
+    return at_once(x, weights)
+
+
+def rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a matrix, chosen by a product.
+
+    XLA reads a few numbers of a small array in every kernel that needs them, and computes them
+    there anew. No two of these kernels are then the same, and each is compiled by itself. On CPUs a
+    product is never made part of another kernel.
+
+    Args:
+      x: finite numbers [B, K].
+      rows: int [S].
+
+    Returns:
+      [S, K], exactly.
+
+    Example:
+      >>> rows_of(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1])).tolist()
+      [[3.0, 4.0]]
+    """
+    chosen = (rows[:, None] == jnp.arange(len(x))).astype(x.dtype)
+    return jnp.matmul(chosen, x, precision=jax.lax.Precision.HIGHEST)

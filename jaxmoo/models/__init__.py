@@ -1,6 +1,6 @@
 """Decoder-only language models and their losses."""
 
-from jaxmoo.models.architecture import DecoderConfig, Llama3Rope
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_frequencies, rope_tables
 from jaxmoo.models.lora import LoRA, add_adapters, initial_adapters, merge_adapters
@@ -12,6 +12,7 @@ from jaxmoo.models.paths import (
     segments_for,
     trainable_filter,
 )
+from jaxmoo.models.rope import Llama3Rope
 
 __all__ = [
     "Decoder",

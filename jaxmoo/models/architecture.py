@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jaxmoo.errors import ConfigError, did_you_mean, shown
+from jaxmoo.models.checks import check_flag, check_number, check_size, is_size, refuse
+from jaxmoo.models.families import FAMILIES, LayerKind
+from jaxmoo.models.rope import Rope, RopeScaling, read_rope
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_LARGEST = 2**31 - 1  # rows and positions are numbered in 32 bits
+__all__ = ["DecoderConfig"]
+
 _LARGEST_HEAD = 2**16  # its rotary frequencies are written into the program
 _MOST_LAYERS = 10_000  # each of them has parameters by name
 _MOST_PARAMETERS = 2**50  # more than any machine holds
 
 
 @dataclass(frozen=True)
-class Llama3Rope:
-    """Llama 3.1's stretching of the rotary frequencies beyond the original context.
-
-    Wavelengths longer than ``original / low_freq_factor`` are slowed down by ``factor``, those
-    shorter than ``original / high_freq_factor`` are kept, and those between are interpolated.
-
-    Attributes:
-      factor: how much the low frequencies are slowed down; at least 1.
-      low_freq_factor: bound of the slowed part, in wavelengths per original context; above 0.
-      high_freq_factor: bound of the kept part, likewise; above the other bound.
-      original_max_position_embeddings: context length before stretching, in tokens.
-
-    Raises:
-      ConfigError: a value is of another type or out of range.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check_number("factor", self.factor, 1)
-        _check_number("low_freq_factor", self.low_freq_factor, 0, above=True)
-        _check_number("high_freq_factor", self.high_freq_factor, self.low_freq_factor, above=True)
-        _check_size("original_max_position_embeddings", self.original_max_position_embeddings)
-
-
-@dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder-only transformer of the Llama family.
+    """Sizes and switches of a decoder-only transformer.
 
-    Field names are those of Hugging Face's ``config.json``.
+    Field names are those of Hugging Face's ``config.json``, where it has them.
 
     Attributes:
       vocab_size: rows of the embedding (V).
       hidden_size: width of the residual stream (D).
-      intermediate_size: width inside the gated MLP (F).
+      intermediate_size: width inside the MLP (F).
       num_hidden_layers: number of decoder layers.
       num_attention_heads: query heads (N).
       num_key_value_heads: key and value heads (G); N must be a multiple of G.
@@ -63,12 +35,33 @@ class DecoderConfig:
       max_position_embeddings: longest sequence, in tokens.
       rope_theta: base of the rotary frequencies; at least 1.
       rope_scaling: stretching of the rotary frequencies, or None.
-      rms_norm_eps: added to the mean square inside every norm; at least 0.
+      rms_norm_eps: added to the mean square (or variance) inside every norm; at least 0.
       tie_word_embeddings: whether the head reuses the embedding.
       attention_bias: whether the q, k and v projections have biases (Qwen2).
-      qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3).
+      qk_norm: whether queries and keys are normalised: every head by itself (Qwen3).
       sliding_window: number of tokens that a token attends to, itself included (Mistral); None
         for all before it.
+      family: by whose names parameters are known in files; a key of
+        :data:`jaxmoo.models.families.FAMILIES`.
+      layer_kinds: window and rotary positions of each layer, where layers differ (Gemma); they
+        replace ``sliding_window``, ``rope_theta`` and ``rope_scaling``. Empty where they do not.
+      rotary_dim: entries of a head that are rotated, the first; None for all (Phi-3).
+      rope_interleaved: whether neighbouring entries are a pair, rather than those half a head
+        apart (Cohere).
+      qk_norm_whole: whether `qk_norm` normalises the heads of a token together (OLMo 2).
+      norm: "rms"; "rms_offset", whose scales are stored less 1 (Gemma); or "layer", which
+        subtracts the mean first (Cohere).
+      norm_places: where a layer has norms: "before" attention and MLP; "after" them (OLMo 2);
+        "both" (Gemma 2); or "parallel", one before the two, which then read the same (Cohere).
+      hidden_act: the MLP's activation: "silu", "gelu_pytorch_tanh" or "xielu".
+      gated_mlp: whether the activation is multiplied by a second projection (not in Apertus).
+      attention_multiplier: what scores of attention are multiplied by; None: 1 / sqrt(H).
+      attn_logit_softcapping: c: scores of attention become c tanh(score / c) (Gemma 2); or None.
+      embedding_multiplier: what looked-up vectors are multiplied by; rounded to the dtype of the
+        computation.
+      residual_multiplier: what attention and MLP give is multiplied by (Granite).
+      logit_scale: what logits are multiplied by (Cohere).
+      final_logit_softcapping: c: logits then become c tanh(logit / c) (Gemma 2); or None.
 
     Raises:
       ConfigError: a value is of another type or out of range, or sizes do not go together.
@@ -91,40 +84,86 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    family: str = "llama"
+    layer_kinds: tuple[LayerKind, ...] = ()
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    qk_norm_whole: bool = False
+    norm: str = "rms"
+    norm_places: str = "before"
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_scale: float = 1.0
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         optional = () if self.sliding_window is None else ("sliding_window",)
         for name in (*_SIZES, *optional):
-            _check_size(name, getattr(self, name))
-        _check_number("rope_theta", self.rope_theta, 1)
-        _check_number("rms_norm_eps", self.rms_norm_eps, 0)
-        for name in ("tie_word_embeddings", "attention_bias", "qk_norm"):
-            if not isinstance(getattr(self, name), bool):
+            check_size(name, getattr(self, name))
+        check_number("rope_theta", self.rope_theta, 1)
+        check_number("rms_norm_eps", self.rms_norm_eps, 0)
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        for name in _ABOVE_0:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, above=True)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"model config: {name} must be true or false, got {shown(getattr(self, name))}"
+                    f"model config: {name} must be one of {', '.join(known)}, got "
+                    f"{shown(getattr(self, name))}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a "
                 f"multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
-        _check_size("num_hidden_layers", self.num_hidden_layers, _MOST_LAYERS)
-        _check_size("head_dim", self.head_dim, _LARGEST_HEAD)
+        check_size("num_hidden_layers", self.num_hidden_layers, _MOST_LAYERS)
+        check_size("head_dim", self.head_dim, _LARGEST_HEAD)
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
+        rotary = self.rotary_width
+        if not is_size(rotary) or rotary > self.head_dim or rotary % 2:
+            raise ConfigError(
+                f"model config: the rotated part of a head must be an even number of its "
+                f"{self.head_dim} entries, got {shown(rotary)}"
+            )
+        if self.layer_kinds and len(self.layer_kinds) != self.num_hidden_layers:
+            raise ConfigError(
+                f"model config: there are {len(self.layer_kinds)} layer_kinds for "
+                f"{self.num_hidden_layers} layers"
+            )
+        for kind in dict.fromkeys(self.kinds):
+            if kind.rope is not None:
+                kind.rope.check_width(rotary)
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        layer = self.hidden_size * (heads + (2 + self.gated_mlp) * self.intermediate_size)
         parameters = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
         if parameters > _MOST_PARAMETERS:
             raise ConfigError(
                 f"model config: its sizes make {parameters:.1e} parameters, which no machine holds"
             )
+
+    @property
+    def rotary_width(self) -> int:
+        """Entries of a head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Window and rotary positions of every layer."""
+        alike = LayerKind(self.sliding_window, Rope(self.rope_theta, self.rope_scaling))
+        return self.layer_kinds or (alike,) * self.num_hidden_layers
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -148,35 +187,59 @@ class DecoderConfig:
           >>> DecoderConfig.from_hf({"model_type": "lama"})
           Traceback (most recent call last):
           ...
-          jaxmoo.errors.ConfigError: model_type 'lama' is not supported. Did you mean 'llama'? \
-Supported: llama, mistral, qwen2, qwen3
+          jaxmoo.errors.ConfigError: model_type 'lama' is not supported. Did you ...
         """
         model_type = config.get("model_type")
-        read = _ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-        if read is None:
+        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        if family is None:
             raise ConfigError(
                 f"model_type {shown(model_type)} is not supported."
-                f"{did_you_mean(shown(model_type), _ARCHITECTURES)} "
-                f"Supported: {', '.join(sorted(_ARCHITECTURES))}"
+                f"{did_you_mean(shown(model_type), FAMILIES)} "
+                f"Supported: {', '.join(sorted(FAMILIES))}"
             )
-        _refuse(config, quantization_config=None, hidden_act="silu", mlp_bias=False)
+        refuse(config, quantization_config=None)
+        if family.part is not None:
+            config = _part(config, family.part)
+        config = {**family.defaults, **config}
+        refuse(config, mlp_bias=False)
         fields: dict[str, Any] = {key: config.get(key) for key in _SIZES}
         if fields["num_key_value_heads"] is None:
             fields["num_key_value_heads"] = fields["num_attention_heads"]
         missing = [key for key in _SIZES if fields[key] is None and key != "head_dim"]
         if missing:
             raise ConfigError(f"the model's config.json lacks {', '.join(missing)}")
+        check_size("num_hidden_layers", fields["num_hidden_layers"], _MOST_LAYERS)
         if fields["head_dim"] is None:
             for key in ("hidden_size", "num_attention_heads"):
-                _check_size(key, fields[key])
+                check_size(key, fields[key])
             fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-        return cls(
-            **fields,
-            **_rope(config),
-            rms_norm_eps=_check_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6), 0),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            **read(config),
+        fields |= {
+            "family": model_type,
+            "rms_norm_eps": check_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6), 0),
+            "tie_word_embeddings": config.get("tie_word_embeddings", False),
+            **family.read(config | {"head_dim": fields["head_dim"]}),
+        }
+        kinds = fields.get("layer_kinds")
+        if not kinds:
+            rope = fields.pop("rope", None) or read_rope(config)
+        elif len(set(kinds)) > 1 or kinds[0].rope is None:
+            return cls(**fields)
+        else:
+            del fields["layer_kinds"]
+            fields["sliding_window"], rope = kinds[0].window, kinds[0].rope
+        return cls(**fields, rope_theta=rope.theta, rope_scaling=rope.scaling)
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The description of the text model within that of a model of texts and images."""
+    found = config.get(name)
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"{config.get('model_type')} needs {name}, the text model's own description, got "
+            f"{shown(found)}"
         )
+    refuse(found, quantization_config=None)
+    return found
 
 
 _SIZES = (
@@ -189,131 +252,25 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_size(name: str, value: Any, most: int = _LARGEST) -> None:
-    if not _is_size(value):
-        raise ConfigError(f"model config: {name} must be a positive integer, got {shown(value)}")
-    if value > most:
-        raise ConfigError(f"model config: {name} must be at most {most}, got {shown(value)}")
-
-
-def _check_number(name: str, value: Any, least: float, *, above: bool = False) -> float:
-    """Return a value, unless it is no number from ``least``, or above it, to float32's largest."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not least <= value <= _FLOAT32_MAX
-        or (above and value == least)
-    ):
-        raise ConfigError(
-            f"model config: {name} must be a finite number {'above' if above else 'of at least'} "
-            f"{least:g}, got {shown(value)}"
-        )
-    return float(value)
-
-
-def _refuse(config: Mapping[str, Any], **only: Any) -> None:
-    """Raise unless each setting, where present, has the one value that is implemented."""
-    for key, supported in only.items():
-        found = config.get(key, supported)
-        if found != supported:
-            raise ConfigError(
-                f"{config.get('model_type')} with {key}={shown(found)} is not supported "
-                f"(only {supported!r})"
-            )
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings from either spelling; the newer one wins where both are present."""
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        found = config.get(name)
-        if found is not None and not isinstance(found, Mapping):
-            raise ConfigError(f"{name} must be an object or null, got {shown(found)}")
-        rope |= found or {}
-    theta = _check_number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 1e4)), 1)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(
-            f"rope type {shown(kind)} is not supported."
-            f"{did_you_mean(shown(kind), ('default', 'llama3'))} "
-            "Supported: default, llama3"
-        )
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError("partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    names = Llama3Rope.__dataclass_fields__
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ConfigError(f"rope type 'llama3' needs {', '.join(missing)} in config.json")
-    return {"rope_theta": theta, "rope_scaling": Llama3Rope(**{n: rope[n] for n in names})}
-
-
-def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    # Llama's attention_bias also puts a bias on o_proj, which no released model uses.
-    _refuse(config, attention_bias=False)
-    return {}
-
-
-def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    # 4096 is what transformers takes where an early config does not say.
-    return {"sliding_window": config.get("sliding_window", 4096)}
-
-
-def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention_bias": True, "sliding_window": _qwen_window(config)}
-
-
-def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(config, attention_bias=False)
-    return {"qk_norm": True, "sliding_window": _qwen_window(config)}
-
-
-def _qwen_window(config: Mapping[str, Any]) -> int | None:
-    """Qwen's window, which the first ``max_window_layers`` layers do without."""
-    window, used = config.get("sliding_window", 4096), config.get("use_sliding_window", False)
-    if not isinstance(used, bool):
-        raise ConfigError(f"use_sliding_window must be true or false, got {shown(used)}")
-    if not used or window is None:
-        return None
-    layers = config.get("num_hidden_layers")
-    kinds = config.get("layer_types")  # transformers 5
-    if kinds is not None:
-        known = ("full_attention", "sliding_attention")
-        if (
-            not isinstance(kinds, list)
-            or len(kinds) != layers
-            or any(k not in known for k in kinds)
-        ):
-            raise ConfigError(
-                f"layer_types must be a list of {' or '.join(known)}, one for each of the "
-                f"{shown(layers)} layers, got {shown(kinds)}"
-            )
-        some, all_ = "sliding_attention" in kinds, "full_attention" not in kinds
-    else:
-        first = config.get("max_window_layers", 28)
-        if first != 0 and not _is_size(first):
-            raise ConfigError(f"max_window_layers must be a number of layers, got {shown(first)}")
-        some, all_ = layers is None or not _is_size(layers) or first < layers, first == 0
-    if some and not all_:
-        raise ConfigError(
-            f"{config.get('model_type')} with a sliding window in some layers only "
-            f"(max_window_layers={config.get('max_window_layers')!r}) is not supported (only in "
-            "all of them, or in none)"
-        )
-    return window if some else None
-
-
-# model_type -> what that architecture adds to (or refuses from) the common fields.
-_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
+_FLAGS = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "qk_norm",
+    "rope_interleaved",
+    "qk_norm_whole",
+    "gated_mlp",
+)
+_ABOVE_0 = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logit_scale",
+    "final_logit_softcapping",
+)
+_CHOICES = {
+    "norm": ("rms", "rms_offset", "layer"),
+    "norm_places": ("before", "after", "both", "parallel"),
+    "hidden_act": ("silu", "gelu_pytorch_tanh", "xielu"),
+    "family": tuple(FAMILIES),
 }

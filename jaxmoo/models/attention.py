@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,40 @@ from jaxmoo.kernels.folded import folded
 from jaxmoo.mesh import TENSOR
 from jaxmoo.platforms import default_platform
 
-__all__ = ["IMPLEMENTATIONS", "attend", "choose_attention"]
+__all__ = ["IMPLEMENTATIONS", "Windows", "attend", "attend_where", "choose_attention"]
 
 IMPLEMENTATIONS = ("xla", "cudnn", "tpu")
 
 
-def choose_attention(name: str, *, head_dim: int, dtype: Any, platform: str | None = None) -> str:
+class Windows(NamedTuple):
+    """The window of a layer that is one of several kinds: which is known when it runs.
+
+    Attributes:
+      sizes: the kinds' windows; None for none.
+      which: int32 scalar, the layer's kind.
+    """
+
+    sizes: tuple[int | None, ...]
+    which: jax.Array
+
+    @property
+    def size(self) -> jax.Array:
+        """The layer's window; the largest integer for none."""
+        return jnp.asarray([_NONE if size is None else size for size in self.sizes])[self.which]
+
+
+Window = int | Windows | None
+_NONE = 2**31 - 1
+
+
+def choose_attention(
+    name: str,
+    *,
+    head_dim: int,
+    dtype: Any,
+    platform: str | None = None,
+    soft_cap: float | None = None,
+) -> str:
     """Choose the implementation that a model uses on one kind of devices.
 
     Args:
@@ -44,6 +72,7 @@ def choose_attention(name: str, *, head_dim: int, dtype: Any, platform: str | No
       dtype: dtype of the computation.
       platform: the kind, from :func:`jaxmoo.platforms.platform_of`; by default that of JAX's
         devices.
+      soft_cap: see :func:`attend`.
 
     Returns:
       One of :data:`IMPLEMENTATIONS`.
@@ -66,6 +95,8 @@ def choose_attention(name: str, *, head_dim: int, dtype: Any, platform: str | No
     on = default_platform() if platform is None else platform
 
     def obstacle(name: str) -> str | None:
+        if name == "cudnn" and soft_cap is not None:
+            return "it has no soft-capped scores (attn_logit_softcapping)"
         return checks[name](head_dim, jnp.dtype(dtype), on)
 
     if name == "auto":
@@ -85,7 +116,9 @@ def attend(
     v_BSGH: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    window: int | None = None,
+    window: Window = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str = "xla",
     platform: str | None = None,
 ) -> jax.Array:
@@ -97,6 +130,8 @@ def attend(
       v_BSGH: values.
       segment_ids: int32 [B, S]; tokens attend only within their own segment.
       window: number of tokens that a token attends to, itself included; None for all before it.
+      scale: what scores are multiplied by; None: 1 / sqrt(H).
+      soft_cap: c: scores then become c tanh(score / c); None: they stay.
       implementation: one of :data:`IMPLEMENTATIONS`.
       platform: see :func:`choose_attention`. The TPU's kernel is interpreted on other kinds.
 
@@ -112,39 +147,113 @@ def attend(
       (2, 5, 4, 8)
     """
     if implementation == "xla":
-        return _xla(q_BSNH, k_BSGH, v_BSGH, segment_ids, window)
+        return _xla(q_BSNH, k_BSGH, v_BSGH, segment_ids, window, scale, soft_cap)
     if implementation == "cudnn":
-        # JAX knows the kernel's derivative, which keeps what it needs, its vmap, and how to divide
-        # it over heads; but of a mask not the vmap.
-        attention = functools.partial(
-            _cudnn if segment_ids is None else _fused_cudnn, window=window
-        )
+        if soft_cap is not None:
+            raise ConfigError("cuDNN has no attention with soft-capped scores")
+        if isinstance(window, Windows):
+            kernels = [functools.partial(_cudnn, window=w, scale=scale) for w in window.sizes]
+            attention = _fused(functools.partial(_by_kind, kernels))
+            segment_ids = _with_kind(segment_ids, window.which, q_BSNH)
+        else:
+            # JAX knows the kernel's derivative, which keeps what it needs, its vmap, and how to
+            # divide it over heads; but of a mask not the vmap.
+            attention = functools.partial(
+                _cudnn if segment_ids is None else _fused_cudnn, window=window, scale=scale
+            )
         return _over_heads(attention, k_BSGH.shape[2])(q_BSNH, k_BSGH, v_BSGH, segment_ids)
     if segment_ids is None:
         segment_ids = jnp.zeros(q_BSNH.shape[:2], jnp.int32)
     on = default_platform() if platform is None else platform
-    attention = _fused_tpu(q_BSNH.shape[1], window, on != "tpu")
+    sizes = window.sizes if isinstance(window, Windows) else (window,)
+    if isinstance(window, Windows):
+        segment_ids = _with_kind(segment_ids, window.which, q_BSNH)
+    attention = _fused_tpu(q_BSNH.shape[1], sizes, scale, soft_cap, on != "tpu")
     return attention(q_BSNH, k_BSGH, v_BSGH, segment_ids)
+
+
+def attend_where(
+    q_BSNH: jax.Array,
+    k_BTGH: jax.Array,
+    v_BTGH: jax.Array,
+    mask_BST: jax.Array,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Attention to tokens that a mask says, by plain products and a softmax.
+
+    Args:
+      q_BSNH: queries.
+      k_BTGH: keys.
+      v_BTGH: values.
+      mask_BST: which token attends to which.
+      scale: see :func:`attend`.
+      soft_cap: see :func:`attend`.
+
+    Returns:
+      [B, S, N, H] in the dtype of the queries.
+
+    Example:
+      >>> q, kv = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 6, 2, 8))
+      >>> attend_where(q, kv, kv, jnp.ones((2, 5, 6), bool)).shape
+      (2, 5, 4, 8)
+    """
+    mask = mask_BST[:, None]
+    if soft_cap is None:
+        return jax.nn.dot_product_attention(
+            q_BSNH, k_BTGH, v_BTGH, mask=mask, scale=scale, implementation="xla"
+        )
+    return _capped(q_BSNH, k_BTGH, v_BTGH, _bias(mask, q_BSNH.dtype), scale, soft_cap)
 
 
 # --- XLA --------------------------------------------------------------------------------------
 
 
 def _xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    window: Window,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     positions = jnp.arange(q.shape[1])
     # Compilers take masks out of the loop over layers and keep them throughout. What is added to
     # the scores, and bound to one layer's queries until it is, is then kept as [B, 1, S, S] at
     # most; a mask to select by, for the scores of every language and head.
     q, positions, segment_ids = jax.lax.optimization_barrier((q, positions, segment_ids))
-    mask = _mask(positions, segment_ids, window)
+    size = window.size if isinstance(window, Windows) else window
+    bias = _bias(_mask(positions, segment_ids, size), q.dtype)
+    if soft_cap is not None:
+        return _capped(q, k, v, bias, scale, soft_cap)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation="xla")
+
+
+def _bias(mask: jax.Array, dtype: Any) -> jax.Array:
+    """What is added to scores, [.., 1, S, T]."""
     lowest = -0.7 * jnp.finfo(jnp.float32).max
-    bias = jnp.where(mask, 0, lowest).astype(at_least_float32(q.dtype))
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla")
+    return jnp.where(mask, 0, lowest).astype(at_least_float32(dtype))
 
 
-def _mask(positions: jax.Array, segment_ids: jax.Array | None, window: int | None) -> jax.Array:
+def _capped(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, scale: float | None, cap: float
+) -> jax.Array:
+    """Attention with scores that go towards a bound, which JAX's own function does not have."""
+    rows, length, heads, width = q.shape
+    grouped = q.reshape(rows, length, k.shape[2], -1, width)
+    scores = jnp.einsum(
+        "bsgrh,btgh->bgrst", grouped, k, preferred_element_type=at_least_float32(q.dtype)
+    )
+    scores = cap * jnp.tanh(scores * (width**-0.5 if scale is None else scale) / cap)
+    weights = jax.nn.softmax(scores + bias[:, :, None], axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrst,btgh->bsgrh", weights, v).reshape(rows, length, heads, width)
+
+
+def _mask(
+    positions: jax.Array, segment_ids: jax.Array | None, window: int | jax.Array | None
+) -> jax.Array:
     """Which token [.., 1, S, 1] sees which [.., 1, 1, S]; bool [1 or B, 1, S, S]."""
     distance = positions[:, None] - positions[None, :]
     mask = distance >= 0
@@ -193,6 +302,27 @@ def _fused(
     return attention
 
 
+def _with_kind(segment_ids: jax.Array | None, which: jax.Array, q: jax.Array) -> jax.Array:
+    """Segments [B, S], or none [B, 0], and in a last column the number of the layer's kind.
+
+    So every row of a batch says it, however batches are folded and divided.
+    """
+    number = jnp.broadcast_to(which, (q.shape[0], 1)).astype(jnp.int32)
+    return number if segment_ids is None else jnp.concatenate([segment_ids, number], 1)
+
+
+def _by_kind(
+    kernels: Sequence[Callable[..., jax.Array]],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    with_kind: jax.Array,
+) -> jax.Array:
+    """The kernel of the layer's kind."""
+    segment_ids = with_kind[:, :-1] if with_kind.shape[1] > 1 else None
+    return jax.lax.switch(with_kind[0, -1], kernels, q, k, v, segment_ids)
+
+
 # --- cuDNN ------------------------------------------------------------------------------------
 
 
@@ -234,12 +364,18 @@ def _over_heads(attention: Callable[..., jax.Array], num_heads: int) -> Callable
     )
 
 
-def _fused_cudnn(*arrays: jax.Array, window: int | None) -> jax.Array:
-    return _fused(functools.partial(_cudnn, window=window))(*arrays)
+def _fused_cudnn(*arrays: jax.Array, window: int | None, scale: float | None) -> jax.Array:
+    return _fused(functools.partial(_cudnn, window=window, scale=scale))(*arrays)
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    window: int | None,
+    scale: float | None = None,
 ) -> jax.Array:
     mask = None
     if segment_ids is not None:
@@ -251,6 +387,7 @@ def _cudnn(
             v,
             mask=mask,
             is_causal=True,
+            scale=scale,
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
@@ -277,11 +414,19 @@ def _tpu_obstacle(head_dim: int, dtype: np.dtype, platform: str) -> str | None:
 
 
 @functools.cache
-def _fused_tpu(length: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
-    # What the kernel skips stands in tables, the same for all heads: constants, also where they
+def _fused_tpu(
+    length: int,
+    windows: tuple[int | None, ...],
+    scale: float | None,
+    soft_cap: float | None,
+    interpret: bool,
+) -> Callable[..., jax.Array]:
+    # What the kernels skip stands in tables, the same for all heads: constants, also where they
     # are first needed in the midst of a trace. custom_partitioning wants them as arguments.
     with jax.ensure_compile_time_eval():
-        tables, tree = jax.tree.flatten(_splash_kernel(length, window, interpret))
+        tables, tree = jax.tree.flatten(
+            [_splash_kernel(length, window, soft_cap, interpret) for window in windows]
+        )
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         divided = _divided(function, len(tables))
@@ -289,12 +434,17 @@ def _fused_tpu(length: int, window: int | None, interpret: bool) -> Callable[...
 
     def kernel(*args: Any) -> jax.Array:
         *tables, q, k, v, segment_ids = args
-        return _splash(jax.tree.unflatten(tree, tables), q, k, v, segment_ids)
+        kernels = [
+            functools.partial(_splash, one, scale=scale) for one in jax.tree.unflatten(tree, tables)
+        ]
+        if len(kernels) == 1:
+            return kernels[0](q, k, v, segment_ids)
+        return _by_kind(kernels, q, k, v, segment_ids)
 
     return _fused(kernel, wrap)
 
 
-def _splash_kernel(length: int, window: int | None, interpret: bool) -> Any:
+def _splash_kernel(length: int, window: int | None, soft_cap: float | None, interpret: bool) -> Any:
     """JAX's kernel for rows of this many tokens, rounded up."""
     # Its import takes time, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -312,12 +462,19 @@ def _splash_kernel(length: int, window: int | None, interpret: bool) -> Any:
         block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )
 
 
 def _splash(
-    kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
+    kernel: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
     """Call the kernel; it takes one row, heads first, and scores that are scaled already."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -333,7 +490,7 @@ def _splash(
 
     # Tokens that fill up a row come last, so that none of the others sees them.
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    scaled = (q * width**-0.5).astype(q.dtype)
+    scaled = (q * (width**-0.5 if scale is None else scale)).astype(q.dtype)
     out = jax.vmap(row)(prepared(scaled), prepared(k), prepared(v), segment_ids)
     return out.swapaxes(1, 2)[:, :length, :, :width]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.layers import DecoderLayer, Place
+from jaxmoo.models.loop import check_context, over_layers
 from jaxmoo.models.loss import front_nll
 
 __all__ = ["branch_nll"]
@@ -31,6 +31,7 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
       float32 [B, S]; 0 for the prompt and padding.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig, token_nll
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -43,6 +44,7 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
       >>> abs(float(both[0, 3] - alone[0, 2])) < 1e-5
       True
     """
+    check_context(model.config, tokens_BS.shape[1])
     slots_S = jnp.arange(tokens_BS.shape[1])
     prompt_B1 = (branch_BS == 0).sum(1, keepdims=True)
     first_BS = branch_BS != jnp.pad(branch_BS[:, :-1], ((0, 0), (1, 0)))
@@ -50,30 +52,17 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
     position_BS = jnp.where(branch_BS == 0, slots_S, prompt_B1 + slots_S - start_BS)
     seen_BST = (branch_BS[:, None, :] == 0) | (branch_BS[:, None, :] == branch_BS[:, :, None])
     seen_BST &= slots_S <= slots_S[:, None]
-    window = model.config.sliding_window
-    if window is not None:
-        seen_BST &= position_BS[:, :, None] - position_BS[:, None, :] < window
+    distance_BST = position_BS[:, :, None] - position_BS[:, None, :]
 
-    cos, sin = rope_tables(model.config, position_BS)
-    h_BSD = model.embed_tokens.embedding.get_value()[tokens_BS].astype(model.dtype)
-    for first in model.segments:
-        h_BSD = _scan_layers(model.layers[str(first)], h_BSD, cos, sin, seen_BST)
+    def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
+        near_BST = place.within(distance_BST)
+        mask_BST = seen_BST if near_BST is None else seen_BST & near_BST
+        out = layer.self_attn.attend_where(*layer.project(h_BSD, place), mask_BST)
+        return layer.finish(h_BSD, out), None
+
+    h_BSD, _ = over_layers(model, position_BS, body, model.embed(tokens_BS))
     h_BSD = model.norm(h_BSD)
     # A continuation's first token is predicted by the prompt's last.
     previous_BS = jnp.where(first_BS, prompt_B1 - 1, slots_S - 1)
     before_BSD = jnp.take_along_axis(h_BSD, previous_BS[..., None], axis=1)
     return front_nll(model, before_BSD, jnp.where(branch_BS > 0, tokens_BS, -1))
-
-
-def _scan_layers(
-    segment: DecoderLayer, h_BSD: jax.Array, cos: jax.Array, sin: jax.Array, mask_BST: jax.Array
-) -> jax.Array:
-    graphdef, stacked = nnx.split(segment)
-
-    def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        layer = nnx.merge(graphdef, params)
-        q, k, v = layer.project(h_BSD, cos, sin)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask_BST[:, None], implementation="xla")
-        return layer.finish(h_BSD, out), None
-
-    return jax.lax.scan(body, h_BSD, stacked)[0]

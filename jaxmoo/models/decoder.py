@@ -12,16 +12,18 @@ from jaxmoo.dtypes import at_least_float32
 from jaxmoo.engine.block import block, check_remat
 from jaxmoo.engine.vocabulary import HeadResiduals, lookup
 from jaxmoo.errors import ConfigError
+from jaxmoo.kernels.cross_entropy import Logits
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
-from jaxmoo.models.layers import DecoderLayer, RMSNorm, rope_tables
+from jaxmoo.models.layers import DecoderLayer, Place, make_norm
+from jaxmoo.models.loop import over_layers
 from jaxmoo.platforms import default_platform
 
 __all__ = ["Decoder"]
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+    """A decoder-only transformer of one of :data:`jaxmoo.models.families.FAMILIES`.
 
     Parameter paths follow Hugging Face's names with Flax's leaf names (``kernel`` [in, out],
     ``scale``, ``bias``, ``embedding`` [V, D]). Layers are stored in *segments*: runs of
@@ -80,11 +82,14 @@ class Decoder(nnx.Module):
         self.remat = check_remat(remat)
         self.platform = default_platform() if platform is None else platform
         self.attention = choose_attention(
-            attention, head_dim=config.head_dim, dtype=self.dtype, platform=self.platform
+            attention,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            platform=self.platform,
+            soft_cap=config.attn_logit_softcapping,
         )
         kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(param_dtype)}
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
-        ends = (*self.segments[1:], config.num_hidden_layers)
         self.layers = nnx.Dict(
             {
                 str(first): DecoderLayer(
@@ -95,14 +100,25 @@ class Decoder(nnx.Module):
                     rngs=rngs,
                     **kw,
                 )
-                for first, end in zip(self.segments, ends, strict=True)
+                for first, end in self.spans
             }
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.norm = make_norm(config, config.hidden_size, **kw)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kw)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First layer of each segment, and the first behind it."""
+        ends = (*self.segments[1:], self.config.num_hidden_layers)
+        return list(zip(self.segments, ends, strict=True))
+
+    @property
+    def logits_form(self) -> Logits:
+        """How products of hidden states and the head's table become logits."""
+        return Logits(self.config.logit_scale, self.config.final_logit_softcapping)
 
     @classmethod
     def abstract(cls, config: DecoderConfig, **kwargs: Any) -> Decoder:
@@ -156,11 +172,32 @@ class Decoder(nnx.Module):
                 f"sequence of {length} tokens, but the model was made for at most "
                 f"{self.config.max_position_embeddings} (max_position_embeddings)"
             )
-        cos, sin = rope_tables(self.config, jnp.arange(length) if positions is None else positions)
-        h_BSD, residuals = lookup(self.embed_tokens.embedding.get_value(), tokens, self.dtype)
-        for first in self.segments:
-            h_BSD = _scan_layers(self.layers[str(first)], self.remat, h_BSD, cos, sin, segment_ids)
+        if positions is None:
+            positions = jnp.arange(length)
+        h_BSD, residuals = lookup(
+            self.embed_tokens.embedding.get_value(), tokens, self.dtype, self.logits_form
+        )
+
+        def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
+            return layer(h_BSD, place, segment_ids), None
+
+        h_BSD, _ = over_layers(
+            self,
+            positions,
+            body,
+            self._scaled(h_BSD),
+            segment_ids=segment_ids,
+            remat=self.remat,
+        )
         return block(self.norm, remat=self.remat)(h_BSD), residuals
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Look up what the first layer reads, [B, S, D], outside of an engine."""
+        return self._scaled(self.embed_tokens.embedding.get_value()[tokens].astype(self.dtype))
+
+    def _scaled(self, h_BSD: jax.Array) -> jax.Array:
+        factor = self.config.embedding_multiplier
+        return h_BSD if factor == 1 else h_BSD * jnp.asarray(factor, h_BSD.dtype)
 
     def __call__(
         self,
@@ -179,9 +216,13 @@ class Decoder(nnx.Module):
         Returns:
           float32 [B, S, V]. For losses see `token_nll`, which never holds an array of this size.
         """
-        h_BSD = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+    def logits(self, h_BSD: jax.Array) -> jax.Array:
+        """Compute logits from what `hidden` returns, float32 [..., V]."""
         table_VD = self.head_table().astype(self.dtype)
-        return jnp.matmul(h_BSD, table_VD.T, preferred_element_type=at_least_float32(self.dtype))
+        wide = at_least_float32(self.dtype)
+        return self.logits_form.of(jnp.matmul(h_BSD, table_VD.T, preferred_element_type=wide))
 
     def head_table(self) -> jax.Array:
         """Return the head's table [V, D] in the parameters' dtype; tied: the embedding."""
@@ -196,26 +237,6 @@ class Embedding(nnx.Module):
         self.dtype = dtype
         init = jax.nn.initializers.normal(0.02)
         self.embedding = nnx.Param(init(rngs.params(), (num_tokens, size), param_dtype))
-
-
-def _scan_layers(
-    segment: DecoderLayer,
-    remat: str,
-    h_BSD: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    segment_ids: jax.Array | None,
-) -> jax.Array:
-    """Run a stack of layers, one at a time; each is a block."""
-    graphdef, stacked = nnx.split(segment)
-
-    def layer(params: nnx.State, h_BSD: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(h_BSD, cos, sin, segment_ids)
-
-    def body(h_BSD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return block(layer, remat=remat)(params, h_BSD), None
-
-    return jax.lax.scan(body, h_BSD, stacked)[0]
 
 
 def _check_segments(segments: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import DecoderLayer, rope_tables
+from jaxmoo.models.layers import DecoderLayer, Place
+from jaxmoo.models.loop import check_context, over_layers
 from jaxmoo.models.sampling import Sampling, draw
 
 __all__ = ["generate"]
@@ -67,6 +66,7 @@ def generate(
       ConfigError: when P + N exceeds the model's longest sequence, or N is not positive.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -84,6 +84,7 @@ def generate(
             f"{new_tokens} new tokens after prompts of up to {length}: expected at least 1, and "
             f"at most {limit} in all, the longest sequence of the model."
         )
+    check_context(model.config, length + new_tokens)
     # The last token is never read again.
     slots_T = jnp.arange(length + new_tokens - 1)
     slots = _Slots(
@@ -94,7 +95,7 @@ def generate(
     numbers_B = jnp.arange(rows) if rows_B is None else rows_B
 
     def next_token(hidden_B1D: jax.Array, number: jax.Array) -> jax.Array:
-        logits_BV = _logits(model, hidden_B1D)
+        logits_BV = model.logits(hidden_B1D[:, 0])
         if sampling is None:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return draw(logits_BV, sampling, jnp.asarray(seed), numbers_B, number)
@@ -123,77 +124,44 @@ def generate(
     return jax.lax.while_loop(goes_on, step, start)[1]
 
 
-def _empty_cache(model: Decoder, slots: _Slots) -> dict[str, tuple[jax.Array, ...]]:
-    """Keys and values [L, B, T, G, H] of every segment."""
+def _empty_cache(model: Decoder, slots: _Slots) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [L, B, T, G, H] of all layers."""
     config = model.config
     heads = (config.num_key_value_heads, config.head_dim)
-    ends = (*model.segments[1:], config.num_hidden_layers)
-    return {
-        str(first): tuple(
-            jnp.zeros((end - first, *slots.position_BT.shape, *heads), model.dtype)
-            for _ in range(2)
-        )
-        for first, end in zip(model.segments, ends, strict=True)
-    }
+    shape = (config.num_hidden_layers, *slots.position_BT.shape, *heads)
+    return jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)
 
 
 def _run(
-    model: Decoder, tokens_BS: jax.Array, start: jax.Array, slots: _Slots, cache: dict
-) -> tuple[jax.Array, dict]:
-    """Put tokens into slots ``start`` ...; return their hidden states [B, S, D] and the cache."""
+    model: Decoder,
+    tokens_BS: jax.Array,
+    start: jax.Array,
+    slots: _Slots,
+    cache: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Put tokens into slots ``start`` ...; return their hidden states [B, S, D] and the cache.
+
+    Each layer writes its keys and values in place, then reads the cache.
+    """
     size = tokens_BS.shape[1]
     all_slots = jnp.arange(slots.position_BT.shape[1])
     own = start + jnp.arange(size)
     position_BS = jax.lax.dynamic_slice_in_dim(slots.position_BT, start, size, 1)
-    mask_BST = slots.filled_BT[:, None, :] & (all_slots <= own[:, None])
-    window = model.config.sliding_window
-    if window is not None:
-        mask_BST &= position_BS[:, :, None] - slots.position_BT[:, None, :] < window
-    cos, sin = rope_tables(model.config, position_BS)
-    h_BSD = model.embed_tokens.embedding.get_value()[tokens_BS].astype(model.dtype)
-    new = {}
-    for first in model.segments:
-        name = str(first)
-        h_BSD, *new[name] = _scan_layers(
-            model.layers[name], h_BSD, cos, sin, mask_BST, start, *cache[name]
-        )
-        new[name] = tuple(new[name])
-    return model.norm(h_BSD), new
+    seen_BST = slots.filled_BT[:, None, :] & (all_slots <= own[:, None])
+    distance_BST = position_BS[:, :, None] - slots.position_BT[:, None, :]
 
+    def put(cache: jax.Array, x_BSGH: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, x_BSGH[None], (number, 0, start, 0, 0))
 
-def _scan_layers(
-    segment: DecoderLayer,
-    h_BSD: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    mask_BST: jax.Array,
-    start: jax.Array,
-    k_LBTGH: jax.Array,
-    v_LBTGH: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run a stack of layers; each writes its keys and values in place, then reads the cache."""
-    graphdef, stacked = nnx.split(segment)
-
-    def put(cache: jax.Array, x_BSGH: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, x_BSGH[None], (layer, 0, start, 0, 0))
-
-    def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        h_BSD, k_LBTGH, v_LBTGH = carry
-        number, params = xs
-        layer = nnx.merge(graphdef, params)
-        q, k, v = layer.project(h_BSD, cos, sin)
+    def body(layer: DecoderLayer, place: Place, carry: tuple) -> tuple[tuple, None]:
+        number, h_BSD, k_LBTGH, v_LBTGH = carry
+        q, k, v = layer.project(h_BSD, place)
         k_LBTGH, v_LBTGH = put(k_LBTGH, k, number), put(v_LBTGH, v, number)
-        out = jax.nn.dot_product_attention(
-            q, k_LBTGH[number], v_LBTGH[number], mask=mask_BST[:, None], implementation="xla"
-        )
-        return (layer.finish(h_BSD, out), k_LBTGH, v_LBTGH), None
+        near_BST = place.within(distance_BST)
+        mask_BST = seen_BST if near_BST is None else seen_BST & near_BST
+        out = layer.self_attn.attend_where(q, k_LBTGH[number], v_LBTGH[number], mask_BST)
+        return (number + 1, layer.finish(h_BSD, out), k_LBTGH, v_LBTGH), None
 
-    numbers = jnp.arange(k_LBTGH.shape[0])
-    return jax.lax.scan(body, (h_BSD, k_LBTGH, v_LBTGH), (numbers, stacked))[0]
-
-
-def _logits(model: Decoder, hidden_B1D: jax.Array) -> jax.Array:
-    table_VD = model.head_table().astype(model.dtype)
-    return jnp.matmul(
-        hidden_B1D[:, 0], table_VD.T, preferred_element_type=at_least_float32(model.dtype)
-    )
+    carry = (jnp.int32(0), model.embed(tokens_BS), *cache)
+    (_, h_BSD, *cached), _ = over_layers(model, position_BS, body, carry)
+    return model.norm(h_BSD), tuple(cached)

@@ -310,8 +310,7 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
       ...  if "lora_A" in path]
       [('layers.2.self_attn.q_proj.lora_A.kernel', (1, 16, 4))]
     """
-    ends = (*model.segments[1:], model.config.num_hidden_layers)
-    for first, end in zip(model.segments, ends, strict=True):
+    for first, end in model.spans:
         chosen = [i for i in range(first, end) if i in layers]
         if chosen and len(chosen) < end - first:
             raise ConfigError(
@@ -393,5 +392,5 @@ def _projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str
     layer = model.layers[segment]
     for parent in (layer.self_attn, layer.mlp):
         for name in PROJECTIONS:
-            if hasattr(parent, name):
-                yield parent, name, getattr(parent, name)
+            if isinstance(linear := getattr(parent, name, None), Linear):
+                yield parent, name, linear

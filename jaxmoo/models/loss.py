@@ -94,7 +94,9 @@ def front_nll(
     front_targets = jnp.pad(
         jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, fill)), constant_values=-1
     )
-    front = vocabulary.nll(model.head_table(), front_h, front_targets, chunk, residuals)
+    front = vocabulary.nll(
+        model.head_table(), front_h, front_targets, chunk, residuals, model.logits_form
+    )
     front = front[:, :columns]
     return jnp.put_along_axis(jnp.zeros_like(front), order, front, axis=1, inplace=False)
 

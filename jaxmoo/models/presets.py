@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.models.architecture import DecoderConfig, Llama3Rope
+from jaxmoo.models.architecture import DecoderConfig
+from jaxmoo.models.rope import Llama3Rope
 
 __all__ = ["PRESETS", "preset"]
 
@@ -29,8 +30,9 @@ def preset(name: str) -> DecoderConfig:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: there is no preset 'qwen3-9b'. Did you mean 'Qwen3-8B'? There are \
-Llama-3.1-8B, Llama-3.2-1B, Llama-3.2-3B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, \
-Qwen3-4B, Qwen3-8B, SmolLM2-135M
+Apertus-8B, Aya-Expanse-8B, EuroLLM-1.7B, EuroLLM-9B, Gemma-3-4B, Llama-3.1-8B, Llama-3.2-1B, \
+Llama-3.2-3B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-4B, Qwen3-8B, Salamandra-2B, \
+Salamandra-7B, SmolLM2-135M
     """
     wanted = name.rpartition("/")[2].lower()
     for known, config in PRESETS.items():
@@ -81,11 +83,77 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) 
         rope_theta=1e6,
         tie_word_embeddings=tied,
         qk_norm=True,
+        family="qwen3",
+    )
+
+
+def _salamandra(**sizes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-5, head_dim=128, **sizes
+    )
+
+
+def _eurollm(**sizes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=128000,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        head_dim=128,
+        num_key_value_heads=8,
+        **sizes,
     )
 
 
 PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
     {
+        "Apertus-8B": DecoderConfig.from_hf(
+            {
+                "model_type": "apertus",
+                "vocab_size": 131072,
+                "hidden_size": 4096,
+                "intermediate_size": 21504,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 65536,
+            }
+        ),
+        "Aya-Expanse-8B": DecoderConfig.from_hf(
+            {
+                "model_type": "cohere",
+                "vocab_size": 256000,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 8192,
+                "rope_theta": 1e4,
+                "logit_scale": 0.125,
+            }
+        ),
+        "EuroLLM-1.7B": _eurollm(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+        ),
+        "EuroLLM-9B": _eurollm(
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=42,
+            num_attention_heads=32,
+        ),
+        "Gemma-3-4B": DecoderConfig.from_hf(
+            {
+                "model_type": "gemma3_text",
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "sliding_window": 1024,
+            }
+        ),
         "Llama-3.1-8B": _llama_3(
             max_position_embeddings=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192)
         ),
@@ -103,6 +171,20 @@ PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
         "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
         "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
         "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
+        "Salamandra-2B": _salamandra(
+            hidden_size=2048,
+            intermediate_size=5440,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+        ),
+        "Salamandra-7B": _salamandra(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
         "SmolLM2-135M": DecoderConfig(
             vocab_size=49152,
             hidden_size=576,

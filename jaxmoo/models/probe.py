@@ -5,14 +5,14 @@ Only sums leave a layer, so that a corpus can be measured without keeping its ac
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import rope_tables
+from jaxmoo.models.layers import DecoderLayer, Place
+from jaxmoo.models.loop import over_layers
 
 __all__ = ["LayerStatistics", "layer_statistics"]
 
@@ -35,9 +35,10 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
     Returns:
       The residual stream averaged over the tokens that count, before the first layer and after
       each (without the final norm), and the number of these tokens in which a neuron is active:
-      SiLU(gate) > 0, which is gate > 0.
+      the MLP's activation is above 0, for SiLU where the gate is.
 
     Example:
+      >>> from flax import nnx
       >>> from jaxmoo.models import DecoderConfig
       >>> config = DecoderConfig(
       ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -48,7 +49,6 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
       >>> found.pooled_LBD.shape, found.active_LBF.shape
       ((3, 3, 16), (2, 3, 32))
     """
-    cos, sin = rope_tables(model.config, jnp.arange(tokens.shape[-1]))
     counted = mask.astype(jnp.float32)
     share = counted / counted.sum(1, keepdims=True)
 
@@ -57,22 +57,14 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
             "bsd,bs->bd", h_BSD.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST
         )
 
-    h_BSD = model.embed_tokens.embedding.get_value()[tokens].astype(model.dtype)
-    pooled, active = [pool(h_BSD)[None]], []
-    for first in model.segments:
-        graphdef, stacked = nnx.split(model.layers[str(first)])
+    def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, Any]:
+        out = layer.attend(h_BSD, place)
+        h_BSD, x_BSD = layer.before_mlp(h_BSD, out)
+        gates = layer.mlp.active(x_BSD) & mask[..., None]
+        h_BSD = layer.after_mlp(h_BSD, layer.mlp(x_BSD))
+        return h_BSD, (pool(h_BSD), gates.sum(1, dtype=jnp.int32))
 
-        def body(
-            h_BSD: jax.Array, params: nnx.State, graphdef: nnx.GraphDef = graphdef
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            layer = nnx.merge(graphdef, params)
-            h_BSD = layer.attend(h_BSD, cos, sin)
-            x_BSD = layer.post_attention_layernorm(h_BSD)
-            gates = (layer.mlp.gate_proj(x_BSD) > 0) & mask[..., None]
-            h_BSD = h_BSD + layer.mlp(x_BSD)
-            return h_BSD, (pool(h_BSD), gates.sum(1, dtype=jnp.int32))
-
-        h_BSD, (means, counts) = jax.lax.scan(body, h_BSD, stacked)
-        pooled.append(means)
-        active.append(counts)
-    return LayerStatistics(jnp.concatenate(pooled), jnp.concatenate(active))
+    h_BSD = model.embed(tokens)
+    _, left = over_layers(model, jnp.arange(tokens.shape[-1]), body, h_BSD)
+    means, counts = zip(*left, strict=True)
+    return LayerStatistics(jnp.concatenate([pool(h_BSD)[None], *means]), jnp.concatenate(counts))

@@ -29,6 +29,11 @@ _PAGE = """<!doctype html>
   th:first-child, td:first-child {{ text-align: left; }}
   thead th {{ border-bottom: 1px solid #999; }}
   table.settings td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+  div.wide {{ overflow-x: auto; }}
+  table.texts td {{ text-align: start; vertical-align: top; min-width: 9rem; white-space: pre-wrap;
+                   overflow-wrap: anywhere; border-bottom: 1px solid #ddd; }}
+  table.texts td:first-child {{ min-width: 0; white-space: normal; }}
+  table.texts th {{ text-align: left; }}
   tr.mean td {{ border-top: 1px solid #ccc; border-bottom: 1px solid #999; font-weight: 600; }}
   .better {{ color: #006b4f; }}
   .worse {{ color: #b23a00; }}

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "Reply",
     "Score",
     "before_after",
     "conflict_heatmap",
+    "held_out_curves",
     "label_ends",
     "language_cosines",
     "loss_curves",
@@ -51,6 +53,25 @@ class Score(Protocol):
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of text."""
+        ...
+
+
+class Reply(Protocol):
+    """What a page needs to know of a model's reply."""
+
+    @property
+    def prompt(self) -> str:
+        """The text before it."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """The reply in the data."""
+        ...
+
+    @property
+    def reply(self) -> str:
+        """The model's."""
         ...
 
 
@@ -431,6 +452,53 @@ def before_after(
             # Room for the numbers beside the outermost dots.
             grid[-1][column].set_xlim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         _dumbbell_legend(figure, grid[0][1])
+        return figure
+
+
+def held_out_curves(
+    evaluations: Mapping[int, Mapping[str, Score]],
+    seen: Sequence[str],
+    unseen: Sequence[str],
+    path: str | Path,
+) -> Figure:
+    """Plot the held-out loss over the steps: every language, the means, and the worst.
+
+    Args:
+      evaluations: by step, the scores of every language.
+      seen: languages trained on.
+      unseen: languages only evaluated.
+      path: the image to write.
+
+    Raises:
+      DataError: there are no scores.
+    """
+    if not evaluations:
+        raise DataError("There are no held-out scores to plot.")
+    steps = sorted(evaluations)
+    groups = [("trained on", SEEN, seen), ("not trained on", UNSEEN, unseen)]
+    groups = [group for group in groups if group[2]]
+    with canvas(path, 8.5, 4.4) as figure:
+        title(
+            figure,
+            "Held-out replies over the steps",
+            "negative log-likelihood; thick: mean of a group, dotted: its worst language",
+        )
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, (name, colour, codes) in zip(panels, groups, strict=True):
+            values = np.array([[evaluations[s][c].nll for c in codes] for s in steps])
+            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, values.max(1), color=INK, linewidth=1.2, linestyle=":")
+            axes.plot(steps, values.mean(1), color=colour, linewidth=2.2, marker="o", markersize=4)
+            for code, end in zip(codes, values[-1], strict=True):
+                axes.annotate(
+                    code, (steps[-1], end), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=7, color=FAINT,
+                )  # fmt: skip
+            axes.set_title(f"languages {name}", color=colour, fontweight="bold")
+            axes.set_xlabel("training step")
+            axes.xaxis.set_major_locator(whole_numbers(6))
+            axes.grid(axis="y")
+        panels[0].set_ylabel("loss [nats per token]")
         return figure
 
 

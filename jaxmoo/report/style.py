@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ __all__ = [
     "SEEN",
     "UNSEEN",
     "canvas",
+    "check_drawing",
     "line_styles",
     "title",
     "whole_numbers",
@@ -56,24 +59,31 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@contextlib.contextmanager
-def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """Give a figure in the common style, and write it when the block is left."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def check_drawing() -> None:
+    """Raise ConfigError unless plots can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "Plots need matplotlib, which is not installed. Install 'jaxmoo[train]' or "
             "matplotlib, or set report=false."
-        ) from error
+        )
+
+
+@contextlib.contextmanager
+def canvas(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Give a figure in the common style, and write it when the block is left."""
+    check_drawing()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # No pyplot: a figure of its own needs no display and leaves no global state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        svg = Path(path).suffix == ".svg"
-        figure.savefig(path, metadata={"Date": None} if svg else None)
+        path = typed_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = path.suffix.removeprefix(".") or None
+        with path.open("wb") as stream:
+            figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def title(figure: Figure, heading: str, explanation: str) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,21 +16,29 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, DamagedError
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import (
     DIGESTS,
+    agree_whole,
+    files_below,
     note_own_digests,
     read_checked,
     read_digests,
     write_digests,
 )
-from jaxmoo.runtime.processes import from_first
+from jaxmoo.files.scratch import copy_files
+from jaxmoo.runs.parts import Parts
+from jaxmoo.runtime.processes import barrier, from_first, is_first
 
 __all__ = [
     "ABOUT",
+    "DAMAGED",
     "STATE",
     "Checkpoints",
     "UnsavedError",
+    "fetch_step",
+    "free_name",
     "read_about",
     "read_item",
     "unchecked",
@@ -36,13 +48,31 @@ T = TypeVar("T")
 
 # What a checkpoint is made of, each in a directory of that name.
 STATE, ABOUT = "state", "about"
-_REMOVE = "remove that directory; the run resumes from an older one, or from the beginning."
+# Where damaged ones are put; not the name of a step, so nothing takes it for one.
+DAMAGED = "damaged"
+_ADVICE = (
+    "If it is damaged, remove that directory; the run resumes from an older one, or from the "
+    "beginning."
+)
 
 
 class UnsavedError(CheckpointError):
     """A checkpoint could not be written; those before it are whole."""
 
     exit_code = 1
+
+
+def fetch_step(source: Path, target: Path) -> None:
+    """Copy a checkpoint from a bucket to this machine; it appears when it is whole.
+
+    Raises:
+      CheckpointError: its digests are damaged.
+      OSError: a file is missing, or cannot be fetched.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_files(source, partial, files_below(source))
+    os.replace(partial, target)
 
 
 def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
@@ -57,21 +87,33 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       read: reads it, given its directory.
 
     Raises:
-      CheckpointError: it cannot be read, is damaged, or is that of another step. It names the
-        directory, and the file if one is to blame.
+      DamagedError: it is damaged. It names the directory, and the file if one is to blame.
+      CheckpointError: it cannot be read, or is that of another step.
     """
+    if is_bucket(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                fetch_step(directory / str(step), Path(folder) / str(step))
+            except OSError as error:
+                raise CheckpointError(
+                    f"The checkpoint {directory / str(step)} cannot be fetched: {error}"
+                ) from error
+            return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
-    advice = f"If it is damaged, {_REMOVE}"
+    digests, problems = None, []
     try:
         digests = read_digests(path)
+    except DamagedError as error:
+        problems.append(str(error))
     except CheckpointError as error:
-        raise CheckpointError(f"{says}: {error}.\n{advice}") from None
+        raise CheckpointError(f"{says}: {error}.\n{_ADVICE}") from None
+    agree_whole(problems, says=says, advice=_ADVICE)
     if digests is not None:
         _check_step(directory, step, digests.about.get("step"))
     files = {} if digests is None else digests.files
     files = {name: digest for name, digest in files.items() if name.startswith(f"{item}/")}
-    return read_checked(lambda: read(path / item), path, files, says=says, advice=advice)
+    return read_checked(lambda: read(path / item), path, files, says=says, advice=_ADVICE)
 
 
 def _check_step(directory: Path, step: int, found: Any) -> None:
@@ -91,13 +133,13 @@ def unchecked(directory: Path, step: int, about: Mapping[str, Any]) -> str | Non
       about: what was saved beside its state.
 
     Raises:
-      CheckpointError: it had digests, which are gone.
+      DamagedError: it had digests, which are gone.
     """
     path = directory / str(step)
     if (path / DIGESTS).exists():
         return None
     if about.get("digests"):
-        raise CheckpointError(f"The checkpoint {path} is damaged: {DIGESTS} is missing; {_REMOVE}")
+        raise DamagedError(f"The checkpoint {path} is damaged: {DIGESTS} is missing.\n{_ADVICE}")
     return (
         f"The checkpoint {path} has no digests ({DIGESTS}), as those of earlier versions: it is "
         "not checked for damage."
@@ -117,9 +159,9 @@ def read_about(directory: Path, step: int) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         about = read_item(directory, step, ABOUT, reader.restore)
     if not isinstance(about, dict):
-        raise CheckpointError(
-            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object; "
-            f"{_REMOVE}"
+        raise DamagedError(
+            f"The checkpoint {directory / str(step)} is damaged: {ABOUT} holds no JSON object."
+            f"\n{_ADVICE}"
         )
     # Those of earlier versions have no digests, which would say so, but may say it themselves.
     _check_step(directory, step, about.get("step", step))
@@ -139,16 +181,17 @@ class Checkpoints:
     Args:
       directory: where checkpoints are kept; made when it does not exist. All processes see it.
       keep: how many of the newest to keep.
+      parts: brings together what hosts write that share no disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int, parts: Parts | None = None) -> None:
         self._directory = directory
         self._kept = _NewestAndBest(keep)
         try:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 item_names=(STATE, ABOUT),
-                item_handlers={STATE: _StateHandler()},
+                item_handlers={STATE: _StateHandler(parts)},
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._kept,
                     create=True,
@@ -163,9 +206,7 @@ class Checkpoints:
                 f"The checkpoints in {directory} cannot be listed: {error}\n"
                 "Remove the one that is damaged, or choose another output=..."
             ) from error
-        found = self._manager.latest_step()
-        step = from_first(-1 if found is None else found)
-        self._latest = None if step < 0 else step
+        self._latest = self._newest()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -182,6 +223,40 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, complete or being written, or None."""
         return self._latest
+
+    def before(self, step: int) -> int | None:
+        """Return the step of the checkpoint before another, or None."""
+        found = max((s for s in self._manager.all_steps() if s < step), default=-1)
+        older = from_first(found)
+        return None if older < 0 else older
+
+    def set_aside(self, steps: Iterable[int]) -> dict[int, Path]:
+        """Move checkpoints out of the way, to be looked at by a person.
+
+        Args:
+          steps: which ones.
+
+        Returns:
+          Where they are now; the first process knows.
+
+        Raises:
+          UnsavedError: they cannot be moved.
+        """
+        aside, moved = self._directory / DAMAGED, {}
+        with self._writing():
+            if is_first():
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    moved[step] = free_name(aside / str(step))
+                    (self._directory / str(step)).rename(moved[step])
+            barrier("damaged checkpoints are set aside")
+        self.reload()
+        return moved
+
+    def reload(self) -> None:
+        """Look again which there are; all processes see the same."""
+        self._manager.reload()
+        self._latest = self._newest()
 
     def score(self, step: int, score: float) -> None:
         """Note how good the state of a step is, lower being better, to keep the best."""
@@ -224,7 +299,7 @@ class Checkpoints:
         """Return what was saved beside the state.
 
         Raises:
-          CheckpointError: it cannot be read, or is damaged.
+          CheckpointError: as :func:`read_item` does.
         """
         return read_about(self._directory, step)
 
@@ -249,6 +324,11 @@ class Checkpoints:
 
         return read_item(self._directory, step, STATE, read)
 
+    def _newest(self) -> int | None:
+        found = self._manager.latest_step()
+        step = from_first(-1 if found is None else found)
+        return None if step < 0 else step
+
     def _digest(self) -> None:
         """Write the digests of a checkpoint that is complete, but has no name yet."""
         name = str(self._saving)
@@ -272,6 +352,14 @@ class Checkpoints:
             ) from error
 
 
+def free_name(path: Path) -> Path:
+    """Return a name like this one that nothing has."""
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    )
+    return next(name for name in names if not name.exists())
+
+
 def _raw_key(found: Any, like: Any) -> Any:
     """Take a key's data where they are wanted: earlier versions stored keys as such."""
     if jnp.issubdtype(found.dtype, jax.dtypes.prng_key) and found.dtype != like.dtype:
@@ -282,9 +370,24 @@ def _raw_key(found: Any, like: Any) -> Any:
 class _StateHandler(ocp.StandardCheckpointHandler):
     """Writes a state; of several processes, each also the digests of the files it has written."""
 
+    def __init__(self, parts: Parts | None = None) -> None:
+        super().__init__()
+        self._parts = parts
+
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if self._parts is not None and jax.process_index() > 0:
+            # The library makes these on the first host, and waits here until they are there.
+            place = Path(getattr(directory, "path", directory), "array_metadatas")
+            place.mkdir(parents=True, exist_ok=True)
         written = await super().async_save(directory, *args, **kwargs) or []
-        return [*written, _OwnDigests(directory, written)] if jax.process_count() > 1 else written
+        if jax.process_count() == 1:
+            return written
+        return [*written, _OwnDigests(directory, written, self._parts)]
+
+    def finalize(self, directory: Any) -> None:
+        if self._parts is not None:
+            self._parts.collect(Path(directory))
+        super().finalize(directory)
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True)
@@ -300,14 +403,16 @@ class _StateRestore(ocp.args.StandardRestore):
 class _OwnDigests:
     """Notes the digests of a process's own files when these are written; as Orbax waits for it."""
 
-    def __init__(self, directory: Any, written: Sequence[Any]) -> None:
+    def __init__(self, directory: Any, written: Sequence[Any], parts: Parts | None) -> None:
         self._directory = Path(getattr(directory, "path", directory))
-        self._written = written
+        self._written, self._parts = written, parts
 
     def result(self, timeout: float | None = None) -> None:
         for future in self._written:
             future.result(timeout)
         note_own_digests(self._directory)
+        if self._parts is not None:
+            self._parts.send(self._directory)
 
 
 class _NewestAndBest:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock, Timeout
 
 from jaxmoo.config import Config, dated, differences, load_config, to_yaml
+from jaxmoo.config.optimizer_section import steps_advice
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.buckets import is_bucket
+from jaxmoo.files.digests import DIGESTS
+from jaxmoo.files.locks import Lock, Timeout, lock_of
 from jaxmoo.files.outputs import check_writable, typed_path
-from jaxmoo.runs.scores import LanguageScore
+from jaxmoo.files.scratch import scratch_of, send_directory
+from jaxmoo.runs.scores import LanguageScore, SampleReply
 from jaxmoo.runtime.processes import barrier, is_first
 
 __all__ = ["RunDirectory"]
@@ -37,7 +41,7 @@ class RunDirectory:
         grams/           inner products of the languages' gradients, by step
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
-        evaluation/      held-out scores by step
+        evaluation/      held-out scores and sample replies by step
         results.json     held-out scores before and after, and their means
         compiled/        programs, so that a resumed run need not compile them again
         profile/         what devices and host did in a few steps, if asked
@@ -56,11 +60,13 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.grams = self.path / "grams"
+        # What libraries write that know no buckets; of a run on this machine its own directory.
+        self.scratch = scratch_of(self.path)
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
-        self.compiled = self.path / "compiled"
-        self.profile = self.path / "profile"
+        self.compiled = self.scratch / "compiled"
+        self.profile = self.scratch / "profile"
         self.report = self.path / "report"
         self.export = self.path / "export"
         self.adapter = self.path / "adapter"
@@ -87,12 +93,17 @@ class RunDirectory:
                 f"output: {self.path} is not empty and holds no run (no config.yaml). Choose "
                 "another directory with output=..."
             )
-        changed = differences(load_config(self.config), config)
+        old, done = load_config(self.config), max(self.steps(), default=0)
+        changed = differences(old, config, done)
         if changed:
+            advice = ""
+            if any(text.startswith("train.steps:") for text in changed):
+                advice = "\n" + steps_advice(old.optimizer, old.train.steps, done)
             raise ConfigError(
                 f"output: {self.path} holds a run with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nGo on with that run's settings, or start a new one with output=..."
+                + advice
             )
 
     @contextlib.contextmanager
@@ -104,7 +115,7 @@ class RunDirectory:
         Raises:
           ConfigError: another run is at work here, or the processes do not see the same directory.
         """
-        lock = FileLock(self.path / ".lock")
+        lock = lock_of(self.path / ".lock")
         try:
             if is_first():
                 self._make()
@@ -115,6 +126,8 @@ class RunDirectory:
             self._see(config)
             yield
         finally:
+            if is_first():
+                self._send()
             lock.release()
 
     def _make(self) -> None:
@@ -123,7 +136,13 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"output: {self.path} cannot be made: {error}") from error
 
-    def _acquire(self, lock: FileLock) -> None:
+    def _send(self) -> None:
+        """Send what libraries have written for people; no run fails for it."""
+        with contextlib.suppress(OSError):
+            for name in ("tensorboard", "profile"):
+                send_directory(self.scratch / name, self.path / name)
+
+    def _acquire(self, lock: Lock) -> None:
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout as error:
@@ -131,7 +150,9 @@ class RunDirectory:
                 f"output: another run is at work in {self.path}. Wait for it, end it, or choose "
                 "another directory with output=..."
             ) from error
-        except (NotImplementedError, OSError):
+        except (NotImplementedError, OSError) as error:
+            if is_bucket(self.path):
+                raise ConfigError(f"output: {self.path} cannot be claimed: {error}") from error
             # A file system without locks: nobody can tell, and the run need not fail for that.
             return
 
@@ -152,8 +173,11 @@ class RunDirectory:
         """Return the steps of which there is a complete checkpoint, in order."""
         if not self.checkpoints.is_dir():
             return []
-        # An incomplete one has a longer name.
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal())
+        # An incomplete one has a longer name, or, in a bucket, no digests yet.
+        found = [p for p in self.checkpoints.iterdir() if p.name.isdecimal()]
+        if is_bucket(self.path):
+            found = [p for p in found if (p / DIGESTS).is_file()]
+        return sorted(int(p.name) for p in found)
 
     def scores(self, step: int) -> dict[str, LanguageScore] | None:
         """Return the held-out scores stored for a step, or None."""
@@ -171,6 +195,30 @@ class RunDirectory:
         self.evaluation.mkdir(exist_ok=True)
         text = json.dumps({code: score.to_dict() for code, score in scores.items()}, indent=2)
         replace_text(self.evaluation / f"step_{step:08d}.json", text + "\n")
+
+    def all_scores(self) -> dict[int, dict[str, LanguageScore]]:
+        """Return the held-out scores of every step that has some, in order."""
+        files = self.evaluation.glob("step_*.json") if self.evaluation.is_dir() else ()
+        steps = sorted(int(p.stem.removeprefix("step_")) for p in files)
+        return {step: found for step in steps if (found := self.scores(step)) is not None}
+
+    def replies(self, step: int) -> dict[str, list[SampleReply]] | None:
+        """Return the sample replies stored for a step, or None."""
+        file = self.evaluation / f"replies_{step:08d}.json"
+        if not file.exists():
+            return None
+        stored = _read(file)
+        try:
+            return {code: [SampleReply(**one) for one in some] for code, some in stored.items()}
+        except TypeError as error:
+            raise _damaged(file, repr(error)) from error
+
+    def store_replies(self, step: int, replies: Mapping[str, Sequence[SampleReply]]) -> None:
+        """Store sample replies of a step."""
+        self.evaluation.mkdir(exist_ok=True)
+        plain = {code: [one._asdict() for one in some] for code, some in replies.items()}
+        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        replace_text(self.evaluation / f"replies_{step:08d}.json", text + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Record the results of a run that is complete, exported weights included."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.atomic import replacing
+from jaxmoo.files.outputs import typed_path
 
 __all__ = ["GramLog", "read_grams", "write_grams"]
 
@@ -63,7 +64,7 @@ def read_grams(directory: Path) -> GramLog:
       ConfigError: there are none.
       DataError: a file is damaged, or they are not all of the same run.
     """
-    directory = Path(directory)
+    directory = typed_path(directory)
     files = sorted(directory.glob("[0-9]*.npz"))
     if not files:
         raise ConfigError(
@@ -73,7 +74,7 @@ def read_grams(directory: Path) -> GramLog:
     grams, names = [], set()
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 gram = np.asarray(stored["gram"], np.float64)
                 name = (tuple(map(str, stored["blocks"])), tuple(map(str, stored["languages"])))
         # A damaged archive fails in any way at all.

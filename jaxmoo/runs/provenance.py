@@ -20,7 +20,7 @@ __all__ = [
     "versions",
 ]
 
-_PLACES = ("model.source", "data.source", "lora.adapter")
+_PLACES = ("model.source", "data.source", "data.sources", "data.held_out_source", "lora.adapter")
 _PACKAGES = ("jaxmoo", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
@@ -57,7 +57,8 @@ def check_settings(described: Mapping[str, Any], step: int, config: Config) -> N
     Raises:
       CheckpointError: it is another run's.
     """
-    changed = differences_from_yaml(described["config"], config) if "config" in described else []
+    settings = described.get("config")
+    changed = [] if settings is None else differences_from_yaml(settings, config, step)
     # Files may move: what is in them is checked instead.
     changed = [one for one in changed if one.partition(":")[0] not in _PLACES]
     if changed:

@@ -33,7 +33,7 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
             for code in before
             if code in after
         }
-    resolve = config.resolve
+    resolve, page = config.resolve, run.report / "index.html"
     tuned = "fine-tuning"
     if config.lora.rank is not None:
         kind = "DoRA" if config.lora.dora else "LoRA"
@@ -44,8 +44,9 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
         languages=tuple(config.data.seen),
         method=f"{tuned} with jaxmoo, {step} steps of {config.train.steps}; one gradient per "
         f"language, resolved by {resolve.aggregator} in blocks ({resolve.blocks})",
-        data=public_name(config.data.source),
+        data=", ".join(public_name(str(one.source)) for one in config.data.each),
         metrics=metrics,
+        report=page.read_text("utf-8") if page.is_file() else None,
     )
 
 

@@ -1,13 +1,27 @@
-"""Held-out scores, as a run stores them."""
+"""Held-out scores and sample replies, as a run stores them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["LanguageScore"]
+__all__ = ["LanguageScore", "SampleReply"]
+
+
+class SampleReply(NamedTuple):
+    """What a model says to a held-out prompt.
+
+    Attributes:
+      prompt: the text before the reply, as the model reads it, without special tokens.
+      reference: the reply in the data.
+      reply: the model's, its likeliest tokens one by one.
+    """
+
+    prompt: str
+    reference: str
+    reply: str
 
 
 @dataclass(frozen=True)

@@ -175,26 +175,38 @@ def everywhere(flag: bool) -> bool:
 
 
 class Agreement:
-    """A number that all processes know, one exchange behind.
+    """Numbers that all processes know, one exchange behind.
 
-    Every process calls :meth:`exchange` equally often.
+    Every process calls :meth:`exchange` equally often. A single process knows its own at once.
+
+    Args:
+      numbers: how many there are.
+
+    Example:
+      >>> Agreement(2).exchange(15, 0)
+      (15, 0)
     """
 
-    def __init__(self) -> None:
-        mesh = Mesh(np.array(jax.devices()), ("device",))
-        self._each = NamedSharding(mesh, P("device"))
-        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+    def __init__(self, numbers: int = 1) -> None:
+        self._numbers, self._several = numbers, jax.process_count() > 1
+        if self._several:
+            mesh = Mesh(np.array(jax.devices()), ("device",))
+            self._each = NamedSharding(mesh, P("device"))
+            self._largest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, P()))
         self._sent: jax.Array | None = None
 
-    def exchange(self, number: int) -> int:
-        """Send this process's number; return the largest that was sent the time before.
+    def exchange(self, *mine: int) -> tuple[int, ...]:
+        """Send this process's numbers; return the largest of each that were sent the time before.
 
         The exchange is queued behind what the devices have to do, and read a call later, when they
         have done it: nobody waits for it.
         """
-        sent, mine = self._sent, np.full(len(jax.devices()), number, np.int32)
-        self._sent = self._largest(place(mine, self._each))
-        return 0 if sent is None else int(sent)
+        if not self._several:
+            return mine
+        sent = self._sent
+        rows = np.tile(np.array(mine, np.int32), (len(jax.devices()), 1))
+        self._sent = self._largest(place(rows, self._each))
+        return (0,) * self._numbers if sent is None else tuple(map(int, np.asarray(sent)))
 
 
 def check_same(**texts: str) -> None:

@@ -1,4 +1,4 @@
-"""Stop a run, in all its processes at the same place, when it is asked to end."""
+"""Note that a run is asked to end, and stop it where nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from types import FrameType, TracebackType
 import jax
 
 from jaxmoo.errors import InterruptedRunError
-from jaxmoo.runtime.processes import Agreement
 
 __all__ = ["StopRequest"]
 
@@ -24,9 +23,8 @@ class StopRequest:
 
     A second SIGINT ends the process at once, whatever it is doing.
 
-    In several processes a signal to any of them counts for all. Each :meth:`requested` sends what
-    this process has noted to all others, as one number that the devices add to their queue, and
-    reads what was sent the time before: the host waits for nothing, and all read the same.
+    In several processes a signal to any of them counts for all: what :meth:`requested` returns is
+    shared (:class:`jaxmoo.runtime.processes.Agreement`) before any of them obeys it.
 
     Example:
       >>> with StopRequest() as stop:
@@ -37,7 +35,6 @@ class StopRequest:
     def __init__(self) -> None:
         self._several = jax.process_count() > 1
         self._noted: signal.Signals | None = None
-        self._agreed = Agreement() if self._several else None
         self._at_once = False
         self._previous: dict[signal.Signals, object] = {}
         self._wakeup = -1
@@ -82,20 +79,22 @@ class StopRequest:
         raise InterruptedRunError(f"Stopped by {self._noted.name}.", self._noted)
 
     def requested(self) -> signal.Signals | None:
-        """Return the signal that asks to stop here, if any.
+        """Return the signal that has asked this process to stop, if any."""
+        return self._noted
 
-        Every process must call this equally often.
-        """
-        if self._agreed is None:
-            return self._noted
-        number = self._agreed.exchange(self._noted or 0)
-        return signal.Signals(number) if number else None
+    def ask(self) -> None:
+        """Ask to stop as SIGTERM does; from any thread."""
+        if self._previous:
+            # The main thread is called away from what it waits for.
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._noted = signal.SIGTERM
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Stop wherever it is: for work that leaves nothing behind, and that nobody waits for.
 
-        In several processes, the next :meth:`requested` decides as ever.
+        In several processes nothing is raised: what all have agreed on decides as ever.
 
         Raises:
           InterruptedRunError: when a signal arrives, or has arrived.

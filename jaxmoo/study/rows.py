@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from jaxmoo.config.schema import leaves
 from jaxmoo.config.training import Config
 from jaxmoo.config.yaml_text import flow
 from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.locks import Timeout, lock_of
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.study.grid import Cell, Key
 
@@ -55,7 +54,7 @@ class RowStore:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output: {self.directory} cannot be made: {error}") from error
-        lock = FileLock(self.directory / ".lock")
+        lock = lock_of(self.directory / ".lock")
         try:
             lock.acquire(timeout=1)
         except Timeout as error:

@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,9 @@ from jaxmoo.config.study_config import StudyConfig
 from jaxmoo.config.training import Config, dated
 from jaxmoo.errors import InterruptedRunError, JaxmooError
 from jaxmoo.evaluate.measures import MEASURES
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.files.scratch import scratch_of
+from jaxmoo.hf.directory import remove_directory
 from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.study.grid import Cell
@@ -110,7 +112,7 @@ def run_cells(
         keep(row)
         rows.append(row)
 
-    with kept_programs(RowStore(study.output).directory.absolute() / ".compiled"):
+    with kept_programs(scratch_of(RowStore(study.output).directory.absolute()) / ".compiled"):
         done = 0
         while (missing := todo()) and (max_runs is None or done < max_runs):
             cell = _on_day(missing[0], rows)
@@ -132,7 +134,7 @@ def run_cells(
             take(row)
             done += 1
             if not study.keep_runs:
-                shutil.rmtree(cell.config.output)
+                remove_directory(typed_path(cell.config.output))
             say(f"  {_line(row)}")
 
 

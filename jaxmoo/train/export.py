@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxmoo.data.tokenization.tokenizer import NO_ENDING, read_template
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.digests import DIGESTS, damaged_files, files_below, read_digests
 from jaxmoo.hf import save_adapter, save_model
-from jaxmoo.hf.directory import first_process, written_files
+from jaxmoo.hf.directory import first_process, is_unfinished, remove_directory, written_files
 from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.models import merge_adapters
 from jaxmoo.runs.directory import RunDirectory
@@ -19,7 +18,7 @@ from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runtime.processes import from_first, is_first
 from jaxmoo.train.job import Job
 
-__all__ = ["check_exports", "export"]
+__all__ = ["check_exports", "export", "exports"]
 
 _CARD = "README.md"
 
@@ -34,7 +33,7 @@ def check_exports(config: Config, directory: RunDirectory) -> None:
     exported, steps = directory.exported_step(), directory.steps()
     if exported is not None and steps and steps[-1] >= config.train.steps:
         return
-    for path in _wanted(config, directory):
+    for path in exports(config, directory):
         _check_own(path)
 
 
@@ -54,8 +53,9 @@ def export(job: Job, params: Any, step: int) -> None:
     recorded = directory.exported_step() == step
     ending = job.setup.ending
     stop = () if ending is None else (ending,)
-    for path in _wanted(config, directory):
-        if from_first(recorded and path.is_dir() and any(path.iterdir())):
+    for path in exports(config, directory):
+        there = recorded and path.is_dir() and any(path.iterdir()) and not is_unfinished(path)
+        if from_first(there):
             first_process(lambda path=path: _check_whole(path))
             continue
         if is_first() and recorded:
@@ -84,7 +84,8 @@ def export(job: Job, params: Any, step: int) -> None:
                 job.say(NO_ENDING)
 
 
-def _wanted(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+def exports(config: Config, directory: RunDirectory) -> tuple[Path, ...]:
+    """Return where a run exports to, the merged model first."""
     if not config.export:
         return ()
     merged, adapter = directory.export, directory.adapter
@@ -106,12 +107,12 @@ def _check_whole(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove an earlier export; nothing else."""
     _check_own(path)
-    shutil.rmtree(path, ignore_errors=True)
+    remove_directory(path)
 
 
 def _check_own(path: Path) -> None:
     """Raise unless a directory holds only what a run exported, as it was."""
-    if not path.exists():
+    if not path.exists() or is_unfinished(path):
         return
     if not path.is_dir():
         raise ConfigError(f"output: {path} is in the way of the export. Move it away.")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator
 
 from jaxmoo.config import Config
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runtime.hang import HangTimeout
+from jaxmoo.runtime.processes import Agreement
+from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.train.setup import Setup
 
@@ -34,14 +37,17 @@ class Clock:
     def __init__(self) -> None:
         self._begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.current = ""  # the part that is going on
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time within the context towards a part."""
         begun = time.perf_counter()
+        self.current = name
         try:
             yield
         finally:
+            self.current = ""
             self.add(name, time.perf_counter() - begun)
 
     def add(self, name: str, seconds: float) -> None:
@@ -61,9 +67,11 @@ class Job:
       config: its settings.
       setup: its data, model and compiled functions.
       directory: where it writes.
-      stop: whether it is asked to stop.
+      stop: whether this process is asked to stop.
+      saves: whether this process asks for a checkpoint, and all have agreed on one.
       hang: ends it when it makes no progress.
       say: called with lines for a person to read, in the first process alone.
+      agreement: how processes agree on these two.
       clock: where its time goes.
     """
 
@@ -71,8 +79,10 @@ class Job:
     setup: Setup
     directory: RunDirectory
     stop: StopRequest
+    saves: SaveRequest
     hang: HangTimeout
     say: Callable[[str], None]
+    agreement: Agreement = dataclasses.field(default_factory=lambda: Agreement(2))
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def point(self, done: int) -> None:
@@ -84,10 +94,12 @@ class Job:
           InterruptedRunError: when it shall stop here.
         """
         self.hang.progress()
-        number = self.stop.requested()
+        number, save = self.agreement.exchange(self.stop.requested() or 0, self.saves.wanted())
+        self.saves.agree(bool(save))
         if number:
+            asked = signal.Signals(number)
             raise InterruptedRunError(
-                f"Stopped by {number.name} after step {done} of {self.config.train.steps}. The "
+                f"Stopped by {asked.name} after step {done} of {self.config.train.steps}. The "
                 "same command goes on from there.",
-                number,
+                asked,
             )

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runtime.processes import place
@@ -44,11 +45,14 @@ class Loop:
         self._state, self._done = state, done
         settings = job.config.train
         self._selection = Selection(job.config)
+        self._steps_between = parse_interval(settings.checkpoint_every).steps
         every = settings.evaluate_every
         for step in range(every, min(done + 1, settings.steps), every) if every else ():
             scores = stored_scores(job, step)
             if scores is not None:
                 self._note(step, scores)
+        data = job.config.data
+        self._rows = mesh.local_rows(job.setup.device_mesh, data.step_languages, data.batch_size)
         self._profile = ProfileWindow(
             job.directory.profile, settings.profile_from, settings.profile_steps
         )
@@ -62,13 +66,23 @@ class Loop:
           UnsavedError: a checkpoint cannot be written.
         """
         job = self._job
-        if self._goes_on():
+        # A run may have been stopped between its last step and the evaluation of that.
+        if self._goes_on() or stored_scores(job, self._done) is None:
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             latest = self._checkpoints.latest
             begun, weights = self._done, self._examined()
-            with Reporter(job, self._done, jax.device_get(skipped), latest) as reporter:
-                self._evaluate(reporter)  # what an interrupted run did not come to
-                job.say("Compiling the training step ...")
+            with (
+                job.setup.batches.reading_ahead(),
+                Reporter(job, self._done, jax.device_get(skipped), latest) as reporter,
+            ):
+                scores = stored_scores(job, self._done)
+                if scores is None:
+                    self._evaluate(reporter)  # what an interrupted run did not come to
+                else:
+                    reporter.held_out(self._done, scores)
+                if self._goes_on():
+                    job.say("Compiling the training step ...")
+                    job.saves.restart()
                 while self._goes_on():
                     self._profile.before(self._done + 1, reporter.flush)
                     self._step(reporter)
@@ -76,10 +90,20 @@ class Loop:
                         self._tell_of_standstill(reporter, weights, begun)
                 self._profile.close(reporter.flush)
                 self._tell_of_standstill(reporter, weights, begun)
+                self._evaluate_last(reporter)
         self._save()
         self._note(self._done, evaluate(job, self._done, self._state.weights))
         self._checkpoints.wait()
         return self._select()
+
+    def _evaluate_last(self, reporter: Reporter) -> None:
+        """Evaluate the last state, if that was not done: a run may end early with an evaluation."""
+        if stored_scores(self._job, self._done) is None:
+            self._save()
+            with self._job.clock.part("evaluate"):
+                weights = self._state.weights
+                scores = evaluate(self._job, self._done, weights, reporter.message)
+            reporter.held_out(self._done, scores)
 
     def _examined(self) -> dict[str, Condition]:
         return examine(self._state.params, self._job.setup.everywhere)
@@ -120,12 +144,13 @@ class Loop:
     def _step(self, reporter: Reporter) -> None:
         job, setup = self._job, self._job.setup
         with job.clock.part("data"):
-            batch = setup.batches.batch(self._done)
+            batch = setup.batches.batch(self._done, self._rows)
+            tokens = setup.batches.tokens(self._done, self._rows)
             placed = place(batch, mesh.batch_sharding(setup.device_mesh))
         begun = time.perf_counter()
         self._state, metrics = setup.step(self._state, setup.frozen, placed)
         self._done += 1
-        reporter.step(StepDone(self._done, batch, metrics, begun))
+        reporter.step(StepDone(self._done, tokens, metrics, begun))
         try:
             job.point(self._done)
         except InterruptedRunError:
@@ -133,7 +158,8 @@ class Loop:
             self._save()
             raise
         settings = job.config.train
-        if self._done == settings.steps or _due(self._done, settings.checkpoint_every):
+        due = job.saves.take() or _due(self._done, self._steps_between)
+        if due or self._done == settings.steps:
             reporter.flush()
             self._save()
         self._evaluate(reporter)
@@ -142,6 +168,7 @@ class Loop:
         described = about(self._job.config, self._job.setup, self._done)
         with self._job.clock.part("checkpoint"):
             self._checkpoints.save(self._done, self._state, described)
+        self._job.saves.restart()
 
     def _evaluate(self, reporter: Reporter) -> None:
         """Evaluate if it is time; the first and the last state are evaluated elsewhere."""

@@ -1,10 +1,11 @@
-"""What a run writes down while it goes: metrics.jsonl, TensorBoard events and a progress bar.
+"""What a run writes down while it goes: metrics.jsonl, and rows for trackers.
 
 A *row* is a mapping with an integer ``step`` and any of these, as far as they are known then::
 
-    {"step": 12,
+    {"step": 12, "time": "2026-11-28T03:13:41+00:00",
      "loss": {"en": 2.31, ...},             # mean per target token, before the step's update; of
                                             # the languages of the step
+     "mean_loss": 2.4,                      # mean over them
      "epochs": {"en": 0.4, ...},            # passes over each language's examples so far
      "malformed": {"en": 0, ...},           # of streams: records left out so far
      "learning_rate": 5e-5, "grad_norm": 0.8, "step_seconds": 1.9, "tokens_per_second": 2100.0,
@@ -22,66 +23,72 @@ A *row* is a mapping with an integer ``step`` and any of these, as far as they a
      "mfu": 0.41,                           # see jaxmoo.train.throughput
      "device_memory_peak": 30e9,            # bytes, of the first device
      "blocks": {"layers.22": {"conflict_share": 0.29, "update_norm": 0.1}, ...}}
+
+or, where the run was evaluated, from step 0 to the last one::
+
+    {"step": 12, "time": "2026-11-28T03:13:41+00:00",
+     "held_out": {"en": 2.1, ...}}          # mean negative log-likelihood per token
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import os
-import secrets
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import DataError
+from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.train.trackers import Tracker, Trackers, open_trackers
 
-__all__ = ["MetricsWriter", "Progress", "check_packages", "read_metrics"]
+__all__ = ["MetricsWriter", "read_metrics"]
+
+
+_NONE = Trackers()
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` and, if asked, to TensorBoard events.
+    """Appends rows to ``metrics.jsonl`` and sends their numbers to trackers.
 
     Every row is on disk when :meth:`write` returns. A resumed run goes on behind the rows up to
     its checkpoint; those an interrupted run wrote after it are removed first, in one step, so
-    that no row occurs twice.
+    that no row occurs twice. A tracker that fails is told of and left; the run goes on.
 
     Args:
       directory: the run's directory; made if need be.
-      tensorboard: also write TensorBoard events to ``directory/tensorboard``.
-      wandb: also send rows to a run of this Weights & Biases project, named as the directory.
+      trackers: which trackers numbers are sent to.
       resume_step: last step whose rows are kept; None starts afresh.
+      settings: of the run, for the trackers.
 
     Raises:
-      ConfigError: a package is missing; see :func:`check_packages`.
+      ConfigError: a package is missing; see :func:`jaxmoo.train.trackers.check_packages`.
       DataError: the rows that are there cannot be read.
     """
 
     def __init__(
         self,
         directory: str | Path,
+        trackers: Trackers = _NONE,
         *,
-        tensorboard: bool = True,
-        wandb: str | None = None,
         resume_step: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
-        check_packages(tensorboard=tensorboard, wandb=wandb)
-        directory = Path(directory)
+        directory = typed_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         first_step = 0 if resume_step is None else resume_step + 1
-        self._events = _summary_writer(directory, first_step) if tensorboard else None
-        self._wandb = _wandb_run(directory, wandb) if wandb else None
+        self._trackers = open_trackers(
+            directory, trackers, first_step=first_step, settings=settings
+        )
         _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = Appended(self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; values may be numbers, NumPy or JAX arrays, mappings and lists."""
@@ -89,21 +96,27 @@ class MetricsWriter:
         if not isinstance(plain.get("step"), int):
             raise DataError(f"A row of metrics needs an integer step, found {plain.get('step')!r}.")
         self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for tag, value in _scalars(plain):
-                self._events.add_scalar(tag, value, plain["step"])
-            self._events.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(_scalars(plain)), step=plain["step"])
+        values = dict(_scalars(plain))
+        for tracker in list(self._trackers):
+            with self._left_if_it_fails(tracker):
+                tracker.log(values, plain["step"])
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in list(self._trackers):
+            with self._left_if_it_fails(tracker):
+                tracker.close()
+
+    @contextlib.contextmanager
+    def _left_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
+        """Go on without a tracker whose server is gone; the numbers are in the file."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.remove(tracker)
+            name = type(tracker).__name__.strip("_")
+            print(f"Note: {name} gets no more metrics: {error}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -126,7 +139,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       DataError: another line is not a row.
     """
-    path = Path(path)
+    path = typed_path(path)
     if path.is_dir():
         path /= "metrics.jsonl"
     return [row for _, row in _lines(path)]
@@ -209,146 +222,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def check_packages(*, tensorboard: bool, wandb: str | None) -> None:
-    """Raise unless what metrics are to be written with is installed.
-
-    Raises:
-      ConfigError: names the setting and the package.
-    """
-    for wanted, setting, package, off in (
-        (tensorboard, "tensorboard", "tensorboardX", "tensorboard=false"),
-        (wandb, "wandb", "wandb", "wandb=null"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"{setting} is {wanted!r}, but the package {package} is not installed. Install it "
-                f"with pip, or set {off}."
-            )
-
-
-def _summary_writer(directory: Path, first_step: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # TensorBoard drops what earlier event files hold from the purge step on. Their names count
-    # seconds; the suffix keeps two starts within one second apart.
-    return SummaryWriter(
-        str(directory / "tensorboard"),
-        purge_step=first_step,
-        filename_suffix=f".{time.time_ns()}",
-    )
-
-
-def _wandb_run(directory: Path, project: str) -> Any:
-    import wandb
-
-    # So that a resumed run goes on in its own.
-    kept = directory / "wandb_id"
-    name = kept.read_text("utf-8").strip() if kept.exists() else secrets.token_hex(8)
-    kept.write_text(name + "\n", "utf-8")
-    return wandb.init(
-        project=project, name=directory.absolute().name, id=name, resume="allow", dir=directory
-    )
-
-
-class Progress:
-    """Shows a run's progress: on a terminal as a bar over a line of per-language losses.
-
-    Where the output is not a terminal (a log file, a batch job) it writes a plain line every few
-    steps instead.
-
-    Args:
-      steps: steps of the whole run.
-      start: steps already done when a run is resumed.
-      every: steps between the lines where there is no terminal.
-      file: where to; standard error by default.
-    """
-
-    def __init__(self, steps: int, *, start: int = 0, every: int = 10, file: TextIO | None = None):
-        self._file = sys.stderr if file is None else file
-        self._steps, self._every = steps, every
-        self._start, self._begun = start, time.monotonic()
-        self._bar = self._losses = None
-        self._width = 80
-        if self._file.isatty():
-            layout = "{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}]  {desc}"
-            common = {"file": self._file, "dynamic_ncols": True, "miniters": 1}
-            self._bar = tqdm(total=steps, initial=start, bar_format=layout, **common)
-            self._losses = tqdm(total=0, position=1, bar_format="{desc}", **common)
-
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Show a training row; its ``step`` counts the steps done."""
-        row = _plain(row)
-        step = row["step"]
-        losses = {code: _number(loss) for code, loss in row.get("loss", {}).items()}
-        summary = _summary(row, losses)
-        if self._bar is not None and self._losses is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                self._width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: unknown
-            self._losses.set_description_str(_compact(losses, self._width - 1), refresh=False)
-            self._bar.set_description_str(summary, refresh=False)
-            if self._bar.update(step - self._bar.n):
-                self._losses.refresh()
-        elif step % self._every == 0 or step in (self._start + 1, self._steps):
-            elapsed = time.monotonic() - self._begun
-            left = elapsed / max(step - self._start, 1) * (self._steps - step)
-            self._print(
-                f"step {step}/{self._steps} [{tqdm.format_interval(elapsed)}<"
-                f"{tqdm.format_interval(left)}]  {summary}  | {_compact(losses)}"
-            )
-
-    def message(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self._bar is not None:
-            tqdm.write(text, file=self._file)
-        else:
-            self._print(text)
-
-    def close(self) -> None:
-        """Leave the bar as it is and let other output follow."""
-        for bar in (self._bar, self._losses):
-            if bar is not None:
-                bar.close()
-
-    def _print(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _summary(row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
-    parts = []
-    if losses:
-        worst = max(losses, key=lambda code: (math.isnan(losses[code]), losses[code]))
-        parts.append(f"loss {sum(losses.values()) / len(losses):.3f}")
-        if len(losses) > 1:
-            parts.append(f"worst {worst} {losses[worst]:.3f}")
-    if row.get("epochs"):
-        epochs = row["epochs"].values()
-        ends = dict.fromkeys(f"{x:.1f}" for x in (min(epochs), max(epochs)))
-        parts.append(f"epoch {' to '.join(ends)}")
-    if row.get("conflict_share") is not None:
-        parts.append(f"conflict {100 * row['conflict_share']:.0f}%")
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-    return "  ".join(parts)
-
-
-def _compact(losses: Mapping[str, float], width: int | None = None) -> str:
-    """Losses in one line; those of the highest loss where not all of them fit."""
-    entries = [f"{code} {loss:.2f}" for code, loss in losses.items()]
-    if width is None or len("  ".join(entries)) <= width:
-        return "  ".join(entries)
-    worst = sorted(losses, key=lambda code: (math.isnan(losses[code]), losses[code]), reverse=True)
-    line = ""
-    for code in worst:
-        entry = f"{code} {losses[code]:.2f}  "
-        if len(line) + len(entry) + len("...") > width:
-            break
-        line += entry
-    return line + "..."

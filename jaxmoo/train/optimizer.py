@@ -28,10 +28,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(steps - warmup, 1)
+    kept = max(config.falls_from(steps) - warmup, 0)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, 0.0, max(rest - kept, 1), kept),
     }[config.decay]
     if not warmup:
         return after

@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from jaxmoo import mesh
 from jaxmoo.config import Config, validate
 from jaxmoo.engine import cost
 from jaxmoo.engine.jaxprs import inner_jaxprs
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.paths import STACKED, named_leaves
@@ -177,7 +177,7 @@ def shape_of(source: str) -> DecoderConfig:
     Raises:
       ConfigError, CheckpointError: it is neither, or cannot be read.
     """
-    return load_model_config(Path(source)) if Path(source).is_dir() else preset(source)
+    return load_model_config(typed_path(source)) if typed_path(source).is_dir() else preset(source)
 
 
 def abstract_step(

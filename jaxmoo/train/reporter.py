@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -11,15 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmoo.data import count_tokens
+from jaxmoo.config import schema
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
 from jaxmoo.runtime.processes import is_first
 from jaxmoo.train.job import Job
-from jaxmoo.train.metrics import MetricsWriter, Progress
+from jaxmoo.train.metrics import MetricsWriter
 from jaxmoo.train.optimizer import learning_rate
+from jaxmoo.train.progress import Progress
 from jaxmoo.train.throughput import peak_flops
+from jaxmoo.train.trackers import trackers_of
 
 __all__ = ["NonFiniteLossError", "Reporter", "StepDone"]
 
@@ -35,13 +38,13 @@ class StepDone(NamedTuple):
 
     Attributes:
       step: its number, from 1.
-      batch: what it was trained on.
+      tokens: per language of the step how many it was trained on, padding left out.
       metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
       begun: when it was sent, by ``time.perf_counter``.
     """
 
     step: int
-    batch: Mapping[str, np.ndarray]
+    tokens: np.ndarray
     metrics: Mapping[str, jax.Array]
     begun: float
 
@@ -79,12 +82,14 @@ class Reporter:
             self._metrics = self._open.enter_context(
                 MetricsWriter(
                     self._job.directory.path,
-                    tensorboard=config.tensorboard,
-                    wandb=config.wandb,
+                    trackers_of(config),
                     resume_step=self._start or None,
+                    settings=schema.values(config),
                 )
             )
-            self._progress = self._open.enter_context(Progress(steps, start=self._start))
+            self._progress = self._open.enter_context(
+                Progress(steps, start=self._start, doing=lambda: self._job.clock.current)
+            )
         return self
 
     def __exit__(
@@ -143,7 +148,7 @@ class Reporter:
         """Write down the held-out scores of a step."""
         if self._metrics is not None:
             held_out = {code: score.nll for code, score in scores.items()}
-            self._metrics.write({"step": step, "held_out": held_out})
+            self._metrics.write({"step": step, "time": _now(), "held_out": held_out})
 
     def message(self, text: str) -> None:
         """Show a line for a person to read."""
@@ -157,7 +162,7 @@ class Reporter:
         batches, seen = self._job.setup.batches, config.data.seen
         here = batches.in_step(done.step - 1)
         number = [seen.index(code) for code in here]
-        counts = count_tokens(done.batch)
+        counts = done.tokens
         tokens = int(counts.sum())
         cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
         cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
@@ -167,7 +172,9 @@ class Reporter:
 
         row = {
             "step": done.step,
+            "time": _now(),
             "loss": by_language(measured["loss"]),
+            "mean_loss": measured["loss"][number].mean(),
             "epochs": batches.epochs(done.step),
             "learning_rate": float(measured["learning_rate"]),
             "tokens": tokens,
@@ -258,3 +265,8 @@ class Reporter:
                 f"the data or, if model.dtype is not float32, that."
             )
         raise NonFiniteLossError(f"{what} is not finite in step {step}. {saved} {advice}")
+
+
+def _now() -> str:
+    """Date and time, as everybody reads them."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

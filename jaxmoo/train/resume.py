@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from jaxmoo.config import Config, to_yaml
 from jaxmoo.data import LanguageBatches
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, DamagedError
 from jaxmoo.runs.checkpoint import Checkpoints, unchecked
 from jaxmoo.runs.provenance import architecture, check_base, check_settings, versions
 from jaxmoo.train.condition import check_finite, examine
@@ -73,36 +73,47 @@ def check_data(described: Mapping[str, Any], setup: Setup) -> None:
 def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """Return the state to begin with and the steps it has behind it.
 
+    The newest checkpoint is restored, if there is one. If it is damaged, which is found before it
+    is used, the one before takes its place, and the damaged one is set aside.
+
     Args:
       job: the run.
-      checkpoints: those of its directory; the newest is restored, if there is one.
+      checkpoints: those of its directory.
 
     Raises:
-      CheckpointError: the checkpoint is damaged, or of other settings, another model or other data.
+      DamagedError: all of them are damaged; nothing is moved.
+      CheckpointError: the checkpoint is of other settings, another model or other data.
     """
-    setup = job.setup
-    state, done = setup.state, checkpoints.latest()
-    if done is None:
+    state, step = job.setup.state, checkpoints.latest()
+    if step is None:
         return state, 0
-    described = checkpoints.about(done)
-    check_settings(described, done, job.config)
-    check_base(described, done, setup.model, setup.base, job.config.model.source)
-    check_data(described, setup)
-    if note := unchecked(job.directory.checkpoints, done, described):
-        job.say(note)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    # There is not always room for two.
-    jax.tree.map(lambda x: x.delete(), state)
-    state = checkpoints.restore(done, shapes)
+    damaged: dict[int, DamagedError] = {}
+    while step is not None:
+        try:
+            described = _described(job, checkpoints, step)
+            # There is not always room for two.
+            jax.tree.map(lambda x: x.is_deleted() or x.delete(), state)
+            state = checkpoints.restore(step, shapes)
+            break
+        except DamagedError as error:
+            damaged[step] = error
+            step = checkpoints.before(step)
+    else:
+        raise next(iter(damaged.values()))
     check_finite(
         examine(
             {"weights": state.params, "optimizer": state.opt_state, "ema": state.ema},
-            setup.everywhere,
+            job.setup.everywhere,
         ),
-        f"The checkpoint of step {done} in {job.directory.checkpoints}",
+        f"The checkpoint of step {step} in {job.directory.checkpoints}",
         "Delete it to go on from the one before.",
     )
-    job.say(f"Resuming from the checkpoint of step {done}.")
+    if damaged:
+        for number, place in checkpoints.set_aside(damaged).items():
+            # Without the advice for those who have no other.
+            job.say(f"Warning: {str(damaged[number]).splitlines()[0]} It is now in {place}.")
+    job.say(f"Resuming from the checkpoint of step {step}.")
     changed = {
         f"{name} {described['versions'].get(name)} -> {version}"
         for name, version in versions().items()
@@ -110,4 +121,15 @@ def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     }
     if changed:
         job.say(f"Versions have changed, so numbers may, too: {', '.join(sorted(changed))}.")
-    return state, done
+    return state, step
+
+
+def _described(job: Job, checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """Return what a checkpoint says of its run; raise unless that is this one."""
+    described = checkpoints.about(step)
+    check_settings(described, step, job.config)
+    check_base(described, step, job.setup.model, job.setup.base, job.config.model.source)
+    check_data(described, job.setup)
+    if note := unchecked(job.directory.checkpoints, step, described):
+        job.say(note)
+    return described

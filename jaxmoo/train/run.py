@@ -11,28 +11,36 @@ from typing import Any
 import jax
 
 from jaxmoo.config import Config, dated, to_yaml, validate
+from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
+from jaxmoo.hf.directory import first_process
+from jaxmoo.hf.push import prepare_push, push
 from jaxmoo.platforms import platform_of
-from jaxmoo.report import write_report
-from jaxmoo.runs.checkpoint import Checkpoints
+from jaxmoo.report import check_drawing, write_report
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
+from jaxmoo.runtime.notices import check_stop_file, watched
 from jaxmoo.runtime.processes import barrier, check_same, is_first
+from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
 from jaxmoo.train.condition import examine, largest
 from jaxmoo.train.evaluation import evaluate
-from jaxmoo.train.export import check_exports, export
+from jaxmoo.train.export import check_exports, export, exports
+from jaxmoo.train.facts import facts
 from jaxmoo.train.job import Job
 from jaxmoo.train.kept import Kept
 from jaxmoo.train.loop import Loop
-from jaxmoo.train.metrics import check_packages, read_metrics
+from jaxmoo.train.metrics import read_metrics
+from jaxmoo.train.replies import SampleReplies
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.resume import batch_digest, resume
 from jaxmoo.train.setup import Setup, prepare
+from jaxmoo.train.trackers import check_packages, trackers_of
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
 
@@ -68,18 +76,30 @@ def train(
       ConfigError, DataError, CheckpointError, DownloadError: before any training.
       NonFiniteLossError: a loss is NaN or infinite; checkpoints stay as they are.
       UnsavedError: a checkpoint cannot be written; those before it stay as they are.
+      PushError: all is done but uploading the model; the same command tries it again.
       MemoryFullError: memory has run out; checkpoints stay as they are.
       InterruptedRunError: on SIGINT or SIGTERM, once everything is saved.
     """
     validate(config)
     say = say if is_first() else _silence
     directory = RunDirectory(config.output)
-    with named_when_full(_LESS_MEMORY), StopRequest() as stop:
+    check_stop_file(config.train.stop_file)
+    # The first process's clock decides for all.
+    seconds = parse_interval(config.train.checkpoint_every).seconds if is_first() else None
+    saves = SaveRequest(seconds)
+    with (
+        named_when_full(_LESS_MEMORY),
+        StopRequest() as stop,
+        watched(config.train.stop_file, stop=stop.ask, save=saves.ask),
+    ):
         with stop.at_once():
             config = directory.resumed(config)
             directory.check(config)
             check_exports(config, directory)
-            check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+            check_packages(trackers_of(config))
+            if config.report:
+                check_drawing()
+            repository = _repository(config)
             setup = prepare(config, say, kept=kept)
             config = dated(config, setup.date)
             say(_plan(config, setup))
@@ -93,7 +113,30 @@ def train(
                 data=batch_digest(setup.batches, 0),
                 versions=str(versions()),
             )
-            return _train(Job(config, setup, directory, stop, hang, say), measure)
+            results = _train(Job(config, setup, directory, stop, saves, hang, say), measure)
+        if config.push_to_hub is not None:
+            # Beyond the hang timer: it takes as long as it takes.
+            with stop.at_once():
+                first_process(
+                    lambda: _push(config, directory, repository, results["steps"], say),
+                    "upload the model",
+                )
+        return results
+
+
+def _repository(config: Config) -> str:
+    """The repository that the export goes to, which is there from here on; empty if none."""
+    if config.push_to_hub is None or not is_first():
+        return ""
+    return prepare_push(config.push_to_hub, config.hub_private)
+
+
+def _push(
+    config: Config, directory: RunDirectory, repository: str, step: int, say: Callable[[str], None]
+) -> None:
+    path = exports(config, directory)[0]
+    say(f"Uploading {path} to {repository} ...")
+    say(f"Uploaded: {push(path, repository, f'jaxmoo, step {step}')}")
 
 
 _LESS_MEMORY = (
@@ -106,10 +149,14 @@ def _train(job: Job, measure: Callable[[Setup, Any], None] | None) -> dict[str, 
     directory = job.directory
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
-    with Checkpoints(directory.checkpoints, keep=job.config.train.keep_checkpoints) as checkpoints:
+    samples = SampleReplies(job)
+    samples(0, job.setup.state.params)
+    with open_checkpoints(directory, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
-    results = _finish(job, state.weights, step, before, evaluate(job, step, state.weights))
+    after = evaluate(job, step, state.weights)
+    samples(step, state.weights)
+    results = _finish(job, state.weights, step, before, after)
     if measure is not None:
         measure(job.setup, state.weights)
     return results
@@ -176,24 +223,39 @@ def _finish(
     config, directory = job.config, job.directory
     results = _results(config, step, before, after)
     with job.stop.at_once():
+        if is_first() and config.report:
+            _report(job, step, before, after)
         export(job, params, step)
         job.point(step)
         if is_first():
             directory.write_results(results)
             if config.report:
-                write_report(
-                    directory.report,
-                    rows=read_metrics(directory.metrics),
-                    seen=config.data.seen,
-                    unseen=config.data.unseen,
-                    before=before,
-                    after=after,
-                )
                 job.say(f"Report: {directory.report / 'index.html'}")
     job.say(before_after_table(before, after, config.data.seen, config.data.unseen))
     # None leaves before the first one is done: it would be waited for in vain.
     barrier("the run is complete")
     return results
+
+
+def _report(
+    job: Job, step: int, before: Mapping[str, LanguageScore], after: Mapping[str, LanguageScore]
+) -> None:
+    """Draw the report, of which the exported model gets a copy."""
+    config, directory = job.config, job.directory
+    rows = read_metrics(directory.metrics)
+    old, new = directory.replies(0) or {}, directory.replies(step) or {}
+    replies = {code: list(zip(old[code], new[code], strict=False)) for code in old if code in new}
+    write_report(
+        directory.report,
+        rows=rows,
+        seen=config.data.seen,
+        unseen=config.data.unseen,
+        before=before,
+        after=after,
+        evaluations=directory.all_scores(),
+        replies=replies,
+        facts=facts(job, step, rows),
+    )
 
 
 def _results(

@@ -47,7 +47,7 @@ from jaxmoo.train.throughput import model_flops
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Setup", "make_run_mesh", "prepare", "run_attention", "step_spec"]
+__all__ = ["Setup", "check_devices", "make_run_mesh", "prepare", "run_attention", "step_spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,29 @@ def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         slices=sizes.slices,
         devices=devices,
     )
-    data, fsdp = device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP]
+    _check_examples(config, device_mesh.shape[mesh.DATA], device_mesh.shape[mesh.FSDP])
+    return device_mesh
+
+
+def check_devices(config: Config, devices: int) -> None:
+    """Raise unless a run can be divided among so many devices; none is asked for.
+
+    Raises:
+      ConfigError: as :func:`make_run_mesh`.
+    """
+    sizes = config.mesh
+    data, _, fsdp, _ = mesh.mesh_shape(
+        config.data.step_languages,
+        devices,
+        language=sizes.language,
+        fsdp=sizes.fsdp,
+        data=sizes.data,
+        tensor=sizes.tensor,
+    )
+    _check_examples(config, data, fsdp)
+
+
+def _check_examples(config: Config, data: int, fsdp: int) -> None:
     parts = data * fsdp * config.train.microbatches
     if config.data.batch_size % parts:
         raise ConfigError(
@@ -124,7 +146,6 @@ def make_run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             f"data ({data}) x fsdp ({fsdp}) x train.microbatches ({config.train.microbatches}) "
             "each take an equal share of a language's examples."
         )
-    return device_mesh
 
 
 def run_attention(config: Config, architecture: DecoderConfig, device_mesh: Mesh) -> str:

@@ -186,7 +186,7 @@ BAD_OVERRIDES = {
     "optimizer.b2=1": "below 1",
     "mesh.fsdp=0": "at least 1 or null",
     # unknown choices, with the nearest one
-    "optimizer.decay=cosin": "one of cosine, linear, constant, found cosin. Did you mean 'cosine'",
+    "optimizer.decay=cosin": "constant, wsd, found cosin. Did you mean 'cosine'",
     "model.dtype=fp32": "one of float32, bfloat16",
     "model.remat=null": "one of full, dots, none, found null",
     "resolve.aggregator=cagard": "unknown method 'cagard'. Did you mean 'cagrad'",
@@ -207,6 +207,7 @@ BAD_OVERRIDES = {
     "resolve={weighting: static, weighting_options: {weights: [1]}}": "1 weights were given for 2",
     "resolve={weighting: static, weighting_options: {weights: [1, 0]}}": "a weight above 0",
     "optimizer.warmup_steps=11": "more than the 10 of train.steps",
+    "optimizer.decay_steps=3": "no effect without optimizer.decay=wsd",
     "data.columns={messages: a, prompt: b}": "either messages or prompt and completion",
     "data.columns={text: a, prompt: b}": "or text: name columns of one kind",
     "data.max_malformed=1": "at least 0 and below 1",
@@ -415,6 +416,13 @@ def test_anchors_that_do_no_harm_are_read(load):
             "optimizer.learning_rate=1" + "0" * 400,
             "learning_rate must be a number, above 0, found",
         ),
+        (
+            "train.checkpoint_every=10m",
+            "a time such as 90s, 10min or 2h; found",
+        ),
+        ("train.checkpoint_every=0s", "train.checkpoint_every must be a number of steps"),
+        ("train.checkpoint_every=-1", "train.checkpoint_every must be a number of steps"),
+        ("train.checkpoint_every=0.5", "train.checkpoint_every must be an integer or text, found"),
         ("train.hang_timeout=1e10", "must be a number, at least 0 and at most 1000000000, found"),
         ("resolve.options.c=[" + "[" * 1000, "values are nested more than 32 deep"),
         ("wandb=a\ud800", "not YAML: unacceptable character #xd800"),
@@ -469,10 +477,16 @@ def test_what_is_only_watched_or_written_may_change(load):
     assert differences(load(), new) == []
 
 
-def test_a_run_can_be_made_longer_only_without_a_schedule(load):
+def test_a_run_can_be_made_longer_as_far_as_the_schedule_allows(load):
     assert differences(load(), load("train.steps=20")) == ["train.steps: 10 -> 20"]
     constant = "optimizer.decay=constant"
     assert differences(load(constant), load(constant, "train.steps=20")) == []
+    # With one, while the learning rates so far would be the same.
+    stable = ["optimizer.decay=wsd", "optimizer.decay_steps=4"]
+    for done, free in ((7, True), (8, False)):
+        changed = differences(load(*stable), load(*stable, "train.steps=20"), done)
+        assert bool(changed) != free, done
+    assert differences(load(), load("train.steps=20"), done=1) == []
     assert len(differences(load(), load(constant, "train.steps=20"))) == 2
 
 

@@ -26,7 +26,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'  # a line
 def settings(source, *, columns=None, **options):
     """Settings of a source, by default of one seen language."""
     columns = ColumnsConfig(**(columns or {}))
-    return DataConfig(**({"source": str(source), "seen": ["en"], "columns": columns} | options))
+    source = None if source is None else str(source)
+    return DataConfig(**({"source": source, "seen": ["en"], "columns": columns} | options))
 
 
 def load_examples(source, languages, **options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from devices import run_python
-from jaxmoo.data.batches import LanguageBatches
+from jaxmoo.data.batches import LanguageBatches, count_tokens
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError, DataError
 
@@ -97,6 +97,27 @@ def test_a_languages_order_does_not_depend_on_the_others(data):
 
 def test_the_batch_size_does_not_change_the_order(data):
     assert numbers(make(data), range(10)) == numbers(make(data, batch_size=8), range(5))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_processes_make_their_rows_only_and_together_the_batch_of_one(data, processes, packing):
+    options = {"batch_size": 4, "packing": packing, "per_step": 2}
+    whole = LanguageBatches(data, list(data), sequence_length=LENGTH, seed=0, **options)
+    for step in (0, 7, 30):
+        expected = whole.batch(step)
+        joined = {name: np.zeros_like(x) for name, x in expected.items()}
+        for process in range(processes):
+            only = (np.arange(8) % processes == process).reshape(2, 4)
+            own = LanguageBatches(data, list(data), sequence_length=LENGTH, seed=0, **options)
+            batch = own.batch(step, only)
+            assert not batch["loss_mask"][~only].any()
+            assert (own.tokens(step, only) == count_tokens(expected)).all()
+            for name, x in batch.items():
+                joined[name][only] = x[only]
+            again = own.batch(step)
+            assert all((again[name] == expected[name]).all() for name in expected)
+        assert all((joined[name] == expected[name]).all() for name in expected)
 
 
 def test_epochs_counts_what_was_shown(data):

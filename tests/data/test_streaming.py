@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import threading
 from collections import Counter
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from data.tables import compress, load_corpus, settings
 from jaxmoo.data import LanguageBatches
 from jaxmoo.data.sources.source import HubSource
+from jaxmoo.data.streaming import ExampleStream
 from jaxmoo.errors import CheckpointError, ConfigError, DataError
 from jaxmoo.train.resume import batch_digest, check_data
 
@@ -272,3 +275,49 @@ def test_what_cannot_be_streamed_is_refused(folder, stream):
         corpus = stream(folder)
         write(folder / "en.jsonl", [("long " * LENGTH, "x")])
         batches_of(corpus).batch(0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_reading_ahead_changes_nothing_but_when_it_is_done(folder, stream, packing, monkeypatch):
+    read, threads = ExampleStream.read, []
+
+    def noted(self, *arguments):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return read(self, *arguments)
+
+    monkeypatch.setattr(ExampleStream, "read", noted)
+    path = folder / "en.jsonl"
+    lines = path.read_text().splitlines()
+    lines[40] = "{no json"
+    path.write_text("\n".join(lines))
+
+    def seen(ahead):
+        said = []
+        corpus = stream(folder, max_malformed=0.1, say=said.append)
+        batches, found = batches_of(corpus, packing=packing), []
+        threads.clear()
+        with batches.reading_ahead() if ahead else contextlib.nullcontext():
+            # Forward, back to what was read before, and on from a place that was noted.
+            for step in (*range(12), 11, 3, 4, 30):
+                found.append((batches.batch(step), batches.state(step)))
+                found[-1] += (batches.epochs(step), batches.malformed(), list(said))
+            batches.seek(found[9][1])
+            found.append((batches.batch(9), batches.state(9)))
+        assert set(threads) == {not ahead}
+        found.append((batches.batch(31), batches.state(31)))
+        return found
+
+    for one, other in zip(seen(True), seen(False), strict=True):
+        assert same(one[0], other[0]) and one[1:] == other[1:]
+
+
+def test_what_was_read_ahead_in_vain_may_be_wrong(folder, stream):
+    path = folder / "fa.jsonl"
+    with path.open("a") as file:
+        file.write("{no json\n")
+    batches = batches_of(stream(folder))
+    with batches.reading_ahead():
+        for step in range(8):
+            batches.batch(step)
+        with pytest.raises(DataError, match=r"fa.jsonl:62: expected one JSON object"):
+            batches.batch(20)

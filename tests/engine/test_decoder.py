@@ -20,23 +20,58 @@ from jaxmoo.models import (
     target_mask,
     token_nll,
 )
+from jaxmoo.models.families import LayerKind
+from jaxmoo.models.rope import Rope
 
 STACKED = r"^layers\.(\d+)\."
 LANGUAGES, ROWS, LENGTH = 4, 4, 10
 
 
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+# What is odd about Gemma, and about Cohere and Apertus together.
+GEMMA = {
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": True,
+    "layer_kinds": (LayerKind(4, Rope(1e4)), LayerKind(None, Rope(1e6)), LayerKind(4, Rope(1e4))),
+    "norm": "rms_offset",
+    "norm_places": "both",
+    "hidden_act": "gelu_pytorch_tanh",
+    "qk_norm": True,
+    "attention_multiplier": 0.5,
+    "attn_logit_softcapping": 3.0,
+    "embedding_multiplier": 4.0,
+    "final_logit_softcapping": 2.0,
+}
+COHERE = {
+    "layer_kinds": (LayerKind(4, Rope(1e4)), LayerKind(None, None)),
+    "norm": "layer",
+    "norm_places": "parallel",
+    "hidden_act": "xielu",
+    "gated_mlp": False,
+    "rope_interleaved": True,
+    "residual_multiplier": 0.7,
+    "logit_scale": 0.4,
+}
+CONFIGS = {
+    True: {"tie_word_embeddings": True},
+    False: {},
+    "gemma": GEMMA,
+    "cohere": COHERE,
+    "cohere, tied": COHERE | {"tie_word_embeddings": True},
+}
+
+
 def config(tied):
-    return DecoderConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
+    return DecoderConfig(**SIZES | CONFIGS[tied])
 
 
 def graph_of(tied, remat="full", implementation="xla"):
@@ -60,12 +95,15 @@ def batch():
 
 
 SLICED = choose({r"embedding$": "slices:4", ".*": "layer"})
-CASES = {  # whether tied, blocks, aggregator, what is recomputed
+CASES = {  # whether tied, or whose; blocks, aggregator, what is recomputed
     "tied, sliced": (True, SLICED, "cagrad", "full"),
     "untied, sliced, random numbers": (False, SLICED, "graddrop", "none"),
     "tied, whole, with state": (True, "whole", "gradvac", "dots"),
     "tied, sliced, one at a time": (True, SLICED, "cagrad", "full"),
     "untied, sliced, one at a time": (False, SLICED, "mgda", "none"),
+    "gemma": ("gemma", SLICED, "cagrad", "full"),
+    "cohere": ("cohere", SLICED, "mgda", "dots"),
+    "cohere, tied, one at a time": ("cohere, tied", SLICED, "cagrad", "full"),
 }
 
 
@@ -122,7 +160,11 @@ def assert_near(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "case", ["tied, sliced", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])]
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("tied, sliced", "gemma") else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def test_the_update_is_that_of_stacked_gradients(case):
     one = mesh.make_mesh(LANGUAGES, devices=jax.devices()[:1])
@@ -138,9 +180,9 @@ def by_heads(case):
     """The same, where a kernel that stands for cuDNN's sees some heads."""
     heads = set()
 
-    def kernel(q, k, v, segment_ids, *, window):
+    def kernel(q, k, v, segment_ids, *, window, scale):
         heads.add((q.shape[2], k.shape[2]))
-        return attention._xla(q, k, v, segment_ids, window)
+        return attention._xla(q, k, v, segment_ids, window, scale)
 
     attention._cudnn = kernel
     result = found(case, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, tensor=2), "cudnn")
@@ -161,6 +203,8 @@ def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
         ("tied, sliced", "data"),
         ("untied, sliced, random numbers", "tensor"),
         ("untied, sliced, one at a time", "data"),
+        ("gemma", "data"),
+        ("cohere", "tensor"),
     ],
 )
 def test_any_mesh_gives_the_same_update(case, axis, eight_devices):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from devices import run_together
+from jaxmoo.commands.compare import main as compare
 from jaxmoo.commands.evaluate import main
 from jaxmoo.commands.train import main as train
 
@@ -281,7 +282,7 @@ def test_results_do_not_depend_on_devices_or_processes(results, arguments, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
+def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path, capsys):
     """As the run scores itself: split, order, limit, and unusable examples left out."""
     for language in ("en", "fa"):
         rows = [
@@ -325,6 +326,40 @@ def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path):
             assert scores["examples"] == wanted["examples"]
             assert scores["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
             assert scores["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-5)
+
+    # What was not evaluated is, once: a model outside of runs on the examples of the other side.
+    base = tmp_path / "base"
+    shutil.copytree(chat_model, base)
+    for a in (base, tmp_path / "before.json"):
+        assert compare([str(a), str(run), "--output", str(tmp_path / "differences.json")]) == 0
+        rows = json.loads((tmp_path / "differences.json").read_text())["nll"]
+        for code in ("en", "fa"):
+            for side, when in (("a", "before"), ("b", "after")):
+                assert rows[code][side] == pytest.approx(expected[when][code]["nll"], rel=1e-5)
+    assert (tmp_path / "base-held_out.json").exists() and (run / "held_out.json").exists()
+    assert "Already evaluated: en, fa." in capsys.readouterr().out
+    assert compare([str(base), str(base)]) == 2
+    assert "outside of any training run" in capsys.readouterr().err
+    assert compare([str(run), str(tmp_path / "none")]) == 2
+    assert "There is no" in capsys.readouterr().err
+
+    # On other data, a model is asked the same before and after it was trained: the run's sequence
+    # length and columns are about its own.
+    long = {"question": "q" * 90, "answer": "a long one"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long | {"lang": "en"}) + "\n")
+    same = [
+        "--data",
+        str(tmp_path / "long.jsonl"),
+        "--language-column",
+        "lang",
+        "--languages",
+        "en",
+    ]
+    same += ["--columns", "prompt=question", "completion=answer"]
+    for model in (base, run):
+        output = tmp_path / f"long {model.name}.json"
+        assert main(["--model", str(model), *same, "--output", str(output)]) == 0
+    assert compare([str(tmp_path / f"long {name}.json") for name in ("base", "run")]) == 0
 
 
 @pytest.mark.parametrize(

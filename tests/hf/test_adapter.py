@@ -265,6 +265,38 @@ def test_adapters_that_do_not_tell_their_model_need_a_base(somewhere: Case, tmp_
         open_model(path, step=1)
 
 
+def with_random_adapters(base: Path, lora: LoRA):
+    """A model with adapters on all layers that change something."""
+    graph, abstract, frozen = with_adapters(base, lora, range(3))
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(abstract)
+    values = [jnp.asarray(rng.normal(0, 0.15, x.shape).astype(np.float32)) for x in leaves]
+    return nnx.merge(graph, jax.tree.unflatten(tree, values), frozen)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["apertus", "cohere2", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "smollm3"],
+)
+def test_every_familys_adapters_are_loaded_by_peft(variant, tmp_path: Path):
+    """Also where a family keeps several projections in one matrix, and ranks and alphas differ."""
+    from peft import PeftModel
+
+    tiny_models.save(variant, tmp_path / "base")
+    lora = LoRA(rank=4, alpha=8, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 6})
+    model = with_random_adapters(tmp_path / "base", lora)
+    save_adapter(model, tmp_path / "adapter", base_model="org/base")
+    theirs = PeftModel.from_pretrained(tiny_models.make(variant), tmp_path / "adapter")
+    expected = theirs.merge_and_unload().state_dict()
+    merge_adapters(model)
+    save_model(model, tmp_path / "merged", source=tmp_path / "base")
+    for name, value in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert relative_error(value, expected[name].numpy()) < 1e-6, name
+    plain = load_file(tmp_path / "base" / "model.safetensors")
+    changed = next(name for name in plain if "layers.0.self_attn.o_proj" in name)
+    assert relative_error(expected[changed].numpy(), plain[changed]) > 0.1
+
+
 # --- Bad input ---------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny_models
 from jaxmoo.errors import CheckpointError, ConfigError
-from jaxmoo.hf import load_config, load_model
+from jaxmoo.hf import load_config, load_model, save_model
 from jaxmoo.hf.weights import Weights
 from tiny_models import by_logical_path
 
@@ -416,3 +416,39 @@ def test_a_faulty_config_is_named_by_its_file(checkpoint: Path):
 def test_shardings_of_another_model_are_refused(checkpoint: Path):
     with pytest.raises(CheckpointError, match="shardings has 1 leaves"):
         load_model(checkpoint, shardings={"a": jax.devices()[0]})
+
+
+# --- A model of texts and images ----------------------------------------------------------------
+
+
+def test_of_gemma_3_with_images_the_text_model_is_read_and_saved_as_it_was(tmp_path: Path):
+    """But a vision tower is refused."""
+    plain, whole = tmp_path / "plain", tmp_path / "whole"
+    tiny_models.save("gemma3_text", plain)
+    tensors = load_file(plain / "model.safetensors")
+    tensors = {f"language_model.{name}": value for name, value in tensors.items()}
+    whole.mkdir()
+    text = json.loads((plain / "config.json").read_text())
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 16}}
+    (whole / "config.json").write_text(json.dumps(config))
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(whole)
+    for name, array in by_logical_path(nnx.state(load_model(plain))).items():
+        np.testing.assert_array_equal(by_logical_path(nnx.state(model))[name], array, err_msg=name)
+    save_model(model, tmp_path / "saved", source=whole)
+    before, after = (path / "model.safetensors" for path in (whole, tmp_path / "saved"))
+    assert before.read_bytes() == after.read_bytes()
+
+    tensors["vision_tower.post_layernorm.weight"] = np.ones(16, np.float32)
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"vision tower \(vision_tower\.\*\), which is not"):
+        load_model(whole)
+
+
+def test_a_constant_of_a_family_must_have_its_value(tmp_path: Path):
+    tiny_models.save("apertus", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.act_fn.beta"] = np.array(0.7, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.act_fn\.beta must be 0\.5"):
+        load_model(tmp_path)

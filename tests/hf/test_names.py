@@ -13,10 +13,18 @@ from jaxmoo.models import DecoderConfig, parameter_paths
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
 def test_every_parameter_has_the_name_transformers_gives_it_and_back(variant):
     oracle = tiny_models.make(variant)
-    paths = parameter_paths(DecoderConfig.from_hf(oracle.config.to_dict()))
-    names = [hf_tensor(path).name for path in paths]
-    assert sorted(names) == sorted(name for name, _ in oracle.named_parameters())
-    assert [logical_path(name) for name in names] == paths
+    config = DecoderConfig.from_hf(oracle.config.to_dict())
+    paths = parameter_paths(config)
+    tensors = [hf_tensor(path, config) for path in paths]
+    assert {tensor.name for tensor in tensors} == {name for name, _ in oracle.named_parameters()}
+    if all(tensor.rows is None for tensor in tensors):
+        assert [logical_path(tensor.name, config.family) for tensor in tensors] == paths
+    else:  # every row once
+        rows: dict[str, list[int]] = {}
+        for name, _, (first, count) in (tensor for tensor in tensors if tensor.rows):
+            rows.setdefault(name, []).extend(range(first, first + count))
+        for name, parameter in oracle.named_parameters():
+            assert name not in rows or sorted(rows[name]) == list(range(len(parameter)))
 
 
 def test_a_parameter_without_a_name_is_an_error():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jaxmoo.errors import ConfigError
-from jaxmoo.models import DecoderConfig, Llama3Rope
+from jaxmoo.models import DecoderConfig, Llama3Rope, rope_tables
+from jaxmoo.models.families import LayerKind
+from jaxmoo.models.rope import LinearRope, Rope
 
 LLAMA = {
     "model_type": "llama",
@@ -51,6 +54,11 @@ def test_the_newer_spelling_wins_where_both_are_present():
     assert DecoderConfig.from_hf(LLAMA | rope).rope_theta == 1e6
 
 
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 8}
+PHI3 = {"model_type": "phi3"}
+LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("change", "window"),
     [
@@ -76,11 +84,97 @@ def test_the_window_is_that_of_transformers(change, window):
     assert DecoderConfig.from_hf(LLAMA | change).sliding_window == window
 
 
+FULL, NEAR = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, [None, 16]),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": [NEAR, FULL]},
+            [16, None],
+        ),
+        (GEMMA3 | {"num_hidden_layers": 7}, [16] * 5 + [None, 16]),
+        (GEMMA3 | {"num_hidden_layers": 3, "sliding_window_pattern": 2}, [16, None, 16]),
+        ({"model_type": "gemma2", "num_hidden_layers": 3}, [16, None, 16]),
+        ({"model_type": "cohere2", "num_hidden_layers": 5}, [16] * 3 + [None, 16]),
+    ],
+)
+def test_every_layer_has_its_window(change, windows):
+    config = DecoderConfig.from_hf(LLAMA | {"sliding_window": 16} | change)
+    assert [kind.window for kind in config.kinds] == windows
+
+
+def test_what_gemma_3s_older_configs_leave_out_is_known():
+    """As those on the hub: sizes of the largest parts, and one stretching for layers of a kind."""
+    found = DecoderConfig.from_hf(
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152},
+        }
+    )
+    near, far = found.kinds[4:6]
+    assert near == LayerKind(1024, Rope(1e4))
+    assert far == LayerKind(None, Rope(1e6, LinearRope(8.0)))
+    assert (found.vocab_size, found.num_attention_heads, found.head_dim) == (262208, 8, 256)
+    assert found.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", **SCALING},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+            "truncate": False,
+        },
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+@pytest.mark.parametrize("length", [20, 100])
+def test_stretched_frequencies_are_those_of_transformers(rope, length):
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    settings = LLAMA | {"rope_parameters": {"rope_theta": 5e5, **rope}}
+    table = LlamaRotaryEmbedding(LlamaConfig(**settings))
+    cos, sin = table(torch.zeros(1), torch.arange(length)[None])
+    config = DecoderConfig.from_hf(settings)
+    found = rope_tables(config, np.arange(length))
+    for ours, theirs in zip(found, (cos, sin), strict=True):
+        np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[-1]], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "lllama"}, "'lllama' is not supported. Did you mean 'llama'"),
-        ({"model_type": "gpt2"}, "Supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "Supported: apertus, .*, llama, mistral, .*, smollm3"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
@@ -90,18 +184,14 @@ def test_the_window_is_that_of_transformers(change, window):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            r"window in some layers only \(max_window_layers=1\) is not supported",
-        ),
-        (
-            {
-                "model_type": "qwen3",
-                "use_sliding_window": True,
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
-            "window in some layers only",
-        ),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (GEMMA3 | {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ({"model_type": "gemma3"}, "gemma3 needs text_config"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm=True"),
+        ({"model_type": "apertus", "hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (PHI3 | {"rope_scaling": {"type": "longrope"}}, "needs short_factor, long_factor"),
+        (PHI3 | {"rope_scaling": LONG}, "one for each of the 4 pairs of a head, got 1"),
         ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer, got -1"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),

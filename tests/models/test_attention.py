@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -16,15 +17,18 @@ from closeness import relative_error
 from jaxmoo import mesh
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, language_loss
-from jaxmoo.models.attention import attend, choose_attention
+from jaxmoo.models.attention import Windows, attend, choose_attention
+from jaxmoo.models.families import LayerKind
+from jaxmoo.models.rope import Rope
 
 LANGUAGES, ROWS, LENGTH, HEADS, GROUPS, WIDTH = 3, 2, 150, 4, 2, 24
 
 
-def by_definition(q, k, v, segment_ids, window):
+def by_definition(q, k, v, segment_ids, window, scale=None, cap=None):
     """One softmax per head and token, over the tokens it may see."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.einsum("bqnh,bknh->bnqk", q, k) * (scale or 1 / np.sqrt(q.shape[-1]))
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     i, j = np.indices(scores.shape[-2:])
     seen = (j <= i) & (i - j < (window or i.size))
     if segment_ids is not None:
@@ -87,6 +91,29 @@ def test_values_and_gradients_of_packed_rows_are_those_of_the_definition(
             assert relative_error(x, y) < 3e-6, window
 
 
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_a_layer_may_learn_when_it_runs_which_window_it_has(inputs, implementation):
+    """And scores may be scaled otherwise, and capped."""
+    form = {"scale": 0.3, "soft_cap": 2.0}
+
+    @jax.jit
+    def function(which, *arguments):
+        windows = Windows(WINDOWS, which)
+        return value_and_gradients(
+            lambda *a: attend(
+                *a[:3], segment_ids=a[3], window=windows, implementation=implementation, **form
+            ),
+            *arguments,
+        )
+
+    with jax.enable_x64(True):
+        double = [x.astype(np.float64) if x.dtype == np.float32 else x for x in inputs]
+        expected = for_every_window(lambda *a: by_definition(*a, *form.values()), double)
+    for which, wanted in enumerate(expected):
+        for x, y in zip(function(jnp.int32(which), *inputs), wanted, strict=True):
+            assert relative_error(x, y) < 5e-6, which
+
+
 def test_what_vmap_leaves_unmapped_may_be_anything_also_the_cotangent(inputs):
     q, k, v, _, weight = inputs
     arguments = (q, k[0], v[0], None, weight[0])
@@ -114,11 +141,25 @@ CONFIG = DecoderConfig(
 )
 
 
-def lowered_step(implementation: str, platform: str, *, packed: bool, remat: str = "full") -> str:
+TWO_KINDS = dataclasses.replace(
+    CONFIG,
+    sliding_window=None,
+    layer_kinds=(LayerKind(100, Rope(1e4)), LayerKind(None, None)),
+)
+
+
+def lowered_step(
+    implementation: str,
+    platform: str,
+    *,
+    packed: bool,
+    remat: str = "full",
+    config: DecoderConfig = CONFIG,
+) -> str:
     """The gradients of a bfloat16 decoder on three languages, as a program for another device."""
     kind = {"cuda": "gpu"}.get(platform, platform)
     model = Decoder.abstract(
-        CONFIG, dtype=jnp.bfloat16, platform=kind, attention="xla", remat=remat
+        config, dtype=jnp.bfloat16, platform=kind, attention="xla", remat=remat
     )
     for layers in model.layers.values():  # whether cuDNN can, it asks of the device that is there
         layers.self_attn.attention = implementation
@@ -153,6 +194,22 @@ def test_a_decoders_gradients_become_cudnns_calls(monkeypatch, packed):
         assert settings["sliding_window_length"] == 100
         assert ("tensor<6x1x256x256xbf16>" in types) == packed
         assert "tensor<6x256x2x16xbf16>" in types
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("cudnn", "cuda"), ("tpu", "tpu")])
+def test_layers_of_two_kinds_are_one_body_with_two_kernels(monkeypatch, implementation, platform):
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    text = lowered_step(implementation, platform, packed=True, config=TWO_KINDS)
+    if implementation == "tpu":  # forward; keys and values; queries: once for every kind
+        assert len(re.findall(r"stablehlo.custom_call @tpu_custom_call", text)) == 2 * 3
+        return
+    settings = [
+        json.loads(found.replace("\\22", '"'))["cudnn_fmha_backend_config"]
+        for found in re.findall(r'@__cudnn.*?backend_config = "(.*?[^\\])"', text)
+    ]
+    assert {one["sliding_window_length"] for one in settings} == {0, 100}
 
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("dots", 1)])

@@ -53,7 +53,9 @@ def generated(model, tokens, stop):
     )
 
 
-@pytest.mark.parametrize("variant", ["mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["mistral", "qwen3", "gemma2", "gemma3_text", "cohere2", "olmo3"]
+)
 @pytest.mark.slow
 def test_the_tokens_are_those_of_transformers(variant, tmp_path):
     oracle = tiny_models.save(variant, tmp_path)
@@ -112,6 +114,12 @@ def test_every_row_has_its_own_stop_tokens_and_numbers(tmp_path):
     assert (together != greedy).any()
     assert (together[[2, 0]] == found([2, 0], 20, **drawn)).all()
     assert (together != found([0, 1, 2], 24, **drawn | {"seed": 6})).any()
+
+
+def test_a_text_whose_rotary_frequencies_would_change_is_refused(tmp_path):
+    tiny_models.save("phi3", tmp_path)
+    with pytest.raises(ConfigError, match=r"9 tokens in all: beyond 8, .* \(longrope\)"):
+        generate(load_model(tmp_path), jnp.zeros((1, 4)), jnp.ones(1), new_tokens=5, stop=())
 
 
 def test_too_long_a_text_is_refused(tmp_path):

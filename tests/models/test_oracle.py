@@ -13,12 +13,17 @@ from flax import nnx
 
 import tiny_models
 from closeness import relative_error
-from jaxmoo.hf import load_model
-from jaxmoo.hf.names import logical_path
-from jaxmoo.models import language_loss
+from jaxmoo.hf import load_model, save_model
+from jaxmoo.hf.names import hf_tensor
+from jaxmoo.models import DecoderConfig, language_loss, parameter_paths
 from tiny_models import VARIANTS, by_logical_path, tokens_and_mask
 
 TOLERANCE = 1e-5
+# What another variant has, too.
+SLOW = {
+    *("llama_tied", "llama_one_head_per_group", "llama3_rope", "mistral", "qwen3"),
+    *("qwen3_window", "cohere"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,35 +39,73 @@ class Results(NamedTuple):
     gradients: dict[str, np.ndarray]  # by logical path
 
 
-def oracle_results(model, tokens: np.ndarray, mask: np.ndarray) -> Results:
-    """Transformers' logits, mean NLL of the target tokens and its gradients."""
+class Text(NamedTuple):
+    """Tokens of a row that are a text of their own."""
+
+    row: int
+    begin: int
+    end: int
+
+
+def oracle_results(model, tokens: np.ndarray, mask: np.ndarray, texts: list[Text]) -> Results:
+    """Transformers' logits, mean NLL of the target tokens and its gradients.
+
+    Each text is read by itself, and nothing predicts its first token.
+    """
     import torch
 
     # A padding token's embedding would get no gradient from its use as an input.
     model.model.embed_tokens.padding_idx = None
-    ids, targets = torch.tensor(tokens).long(), torch.tensor(mask)[:, 1:].flatten()
-    logits = model(ids).logits
-    # Flat, because over an inner axis PyTorch sums the vocabulary less exactly.
-    nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
-    loss = nll[targets].mean()
+    logits = torch.zeros(*tokens.shape, model.config.vocab_size, dtype=model.dtype)
+    nll = []
+    for row, begin, end in texts:
+        ids = torch.tensor(tokens[row : row + 1, begin:end]).long()
+        targets = torch.tensor(mask[row, begin + 1 : end])
+        found = model(ids).logits[0]
+        logits[row, begin:end] = found.detach()
+        nll.append(
+            torch.nn.functional.cross_entropy(found[:-1], ids[0, 1:], reduction="none")[targets]
+        )
+    loss = torch.cat(nll).mean()
     loss.backward()
-    gradients = {logical_path(n): p.grad.numpy() for n, p in model.named_parameters()}
-    gradients = {n: g.T if n.endswith("kernel") else g for n, g in gradients.items()}
-    return Results(logits.detach().numpy(), loss.item(), gradients)
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
+    return Results(logits.numpy(), loss.item(), by_our_paths(model, gradients))
 
 
-def our_results(model, tokens: np.ndarray, mask: np.ndarray) -> Results:
+def by_our_paths(model, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of transformers by logical path, in our layout; all of them must have one."""
+    config = DecoderConfig.from_hf(model.config.to_dict())
+    found, used = {}, set()
+    for path in parameter_paths(config):
+        name, transposed, rows = hf_tensor(path, config)
+        value = tensors[name] if rows is None else tensors[name][rows[0] : sum(rows)]
+        found[path] = value.T if transposed else value
+        used.add(name)
+    assert used == set(tensors)
+    return found
+
+
+def whole_rows(tokens: np.ndarray) -> list[Text]:
+    return [Text(row, 0, tokens.shape[1]) for row in range(len(tokens))]
+
+
+def our_results(model, tokens: np.ndarray, mask: np.ndarray, texts: list[Text]) -> Results:
     graphdef, state = nnx.split(model)
     batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.asarray(mask)}
+    if len(texts) > len(tokens):
+        positions, segments = np.zeros((2, *tokens.shape), np.int32)
+        for number, (row, begin, end) in enumerate(texts):
+            positions[row, begin:end] = np.arange(end - begin)
+            segments[row, begin:end] = number
+        batch |= {"positions": jnp.asarray(positions), "segment_ids": jnp.asarray(segments)}
+    where = {name: batch.get(name) for name in ("positions", "segment_ids")}
 
     @jax.jit
     def function(state):
         loss, gradients = jax.value_and_grad(
             lambda state: language_loss(nnx.merge(graphdef, state), batch)
         )(state)
-        return nnx.merge(graphdef, state)(batch["tokens"]), loss, gradients
+        return nnx.merge(graphdef, state)(batch["tokens"], **where), loss, gradients
 
     logits, loss, gradients = function(state)
     return Results(np.asarray(logits), float(loss), by_logical_path(gradients))
@@ -75,11 +118,12 @@ def worst_gradient_error(found: Results, expected: Results) -> float:
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(v, marks=() if v in ("llama", "qwen2") else pytest.mark.slow) for v in VARIANTS],
+    [pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in VARIANTS],
 )
 def test_logits_loss_every_gradient_and_greedy_tokens_equal_transformers(
     variant: str, tmp_path: Path
 ):
+    """Of whole rows and of packed ones; and the model is saved as it was."""
     import torch
 
     oracle = tiny_models.save(variant, tmp_path)
@@ -91,16 +135,24 @@ def test_logits_loss_every_gradient_and_greedy_tokens_equal_transformers(
         min_new_tokens=32,
         max_new_tokens=32,
     ).numpy()
+    packed = tokens_and_mask(oracle.config.vocab_size, tokens.shape[1:], seed=1)[0]
+    tokens = np.concatenate([tokens, packed[None]])
+    texts = [*whole_rows(tokens[:3]), Text(3, 0, 17), Text(3, 17, tokens.shape[1])]
     mask = tokens_and_mask(oracle.config.vocab_size, tokens.shape)[1]
-    expected = oracle_results(oracle, tokens, mask)
-    found = our_results(load_model(tmp_path), tokens, mask)
+    expected = oracle_results(oracle, tokens, mask, texts)
+    model = load_model(tmp_path)
+    found = our_results(model, tokens, mask, texts)
     # Each of the 32 is our choice after those before it, so we would have generated the same.
-    ours = found.logits[:, 8:-1].copy()
+    ours = found.logits[:3, 8:-1].copy()
     ours[..., oracle.config.eos_token_id] = -np.inf  # min_new_tokens
-    np.testing.assert_array_equal(ours.argmax(-1), tokens[:, 9:])
+    np.testing.assert_array_equal(ours.argmax(-1), tokens[:3, 9:])
     assert relative_error(found.logits, expected.logits) < TOLERANCE
     assert relative_error(found.loss, expected.loss) < TOLERANCE
     assert worst_gradient_error(found, expected) < TOLERANCE
+
+    save_model(model, tmp_path / "saved", source=tmp_path)
+    before, after = (path / "model.safetensors" for path in (tmp_path, tmp_path / "saved"))
+    assert before.read_bytes() == after.read_bytes()
 
 
 @pytest.mark.slow
@@ -120,8 +172,9 @@ def test_the_real_model_equals_transformers(smollm2_dir: Path, monkeypatch):
             smollm2_dir, dtype=dtype, attn_implementation="eager"
         )
 
-    theirs = oracle_results(oracle(torch.float32), tokens, mask)
-    ours = our_results(load_model(smollm2_dir), tokens, mask)
+    texts = whole_rows(tokens)
+    theirs = oracle_results(oracle(torch.float32), tokens, mask, texts)
+    ours = our_results(load_model(smollm2_dir), tokens, mask, texts)
     assert relative_error(ours.logits, theirs.logits) < TOLERANCE
     assert relative_error(ours.loss, theirs.loss) < TOLERANCE
 
@@ -129,13 +182,13 @@ def test_the_real_model_equals_transformers(smollm2_dir: Path, monkeypatch):
         double = oracle(torch.float64)
         # Norms and softmax cast to torch.float32 by name, whatever the model's dtype.
         patch.setattr(torch, "float32", torch.float64)
-        exact = oracle_results(double, tokens, mask)
+        exact = oracle_results(double, tokens, mask, texts)
     accuracy = worst_gradient_error(theirs, exact)
     assert worst_gradient_error(ours, exact) < max(2 * accuracy, TOLERANCE)
     del theirs, ours, double
     with jax.enable_x64(True):
         model = load_model(smollm2_dir, dtype=jnp.float64, param_dtype=jnp.float64)
-        assert worst_gradient_error(our_results(model, tokens, mask), exact) < TOLERANCE
+        assert worst_gradient_error(our_results(model, tokens, mask, texts), exact) < TOLERANCE
 
 
 def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
@@ -159,7 +212,10 @@ def test_angles_stay_exact_beyond_the_original_context(tmp_path: Path):
 @pytest.mark.parametrize(
     "variant",
     [
-        *(pytest.param(v, marks=pytest.mark.slow) for v in ("llama", "mistral")),
+        *(
+            pytest.param(v, marks=pytest.mark.slow)
+            for v in ("llama", "mistral", "gemma2", "gemma3_text", "apertus", "cohere2", "granite")
+        ),
         *("qwen2", "qwen3"),
     ],
 )

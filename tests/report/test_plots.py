@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.report import (
     before_after,
     conflict_heatmap,
+    held_out_curves,
     language_cosines,
     loss_curves,
     write_report,
 )
+from jaxmoo.runs.scores import SampleReply
 
 SEEN = ["en", "es", "it", "ja", "ko", "zh", "fa", "pt"]
 UNSEEN = ["de", "fr", "nl"]
@@ -224,6 +227,18 @@ def test_before_after_shows_every_language_in_its_group(tmp_path):
     assert [x.get_text() for x in legend.get_texts()] == ["before", "after"]
 
 
+def test_held_out_curves_show_every_language_the_mean_and_the_worst(tmp_path):
+    evaluations = {step: make_scores(SEEN + UNSEEN, 3.0 - step / 10) for step in (4, 0, 8)}
+    figure = held_out_curves(evaluations, SEEN, UNSEEN, tmp_path / "curves.png")
+    for axes, codes in zip(figure.axes, (SEEN, UNSEEN), strict=True):
+        *each, worst, mean = axes.lines
+        values = np.array([[evaluations[s][c].nll for c in codes] for s in (0, 4, 8)])
+        np.testing.assert_array_equal([line.get_ydata() for line in each], values.T)
+        np.testing.assert_array_equal(worst.get_ydata(), values.max(1))
+        np.testing.assert_allclose(mean.get_ydata(), values.mean(1))
+        assert mean.get_xdata().tolist() == [0, 4, 8] and texts(axes) == codes
+
+
 def test_before_after_numbers_stay_inside_their_panels(tmp_path):
     before, after = make_scores(SEEN, 3.0), make_scores(SEEN, 2.95)
     after["fa"].nll = 9.0  # got worse
@@ -266,18 +281,30 @@ def test_report_is_one_self_contained_page(tmp_path):
         unseen=UNSEEN,
         before=make_scores(codes, 3.0),
         after=make_scores(codes, 2.0),
+        evaluations={step: make_scores(codes, 3.0 - step / 60) for step in (0, 30, 60)},
+        replies={"fa": [(SampleReply("<q>?", "آری", "no"), SampleReply("<q>?", "آری", "نه"))]},
+        facts={"seed": "0", "model": "a & b"},
         heading="cagrad <layer>",
     )
     assert [path.name for path in files] == [
         "index.html",
         "before_after.png",
+        "held_out.png",
         "loss.png",
         "conflict.png",
         "cosines.png",
     ]
     assert all(path.stat().st_size > 0 for path in files)
     page = files[0].read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
+    cells = ("&lt;q&gt;?", "آری", "no", "نه")
+    assert "".join(f'<td dir="auto">{text}</td>' for text in cells) in page
+    assert "<tr><td>seed</td><td>0</td></tr>\n<tr><td>model</td><td>a &amp; b</td></tr>" in page
+    # What the pictures say, for those who do not see them.
+    alts = re.findall(r'<img alt="([^"]*)"', page)
+    assert "Mean of the 8 languages trained on: 3.350 before, 2.350 after" in alts[0]
+    assert alts[1] == "Held-out loss of every language after steps 0, 30, 60."
+    assert all(len(alt) > 40 for alt in alts)
     assert "http" not in page and "<h1>cagrad &lt;layer&gt;</h1>" in page
     for code in SEEN:
         assert f"<td>{code}</td>" in page

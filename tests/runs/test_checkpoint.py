@@ -11,9 +11,11 @@ import pytest
 
 from devices import run_python
 from jaxmoo import mesh
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, DamagedError
 from jaxmoo.files.digests import DIGESTS
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.checkpoint import Checkpoints, unchecked
+from jaxmoo.runs.directory import RunDirectory
 
 
 def state(value):
@@ -145,6 +147,52 @@ def test_damage_to_large_files_is_found_while_they_are_read_and_is_the_last_word
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_damaged_ones_are_set_aside_and_never_deleted(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 4):
+            checkpoints.save(step, state(step), {"step": step})
+        checkpoints.wait()
+        assert (checkpoints.before(4), checkpoints.before(1)) == (2, None)
+        for number in ("4", "4.1"):
+            file = next(p for p in (tmp_path / "4" / "about").iterdir() if p.stat().st_size)
+            file.write_bytes(file.read_bytes()[1:])
+            damaged = file.read_bytes()
+            with pytest.raises(DamagedError, match=f"{file.name} is not what was written"):
+                checkpoints.about(4)
+            place = tmp_path / "damaged" / number
+            assert checkpoints.set_aside([4]) == {4: place}
+            assert (place / "about" / file.name).read_bytes() == damaged
+            assert checkpoints.latest() == 2
+            checkpoints.save(4, state(4), {"step": 4})
+            checkpoints.wait()
+            assert checkpoints.latest() == 4 and checkpoints.about(4) == {"step": 4}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 4
+
+
+def test_in_a_bucket_damaged_ones_are_set_aside_too():
+    run = RunDirectory("memory://set-aside/run")
+    place = run.checkpoints / "damaged" / "4"
+    with open_checkpoints(run, keep=3) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state(step), {"step": step})
+        checkpoints.wait()
+    file = next(p for p in (run.checkpoints / "4" / "state").rglob("*") if p.stat().st_size > 99)
+    file.write_bytes(bytes(100))
+    with open_checkpoints(run, keep=3) as checkpoints:
+        with pytest.raises(DamagedError, match=f"{run.checkpoints}/4 .*{file.name} is not what"):
+            checkpoints.restore(4, state(0))
+        assert checkpoints.before(4) == 2 and checkpoints.before(2) is None
+        assert checkpoints.set_aside([4]) == {4: place}
+        assert checkpoints.latest() == 2 and run.steps() == [2]
+        assert (place / file.relative_to(run.checkpoints / "4")).read_bytes() == bytes(100)
+        assert checkpoints.restore(2, state(0))["step"] == 2
+        checkpoints.save(4, state(4), {"step": 4})
+        checkpoints.wait()
+    with open_checkpoints(run, keep=3) as checkpoints:
+        assert checkpoints.latest() == 4 and checkpoints.restore(4, state(0))["step"] == 4
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(3, state(3), {"step": 3})
@@ -194,6 +242,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
+from jaxmoo.runs.bucket_checkpoints import open_checkpoints
 from jaxmoo.runs.checkpoint import Checkpoints, UnsavedError
 
 state = {"w": jnp.arange(1 << 20, dtype=jnp.float32)}

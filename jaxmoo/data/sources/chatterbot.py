@@ -17,8 +17,8 @@ import zipfile
 
 import yaml
 
-from jaxmoo.data.sources.records import SequenceStream
-from jaxmoo.errors import DataError, did_you_mean
+from jaxmoo.data.sources.records import MissingLanguageError, Origin, SequenceStream
+from jaxmoo.errors import did_you_mean
 
 BUILT_IN = "chatterbot"  # its name as a source
 PACKAGE = "chatterbot-corpus"
@@ -76,7 +76,7 @@ class Chatterbot:
           DownloadError: the wheel could not be fetched.
         """
         if language not in FOLDERS:
-            raise DataError(
+            raise MissingLanguageError(
                 f"The chatterbot corpus has no language {language!r}. Available: "
                 f"{', '.join(sorted(FOLDERS))}.{did_you_mean(language, FOLDERS)}"
             )
@@ -84,6 +84,10 @@ class Chatterbot:
 
         with zipfile.ZipFile(fetch_wheel(PACKAGE, VERSION, SHA256)) as archive:
             return SequenceStream(f"{PACKAGE} ({language})", _records(archive, language))
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records: the corpus does."""
+        return Origin(name=SHA256)
 
 
 def _records(archive: zipfile.ZipFile, language: str) -> list[dict[str, str] | None]:

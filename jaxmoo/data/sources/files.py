@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from jaxmoo.data.sources.records import Record, RecordStream, SequenceStream, parse_json
 from jaxmoo.errors import DataError
+from jaxmoo.files.buckets import is_bucket
 
 LONGEST_LINE = 2**26  # bytes; what is longer is passed over without being held
 _PART = 2**20
@@ -102,14 +103,16 @@ def _open_plain(path: Path) -> BinaryIO:
 
 
 def _open_gzip(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path))  # all that is asked of one
+    # All that is asked of one.
+    return cast(BinaryIO, gzip.open(path.open("rb") if is_bucket(path) else path))
 
 
 def _open_zstd(path: Path) -> BinaryIO:
     import pyarrow
 
     # Python's own decompressor came with 3.14.
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    source = path.open("rb") if is_bucket(path) else str(path)
+    return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
 
 
 _COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _open_gzip, ".zst": _open_zstd}
@@ -196,7 +199,8 @@ class ParquetStream(Iterator[Record]):
 
         self._path = path
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
+            source = path.open("rb") if is_bucket(path) else path
+            self._file = pyarrow.parquet.ParquetFile(source)
         except (pyarrow.ArrowException, OSError) as error:
             raise damaged(f"{path}: not a readable Parquet file", error) from None
         self.seek(None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxmoo.config.data_section import ColumnsConfig
+from jaxmoo.config.data_section import DataConfig
+from jaxmoo.config.field_text import Field, by_language, parse_text
 from jaxmoo.data.example import Example, checked_text, identifier, listed
+from jaxmoo.data.sources.field_text import fill
 from jaxmoo.errors import ConfigError, DataError, did_you_mean, shown
 
 # Where a record was found, "data/en.jsonl:12" or "data/en.parquet: row 12", and the record, or what
@@ -18,6 +21,11 @@ Record = tuple[str, Mapping[str, Any] | DataError | None]
 
 # Where the next record is, as JSON holds it; None is the beginning.
 Position = Any
+
+
+class MissingLanguageError(DataError):
+    """A source has no such language."""
+
 
 # What a record's content may be.
 _CONTENTS = (("messages",), ("prompt", "completion"), ("text",))
@@ -76,6 +84,18 @@ class SequenceStream(Iterator[Record]):
         self._rows = itertools.islice(self._all, self._number, None)
 
 
+class Origin(NamedTuple):
+    """What decides the records of a language, so that their tokens can be kept.
+
+    Attributes:
+      files: files, whose contents do.
+      name: a text that changes with what else does.
+    """
+
+    files: tuple[Path, ...] = ()
+    name: str = ""
+
+
 class Malformed:
     """The malformed records of a part of a source.
 
@@ -101,6 +121,11 @@ class Malformed:
         self._part, self._limit, self._before = part, limit, before
         self._total = total
         self.complaints: list[str] = []
+
+    def of_part(self) -> Malformed:
+        """Return one for a part of the records, whose complaints are to be added here."""
+        before = self._before + len(self.complaints)
+        return Malformed(self._part, self._limit, before, self._total)
 
     def add(self, error: DataError) -> None:
         """Note a malformed record.
@@ -133,34 +158,69 @@ class Malformed:
             )
 
 
-def named_columns(columns: ColumnsConfig, choices: str | None = None) -> dict[str, str]:
-    """Return the columns that are named, by what they hold.
+class Layout(NamedTuple):
+    """What records of a source hold, and where.
+
+    Attributes:
+      columns: the columns that are named, by what they hold.
+      texts: texts with columns in them, ``prompt``, ``completion`` and ``system``: their parts, or
+        a mapping of them by language.
+    """
+
+    columns: Mapping[str, str] = {}
+    texts: Mapping[str, Any] = {}
+
+    def text(self, key: str, language: str) -> Sequence[str | Field] | None:
+        """Return the parts of a language's text, or None.
+
+        Raises:
+          ConfigError: other languages have one.
+        """
+        found = by_language(self.texts.get(key), language)
+        if found is None and key in self.texts:
+            raise ConfigError(f"data.{key} has no text for {language}.")
+        return found
+
+
+def layout(data: DataConfig, choices: str | None = None) -> Layout:
+    """Return what records hold by the settings.
 
     Args:
-      columns: the settings.
+      data: the settings.
       choices: the column of texts that a reply is chosen from, for an evaluation.
 
     Raises:
-      ConfigError: they are of several kinds.
+      ConfigError: columns are of several kinds, or a text is not written as it should be.
     """
-    every = dataclasses.asdict(columns) | {"choices": choices}
+    every = dataclasses.asdict(data.columns) | {"choices": choices}
     named = {key: name for key, name in every.items() if name is not None}
-    kinds = [kind for kind in _CONTENTS if set(kind) & set(named)]
+    given = {key: getattr(data, key) for key in ("prompt", "completion", "system")}
+    given = {key: text for key, text in given.items() if text is not None}
+    kinds = [kind for kind in _CONTENTS if set(kind) & (set(named) | set(given))]
     if len(kinds) > 1:
         raise ConfigError(
             "Columns take either messages, or prompt and completion, or text, not both "
             f"{' and '.join(kinds[0])} and {' and '.join(kinds[1])}."
         )
-    return named
+    try:
+        texts = {
+            key: {code: parse_text(one) for code, one in text.items()}
+            if isinstance(text, Mapping)
+            else parse_text(text)
+            for key, text in given.items()
+        }
+    except ValueError as error:
+        raise ConfigError(f"data.prompt, completion or system: {error}.") from None
+    return Layout(named, texts)
 
 
-def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Example:
+def to_example(record: Record, language: str, layout: Layout) -> Example:
     """Turn a record into an example.
 
     Args:
       record: where it was found, and its columns or what is wrong with it.
       language: the record's language.
-      columns: from `named_columns`.
+      layout: where things are in it.
 
     Returns:
       The example.
@@ -174,36 +234,84 @@ def to_example(record: Record, language: str, columns: Mapping[str, str]) -> Exa
         raise values
     if values is None:
         raise DataError(f"{place}: no record")
+    columns = layout.columns
 
-    def column(key: str) -> Any:
-        advice = " Name the right ones in `columns`."
-        return _column(values, columns.get(key, key), key, advice)
+    def value(key: str) -> Any:
+        parts = layout.text(key, language)
+        if parts is None:
+            advice = " Name the right ones in `columns`."
+            return _column(values, columns.get(key, key), key, advice)
+        text = fill(parts, values)
+        if not text.strip() and key != "system":
+            raise DataError(f"data.{key} gives no text: what it names is empty")
+        return text
 
-    mapped = {"messages", "prompt", "completion", "text"} & set(columns)
     try:
-        group = _named("group", column("group")) if "group" in columns else None
-        example = _example(language, column, values, mapped, {"group": group, "place": place})
+        group = _named("group", value("group")) if "group" in columns else None
+        example = _example(language, value, values, layout, {"group": group, "place": place})
+        if "system" in layout.texts:
+            example = example.after_system(value("system"))
         if "choices" not in columns:
             return example
-        return dataclasses.replace(example, choices=_choices(column("choices")))
+        return dataclasses.replace(example, choices=_choices(value("choices")))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
 
 
 def _example(
     language: str,
-    column: Callable[[str], Any],
+    value: Callable[[str], Any],
     values: Mapping[str, Any],
-    mapped: Collection[str],
+    layout: Layout,
     about: Mapping[str, Any],
 ) -> Example:
-    if "messages" in mapped or (not mapped and "messages" in values):
-        tools = _tools(values.get("tools"))
-        return Example.from_messages(language, column("messages"), tools=tools, **about)
+    named = set(layout.columns) | set(layout.texts)
+    mapped = {"messages", "prompt", "completion", "text"} & named
+    if "messages" in mapped or (not mapped and {"messages", "conversations"} & set(values)):
+        usual = "messages" in mapped or "messages" in values
+        messages = from_sharegpt(value("messages") if usual else values["conversations"])
+        return Example.from_messages(language, messages, tools=_tools(values.get("tools")), **about)
     paired = {"prompt", "completion"} & set(values)
     if "text" in mapped or (not mapped and not paired and "text" in values):
-        return Example.from_text(language, column("text"), **about)
-    return Example.from_pair(language, column("prompt"), column("completion"), **about)
+        return Example.from_text(language, value("text"), **about)
+    return Example.from_pair(language, value("prompt"), value("completion"), **about)
+
+
+# What ShareGPT's files, and those like them, call who speaks.
+_SHAREGPT = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"system": "system", "tool": "tool"},
+}
+
+
+def from_sharegpt(messages: Any) -> Any:
+    """Return messages of ShareGPT's form, ``{from, value}``, as ``{role, content}``; others as is.
+
+    Raises:
+      DataError: who speaks has an unknown name.
+
+    Example:
+      >>> from_sharegpt([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])[1]
+      {'role': 'assistant', 'content': 'Hello'}
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return messages
+    return [_from_sharegpt(number, message) for number, message in enumerate(messages)]
+
+
+def _from_sharegpt(number: int, message: Any) -> Any:
+    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
+        return message
+    who = message["from"]
+    role = _SHAREGPT.get(who) if isinstance(who, str) else None
+    if role is None:
+        raise DataError(
+            f"message {number}: expected `from` to be one of {', '.join(_SHAREGPT)}, found "
+            f"{shown(who)}"
+        )
+    rest = {key: part for key, part in message.items() if key not in ("from", "value")}
+    spoken = {"content": message["value"]} if "value" in message else {}
+    return {"role": role, **spoken, **rest}
 
 
 def _column(values: Mapping[str, Any], name: str, what: str, advice: str = "") -> Any:
@@ -292,7 +400,7 @@ class Taken(NamedTuple):
 def take_examples(
     records: Iterator[Record],
     language: str,
-    columns: Mapping[str, str],
+    layout: Layout,
     malformed: Malformed,
     *,
     size: int | None = None,
@@ -304,7 +412,7 @@ def take_examples(
     Args:
       records: where they are taken from.
       language: their language.
-      columns: from `named_columns`.
+      layout: where things are in them.
       malformed: notes what is wrong with each that is left out.
       size: examples to read at most.
       most: records to read at most.
@@ -324,7 +432,7 @@ def take_examples(
             if record[1] is None:
                 known += 1
             elif belongs(record):
-                examples.append(to_example(record, language, columns))
+                examples.append(to_example(record, language, layout))
         except DataError as error:
             malformed.add(error)
     return Taken(examples, passed, known, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import re
@@ -12,19 +13,23 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example, listed
+from jaxmoo.data.lengths import fits
 from jaxmoo.data.sources.chatterbot import BUILT_IN, Chatterbot
 from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
 from jaxmoo.data.sources.records import (
     Malformed,
+    MissingLanguageError,
+    Origin,
     Record,
     RecordStream,
     SequenceStream,
     language_of,
-    named_columns,
+    layout,
     take_examples,
 )
 from jaxmoo.data.split import deduplicate
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
+from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import typed_path
 
 __all__ = [
@@ -36,12 +41,16 @@ __all__ = [
     "TableSource",
     "load_examples",
     "open_source",
+    "origins_of",
     "read_examples",
 ]
 
 
 class Source(Protocol):
     """Opens the records of every language.
+
+    One that also has a method ``origin(language)``, which returns an `Origin`, has its tokens kept
+    (``data.cache``).
 
     Attributes:
       column: the column that names a record's language, where every stream has the records of all
@@ -79,6 +88,13 @@ class FilesSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records."""
+        return _opened(self._file(language), self._data)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        return Origin((self._file(language),))
+
+    def _file(self, language: str) -> Path:
         name = self._data.codes.get(language, language)
         files = self._files.get(name)
         if not files:
@@ -89,7 +105,7 @@ class FilesSource:
                 f"{', '.join(file.name for file in files)}. Keep one, or give a pattern "
                 "such as 'data/{language}.jsonl'."
             )
-        return _opened(files[0], self._data)
+        return files[0]
 
 
 class TableSource:
@@ -115,6 +131,10 @@ class TableSource:
         """Return a new stream of all languages' records."""
         return _opened(self._path, self._data)
 
+    def origin(self, language: str) -> Origin:
+        """Return what decides all languages' records."""
+        return Origin((self._path,))
+
 
 class HubSource:
     """A hub dataset whose languages are subsets, splits or values of a column.
@@ -130,6 +150,16 @@ class HubSource:
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records; with a column, of all languages'."""
+        name, table = self._table(language)
+        return _HubStream(name, table) if self._data.streaming else SequenceStream(name, table)
+
+    def origin(self, language: str) -> Origin:
+        """Return what decides a language's records."""
+        name, table = self._table(language)
+        return Origin(name=f"{name} {table._fingerprint}")
+
+    def _table(self, language: str) -> tuple[str, Any]:
+        """A new table of a language's records, and what it is called."""
         import datasets
 
         data, subset, split = self._data, self._data.subset, self._data.split
@@ -139,7 +169,7 @@ class HubSource:
                 subset = "{language}"
             if subset is not None and "{language}" in subset:
                 if subset.replace("{language}", name) not in self._subsets:
-                    raise DataError(
+                    raise MissingLanguageError(
                         f"{_missing_language(self._dataset, name, self._subsets)} If its languages "
                         "are told apart by a column, name it in language_column."
                     )
@@ -147,8 +177,7 @@ class HubSource:
             split = split.replace("{language}", name)
         options = {"split": split, "streaming": data.streaming}
         table = self._call(datasets.load_dataset, self._dataset, subset, **options)
-        name = f"{self._dataset} ({subset or 'default'}, {split})"
-        return _HubStream(name, table) if data.streaming else SequenceStream(name, table)
+        return f"{self._dataset} ({subset or 'default'}, {split})", table
 
     @functools.cached_property
     def _subsets(self) -> list[str]:
@@ -219,7 +248,10 @@ def open_source(data: DataConfig) -> Source:
       ConfigError: the source need not or cannot be streamed, or settings contradict each other.
       DataError: it is nothing of these.
     """
-    source, path = data.source, typed_path(data.source)
+    source = data.source
+    if source is None:
+        raise ConfigError("data.source is missing (Where the examples come from).")
+    path = typed_path(source)
     if source == BUILT_IN:
         if data.streaming:
             raise ConfigError(
@@ -243,10 +275,44 @@ def open_source(data: DataConfig) -> Source:
     )
 
 
-def _missing_language(source: str | Path, name: str, available: Iterable[str]) -> DataError:
+def origins_of(
+    data: DataConfig, languages: Sequence[str], source: Source | None = None
+) -> dict[str, list[Origin]] | None:
+    """Return what decides the records of every language, in all sources that the settings name.
+
+    Args:
+      data: the settings.
+      languages: their codes.
+      source: where the records come from, if not from ``data.source``.
+
+    Returns:
+      Per language one `Origin` for each source; None where a source may change unnoticed.
+
+    Raises:
+      ConfigError, DataError: a source cannot be opened.
+    """
+    own = data.own_held_out
+    opened = [open_source(one) for one in data.each] if source is None else [source]
+    opened += [] if own is None else [open_source(one) for one in own.each]
+    found: dict[str, list[Origin]] = {language: [] for language in languages}
+    for one in opened:
+        origin = getattr(one, "origin", None)
+        if origin is None:
+            return None
+        for language in languages:
+            try:
+                found[language].append(origin(language))
+            except MissingLanguageError:  # that one of several has it is seen to by reading them
+                found[language].append(Origin(name="none"))
+    return found
+
+
+def _missing_language(
+    source: str | Path, name: str, available: Iterable[str]
+) -> MissingLanguageError:
     """Return the error that a source has no such language."""
     available = sorted(available)
-    return DataError(
+    return MissingLanguageError(
         f"{source} has no language {name!r}. Available: {listed(available) or 'none'}."
         f"{did_you_mean(name, available)}"
     )
@@ -266,11 +332,18 @@ def _language_files(source: str, kinds: Sequence[str]) -> dict[str, list[Path]]:
     # The name between the braces may occur several times, "data/{language}/{language}.csv".
     first, *rest = re.escape(str(path)).split(re.escape("{language}"))
     pattern = re.compile(first + "([^/\\\\]+)" + "\\1".join(rest))
-    wildcard = "*".join(glob.escape(part) for part in str(path).split("{language}"))
-    for file in sorted(glob.glob(wildcard)):
-        if match := pattern.fullmatch(file):
-            found.setdefault(match[1], []).append(Path(file))
+    for file in _like(path):
+        if match := pattern.fullmatch(str(file)):
+            found.setdefault(match[1], []).append(file)
     return found
+
+
+def _like(path: Path) -> list[Path]:
+    """Files whose path may be a pattern's."""
+    parts = str(path).split("{language}")
+    if is_bucket(path):  # all below the last directory that is the same for all languages
+        return list(typed_path(parts[0].rpartition("/")[0]).rglob("*"))
+    return [Path(file) for file in sorted(glob.glob("*".join(map(glob.escape, parts))))]
 
 
 def _opened(path: Path, data: DataConfig) -> RecordStream:
@@ -295,10 +368,12 @@ class Loaded(NamedTuple):
     Attributes:
       examples: in the order of the source, duplicates included.
       skipped: number of malformed records left out.
+      filtered: number of examples left out that are shorter or longer than asked.
     """
 
     examples: list[Example]
     skipped: int
+    filtered: int = 0
 
 
 class Reading(NamedTuple):
@@ -343,6 +418,7 @@ def read_examples(
     *,
     choices: str | None = None,
     source: Source | None = None,
+    whole: bool = True,
 ) -> Reading:
     """Read each language's examples to the end of the source.
 
@@ -351,6 +427,7 @@ def read_examples(
       languages: the codes to read.
       choices: the column with a list of texts that the reply is chosen from; see `Example`.
       source: where the records come from, if not from ``data.source``.
+      whole: whether one of several sources that has none of these languages is an error.
 
     Returns:
       Per language, in the order of `languages`, its examples, and what is wrong with the records
@@ -365,24 +442,82 @@ def read_examples(
     repeated = [language for language, count in Counter(languages).items() if count > 1]
     if repeated:
         raise ConfigError(f"Languages named more than once: {', '.join(repeated)}.")
-    columns = named_columns(data.columns, choices)
-    where = data.source if source is None else type(source).__name__
+    if source is not None or not data.sources:
+        return _read(data, languages, choices, source)
+    return _read_several(data.each, languages, choices, whole)
+
+
+def _read_several(
+    sources: Sequence[DataConfig], languages: Sequence[str], choices: str | None, whole: bool
+) -> Reading:
+    """Read several sources, each of which has one of the languages at least."""
+    languages_read: dict[str, Loaded] = {}
+    complaints: list[str] = []
+    for number, data in enumerate(sources):
+        reading = _read(data, languages, choices, None, partly=True, whole=whole)
+        complaints += reading.complaints
+        for language, found in reading.languages.items():
+            before = languages_read.get(language, Loaded([], 0))
+            examples = [dataclasses.replace(e, source=number) for e in found.examples]
+            languages_read[language] = Loaded(
+                before.examples + examples,
+                before.skipped + found.skipped,
+                before.filtered + found.filtered,
+            )
+    missing = [language for language in languages if language not in languages_read]
+    if missing:
+        names = ", ".join(repr(data.source) for data in sources)
+        raise MissingLanguageError(f"None of the sources {names} has {', '.join(missing)}.")
+    return Reading({language: languages_read[language] for language in languages}, complaints)
+
+
+def _read(
+    data: DataConfig,
+    languages: Sequence[str],
+    choices: str | None,
+    source: Source | None,
+    *,
+    partly: bool = False,
+    whole: bool = True,
+) -> Reading:
+    """Read one source, which may lack some of the languages if `partly`."""
+    shape = layout(data, choices)
+    where = str(data.source) if source is None else type(source).__name__
     source = open_source(data) if source is None else source
     stray = Malformed(where, data.max_malformed)
     streams: Mapping[str, Iterator[Record]]
+    lacking: list[MissingLanguageError] = []
     if source.column is None:
-        streams = {language: source.open(language) for language in languages}
+        streams = {}
+        for language in languages:
+            try:
+                streams[language] = source.open(language)
+            except MissingLanguageError as error:
+                if not partly:
+                    raise
+                lacking.append(error)
     else:
         names = {language: data.codes.get(language, language) for language in languages}
-        streams = _sorted(source.open(languages[0]), names, source.column, where, stray)
+        sort = functools.partial(_sorted, column=source.column, where=where, stray=stray)
+        streams = sort(source.open(languages[0]), names, lacking=lacking if partly else None)
+    if lacking and not streams and whole:
+        raise MissingLanguageError(
+            f"{where} has none of the languages {', '.join(languages)}. {lacking[0]}"
+        )
     complaints, loaded = list(stray.complaints), {}
     for language, records in streams.items():
         malformed = Malformed(f"language {language!r}", data.max_malformed)
-        taken = take_examples(records, language, columns, malformed)
+        taken = take_examples(records, language, shape, malformed)
         malformed.check(len(taken.examples))
-        if not taken.examples:
-            raise DataError(f"{where}: language {language!r} has no examples.")
-        loaded[language] = Loaded(taken.examples, len(malformed.complaints) + taken.known)
+        kept = [example for example in taken.examples if fits(example, data.lengths)]
+        if not kept:
+            raise DataError(
+                f"{where}: language {language!r} has no examples"
+                + (f" within data.lengths, of {len(taken.examples)}" if taken.examples else "")
+                + "."
+            )
+        skipped = len(malformed.complaints) + taken.known
+        loaded[language] = Loaded(kept, skipped, len(taken.examples) - len(kept))
         complaints += malformed.complaints
     return Reading(loaded, complaints)
 
@@ -393,8 +528,12 @@ def _sorted(
     column: str,
     where: str,
     stray: Malformed,
+    lacking: list[MissingLanguageError] | None,
 ) -> dict[str, Iterator[Record]]:
-    """Records of one table, sorted into languages by a column."""
+    """Records of one table, sorted into languages by a column.
+
+    `lacking` takes the errors of languages that it has none of; where it is None, one is raised.
+    """
     table: dict[str, list[Record]] = {name: [] for name in names.values()}
     available = set()
     count = 0
@@ -411,5 +550,8 @@ def _sorted(
     stray.check(count)
     for name, found in table.items():
         if not found:
-            raise _missing_language(where, name, available)
-    return {language: iter(table[name]) for language, name in names.items()}
+            error = _missing_language(where, name, available)
+            if lacking is None:
+                raise error
+            lacking.append(error)
+    return {language: iter(table[name]) for language, name in names.items() if table[name]}

@@ -174,21 +174,52 @@ def tokenize_good(
     Raises:
       DataError: there are more of them than `malformed` allows; else as `tokenize_all`.
     """
+    found = tokenize_part(examples, tokenizer, max_length, malformed, special_tokens=special_tokens)
+    if found.tokens:
+        check_known(found.characters, found.missing, examples[found.kept[0]].language)
+    return [examples[number] for number in found.kept], found.tokens
+
+
+class Part(NamedTuple):
+    """What becomes of examples, or of a part of them.
+
+    Attributes:
+      kept: numbers of those that are left.
+      tokens: one for each of these.
+      characters: how many they are to learn.
+      missing: for how many of these the tokenizer has no tokens.
+    """
+
+    kept: list[int]
+    tokens: list[Tokenized]
+    characters: int
+    missing: int
+
+
+def tokenize_part(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    malformed: Malformed,
+    *,
+    special_tokens: str = "text",
+) -> Part:
+    """As `tokenize_good`, but leaves it to the caller to `check_known`, for all parts together."""
     if not examples:
-        return [], []
+        return Part([], [], 0, 0)
     encoder = Encoder(tokenizer, special_tokens, max_length)
     chats = [example for example in examples if example.text is None]
     texts = [example for example in examples if example.text is not None]
     chat_results = iter(_chats(chats, encoder, malformed) if chats else ())
     text_results = iter(_plain(texts, encoder, malformed) if texts else ())
     found = [next(chat_results if e.text is None else text_results) for e in examples]
+    kept = [number for number, one in enumerate(found) if one is not None]
     good = [one for one in found if one is not None]
-    _check_known(good, tokenizer)
     tokenized = [
         dataclasses.replace(_masked(one, max_length), spelled=tuple(encoder.spelled(one.example)))
         for one in good
     ]
-    return [one.example for one in good], tokenized
+    return Part(kept, tokenized, *_unknown(good, tokenizer))
 
 
 class _Read(NamedTuple):
@@ -223,8 +254,8 @@ def _plain(
     return results
 
 
-def _check_known(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise where a tokenizer has no tokens for most of what is to be learnt."""
+def _unknown(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """How many characters are to be learnt, and of how many of these no token tells."""
     unknown: Any = tokenizer.unk_token_id
     characters = missing = 0
     for one in examples:
@@ -234,8 +265,18 @@ def _check_known(examples: Sequence[_Read], tokenizer: PreTrainedTokenizerFast) 
         for start, end in spans:
             characters += end - start
             missing += lost(one.encoded, start, end, unknown)
+    return characters, missing
+
+
+def check_known(characters: int, missing: int, language: str) -> None:
+    """Raise where a tokenizer has no tokens for most of what is to be learnt.
+
+    Args:
+      characters: how many are to be learnt.
+      missing: for how many of these it has none.
+      language: theirs.
+    """
     if missing > characters / 2:
-        language = examples[0].example.language
         raise DataError(
             f"The tokenizer loses the text of language {language!r}: it has no tokens "
             f"for {missing:,} of the {characters:,} characters to learn. Take a model whose "

@@ -33,13 +33,13 @@ def corpus():
 
 def test_every_language_of_the_wheel_is_read(corpus):
     assert len(corpus) == 28
-    assert all(examples for examples, _ in corpus.values())
+    assert all(examples for examples, *_ in corpus.values())
 
 
 def test_counts(corpus):
     found = {
         language: (len(examples), skipped, len(deduplicate(examples)))
-        for language, (examples, skipped) in corpus.items()
+        for language, (examples, skipped, _) in corpus.items()
         if language in COUNTS
     }
     assert found == COUNTS
@@ -51,5 +51,5 @@ def test_an_example_is_the_first_two_entries_of_a_conversation(corpus):
 
 
 def test_no_example_is_empty_and_no_byte_order_mark_is_left(corpus):
-    for examples, _ in corpus.values():
+    for examples, *_ in corpus.values():
         assert all(e.prompt and e.reply and "\ufeff" not in e.prompt + e.reply for e in examples)

@@ -96,7 +96,7 @@ def test_whatever_a_line_holds_it_is_an_example_or_a_complaint(tmp_path, tokeniz
     content = "\n".join(lines).encode().replace("\xff".encode(), b"\xff")
     (tmp_path / "en.jsonl").write_bytes(content)
     reading = read_examples(str(tmp_path), ["en"], columns={"group": "id"}, max_malformed=0.99)
-    examples, skipped = reading.languages["en"]
+    examples, skipped, _ = reading.languages["en"]
     assert len(examples) + skipped == len(lines) and 50 < len(examples) < 200
     malformed = Malformed("all", 0.99)
     good, tokens = tokenize_good(examples, tokenizer, 64, malformed)

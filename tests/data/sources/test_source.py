@@ -89,7 +89,7 @@ def test_conversations_in_messages(columns, suffix, tmp_path):
 def test_duplicates_are_dropped_when_loading_and_kept_when_reading(tmp_path):
     write(tmp_path / "en.jsonl", [*ROWS["en"], {"prompt": " a ", "completion": "b\n"}])
     assert load_examples(str(tmp_path), ["en"]) == {"en": expected("en")}
-    examples, skipped = read_examples(str(tmp_path), ["en"]).languages["en"]
+    examples, skipped, _ = read_examples(str(tmp_path), ["en"]).languages["en"]
     assert (len(examples), skipped) == (3, 0)
 
 

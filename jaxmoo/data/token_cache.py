@@ -1,0 +1,397 @@
+"""Tokenised data, kept from run to run under a digest of all that it depends on.
+
+A directory holds an entry per digest: a directory of one file per language, with digests of these
+(`jaxmoo.files.digests`), which gets its name when it is whole::
+
+    <cache>/<digest>/en.safetensors fa.safetensors complaints.json digests.json
+
+What is damaged is thrown away and made anew. Entries that were not used for a month go when a new
+one comes, and so do the oldest that are more than `MOST_BYTES` together. To throw everything away,
+remove the directory; a run that uses it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxmoo.config.data_section import DataConfig
+from jaxmoo.data.sources.records import Origin
+from jaxmoo.data.token_table import TokenTable
+from jaxmoo.errors import CheckpointError, ConfigError, DataError, DownloadError
+from jaxmoo.files.arrays import map_arrays, write_arrays
+from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.buckets import is_bucket
+from jaxmoo.files.digests import damaged_files, digest_files, read_digests, write_digests
+from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf.cache import cache_directory
+from jaxmoo.runtime.peers import Peers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["CANNOT_MATTER", "Kept", "TokenCache", "cache_key", "open_cache"]
+
+# Settings on which no token depends; all others are part of the digest. Of the template and its
+# date, what the tokenizer has in the end is.
+CANNOT_MATTER = {
+    *("batch_size", "packing", "languages_per_step", "sampling", "cache"),
+    *("streaming", "shuffle_buffer", "max_scan", "chat_template", "date"),
+}
+MOST_BYTES = 100 * 2**30
+_MOST_SECONDS = 30 * 24 * 3600
+_ABANDONED = 24 * 3600  # seconds after which a run that was making an entry has surely ended
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets", "pyyaml")
+_COMPLAINTS = "complaints.json"
+
+
+class Kept(NamedTuple):
+    """One language's part.
+
+    Attributes:
+      tables: examples by their use, ``train`` and ``held_out``.
+      about: facts about them, as JSON holds them.
+    """
+
+    tables: Mapping[str, TokenTable]
+    about: Any
+
+
+def cache_key(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    origins: Mapping[str, Sequence[Origin]],
+    peers: Peers,
+) -> str:
+    """Return the digest of everything that decides a run's tokenised data.
+
+    Args:
+      data: the settings.
+      tokenizer: with the chat template that is used.
+      origins: per language where its records come from.
+      peers: the processes that share the work of reading the files.
+
+    Raises:
+      DataError: a file cannot be read.
+    """
+    settings = {
+        name: value for name, value in dataclasses.asdict(data).items() if name not in CANNOT_MATTER
+    }
+    contents = _contents([f for some in origins.values() for one in some for f in one.files], peers)
+    described = {
+        "settings": settings,
+        "records": {
+            language: [[one.name, *(contents[str(file)] for file in one.files)] for one in some]
+            for language, some in origins.items()
+        },
+        "tokenizer": [
+            type(tokenizer).__name__,
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            sorted(tokenizer.all_special_ids),
+        ],
+        "code": code_digest(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "python": [sys.version_info[:2], unicodedata.unidata_version, sys.byteorder],
+    }
+    text = json.dumps(described, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
+    """Digests of files, of which each process reads its share."""
+    by_name = {str(file): file for file in files}
+
+    def read() -> dict[str, str]:
+        found = {}
+        for name in sorted(by_name)[peers.number :: peers.count]:
+            file = by_name[name]
+            try:
+                found[name] = digest_files(file.parent, [file.name])[file.name]
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from None
+        return found
+
+    told = peers.exchange(json.dumps(peers.all_do(read)).encode())
+    return {file: digest for one in told for file, digest in json.loads(one).items()}
+
+
+def code_digest() -> str:
+    """Return a digest of the code that makes tokens of data."""
+    room = Path(__file__).parent
+    digests = digest_files(room, sorted(f.relative_to(room).as_posix() for f in room.rglob("*.py")))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def open_cache(where: str) -> Path | None:
+    """Return the directory of tokenised data that a setting names, made if need be.
+
+    Args:
+      where: the directory; ``auto`` for the user's cache directory, if that can be made; ``none``.
+
+    Raises:
+      ConfigError: it is in a bucket.
+      DownloadError: the directory that is named cannot be made.
+    """
+    if where == "none":
+        return None
+    if where != "auto":
+        directory = typed_path(where)
+        if is_bucket(directory):
+            raise ConfigError(
+                f"data.cache: {directory} is in a bucket. Name a directory of this machine, auto "
+                "or none."
+            )
+        return cache_directory(directory, "")
+    try:
+        return cache_directory(None, "tokens")
+    except DownloadError:
+        return None
+
+
+class TokenCache:
+    """One entry, as the processes that use it together see it.
+
+    Those that see each other's files in the directory share an entry: each makes, and checks, some
+    of its languages. All methods are called by all processes, one after the other.
+
+    Args:
+      root: the directory.
+      key: from `cache_key`.
+      languages: all of them.
+      peers: the processes of the run.
+
+    Attributes:
+      mine: the languages that this process makes where there is no entry.
+      problem: why the entry cannot be kept; empty as long as it can.
+      complaints: what is wrong with each record that was left out, once that is known.
+    """
+
+    def __init__(self, root: Path, key: str, languages: Sequence[str], peers: Peers) -> None:
+        self._root, self._entry, self._languages, self._peers = root, root / key, languages, peers
+        self.problem, self._whole = "", False
+        self.complaints: list[str] = []
+        self._team = self._find_team()
+        self._place = self._team.index(peers.number)
+        self.mine = list(languages[self._place :: len(self._team)])
+        self._making = self._root / f".{key}-{self._token}"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what one has to do for all that share the directory."""
+        return self._place == 0
+
+    def _find_team(self) -> list[int]:
+        """The processes that see each other's files here, this one among them."""
+        peers = self._peers
+        told = [one.decode() for one in peers.exchange(secrets.token_hex(8).encode())]
+        self._token = told[peers.number]
+        if peers.count == 1:
+            return [0]
+        own = self._root / f".here-{self._token}"
+        with contextlib.suppress(OSError):
+            own.touch()
+        peers.exchange(b"")
+        seen = [n for n, token in enumerate(told) if (self._root / f".here-{token}").exists()]
+        every = [json.loads(one) for one in peers.exchange(json.dumps(seen).encode())]
+        own.unlink(missing_ok=True)
+        if peers.number not in seen:
+            return [peers.number]
+        team = [number for number in range(peers.count) if every[number] == seen]
+        self._token = told[team[0]]
+        return team
+
+    def read(self) -> tuple[dict[str, Kept], list[str], str]:
+        """Open the entry, if it is whole.
+
+        Returns:
+          Per language its part, what is wrong with records left out, and what was wrong with the
+          entry, which is thrown away; all are empty where there is none.
+        """
+        problem, found, complaints = "", False, []
+        parts: dict[str, Kept] = {}
+        try:
+            digests = read_digests(self._entry)
+            found = digests is not None
+            if digests is not None:
+                share = sorted(digests.files)[self._place :: len(self._team)]
+                damage = damaged_files(self._entry, {name: digests.files[name] for name in share})
+                if set(digests.files) != {_COMPLAINTS, *map(_file, self._languages)}:
+                    damage.append("it has not the files that it should")
+                problem = "; ".join(damage)
+            if found and not problem:
+                parts = {code: self._open(self._entry, code) for code in self._languages}
+                complaints = json.loads((self._entry / _COMPLAINTS).read_text("utf-8"))
+        except Exception as error:  # another process may know that what is read here is damaged
+            problem = f"{self._entry}: {error}"
+        told = [json.loads(t) for t in self._peers.exchange(json.dumps([found, problem]).encode())]
+        problem = next((told[number][1] for number in self._team if told[number][1]), "")
+        if problem and self.is_first:
+            _discard(self._entry)
+        if problem or not all(told[number][0] for number in self._team):
+            return {}, [], problem
+        if self.is_first:
+            with contextlib.suppress(OSError):
+                os.utime(self._entry)
+        return parts, complaints, ""
+
+    def everyone(self, whole: bool) -> bool:
+        """Return whether all processes of the run have a whole entry.
+
+        Args:
+          whole: whether this one has; then it has nothing to make, whatever others do.
+        """
+        self._whole = whole
+        if whole:
+            self.mine = []
+        return all(told == b"1" for told in self._peers.exchange(b"1" if whole else b"0"))
+
+    def keep(self, language: str, part: Kept) -> Kept:
+        """Write a language's part; return it as it lies there, or as it was where that fails."""
+        if self.problem:
+            return part
+        try:
+            self._making.mkdir(parents=True, exist_ok=True)
+            _write(self._making / _file(language), part)
+            return self._open(self._making, language)
+        except OSError as error:
+            self.problem = str(error)
+            return part
+
+    def finish(self, complaints: Iterable[str]) -> dict[str, Kept]:
+        """Give the entry its name when all have written their parts of it.
+
+        Args:
+          complaints: what is wrong with records that this process has left out.
+
+        Returns:
+          The parts that other processes have made; none if the entry cannot be kept.
+        """
+        told = self._exchange([self.problem, list(complaints)])
+        self.problem = next((problem for problem, _ in told if problem), "")
+        # Each process reads all of a table of all languages, and finds what is wrong with that.
+        self.complaints = list(dict.fromkeys(text for _, some in told for text in some))
+        makes = self.is_first and not self._whole
+        if makes and not self.problem:
+            try:
+                replace_text(self._making / _COMPLAINTS, json.dumps(self.complaints))
+                write_digests(self._making)
+                self._name()
+            except (OSError, CheckpointError) as error:
+                self.problem = str(error)
+        (self.problem, _), *_ = self._exchange([self.problem, None])
+        others = {}
+        if not (self.problem or self._whole):
+            rest = [code for code in self._languages if code not in self.mine]
+            try:
+                others = {language: self._open(self._entry, language) for language in rest}
+            except (OSError, ValueError) as error:  # a file system that shows them late
+                self.problem = str(error)
+        self._peers.exchange(b"")  # nobody removes or replaces it before all have it open
+        if makes:
+            self.abandon()  # nothing, if it has its name
+            self._clean()
+        return others
+
+    def abandon(self) -> None:
+        """Remove what has been written of an entry that will not be whole."""
+        _discard(self._making)
+
+    def _exchange(self, told: Any) -> list[Any]:
+        """What the processes of the team tell, in their order."""
+        every = self._peers.exchange(json.dumps(told).encode())
+        return [json.loads(every[number]) for number in self._team]
+
+    def _name(self) -> None:
+        for _ in range(2):
+            try:
+                os.rename(self._making, self._entry)
+                return
+            except OSError:
+                if not self._entry.is_dir():
+                    raise
+            # Another run has been faster; unless it is damaged, its entry is this one.
+            digests = read_digests(self._entry)
+            if digests is not None and not damaged_files(self._entry, digests.files):
+                _discard(self._making)
+                return
+            _discard(self._entry)
+
+    def _open(self, directory: Path, language: str) -> Kept:
+        arrays, about = map_arrays(directory / _file(language))
+        facts = json.loads(about)
+        tables = {}
+        for use, words in facts["words"].items():
+            prefix = f"{use}/"
+            own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            tables[use] = TokenTable(own, words)
+        return Kept(tables, facts["about"])
+
+    def _clean(self) -> None:
+        """Remove what nobody has used for long, and the oldest of what is too much."""
+        now = time.time()
+        entries = []
+        with contextlib.suppress(OSError):
+            for path in self._root.iterdir():
+                age = now - path.stat().st_mtime
+                if path.name.startswith("."):
+                    if age > _ABANDONED:
+                        _discard(path)
+                elif (path / "digests.json").is_file() and path != self._entry:
+                    entries.append((age, path))
+        size = _size(self._entry)
+        for age, path in sorted(entries):
+            size += _size(path)
+            if age > _MOST_SECONDS or size > MOST_BYTES:
+                _discard(path)
+
+
+def _file(language: str) -> str:
+    return f"{language}.safetensors"
+
+
+def _write(file: Path, part: Kept) -> None:
+    arrays = {
+        f"{use}/{name}": array
+        for use, table in part.tables.items()
+        for name, array in table.arrays.items()
+    }
+    words = {use: table.words for use, table in part.tables.items()}
+    write_arrays(file, arrays, json.dumps({"about": part.about, "words": words}))
+
+
+def _discard(path: Path) -> None:
+    """Remove an entry: at once, by taking its name away."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            away = path.with_name(f".away-{secrets.token_hex(8)}")
+            path.rename(away)
+            shutil.rmtree(away)
+        else:
+            path.unlink()
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in path.iterdir())
+    return 0

@@ -1,0 +1,310 @@
+"""GGUF files as they are written: read back here, by transformers and by llama.cpp itself."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import tiny_models
+from jaxmoo.commands.convert import main
+from jaxmoo.errors import CheckpointError
+from jaxmoo.hf import load_model, load_tokenizer
+from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.gguf_tokenizer import _RULES, _WORDS
+from jaxmoo.hf.gguf_write import save_gguf
+from small_runs import CHATML
+
+# Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
+SIZES = {
+    "vocab_size": 330,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,  # not hidden_size / num_attention_heads
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = tiny_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+TEXT = (
+    "The cat's 12345 hats, l'\u00e9t\u00e9 na\u00efve; 你好 <|im_start|>user\nI'll\n\n go<|im_end|>"
+)
+
+
+def tokenizer(pre: str):
+    """A tokenizer of 300 tokens that splits text as the models of that name do."""
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(ignore_merges=_RULES[pre].ignore_merges))
+    split = pre_tokenizers.Digits(individual_digits=True)
+    if pre != "smollm":
+        from tokenizers import Regex, normalizers
+
+        split = pre_tokenizers.Split(
+            Regex(_WORDS % {"llama-bpe": "{1,3}"}.get(pre, "")), "isolated"
+        )
+        if pre == "qwen2":
+            bpe.normalizer = normalizers.NFC()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT, "12 123 12345 the hat that the cat had"] * 3, trainer)
+    bpe.add_tokens(["<think>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=96,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A function: a directory of a variant, its rows of numbers in a dtype; kept."""
+    made = {}
+
+    def make(variant: str, dtype: str = "float32") -> Path:
+        if (variant, dtype) not in made:
+            import torch
+
+            path = tmp_path_factory.mktemp(variant) / "model"
+            own = {"llama3_rope": {"rope_parameters": LLAMA3}, "qwen2": {"head_dim": 16}}
+            settings = SIZES | own.get(variant, {})
+            tiny_models.save(variant, path, dtype=getattr(torch, dtype), **settings)
+            pre = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3_rope": "llama-bpe"}
+            tokenizer(pre.get(variant, "smollm")).save_pretrained(path)
+            made[variant, dtype] = path
+        return made[variant, dtype]
+
+    return make
+
+
+def export(source: Path, file: Path, *more: str) -> Path:
+    assert main(["to-gguf", str(source), str(file), *more]) == 0
+    return file
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama3_rope", "qwen2", "qwen3"])
+def test_there_and_back_is_the_same_model_to_the_byte(source, variant, tmp_path):
+    """In float32; and the second file is the first."""
+    model = source(variant)
+    file = export(model, tmp_path / "a.gguf", "--type", "f32")
+    convert_gguf(file, tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        model / "model.safetensors"
+    ).read_bytes()
+    ours, theirs = load_tokenizer(tmp_path / "back"), load_tokenizer(model)
+    for special in (True, False):
+        ids = theirs.encode(TEXT, add_special_tokens=special)
+        assert ours.encode(TEXT, add_special_tokens=special) == ids
+    assert ours.chat_template == theirs.chat_template == CHATML
+    for name in ("bos", "eos", "pad"):
+        assert getattr(ours, f"{name}_token") == getattr(theirs, f"{name}_token")
+    again = export(tmp_path / "back", tmp_path / "b.gguf")
+    fields = [
+        {name: field.contents() for name, field in gguf.GGUFReader(x).fields.items()}
+        for x in (file, again)
+    ]
+    assert fields[0].pop("general.name") == "model" and fields[1].pop("general.name") == "back"
+    # What fills up the table of vectors are tokens like others to who reads the file.
+    kinds = [one.pop("tokenizer.ggml.token_type") for one in fields]
+    assert kinds[0][:301] == kinds[1][:301] and set(kinds[0][301:]) == {gguf.TokenType.UNUSED}
+    assert fields[0] == fields[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("variant", "head"), [("llama", 24), ("qwen2", 16), ("qwen3", 128)])
+def test_transformers_reads_the_weights_and_settings(variant, head, tmp_path):
+    """By its own names, permutation and settings; the width of Qwen's heads it does not read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    tiny_models.save(variant, model, **SIZES | {"head_dim": head})
+    tokenizer("smollm").save_pretrained(model)
+    export(model, tmp_path / "a.gguf")
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", dtype=torch.float32
+    ).eval()
+    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assert type(found) is type(oracle)
+    expected = oracle.state_dict()
+    for name, tensor in found.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), expected[name].numpy(), name)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(found(ids).logits, oracle(ids).logits, atol=1e-4)
+
+
+def tensors(file: Path) -> dict:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def plain(tensor) -> np.ndarray:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+def test_half_precision_is_kept_and_eight_bits_are_as_near_as_they_can_be(source, tmp_path):
+    exact = tensors(export(source("qwen3"), tmp_path / "f32.gguf"))
+    for name, dtype in {"f16": "float16", "bf16": "bfloat16"}.items():
+        model = source("qwen3", dtype)
+        file = export(model, tmp_path / f"{name}.gguf")  # as the model came
+        whole = tensors(export(model, tmp_path / f"{name}-f32.gguf", "--type", "f32"))
+        for key, tensor in tensors(file).items():
+            kind = "F32" if len(tensor.shape) == 1 else name.upper()
+            assert tensor.tensor_type.name == kind
+            np.testing.assert_array_equal(plain(tensor), plain(whole[key]), key)
+    eight = tensors(export(source("qwen3"), tmp_path / "q8_0.gguf", "--type", "q8_0"))
+    assert eight.keys() == exact.keys()
+    for key, tensor in eight.items():
+        value, found = plain(exact[key]), plain(tensor)
+        if len(tensor.shape) == 1:
+            np.testing.assert_array_equal(found, value)
+            continue
+        assert tensor.tensor_type.name == "Q8_0"
+        largest = np.abs(value.reshape(*value.shape[:-1], -1, 32)).max(-1, keepdims=True)
+        # Half a step of 1/127 of the block's largest; its scale is rounded to 11 bits.
+        bound = largest / 127 * 0.5 + largest * 2.0**-11
+        error = np.abs(found - value).reshape(*value.shape[:-1], -1, 32)
+        assert (error <= bound * 1.001).all()
+
+
+def test_rows_that_eight_bits_do_not_fit_are_half_precision(tmp_path):
+    tiny_models.save("llama", tmp_path / "model", **SIZES | {"intermediate_size": 100})
+    tokenizer("smollm").save_pretrained(tmp_path / "model")
+    found = tensors(export(tmp_path / "model", tmp_path / "a.gguf", "--type", "q8_0"))
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert found["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+
+
+def test_a_window_becomes_the_longest_text(source, tmp_path, capsys):
+    convert_gguf(export(source("mistral"), tmp_path / "a.gguf"), tmp_path / "back")
+    assert "have no sliding window (16 tokens)" in capsys.readouterr().out
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 16 and config["model_type"] == "llama"
+
+
+def test_what_ends_a_reply_is_in_the_file(source, tmp_path):
+    model = shutil.copytree(source("llama"), tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    fields = gguf.GGUFReader(export(model, tmp_path / "a.gguf")).fields
+    ends = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
+    assert ends == {"eos": 2, "eot": 5}
+
+
+def test_what_a_file_cannot_hold_is_refused(source, tmp_path, capsys):
+    path = source("llama")
+    model = load_model(path)
+    stretched = dataclasses.replace(
+        load_model(source("llama3_rope")).config, qk_norm=True, attention_bias=False
+    )
+    both = dataclasses.replace(model.config, qk_norm=True, attention_bias=True)
+    wide = dataclasses.replace(model.config, attention_bias=True)
+    for config, message in (
+        (both, "cannot hold a model with attention_bias=True"),
+        (wide, "cannot hold heads of width 24: for llama.cpp, 4 of them are hidden_size=64"),
+        (stretched, "cannot hold stretched rotary frequencies"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            save_gguf(
+                type(model).abstract(config),
+                tmp_path / "a.gguf",
+                tokenizer=load_tokenizer(path),
+                dtypes=collections.defaultdict(lambda: "float32"),
+            )
+    assert not list(tmp_path.iterdir())
+
+    (tmp_path / "a.gguf").touch()
+    assert main(["to-gguf", str(path), str(tmp_path / "a.gguf")]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["to-gguf", str(path), str(tmp_path / "a")]) == 2
+    assert "ends in .gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text in a way that has no name"),
+        ({"model": {"byte_fallback": True}}, "only byte-level BPE tokenizers"),
+    ],
+    ids=["split", "sentencepiece"],
+)
+def test_other_tokenizers_are_refused(source, tmp_path, capsys, change, message):
+    model = shutil.copytree(source("llama"), tmp_path / "model")
+    content = json.loads((model / "tokenizer.json").read_text())
+    for key, value in change.items():
+        content[key] = content[key] | value if key == "model" else value
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    assert main(["to-gguf", str(model), str(tmp_path / "a.gguf")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "convert_hf_to_gguf.py" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_values_beyond_float16_are_refused(source, tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    model = shutil.copytree(source("llama"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["to-gguf", str(model), str(tmp_path / "a.gguf"), "--type", "f16"]) == 2
+    assert "up_proj.weight has values beyond the range of float16" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama3_rope", "qwen2", "qwen3"])
+def test_llama_cpp_reads_the_same_model(source, variant, tmp_path):
+    """Where a package with llama.cpp is installed: its tokens, its prompt, and its likelihoods."""
+    llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: xllamacpp")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = source(variant)
+    export(model, tmp_path / "a.gguf")
+    params = llama_cpp.CommonParams()
+    params.model.path = str(tmp_path / "a.gguf")
+    params.n_ctx, params.n_parallel, params.warmup = 96, 1, False
+    server = llama_cpp.Server(params)
+
+    def ask(path: str, **request):
+        body = json.dumps(request).encode()
+        with urllib.request.urlopen(f"{server.listening_address}{path}", body) as answer:
+            return json.load(answer)
+
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert ask("/tokenize", content=TEXT, parse_special=True)["tokens"] == ids
+    messages = [{"role": "user", "content": "Hi!"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ask("/apply-template", messages=messages)["prompt"] == prompt
+
+    answer = ask("/completion", prompt=ids, n_predict=1, n_probs=20, temperature=0)
+    first = answer["completion_probabilities"][0]
+    found = {one["id"]: one["logprob"] for one in first["top_logprobs"]}
+    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = oracle(torch.tensor([ids])).logits[0, -1].log_softmax(-1).numpy()
+    assert first["id"] == expected.argmax()
+    # llama.cpp keeps keys and values in half precision.
+    np.testing.assert_allclose(list(found.values()), expected[list(found)], atol=0.02)
