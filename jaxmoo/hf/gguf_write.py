@@ -172,8 +172,12 @@ def _check(
         gguf_tokenizer(found, same.max_position_embeddings)
     except JaxmooError as error:
         raise CheckpointError(f"a GGUF file cannot hold this model: {error}") from error
+    # A family is known by the names of its tensors, which are looked up one by one.
     expected = dataclasses.replace(
-        config, max_position_embeddings=same.max_position_embeddings, sliding_window=None
+        config,
+        family=same.family,
+        max_position_embeddings=same.max_position_embeddings,
+        sliding_window=None,
     )
     differing = [
         f"{field.name}={getattr(config, field.name)}"

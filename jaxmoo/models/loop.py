@@ -19,7 +19,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import Windows
 from jaxmoo.models.layers import DecoderLayer, Place
-from jaxmoo.models.rope import LongRope, angle_tables
+from jaxmoo.models.rope import LongRope, Rope, angle_tables
 
 __all__ = ["check_context", "over_layers"]
 
@@ -110,7 +110,9 @@ class _Places:
         self.numbers = tuple(self.kinds.index(kind) for kind in config.kinds)
         ropes = dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None)
         width = config.rotary_width
-        self.tables = {rope: angle_tables(rope, width, positions, segment_ids) for rope in ropes}
+        self.tables: dict[Rope | None, Any] = {
+            rope: angle_tables(rope, width, positions, segment_ids) for rope in ropes
+        }
         self.stacked: list[jax.Array] = []
         if len({kind.rope for kind in self.kinds}) > 1:
             # No rotation is one by no angle.

@@ -36,7 +36,8 @@ def facts(job: Job, step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, s
         "method": f"{config.resolve.aggregator}{_options(config.resolve.options)} over "
         f"{len(setup.gradients.partition)} blocks ({config.resolve.blocks}), "
         f"{config.resolve.engine} engine, Gram matrices {config.resolve.gram}",
-        "data": f"{public_name(data.source)}: {sum(r.train or 0 for r in _seen(job)):,} training "
+        "data": f"{', '.join(public_name(str(one.source)) for one in data.each)}: "
+        f"{sum(r.train or 0 for r in _seen(job)):,} training "
         f"examples in {len(data.seen)} languages",
         "a step": f"{shape} tokens{', packed' if data.packing else ''}",
         "steps": f"{step} of {config.train.steps}{_tokens(rows, step)}",

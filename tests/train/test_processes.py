@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -102,6 +103,12 @@ def stub(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(stat.S_IRWXU)
 
 
+def free_port() -> int:
+    with socket.socket(socket.AF_INET6) as probe:  # as the coordinator binds it
+        probe.bind(("::", 0))
+        return probe.getsockname()[1]
+
+
 def losses(run: Path) -> list[dict]:
     return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
@@ -183,7 +190,7 @@ def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
     command, variables = container()
     assert command[:3] == ["jaxmoo", "train", "--config"]
     arguments.append(f"train.steps={step}")
-    address = f"localhost:{random.randrange(20000, 60000)}"
+    address = f"localhost:{free_port()}"
     environment = compiled | variables | {"JAX_COORDINATOR_ADDRESS": address}
     processes = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmoo.models.checks import refuse
@@ -18,10 +19,10 @@ _ROPE = {
 }
 
 
-def _read(config: dict[str, Any]) -> dict[str, Any]:
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, hidden_act="xielu", attention_bias=False)
     stretched = any(config.get(name) for name in ("rope_scaling", "rope_parameters"))
-    rope = read_rope(config if stretched else config | {"rope_parameters": _ROPE}, theta=12e6)
+    rope = read_rope(config if stretched else {**config, "rope_parameters": _ROPE}, theta=12e6)
     return {"hidden_act": "xielu", "gated_mlp": False, "qk_norm": True, "rope": rope}
 
 
