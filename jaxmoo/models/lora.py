@@ -34,6 +34,7 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
+from jaxmoo.projections import PROJECTIONS
 
 __all__ = [
     "ADAPTERS",
@@ -52,7 +53,6 @@ ADAPTERS = r"\.lora_([AB]\.kernel|magnitude_vector)$"
 
 _MOST_ALPHA = 1e30  # kernels are float32
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
 
