@@ -20,7 +20,7 @@ from devices import run_python
 from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
 from jaxmoo.data.tokenization import parallel
-from jaxmoo.errors import ConfigError, DataError
+from jaxmoo.errors import DataError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_tokenizer
 
@@ -159,8 +159,30 @@ def test_what_lies_in_a_bucket_is_kept_here(folder, cache, tokenizer, parts):
     text = (bucket / "en.jsonl").read_text()
     (bucket / "en.jsonl").write_text(text.replace("reply 1 ", "reply 8 "))
     assert whole(load(data, tokenizer)) == uncached(data, tokenizer) != expected
-    with pytest.raises(ConfigError, match=r"data\.cache: memory://bucket/.* is in a bucket"):
-        load(dataclasses.replace(data, cache=str(bucket)), tokenizer)
+
+
+def test_machines_take_from_a_bucket_what_one_has_made(
+    folder, tokenizer, parts, tmp_path, monkeypatch
+):
+    bucket = typed_path("memory://bucket/tokens")
+    data = options(folder, bucket)
+    expected = uncached(data, tokenizer)
+
+    def on_machine(name):
+        monkeypatch.setenv("JAXMOO_CACHE", str(tmp_path / name))
+        parts.clear()
+        assert whole(load(data, tokenizer)) == expected
+        return len(parts) > 0
+
+    assert on_machine("one") and not on_machine("other")
+    # What is damaged there is made anew, and sent again.
+    (entry,) = bucket.iterdir()
+    good = (entry / "en.safetensors").read_bytes()
+    (entry / "en.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert on_machine("third")
+    assert (entry / "en.safetensors").read_bytes() == good
+    (entry / "digests.json").unlink()  # not all of it has been sent
+    assert on_machine("fourth") and not on_machine("fifth")
 
 
 def test_other_names_of_languages_have_an_entry_of_their_own(folder, cache, tokenizer):
