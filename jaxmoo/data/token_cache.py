@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -30,7 +31,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.token_table import TokenTable
-from jaxmoo.errors import CheckpointError, ConfigError, DataError, DownloadError
+from jaxmoo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DownloadError,
+    InterruptedRunError,
+)
 from jaxmoo.files.arrays import map_arrays, write_arrays
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.buckets import is_bucket
@@ -55,6 +62,8 @@ _MOST_SECONDS = 30 * 24 * 3600
 _ABANDONED = 24 * 3600  # seconds after which a run that was making an entry has surely ended
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets", "pyyaml")
 _COMPLAINTS = "complaints.json"
+# The directory may be one that has other things in it, too.
+_OWN = re.compile(r"\.(here|away)-[0-9a-f]{16}|\.[0-9a-f]{32}-[0-9a-f]{16}|[0-9a-f]{32}")
 
 
 class Kept(NamedTuple):
@@ -130,9 +139,10 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return a digest of the code that makes tokens of data."""
-    room = Path(__file__).parent
-    digests = digest_files(room, sorted(f.relative_to(room).as_posix() for f in room.rglob("*.py")))
+    """Return a digest of the code that makes tokens of data, that of its settings included."""
+    root = Path(__file__).parent.parent
+    files = (file for room in ("config", "data") for file in (root / room).rglob("*.py"))
+    digests = digest_files(root, sorted(file.relative_to(root).as_posix() for file in files))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -242,6 +252,8 @@ class TokenCache:
             if found and not problem:
                 parts = {code: self._open(self._entry, code) for code in self._languages}
                 complaints = json.loads((self._entry / _COMPLAINTS).read_text("utf-8"))
+        except InterruptedRunError:  # one process alone, where it waits for nobody
+            raise
         except Exception as error:  # another process may know that what is read here is damaged
             problem = f"{self._entry}: {error}"
         told = [json.loads(t) for t in self._peers.exchange(json.dumps([found, problem]).encode())]
@@ -353,6 +365,8 @@ class TokenCache:
         entries = []
         with contextlib.suppress(OSError):
             for path in self._root.iterdir():
+                if not _OWN.fullmatch(path.name):
+                    continue
                 age = now - path.stat().st_mtime
                 if path.name.startswith("."):
                     if age > _ABANDONED:
