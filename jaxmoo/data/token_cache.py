@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -30,7 +31,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.token_table import TokenTable
-from jaxmoo.errors import CheckpointError, DataError, DownloadError
+from jaxmoo.errors import (
+    CheckpointError,
+    DataError,
+    DownloadError,
+    InterruptedRunError,
+)
 from jaxmoo.files.arrays import map_arrays, write_arrays
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.buckets import is_bucket
@@ -63,6 +69,8 @@ _MOST_SECONDS = 30 * 24 * 3600
 _ABANDONED = 24 * 3600  # seconds after which a run that was making an entry has surely ended
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets", "pyyaml")
 _COMPLAINTS = "complaints.json"
+# The directory may be one that has other things in it, too.
+_OWN = re.compile(r"\.(here|away)-[0-9a-f]{16}|\.[0-9a-f]{32}-[0-9a-f]{16}|[0-9a-f]{32}")
 
 
 class Kept(NamedTuple):
@@ -138,9 +146,10 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return a digest of the code that makes tokens of data."""
-    room = Path(__file__).parent
-    digests = digest_files(room, sorted(f.relative_to(room).as_posix() for f in room.rglob("*.py")))
+    """Return a digest of the code that makes tokens of data, that of its settings included."""
+    root = Path(__file__).parent.parent
+    files = (file for room in ("config", "data") for file in (root / room).rglob("*.py"))
+    digests = digest_files(root, sorted(file.relative_to(root).as_posix() for file in files))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -205,9 +214,7 @@ class TokenCache:
       unsent: why the entry is not in the bucket where it should be; empty if it is.
     """
 
-    def __init__(
-        self, place: CachePlace, key: str, languages: Sequence[str], peers: Peers
-    ) -> None:
+    def __init__(self, place: CachePlace, key: str, languages: Sequence[str], peers: Peers) -> None:
         self._root, self._entry = place.root, place.root / key
         self._remote = None if place.bucket is None else place.bucket / key
         self._languages, self._peers = languages, peers
@@ -268,6 +275,8 @@ class TokenCache:
             if found and not problem:
                 parts = {code: self._open(self._entry, code) for code in self._languages}
                 complaints = json.loads((self._entry / _COMPLAINTS).read_text("utf-8"))
+        except InterruptedRunError:  # one process alone, where it waits for nobody
+            raise
         except Exception as error:  # another process may know that what is read here is damaged
             problem = f"{self._entry}: {error}"
         told = [json.loads(t) for t in self._peers.exchange(json.dumps([found, problem]).encode())]
@@ -342,7 +351,7 @@ class TokenCache:
         return others
 
     def _fetch(self, remote: Path) -> None:
-        """Copy the entry from the bucket, if it is there and not here; it is checked like others."""
+        """Copy the entry from the bucket, if it is there alone; it is checked like others."""
         if self._entry.exists():
             return
         try:
@@ -401,6 +410,8 @@ class TokenCache:
         entries = []
         with contextlib.suppress(OSError):
             for path in self._root.iterdir():
+                if not _OWN.fullmatch(path.name):
+                    continue
                 age = now - path.stat().st_mtime
                 if path.name.startswith("."):
                     if age > _ABANDONED:

@@ -11,7 +11,10 @@ from typing import cast
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.buckets import BucketPath, is_bucket, scheme_of
 
-__all__ = ["check_writable", "typed_path"]
+__all__ = ["PROBE", "check_writable", "typed_path"]
+
+# How what other processes write to a bucket begins while they look whether they may.
+PROBE = ".probe-"
 
 
 def typed_path(text: str | os.PathLike[str]) -> Path:
@@ -89,7 +92,7 @@ def _check_bucket(directory: Path, setting: str) -> None:
             f"{setting}: {directory}: the Hugging Face hub keeps every change for ever, so runs do "
             "not write there. Choose another place, and upload the export."
         )
-    probe = directory / f".probe-{uuid.uuid4().hex}"
+    probe = directory / f"{PROBE}{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")
         probe.unlink()

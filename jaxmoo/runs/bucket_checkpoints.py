@@ -92,10 +92,8 @@ class BucketCheckpoints:
     ) -> None:
         try:
             self._local.__exit__(kind, error, trace)
-        except CheckpointError:
-            self._stop.set()
-            raise
         finally:
+            self._stop.set()  # what has no name here by now will never have one
             self._join()
             if is_first() or not self._shared:
                 shutil.rmtree(self._local_path, ignore_errors=True)
@@ -214,7 +212,7 @@ class BucketCheckpoints:
         source, target = self._local_path / str(step), self._remote / str(step)
         # It gets its name when it is whole.
         while not (source / DIGESTS).exists():
-            if self._stop.wait(0.05):
+            if self._stop.wait(0.05) and not (source / DIGESTS).exists():
                 return
         for left in reversed(range(_TRIES)):
             try:

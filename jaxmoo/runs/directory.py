@@ -18,7 +18,7 @@ from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.files.locks import Lock, Timeout, lock_of
-from jaxmoo.files.outputs import check_writable, typed_path
+from jaxmoo.files.outputs import PROBE, check_writable, typed_path
 from jaxmoo.files.scratch import scratch_of, send_directory
 from jaxmoo.runs.scores import LanguageScore, SampleReply
 from jaxmoo.runtime.processes import barrier, is_first
@@ -86,7 +86,10 @@ class RunDirectory:
             or nothing can be written there.
         """
         check_writable(self.path, "output")
-        if not self.path.exists() or {p.name for p in self.path.iterdir()} <= _FIRST_FILES:
+        there: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            there = {p.name for p in self.path.iterdir() if not p.name.startswith(PROBE)}
+        if there <= _FIRST_FILES:
             return
         if not self.config.exists():
             raise ConfigError(

@@ -83,8 +83,10 @@ def watched(
         maintenance = False
         while not closed.wait(every):
             reason = None
-            if file is not None and file.exists():
-                reason = f"{file} has appeared"
+            # A bucket, or a network's disk, that cannot be reached is looked at again.
+            with contextlib.suppress(OSError):
+                if file is not None and file.exists():
+                    reason = f"{file} has appeared"
             if host is not None:
                 event = _metadata(host, "maintenance-event")
                 # Others are migrated, and do not notice.
@@ -97,7 +99,7 @@ def watched(
                     maintenance = False
                 if _metadata(host, "preempted") == "TRUE":
                     reason = "This machine is being taken away (preempted)"
-            if reason is not None:
+            if reason is not None and not closed.is_set():
                 _tell(f"{reason}: stopping as on SIGTERM.")
                 stop()
                 return

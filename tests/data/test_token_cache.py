@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from devices import run_python
 from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
 from jaxmoo.data.tokenization import parallel
-from jaxmoo.errors import DataError
+from jaxmoo.errors import DataError, InterruptedRunError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_tokenizer
 
@@ -227,12 +229,17 @@ def test_other_code_has_an_entry_of_its_own(what, folder, cache, tokenizer, monk
 
 def test_the_code_is_all_that_makes_tokens_of_data(tmp_path, monkeypatch):
     before = token_cache.code_digest()
-    shutil.copytree(os.path.dirname(token_cache.__file__), tmp_path / "data")
+    root = Path(token_cache.__file__).parent.parent
+    for room in ("data", "config"):
+        shutil.copytree(root / room, tmp_path / room)
     monkeypatch.setattr(token_cache, "__file__", str(tmp_path / "data" / "token_cache.py"))
     assert token_cache.code_digest() == before
-    with (tmp_path / "data" / "tokenization" / "chat.py").open("a") as file:
-        file.write("# changed\n")
-    assert token_cache.code_digest() != before
+    found = {before}
+    for changed in ("data/tokenization/chat.py", "config/field_text.py"):
+        with (tmp_path / changed).open("a") as file:
+            file.write("# changed\n")
+        found.add(token_cache.code_digest())
+    assert len(found) == 3
 
 
 CANNOT_MATTER = {
@@ -289,6 +296,19 @@ def test_what_is_damaged_is_made_anew(name, how, folder, cache, tokenizer):
     said.clear()
     assert whole(load(data, tokenizer, say=said.append)) == expected
     assert not said and entries(cache) == [entry]
+
+
+def test_a_run_that_is_asked_to_stop_throws_nothing_away(folder, cache, tokenizer, monkeypatch):
+    load(options(folder, cache), tokenizer)
+
+    def stopped(*_):
+        raise InterruptedRunError("Stopped by SIGTERM.", signal.SIGTERM)
+
+    before = entries(cache)
+    monkeypatch.setattr(token_cache, "damaged_files", stopped)
+    with pytest.raises(InterruptedRunError):
+        load(options(folder, cache), tokenizer)
+    assert entries(cache) == before
 
 
 def test_several_runs_may_keep_the_same_at_the_same_time(folder, cache, make_tokenizer):
@@ -447,12 +467,16 @@ def test_what_was_not_used_for_long_goes_and_so_does_the_oldest_of_too_much(
         os.utime(cache / entry, times=(time.time() - days * 86400,) * 2)
 
     first, second, third = kept(80), kept(81), kept(82)
-    (cache / ".abandoned").mkdir()
-    (cache / "notes.txt").touch()  # nothing of ours
-    for entry, days in ((first, 40), (second, 20), (third, 10), (".abandoned", 2)):
+    abandoned, others = f".{first}-{'0' * 16}", {".git", ".profile", "notes.txt", "runs"}
+    for entry in (abandoned, *others):
+        (cache / entry).mkdir()
+    (cache / "runs" / "digests.json").touch()
+    for entry, days in ((first, 40), (second, 20), (third, 10), (abandoned, 2)):
         aged(entry, days)
+    for entry in others:
+        aged(entry, 100)
     fourth = kept(83)
-    assert set(entries(cache)) == {second, third, fourth, "notes.txt"}
+    assert set(entries(cache)) == {second, third, fourth, *others}
     assert kept(81) is None  # used today
     size = sum(file.stat().st_size for file in (cache / fourth).iterdir())
     monkeypatch.setattr(token_cache, "MOST_BYTES", int(3.5 * size))

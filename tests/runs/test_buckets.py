@@ -59,6 +59,30 @@ def test_two_runs_do_not_share_a_bucket(run, monkeypatch):
     assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml"]
 
 
+def test_processes_that_look_whether_they_may_write_are_in_nobodys_way():
+    run = RunDirectory("memory://probed/run")
+    (run.path / ".probe-0").write_bytes(b"")
+    run.check(load_config("quickstart", [f"output={run.path}"]))
+    (run.path / "notes.txt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run.check(load_config("quickstart", [f"output={run.path}"]))
+
+
+def test_a_full_scratch_disk_ends_the_run(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    run = RunDirectory("memory://full/run")
+    monkeypatch.setattr("jaxmoo.runs.checkpoint.write_digests", full)
+    with (
+        pytest.raises(UnsavedError, match="No space left"),
+        open_checkpoints(run, keep=2) as checkpoints,
+    ):
+        checkpoints.save(1, STATE)
+        checkpoints.wait()
+    assert run.steps() == []
+
+
 def test_checkpoints_are_kept_found_and_restored(run):
     assert save(run, 1, 2, 3, 4, scores={1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}) == 4
     assert run.steps() == [2, 3, 4]  # the two newest, and the best

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.buckets import BucketPath
 from jaxmoo.runtime.notices import check_stop_file, metadata_host, watched
 
 
@@ -80,3 +81,21 @@ def test_a_file_that_appears_stops_the_run_and_one_that_is_there_refuses_it(tmp_
         assert asked.stopped.wait(10)
     with pytest.raises(ConfigError, match=r"stop is there.*Remove it first"):
         check_stop_file(str(file))
+
+
+def test_a_bucket_that_cannot_be_reached_is_looked_at_again(monkeypatch):
+    monkeypatch.setenv("GCE_METADATA_HOST", "")
+    asked, exists, looks = Asked(), BucketPath.exists, []
+
+    def fails_first(self):
+        looks.append(self)
+        if len(looks) == 1:
+            raise OSError(5, "connection reset")
+        return exists(self)
+
+    monkeypatch.setattr(BucketPath, "exists", fails_first)
+    file = BucketPath("memory://notices/stop")
+    with asked.watch(str(file)):
+        file.write_bytes(b"")
+        assert asked.stopped.wait(10)
+    file.unlink()
