@@ -356,7 +356,8 @@ def test_processes_divide_the_languages_and_have_all(count, folder, cache, make_
 def test_whatever_is_made_of_sources_is_divided_and_kept(what, folder, cache, make_tokenizer):
     other = folder / "other"
     other.mkdir()
-    lines = [json.dumps({"prompt": f"{i % 13}!", "completion": f"r{i}"}) for i in range(20)]
+    rows = [{"prompt": f"{i % 13}!", "completion": f"r{i}", "group": None} for i in range(20)]
+    lines = [json.dumps(row) for row in rows]
     for language in ("fa", "de"):
         (other / f"{language}.jsonl").write_text("\n".join(lines))
     changes = {
