@@ -90,7 +90,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what there is to do, and stop")
     what.add_argument(
-        "--report-only", action="store_true", help="make tables and plot from the rows there are"
+        "--report-only",
+        action="store_true",
+        help="make tables, plots and page from the rows there are",
     )
     what.add_argument(
         "--power",
