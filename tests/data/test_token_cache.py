@@ -171,7 +171,9 @@ def test_machines_take_from_a_bucket_what_one_has_made(
     expected = uncached(data, tokenizer)
 
     def on_machine(name):
-        monkeypatch.setenv("JAXMOO_CACHE", str(tmp_path / name))
+        own = tmp_path / name
+        own.mkdir()
+        monkeypatch.setattr(token_cache, "cache_directory", lambda where, kind: own)
         parts.clear()
         assert whole(load(data, tokenizer)) == expected
         return len(parts) > 0
