@@ -35,6 +35,9 @@ def test_files_are_written_found_read_and_removed(bucket):
     assert (folder / "one.txt").is_file() and not (folder / "one.txt").is_dir()
     assert [p.name for p in folder.iterdir()] == ["b", "one.txt", "three.bin"]
     assert [p.name for p in folder.glob("*.txt")] == ["one.txt"]
+    (folder / "same/same/one.txt").write_text("eins")
+    assert list((folder / "same").iterdir()) == [folder / "same/same"]
+    (folder / "same").rmtree()
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
     assert names == ["b/two.txt", "one.txt", "three.bin"]
     assert (folder / "three.bin").stat().st_size == 5
@@ -61,9 +64,10 @@ def test_a_file_appears_when_it_is_whole(bucket):
     with file.open("rb") as stream:
         stream.seek(19 * 2**20)
         assert stream.read() == part
-    with pytest.raises(RuntimeError, match="no more"), file.open("wb") as stream:
-        stream.write(b"half")
-        raise RuntimeError("no more")
+    for mode, half in (("wb", b"half"), ("w", "half")):
+        with pytest.raises(RuntimeError, match="no more"), file.open(mode) as stream:
+            stream.write(half)
+            raise RuntimeError("no more")
     if file.scheme != "memory":
         assert file.stat().st_size == 20 * 2**20
 
