@@ -24,6 +24,8 @@ _KILLED = 128 + signal.SIGKILL
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo launch") -> int:
     """Run the command; return its exit code: see `command`."""
     options, training = _parser(prog).parse_known_args(arguments)
+    if options.devices < 1:
+        raise ConfigError(f"--devices must be at least 1, found {options.devices}.")
     if options.processes < 1 or not 1 <= options.min_processes <= options.processes:
         raise ConfigError(
             "--processes must be at least 1, and --min-processes from 1 to --processes; found "
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo launch") ->
     workers = Workers(
         [sys.executable, "-m", "jaxmoo", "train", *training],
         patience=_PATIENCE,
+        devices=options.devices,
     )
     with workers.passing_signals():
         return _run(workers, config, options)
@@ -84,9 +87,9 @@ def _tell(text: str) -> None:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train in several processes of this machine, one GPU each where there are "
-        "GPUs. When a process is lost, all are started again, as many as are left and divide the "
-        "batch, and go on from the last checkpoint.",
+        description="Train in several processes of this machine, with GPUs of their own where "
+        "there are any. When a process is lost, all are started again, as many as are left and "
+        "divide the batch, and go on from the last checkpoint.",
         epilog="All other arguments are those of `jaxmoo train`. For several machines see launch/.",
         allow_abbrev=False,
     )

@@ -52,10 +52,10 @@ class Appended:
         _OPEN.add(self)
 
     def write(self, text: str) -> None:
-        """Append a text.
+        """Append a text. What does not get to a bucket is sent again with what comes later.
 
         Raises:
-          OSError: the disk is full, or what was sent to a bucket before did not get there.
+          OSError: the disk is full.
         """
         if self._file is not None:
             self._file.write(text)
@@ -72,11 +72,11 @@ class Appended:
           OSError: it did not get there.
         """
         if self._file is None:
+            failed = self._sending is not None and self._sending.exception() is not None
+            if failed or self._sent < len(self._parts):
+                self._send()
             if self._sending is not None:
                 self._sending.result()
-            if self._sent < len(self._parts):
-                self._send()
-                self._sending.result()  # pyright: ignore[reportOptionalMemberAccess]
 
     def close(self) -> None:
         """Wait until all is there, and close the file."""
@@ -90,8 +90,6 @@ class Appended:
             self._pool.shutdown()
 
     def _send(self) -> None:
-        if self._sending is not None:
-            self._sending.result()
         self._parts = ["".join(self._parts)]
         self._sent, self._next = 1, time.monotonic() + _EVERY
         self._sending = self._pool.submit(self._write, self._parts[0])

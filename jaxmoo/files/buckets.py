@@ -264,9 +264,9 @@ class BucketPath:
         """Yield what lies directly below."""
         with self._errors():
             found = self._fs.ls(str(self), detail=False)
-        names = sorted({PurePosixPath(self._fs._strip_protocol(name)).name for name in found})
+        root, *paths = (self._fs._strip_protocol(name).rstrip("/") for name in (str(self), *found))
         # A store may list a mark for the directory itself.
-        yield from (self / name for name in names if name and (name != self.name or len(found) > 1))
+        yield from (self / name for name in sorted({_last(p) for p in paths if p != root}))
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
         """Yield what lies directly below and has a name like this; ``/`` is not for patterns."""
@@ -340,7 +340,7 @@ class BucketPath:
             binary: Any = raw
         else:
             binary = raw if buffering == 0 else io.BufferedReader(raw, _READ)
-        return binary if "b" in mode else io.TextIOWrapper(binary, encoding or "utf-8", **text)
+        return binary if "b" in mode else _Text(binary, encoding or "utf-8", **text)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -372,6 +372,10 @@ class BucketPath:
             raise
         except Exception as error:
             raise _as_system_error(error, self) from None
+
+
+def _last(path: str) -> str:
+    return PurePosixPath(path).name
 
 
 @functools.cache
@@ -482,3 +486,12 @@ class _Writer(io.BufferedIOBase):
         with contextlib.suppress(Exception):  # it would hide what went wrong
             self._file.discard()
             self._file.closed = True  # or it would be finished when it is collected
+
+
+class _Text(io.TextIOWrapper):
+    """An object's text, which does not appear either if the block that writes it fails."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.buffer.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jaxmoo.errors import ConfigError, JaxmooError
+from jaxmoo.files.at_hand import at_hand
 
 __all__ = ["PushError", "prepare_push", "push"]
 
@@ -50,7 +51,7 @@ def push(directory: Path, repository: str, message: str) -> str:
     """Upload a directory, with its card; files that are there already are not sent again.
 
     Args:
-      directory: where the model was exported to.
+      directory: where the model was exported to; from a bucket it is fetched first.
       repository: the whole name of a repository that is there.
       message: what the commit says.
 
@@ -60,10 +61,8 @@ def push(directory: Path, repository: str, message: str) -> str:
     Raises:
       PushError: it could not be uploaded.
     """
-    with _explained(repository):
-        done = HfApi().upload_folder(
-            repo_id=repository, folder_path=directory, commit_message=message
-        )
+    with _explained(repository), at_hand(directory, ["*"]) as folder:
+        done = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     return str(done.commit_url)
 
 

@@ -45,10 +45,11 @@ class Workers:
     Args:
       command: the command and its arguments.
       patience: seconds from the first that fails until the others are killed.
+      devices: GPUs of each, where there are any.
     """
 
-    def __init__(self, command: Sequence[str], *, patience: float) -> None:
-        self._command, self._patience = list(command), patience
+    def __init__(self, command: Sequence[str], *, patience: float, devices: int = 1) -> None:
+        self._command, self._patience, self._devices = list(command), patience, devices
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self.asked: signal.Signals | None = None
 
@@ -80,17 +81,21 @@ class Workers:
         """Start a process for each place and wait for all of them.
 
         Args:
-          places: which of the machine's GPUs each process gets, where there are any.
+          places: which of the machine's GPUs each process gets, where there are any; counted in
+            as many as each has.
           started: called with each place and the number of its process.
         """
         address = f"127.0.0.1:{_free_port()}"
         try:
             for number, place in enumerate(places):
+                first = place * self._devices
                 environment = os.environ | {
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(len(places)),
                     "JAX_PROCESS_ID": str(number),
-                    "JAX_CUDA_VISIBLE_DEVICES": str(place),
+                    "JAX_CUDA_VISIBLE_DEVICES": ",".join(
+                        map(str, range(first, first + self._devices))
+                    ),
                 }
                 # In a session of its own: a terminal's Ctrl-C reaches it once, through this one.
                 process = subprocess.Popen(self._command, env=environment, start_new_session=True)

@@ -126,9 +126,11 @@ def train(
 
 def _repository(config: Config) -> str:
     """The repository that the export goes to, which is there from here on; empty if none."""
-    if config.push_to_hub is None or not is_first():
+    name = config.push_to_hub
+    if name is None:
         return ""
-    return prepare_push(config.push_to_hub, config.hub_private)
+    made = first_process(lambda: prepare_push(name, config.hub_private), "upload to the hub")
+    return made or ""
 
 
 def _push(

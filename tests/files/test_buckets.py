@@ -8,6 +8,7 @@ import pytest
 
 from bucket_servers import SECRET
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text, replacing
 from jaxmoo.files.buckets import BucketPath, _filesystem
 from jaxmoo.files.digests import damaged_files, read_digests, write_digests
@@ -34,6 +35,9 @@ def test_files_are_written_found_read_and_removed(bucket):
     assert (folder / "one.txt").is_file() and not (folder / "one.txt").is_dir()
     assert [p.name for p in folder.iterdir()] == ["b", "one.txt", "three.bin"]
     assert [p.name for p in folder.glob("*.txt")] == ["one.txt"]
+    (folder / "same/same/one.txt").write_text("eins")
+    assert list((folder / "same").iterdir()) == [folder / "same/same"]
+    (folder / "same").rmtree()
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
     assert names == ["b/two.txt", "one.txt", "three.bin"]
     assert (folder / "three.bin").stat().st_size == 5
@@ -60,11 +64,30 @@ def test_a_file_appears_when_it_is_whole(bucket):
     with file.open("rb") as stream:
         stream.seek(19 * 2**20)
         assert stream.read() == part
-    with pytest.raises(RuntimeError, match="no more"), file.open("wb") as stream:
-        stream.write(b"half")
-        raise RuntimeError("no more")
+    for mode, half in (("wb", b"half"), ("w", "half")):
+        with pytest.raises(RuntimeError, match="no more"), file.open(mode) as stream:
+            stream.write(half)
+            raise RuntimeError("no more")
     if file.scheme != "memory":
         assert file.stat().st_size == 20 * 2**20
+
+
+def test_lines_that_did_not_get_there_are_sent_with_the_next(monkeypatch):
+    monkeypatch.setattr("jaxmoo.files.appended._EVERY", 0.0)
+    path = BucketPath("memory://appended/rows.jsonl")
+    file = Appended(path)
+    file.write("1\n")
+    with monkeypatch.context() as gone, pytest.raises(OSError, match="connection reset"):
+        gone.setattr(BucketPath, "write_text", unreachable)
+        file.write("2\n")
+        file.sync()
+    file.write("3\n")  # which ends no run
+    file.close()
+    assert path.read_text() == "1\n2\n3\n"
+
+
+def unreachable(*_):
+    raise OSError(5, "connection reset")
 
 
 def test_digests_of_a_directory_are_kept_beside_it(bucket):

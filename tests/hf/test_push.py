@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.push import PushError, prepare_push, push
 
 TOKEN = "hf_secretsecret"
@@ -77,16 +78,18 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_an_export_is_uploaded_with_its_card(hub, tmp_path):
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_an_export_is_uploaded_with_its_card(in_bucket, hub, tmp_path):
+    export = typed_path("memory://pushed/export") if in_bucket else tmp_path
     files = {"README.md": b"---\nlicense: mit\n---\n# A card\n", "model.safetensors": b"\0\1"}
     for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+        (export / name).write_bytes(content)
     assert prepare_push("model", private=True) == "me/model"
     (made,) = hub.made
     assert made["name"] == "model"
     assert made.get("private") is True or made["visibility"] == "private"
     assert not hub.files
-    assert push(tmp_path, "me/model", "step 3") == f"{hub.address}/me/model/commit/1"
+    assert push(export, "me/model", "step 3") == f"{hub.address}/me/model/commit/1"
     assert hub.files == files and hub.messages == ["step 3"]
 
 

@@ -46,6 +46,13 @@ def test_those_that_do_not_end_by_themselves_are_killed_and_not_lost():
     assert workers("hangs", "killed", patience=0.2).run([0, 1]) == (128 + signal.SIGKILL, (1,))
 
 
+def test_each_has_gpus_of_its_own(capfd):
+    program = "import os; print(os.environ['JAX_CUDA_VISIBLE_DEVICES'], flush=True)"
+    two_each = Workers([sys.executable, "-c", program], patience=30.0, devices=2)
+    assert two_each.run([0, 3]) == (0, ())
+    assert sorted(capfd.readouterr().out.split()) == ["0,1", "6,7"]
+
+
 def test_signals_are_passed_on_to_all(capfd):
     running = workers("stops", "stops")
     started = []
