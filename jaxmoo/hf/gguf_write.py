@@ -23,6 +23,7 @@ from jaxmoo.hf.gguf import LAYER_PARTS, PREFIXES, ROPE_FACTORS, gguf_config, str
 from jaxmoo.hf.gguf_fields import Fields
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer, tokenizer_fields
 from jaxmoo.hf.load import progress
+from jaxmoo.hf.names import hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, model_tensors
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
@@ -88,7 +89,8 @@ def save_gguf(
       CheckpointError: the format cannot hold the model or its tokenizer, the disk is too small, or
         a value does not fit the kind.
     """
-    kind = kind or _OF_DTYPE.get(dtypes["model.embed_tokens.weight"], "f32")
+    table = hf_tensor("embed_tokens.embedding", model.config).name
+    kind = kind or _OF_DTYPE.get(dtypes[table], "f32")
     if kind not in KINDS:
         raise ConfigError(f"GGUF files are written in {', '.join(KINDS)}, found {kind!r}.")
     config = model.config

@@ -22,6 +22,7 @@ from jaxmoo.hf import load_model, load_tokenizer
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.gguf_tokenizer import _RULES, _WORDS
 from jaxmoo.hf.gguf_write import save_gguf
+from jaxmoo.hf.save import model_tensors
 from small_runs import CHATML
 
 # Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
@@ -232,6 +233,15 @@ def test_what_a_file_cannot_hold_is_refused(source, tmp_path, capsys):
                 tokenizer=load_tokenizer(path),
                 dtypes=collections.defaultdict(lambda: "float32"),
             )
+    # Whose tensors have other names.
+    other = type(model).abstract(dataclasses.replace(model.config, family="gemma3"))
+    with pytest.raises(CheckpointError, match="have no tensor 'language_model"):
+        save_gguf(
+            other,
+            tmp_path / "a.gguf",
+            tokenizer=load_tokenizer(path),
+            dtypes={x.name: "float32" for x in model_tensors(other, lambda _: "float32")},
+        )
     assert not list(tmp_path.iterdir())
 
     (tmp_path / "a.gguf").touch()
