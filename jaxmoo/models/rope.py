@@ -226,6 +226,9 @@ def read_rope(
     if kind == "longrope":
         return Rope(theta, _long(config, rope))
     made = _DATACLASSES[kind]
+    outside = config.get("original_max_position_embeddings")
+    if outside is not None and layer_type is None:  # which transformers prefers
+        rope["original_max_position_embeddings"] = outside
     missing = [f.name for f in fields(made) if f.default is MISSING and f.name not in rope]
     if missing:
         raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)} in config.json")
