@@ -118,7 +118,8 @@ class YarnRope:
 class LongRope:
     """LongRoPE: every frequency has a factor of its own (Ding et al., arXiv:2402.13753).
 
-    Which list is used is decided for each text by its last position.
+    Which list is used is decided for each text by its last position, padding included; in rows of
+    several texts there is none.
 
     Attributes:
       short_factor: what frequencies are divided by, within the original context; one per pair.
