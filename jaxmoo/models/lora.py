@@ -37,6 +37,7 @@ from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
 
 __all__ = [
     "ADAPTERS",
+    "ALL_LINEAR",
     "PROJECTIONS",
     "AdaptedLinear",
     "LoRA",
