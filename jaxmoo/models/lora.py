@@ -38,6 +38,7 @@ from jaxmoo.projections import PROJECTIONS
 
 __all__ = [
     "ADAPTERS",
+    "ALL_LINEAR",
     "PROJECTIONS",
     "AdaptedLinear",
     "LoRA",
@@ -188,7 +189,8 @@ class AdaptedLinear(Linear):
         y = product(x, self.kernel[...].astype(self.dtype), self.platform) + change
         a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
         norms = jax.lax.stop_gradient(_column_norms(self.kernel[...], a, b, self.scale))
-        y = y * (self.lora_magnitude_vector[...] / norms).astype(self.dtype)
+        # Not rounded by itself to bfloat16, which has no number between 1 and 1.0078.
+        y = (y * (self.lora_magnitude_vector[...] / norms)).astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def merged(self) -> Linear:
