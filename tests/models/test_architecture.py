@@ -273,6 +273,7 @@ def stretched(**changes) -> dict:
         ),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         (GRANITE | {"residual_multiplier": None}, "residual_multiplier must be a finite number"),
+        (GRANITE | {"attention_multiplier": None}, "attention_multiplier must be a finite number"),
         ({"model_type": "cohere", "logit_scale": None}, "logit_scale must be a finite number"),
         (WINDOW | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
         (WINDOW | {"max_window_layers": "0"}, "max_window_layers must be a number of layers"),

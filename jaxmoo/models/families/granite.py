@@ -13,7 +13,8 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, hidden_act="silu", attention_bias=False)
     names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier")
     scaling = check_number("logits_scaling", config["logits_scaling"], 0, above=True)
-    return {name: config[name] for name in names} | {"logit_scale": 1 / scaling}
+    found = {name: check_number(name, config[name], 0, above=True) for name in names}
+    return found | {"logit_scale": 1 / scaling}
 
 
 GRANITE = Family(
