@@ -494,5 +494,6 @@ class _Text(io.TextIOWrapper):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
-            self.buffer.__exit__(kind, error, trace)
+            binary: Any = self.buffer
+            binary.__exit__(kind, error, trace)
         super().__exit__(kind, error, trace)
