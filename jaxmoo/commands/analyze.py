@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmoo.analysis.analyze import MEASURES, Request, analyze
+from jaxmoo.analysis.request import MEASURES, Request
 from jaxmoo.commands.command import command, pairs
 from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.files.outputs import typed_path
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo analyze") -
         seed=options.seed,
         mesh=mesh_axes(options),
     )
+    from jaxmoo.analysis.analyze import analyze
+
     return together(options, lambda: analyze(request))
 
 

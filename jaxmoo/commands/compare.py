@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jaxmoo.commands.command import command
 from jaxmoo.errors import ConfigError
-from jaxmoo.evaluate.compare import compare
-from jaxmoo.evaluate.sides import results_of
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.runtime.memory import named_when_full
 
@@ -63,6 +61,9 @@ def show(a: Path, b: Path, options: argparse.Namespace) -> int:
     """Print the comparison of two sides; return 0."""
     if options.resamples < 100:
         raise ConfigError(f"--resamples takes at least 100, found {options.resamples}.")
+    from jaxmoo.evaluate.compare import compare
+    from jaxmoo.evaluate.sides import results_of
+
     how = {
         "config": options.config,
         "batch_size": options.batch_size,

@@ -6,20 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from jaxmoo.commands.command import command
-from jaxmoo.convert.compare import compare
-from jaxmoo.convert.describe import describe
-from jaxmoo.convert.gguf import to_gguf
-from jaxmoo.convert.models import from_hf, to_adapter, to_hf
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
-from jaxmoo.hf.directory import check_target
-from jaxmoo.hf.gguf import convert_gguf
-from jaxmoo.hf.gguf_write import KINDS
-from jaxmoo.hf.push import prepare_push, push
-from jaxmoo.hf.source import resolve_source
 from jaxmoo.sizes import parse_size
 
 __all__ = ["main"]
@@ -35,6 +24,9 @@ _EXAMPLES = """examples:
   jaxmoo convert to-hf runs/lora adapter --adapter
 """
 
+# Types of a GGUF file's matrices, as jaxmoo.hf.gguf_write has them.
+_KINDS = ("f32", "f16", "bf16", "q8_0")
+
 
 @command()
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo convert") -> int:
@@ -44,6 +36,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo convert") -
       Its exit code: see `command`; 1 also where models differ (verify).
     """
     options = _parser(prog).parse_args(arguments)
+    import jax
+
     # Conversion needs memory, not speed; virtual devices only show that sharding changes nothing.
     jax.config.update("jax_platforms", options.platform)
     if options.devices is not None:
@@ -52,6 +46,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo convert") -
 
 
 def _virtual_devices(number: int) -> None:
+    import jax
+
     try:
         jax.config.update("jax_num_cpu_devices", number)
     except (ValueError, RuntimeError) as error:
@@ -111,7 +107,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "source", help="Hugging Face directory, adapters, checkpoint, training run or model's name"
     )
     sub.add_argument("out", type=typed_path, help="file to make, .gguf")
-    sub.add_argument("--type", choices=list(KINDS), help="of the matrices (as the model came)")
+    sub.add_argument("--type", choices=_KINDS, help="of the matrices (as the model came)")
     sub.add_argument("--step", type=int, help="which of a run's checkpoints (the newest)")
     sub.add_argument("--base", help="model that the run or adapters began with, if moved")
 
@@ -128,6 +124,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _from_hf(options: argparse.Namespace) -> int:
+    from jaxmoo.convert.models import from_hf
+    from jaxmoo.hf.directory import check_target
+    from jaxmoo.hf.source import resolve_source
+
     check_target(options.out)  # before anything is fetched
     from_hf(resolve_source(options.source), options.out)
     print(f"Wrote {options.out} (Orbax checkpoint).")
@@ -135,12 +135,16 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _from_gguf(options: argparse.Namespace) -> int:
+    from jaxmoo.hf.gguf import convert_gguf
+
     convert_gguf(options.file, options.out)
     print(f"Wrote {options.out} (Hugging Face format).")
     return 0
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from jaxmoo.hf.push import prepare_push, push
+
     if options.push_to_hub:  # before long work
         options.push_to_hub = prepare_push(options.push_to_hub, options.private or None)
     _write_hf(options)
@@ -150,6 +154,8 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 
 def _write_hf(options: argparse.Namespace) -> None:
+    from jaxmoo.convert.models import to_adapter, to_hf
+
     if options.adapter:
         if options.dtype is not None:
             raise ConfigError("--dtype does not go with --adapter: adapters are float32")
@@ -168,6 +174,8 @@ def _write_hf(options: argparse.Namespace) -> None:
 
 
 def _to_gguf(options: argparse.Namespace) -> int:
+    from jaxmoo.convert.gguf import to_gguf
+
     to_gguf(
         _directory(options.source),
         options.out,
@@ -181,12 +189,16 @@ def _to_gguf(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     steps = (options.step_a, options.step_b)
+    from jaxmoo.convert.compare import compare
+
     found = compare(_directory(options.a), _directory(options.b), steps=steps)
     print(found.table())
     return 0 if found.within(options.tolerance) else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from jaxmoo.convert.describe import describe
+
     print(describe(_directory(options.directory)))
     return 0
 
@@ -204,7 +216,11 @@ _COMMANDS = {
 def _directory(name: str) -> Path:
     """A directory of any kind, or the one that a model's name stands for."""
     path = typed_path(name)
-    return path if path.is_dir() else resolve_source(name)
+    if path.is_dir():
+        return path
+    from jaxmoo.hf.source import resolve_source
+
+    return resolve_source(name)
 
 
 def _dtype(name: str) -> str:

@@ -8,17 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config import Config, load_config
-from jaxmoo.data.inspect import describe, epochs_table, marked, sample
-from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.outputs import check_writable, typed_path
-from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.hf import resolve_source
-from jaxmoo.report.data_plot import lengths_and_shares
-from jaxmoo.runs.trained_parameters import check_model
+
+if TYPE_CHECKING:
+    from jaxmoo.data.load import RunData
 
 __all__ = ["main"]
 
@@ -27,6 +25,13 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo data") -> int:
     """Run the command; return its exit code: see `command`."""
     options = _parser(prog).parse_intermixed_args(arguments)
+    from jaxmoo.data.inspect import describe, epochs_table
+    from jaxmoo.data.load import load_data, make_batches
+    from jaxmoo.hf import load_config as load_model_config
+    from jaxmoo.hf import resolve_source
+    from jaxmoo.report.data_plot import lengths_and_shares
+    from jaxmoo.runs.trained_parameters import check_model
+
     config = load_config(options.config, options.overrides)
     shown = _languages(config, options.languages)
     out = typed_path(options.out or f"{config.output.rstrip('/')}-data")
@@ -87,6 +92,8 @@ def _languages(config: Config, wanted: str | None) -> list[str]:
 
 
 def _show(data: RunData, languages: Sequence[str], count: int) -> None:
+    from jaxmoo.data.inspect import marked, sample
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     how = "\x1b[32mthis colour\x1b[0m" if colour else "\u27e6such brackets\u27e7"
     print(f"\nExamples; what is learnt is in {how}.")

@@ -6,20 +6,18 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxmoo.commands.command import command, pairs
 from jaxmoo.commands.compare import add_resampling, show
 from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.config import ColumnsConfig, DataConfig, load_config
-from jaxmoo.convert.kinds import kind_of
 from jaxmoo.errors import ConfigError
-from jaxmoo.evaluate.evaluation import Evaluation, evaluate
-from jaxmoo.evaluate.results import ResultStore
 from jaxmoo.files.outputs import typed_path
-from jaxmoo.hf import resolve_source
-from jaxmoo.hf.directory import first_process
-from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runtime.memory import named_when_full
+
+if TYPE_CHECKING:
+    from jaxmoo.evaluate.evaluation import Evaluation
 
 __all__ = ["main"]
 
@@ -47,6 +45,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo evaluate") 
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from jaxmoo.evaluate.evaluation import evaluate
+
     with named_when_full("Use a smaller --batch-size or --max-length, or more devices."):
         evaluate(_settings(options))
 
@@ -147,6 +147,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> Evaluation:
     if options.model is None or options.output is None:
         raise ConfigError("Give --model and --output, or --compare A B.")
+    from jaxmoo.evaluate.evaluation import Evaluation
+    from jaxmoo.evaluate.results import ResultStore
+    from jaxmoo.hf import resolve_source
+    from jaxmoo.hf.directory import first_process
+
     # Raises before anything is fetched.
     first_process(lambda: ResultStore(options.output), "write the results")
     path = typed_path(options.model)
@@ -194,6 +199,9 @@ def _config(options: argparse.Namespace, model: Path) -> tuple[DataConfig | None
     """Settings of data, and whether other data than a run's own is evaluated by its settings."""
     if options.config is not None:
         return load_config(options.config).data, False
+    from jaxmoo.convert.kinds import kind_of
+    from jaxmoo.runs.directory import RunDirectory
+
     if kind_of(model) != "run":
         return None, False
     data = load_config(RunDirectory(model).config).data

@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jaxmoo.commands.command import command
 from jaxmoo.commands.processes import add_mesh, add_processes, mesh_axes, together
 from jaxmoo.errors import ConfigError
-from jaxmoo.evaluate.replies import Prompt, Replies, Reply, read_prompts, reply
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable, typed_path
-from jaxmoo.hf import resolve_source
-from jaxmoo.hf.directory import first_process
 from jaxmoo.runtime.memory import named_when_full
+
+if TYPE_CHECKING:
+    from jaxmoo.evaluate.replies import Prompt, Reply
 
 __all__ = ["main"]
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo generate") 
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from jaxmoo.evaluate.replies import Replies, reply
+    from jaxmoo.hf import resolve_source
+    from jaxmoo.hf.directory import first_process
+
     if options.output is not None:
         check = options.output.absolute().parent
         first_process(lambda: check_writable(check, "--output"), "write the replies")
@@ -64,6 +69,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    from jaxmoo.evaluate.replies import Prompt, read_prompts
+
     system = () if options.system is None else ({"role": "system", "content": options.system},)
     prompts = [] if options.file is None else read_prompts(options.file)
     for text in options.prompt:

@@ -12,7 +12,6 @@ from jaxmoo.commands.train import make_parser
 from jaxmoo.config.training import Config, load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.runtime.workers import LOST, Workers
-from jaxmoo.train.setup import check_devices
 
 __all__ = ["main"]
 
@@ -34,6 +33,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo launch") ->
         )
     if not any(text == "--config" or text.startswith("--config=") for text in training):
         raise ConfigError("Give --config and the other arguments of jaxmoo train, too.")
+    from jaxmoo.train.setup import check_devices
+
     train = make_parser(f"{prog} -> jaxmoo train").parse_intermixed_args(training)
     config = load_config(train.config, train.overrides)
     check_devices(config, options.processes * options.devices)
@@ -68,6 +69,8 @@ def _run(workers: Workers, config: Config, options: argparse.Namespace) -> int:
 
 def _most(config: Config, left: int, options: argparse.Namespace) -> int:
     """The largest number of processes among which a step can be divided, 0 if there is none."""
+    from jaxmoo.train.setup import check_devices
+
     for count in range(left, options.min_processes - 1, -1):
         try:
             check_devices(config, count * options.devices)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from jaxmoo import aggregators, blocks, weighting
 from jaxmoo.commands.command import command
+
+if TYPE_CHECKING:
+    from jaxmoo.aggregators import Aggregator
 
 __all__ = ["main"]
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo methods") -
 
 
 def _lines() -> Iterator[str]:
+    from jaxmoo import aggregators, blocks, weighting
+
     yield "Methods that resolve conflicts (resolve.aggregator; options in resolve.options)"
     for name in aggregators.names():
         factory = getattr(aggregators, name)
@@ -59,8 +61,10 @@ def _entry(name: str, factory: Callable[..., Any], traits: Sequence[str]) -> Ite
         )
 
 
-def _traits(method: aggregators.Aggregator) -> list[str]:
+def _traits(method: Aggregator) -> list[str]:
     """What a method reads, keeps and draws."""
+    import jax
+
     if method.combine is not None:
         reads = "coordinates of the gradients"
     elif method.reads_gram:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import jax
-
 from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError
 from jaxmoo.sizes import parse_size
 from jaxmoo.train.chips import CHIPS, slice_of
-from jaxmoo.train.gradient_source import ordinary, ordinary_gradients
-from jaxmoo.train.planning import plan, shape_of
 
 __all__ = ["main"]
 
@@ -24,6 +20,11 @@ MOST_DEVICES = 10_000
 def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo plan") -> int:
     """Run the command; return its exit code: 0 it fits, 1 it does not, else see `command`."""
     options = _parser(prog).parse_intermixed_args(arguments)
+    import jax
+
+    from jaxmoo.train.gradient_source import ordinary, ordinary_gradients
+    from jaxmoo.train.planning import plan, shape_of
+
     jax.config.update("jax_platforms", "cpu")
     place = None if options.chip is None else slice_of(options.chip)
     if place is None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import jax
-
 from jaxmoo.errors import ConfigError, InterruptedRunError, JaxmooError, failed
-from jaxmoo.runtime.processes import Launch, start
+from jaxmoo.runtime.launch import Launch
 
 __all__ = ["add_mesh", "add_processes", "mesh_axes", "together"]
 
@@ -60,6 +58,10 @@ def together(options: argparse.Namespace, work: Callable[[], object]) -> int:
     Raises:
       JaxmooError, OSError: where there is one process.
     """
+    import jax
+
+    from jaxmoo.runtime.processes import start
+
     try:
         start(
             Launch(

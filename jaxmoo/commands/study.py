@@ -10,13 +10,6 @@ from jaxmoo.commands.command import add_settings, command
 from jaxmoo.config.study_config import help_text, load_study
 from jaxmoo.config.yaml_text import dump
 from jaxmoo.errors import ConfigError, did_you_mean
-from jaxmoo.study.grid import make_cells
-from jaxmoo.study.jobs import run_side_by_side
-from jaxmoo.study.outcome import planned
-from jaxmoo.study.outlook import outlook
-from jaxmoo.study.report import write_power, write_report
-from jaxmoo.study.rows import RowStore, check_rows, rows_of
-from jaxmoo.study.runner import left_of, run_missing
 
 __all__ = ["main"]
 
@@ -52,6 +45,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo study") -> 
     if options.print_config:
         print(dump(dataclasses.asdict(study)), end="")
         return 0
+    from jaxmoo.study.grid import make_cells
+    from jaxmoo.study.jobs import run_side_by_side
+    from jaxmoo.study.outcome import planned
+    from jaxmoo.study.outlook import outlook
+    from jaxmoo.study.report import write_power, write_report
+    from jaxmoo.study.rows import RowStore, check_rows, rows_of
+    from jaxmoo.study.runner import left_of, run_missing
+
     cells = make_cells(study)
     store = RowStore(study.output)
     rows = store.read()
@@ -89,7 +90,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what there is to do, and stop")
     what.add_argument(
-        "--report-only", action="store_true", help="make tables and plot from the rows there are"
+        "--report-only",
+        action="store_true",
+        help="make tables, plots and page from the rows there are",
     )
     what.add_argument(
         "--power",

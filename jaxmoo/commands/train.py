@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from jaxmoo.commands.command import add_settings, command
 from jaxmoo.commands.processes import add_processes, together
 from jaxmoo.config.training import help_text, load_config, to_yaml
-from jaxmoo.train.run import train
 
 __all__ = ["main", "make_parser"]
 
@@ -22,6 +21,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo train") -> 
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
+    from jaxmoo.train.run import train
+
     return together(options, lambda: train(config))
 
 

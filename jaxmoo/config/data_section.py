@@ -221,7 +221,8 @@ class DataConfig:
         "auto",
         "Directory in which tokenised data is kept, so that the next start, or the other processes "
         "of a run, need only read it: `auto` is `tokens` in the user's cache directory "
-        "(`$JAXMOO_CACHE`), `none` keeps nothing. Streams are not kept.",
+        "(`$JAXMOO_CACHE`), `none` keeps nothing. One in a bucket serves all machines: each copies "
+        "what it needs to `auto`. Streams are not kept.",
         free=True,
     )
 

@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from jaxmoo.config.schema import Range, setting
 from jaxmoo.errors import ConfigError
-from jaxmoo.models.lora import PROJECTIONS, LoRA
+from jaxmoo.projections import PROJECTIONS
+
+if TYPE_CHECKING:
+    from jaxmoo.models.lora import LoRA
 
 __all__ = ["LoraConfig", "check_lora", "lora_of"]
 
@@ -58,6 +62,8 @@ def lora_of(settings: LoraConfig) -> LoRA | None:
     """Return the kind of adapters a run trains, or None when it trains parameters themselves."""
     if settings.rank is None:
         return None
+    from jaxmoo.models.lora import LoRA
+
     return LoRA(
         settings.rank,
         settings.alpha,

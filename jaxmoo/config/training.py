@@ -28,12 +28,7 @@ from jaxmoo.config.optimizer_section import (
     check_optimizer,
     planned_from,
 )
-from jaxmoo.config.resolve_section import (
-    ResolveConfig,
-    check_gram,
-    check_resolve,
-    check_sampled,
-)
+from jaxmoo.config.resolve_section import ResolveConfig
 from jaxmoo.config.schema import MISSING, Range, setting
 from jaxmoo.config.yaml_text import dump, flow
 from jaxmoo.errors import ConfigError
@@ -359,6 +354,9 @@ def validate(config: Config) -> None:
     """
     problems = [text for _, text in schema.check_values(config)]
     if not problems:
+        # Methods are looked at only now: their library takes a second to import.
+        from jaxmoo.config.resolve_checks import check_gram, check_resolve, check_sampled
+
         problems = [*check_data(config.data), *check_resolve(config.resolve, config.data.seen)]
         if config.data.samples:
             problems += check_sampled(config.resolve)

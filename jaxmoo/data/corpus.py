@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxmoo.data.sources.records import Malformed, Origin
 from jaxmoo.data.sources.source import Source, open_source, origins_of
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
-from jaxmoo.data.token_cache import Kept, TokenCache, cache_key, open_cache
+from jaxmoo.data.token_cache import CachePlace, Kept, TokenCache, cache_key, open_cache
 from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.parallel import Tokenizing, available_cores
 from jaxmoo.data.tokenization.tokenize import Tokenized
@@ -287,6 +286,8 @@ def _in_memory(
             say(f"Note: tokenised data cannot be kept: {cache.problem} (data.cache={data.cache}).")
             if len(parts) < len(languages):
                 parts = make_all()
+        elif cache.unsent:
+            say(f"Note: tokenised data is not in {data.cache}: {cache.unsent}.")
     return _corpus(data, parts, complaints)
 
 
@@ -299,18 +300,18 @@ def _cache(
 ) -> TokenCache | None:
     """Where a corpus is kept; None where it is not, or a source may change unnoticed."""
 
-    def look() -> tuple[Path | None, dict[str, list[Origin]]]:
+    def look() -> tuple[CachePlace | None, dict[str, list[Origin]]]:
         origins = origins_of(data, languages, source)
         return None if origins is None else open_cache(data.cache), origins or {}
 
-    root, origins = peers.all_do(look)
-    everywhere = b"" not in peers.exchange(b"" if root is None else b"1")
-    if root is None or not everywhere:
+    place, origins = peers.all_do(look)
+    everywhere = b"" not in peers.exchange(b"" if place is None else b"1")
+    if place is None or not everywhere:
         return None
     key = cache_key(data, tokenizer, origins, peers)
     if len(set(peers.exchange(key.encode()))) > 1:  # a run of several will be told that they differ
         return None
-    return TokenCache(root, key, languages, peers)
+    return TokenCache(place, key, languages, peers)
 
 
 def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:

@@ -33,7 +33,6 @@ from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.token_table import TokenTable
 from jaxmoo.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     DownloadError,
     InterruptedRunError,
@@ -41,8 +40,16 @@ from jaxmoo.errors import (
 from jaxmoo.files.arrays import map_arrays, write_arrays
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.buckets import is_bucket
-from jaxmoo.files.digests import damaged_files, digest_files, read_digests, write_digests
+from jaxmoo.files.digests import (
+    DIGESTS,
+    damaged_files,
+    digest_files,
+    files_below,
+    read_digests,
+    write_digests,
+)
 from jaxmoo.files.outputs import typed_path
+from jaxmoo.files.scratch import copy_files
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.runtime.peers import Peers
 
@@ -156,28 +163,37 @@ def _version(package: str) -> str | None:
         return None
 
 
-def open_cache(where: str) -> Path | None:
-    """Return the directory of tokenised data that a setting names, made if need be.
+class CachePlace(NamedTuple):
+    """Where tokenised data is kept.
+
+    Attributes:
+      root: the directory of this machine.
+      bucket: a directory in a bucket, where machines find what another has made; or None.
+    """
+
+    root: Path
+    bucket: Path | None = None
+
+
+def open_cache(where: str) -> CachePlace | None:
+    """Return the place for tokenised data that a setting names, made if need be.
 
     Args:
-      where: the directory; ``auto`` for the user's cache directory, if that can be made; ``none``.
+      where: the directory; one in a bucket, of which this machine has a copy in the user's cache
+        directory; ``auto`` for that directory alone, if it can be made; ``none``.
 
     Raises:
-      ConfigError: it is in a bucket.
-      DownloadError: the directory that is named cannot be made.
+      DownloadError: the directory cannot be made.
     """
     if where == "none":
         return None
     if where != "auto":
         directory = typed_path(where)
         if is_bucket(directory):
-            raise ConfigError(
-                f"data.cache: {directory} is in a bucket. Name a directory of this machine, auto "
-                "or none."
-            )
-        return cache_directory(directory, "")
+            return CachePlace(cache_directory(None, "tokens"), directory)
+        return CachePlace(cache_directory(directory, ""))
     try:
-        return cache_directory(None, "tokens")
+        return CachePlace(cache_directory(None, "tokens"))
     except DownloadError:
         return None
 
@@ -189,7 +205,7 @@ class TokenCache:
     of its languages. All methods are called by all processes, one after the other.
 
     Args:
-      root: the directory.
+      place: where it is.
       key: from `cache_key`.
       languages: all of them.
       peers: the processes of the run.
@@ -198,11 +214,14 @@ class TokenCache:
       mine: the languages that this process makes where there is no entry.
       problem: why the entry cannot be kept; empty as long as it can.
       complaints: what is wrong with each record that was left out, once that is known.
+      unsent: why the entry is not in the bucket where it should be; empty if it is.
     """
 
-    def __init__(self, root: Path, key: str, languages: Sequence[str], peers: Peers) -> None:
-        self._root, self._entry, self._languages, self._peers = root, root / key, languages, peers
-        self.problem, self._whole = "", False
+    def __init__(self, place: CachePlace, key: str, languages: Sequence[str], peers: Peers) -> None:
+        self._root, self._entry = place.root, place.root / key
+        self._remote = None if place.bucket is None else place.bucket / key
+        self._languages, self._peers = languages, peers
+        self.problem, self.unsent, self._whole = "", "", False
         self.complaints: list[str] = []
         self._team = self._find_team()
         self._place = self._team.index(peers.number)
@@ -241,6 +260,10 @@ class TokenCache:
           Per language its part, what is wrong with records left out, and what was wrong with the
           entry, which is thrown away; all are empty where there is none.
         """
+        if self._remote is not None:
+            if self.is_first:
+                self._fetch(self._remote)
+            self._peers.exchange(b"")  # until it is there, or is not
         problem, found, complaints = "", False, []
         parts: dict[str, Kept] = {}
         try:
@@ -326,7 +349,29 @@ class TokenCache:
         if makes:
             self.abandon()  # nothing, if it has its name
             self._clean()
+            if self._remote is not None and not self.problem:
+                self._send(self._remote)
         return others
+
+    def _fetch(self, remote: Path) -> None:
+        """Copy the entry from the bucket, if it is there alone; it is checked like others."""
+        if self._entry.exists():
+            return
+        try:
+            if not (remote / DIGESTS).is_file():
+                return
+            copy_files(remote, self._making, files_below(remote))
+            os.rename(self._making, self._entry)
+        except OSError:  # it is made anew
+            _discard(self._making)
+
+    def _send(self, remote: Path) -> None:
+        """Copy the entry to the bucket; what says that it is whole goes last."""
+        try:
+            copy_files(self._entry, remote, (n for n in files_below(self._entry) if n != DIGESTS))
+            copy_files(self._entry, remote, [DIGESTS])
+        except OSError as error:
+            self.unsent = str(error)
 
     def abandon(self) -> None:
         """Remove what has been written of an entry that will not be whole."""
@@ -374,7 +419,7 @@ class TokenCache:
                 if path.name.startswith("."):
                     if age > _ABANDONED:
                         _discard(path)
-                elif (path / "digests.json").is_file() and path != self._entry:
+                elif (path / DIGESTS).is_file() and path != self._entry:
                     entries.append((age, path))
         size = _size(self._entry)
         for age, path in sorted(entries):

@@ -291,12 +291,25 @@ def _group(program: Program, kind: str, rest: str) -> list[int]:
         order = [int(n) for n in (found[3] or "").split(",") if n] or range(len(shape))
         numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order)
         return numbers.reshape(-1, int(found[1]))[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-        return _group_of_axes(dict(re.findall(r"'(\w+)'=(\d+)", found[1])), found[2])
+    if found := _MESH.search(rest):
+        members = _group_of_axes(dict(re.findall(r"'(\w+)'=(\d+)", found[1])), found[4])
+        if not found[2]:
+            return members
+        shape = [int(n) for n in found[2].split(",")]
+        order = [int(n) for n in (found[3] or "").split(",") if n] or range(len(shape))
+        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()
+        return devices[members].tolist()
     found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
     if not found:
         raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
     return [int(n) for n in found[1].split(",")] if found[1] else everyone
+
+
+# Sizes of axes; of devices that are not in their order, how they are laid out; axes of a group.
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?"
+    r"\{([^}]*)\}"
+)
 
 
 def _group_of_axes(sizes: dict[str, str], axes: str) -> list[int]:

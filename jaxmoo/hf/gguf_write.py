@@ -27,6 +27,7 @@ from jaxmoo.hf.save import Tensor, check_space, model_tensors
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
+from jaxmoo.models.rope import Llama3Rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,7 @@ KINDS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (_Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (_Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Of the layout of quantised types; llama.cpp has known no other since 2023.
 _QUANTISATION_VERSION = 2
@@ -88,6 +90,7 @@ def save_gguf(
       CheckpointError: the format cannot hold the model or its tokenizer, the disk is too small, or
         a value does not fit the kind.
     """
+    _check_family(model.config)
     kind = kind or _OF_DTYPE.get(dtypes["model.embed_tokens.weight"], "f32")
     if kind not in KINDS:
         raise ConfigError(f"GGUF files are written in {', '.join(KINDS)}, found {kind!r}.")
@@ -104,6 +107,18 @@ def save_gguf(
         tensors.insert(0, _Stored(ROPE_FACTORS, factors.shape, _Kind.F32, lambda: factors))
     _check(config, architecture, fields, factors)
     _write(path, architecture, fields, tensors)
+
+
+def _check_family(config: DecoderConfig) -> None:
+    """Raise unless GGUF files are written of such models."""
+    scaling = config.rope_scaling
+    other_rope = scaling is not None and not isinstance(scaling, Llama3Rope)
+    if config.family not in _FAMILIES or config.layer_kinds or other_rope:
+        raise CheckpointError(
+            f"GGUF files are written of {', '.join(_FAMILIES)} models whose layers are alike and "
+            "whose rotary frequencies are plain or stretched as Llama 3's; this is a "
+            f"{config.family} model with others. Export a Hugging Face directory instead."
+        )
 
 
 def _fields(

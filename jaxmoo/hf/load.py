@@ -305,9 +305,10 @@ def _check(weights: Weights, state: nnx.State, config: DecoderConfig, path: Path
 
 
 def _check_constant(weights: Weights, name: str, value: float) -> None:
-    """Raise unless a tensor holds a number, rounded to its own dtype."""
-    rounded = np.asarray(value, jnp.dtype(weights.dtype(name)))
-    if weights.shape(name) != () or np.asarray(weights.read(name)) != rounded:
+    """Raise unless a tensor holds a number, rounded to a dtype that it has or may have had."""
+    own = jnp.dtype(weights.dtype(name))
+    rounded = [np.asarray(value, x).astype(own) for x in (own, jnp.bfloat16, np.float16)]
+    if weights.shape(name) != () or np.asarray(weights.read(name)) not in rounded:
         raise CheckpointError(f"{name} must be {value}; other values are not supported")
 
 

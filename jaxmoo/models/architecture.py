@@ -115,7 +115,7 @@ class DecoderConfig:
         for name in _FLAGS:
             check_flag(name, getattr(self, name))
         for name in _ABOVE_0:
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name not in _OR_NONE:
                 check_number(name, getattr(self, name), 0, above=True)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
@@ -239,7 +239,9 @@ def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             f"{shown(found)}"
         )
     refuse(found, quantization_config=None)
-    return found
+    # transformers goes by what the whole says of the head.
+    tied = config.get("tie_word_embeddings")
+    return found if tied is None else {**found, "tie_word_embeddings": tied}
 
 
 _SIZES = (
@@ -268,6 +270,7 @@ _ABOVE_0 = (
     "logit_scale",
     "final_logit_softcapping",
 )
+_OR_NONE = ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping")
 _CHOICES = {
     "norm": ("rms", "rms_offset", "layer"),
     "norm_places": ("before", "after", "both", "parallel"),

@@ -163,5 +163,5 @@ def _run(
         return (number + 1, layer.finish(h_BSD, out), k_LBTGH, v_LBTGH), None
 
     carry = (jnp.int32(0), model.embed(tokens_BS), *cache)
-    (_, h_BSD, *cached), _ = over_layers(model, position_BS, body, carry)
-    return model.norm(h_BSD), tuple(cached)
+    (_, h_BSD, k_LBTGH, v_LBTGH), _ = over_layers(model, position_BS, body, carry)
+    return model.norm(h_BSD), (k_LBTGH, v_LBTGH)

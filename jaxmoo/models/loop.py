@@ -125,12 +125,15 @@ class _Places:
         """The place of a layer of a kind, whose number is known or traced."""
         if isinstance(number, int):
             kind = self.kinds[number]
-            return Place(*self.tables.get(kind.rope, (None, None)), kind.window)
+            cos, sin = self.tables.get(kind.rope, (None, None))
+            return Place(cos, sin, kind.window)
         if not self.stacked:
-            tables = self.tables.get(self.kinds[0].rope, (None, None))
+            cos, sin = self.tables.get(self.kinds[0].rope, (None, None))
         else:
-            tables = [jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in self.stacked]
+            cos, sin = (
+                jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in self.stacked
+            )
         windows = tuple(kind.window for kind in self.kinds)
         if len(set(windows)) == 1:
-            return Place(*tables, windows[0])
-        return Place(*tables, Windows(windows, number))
+            return Place(cos, sin, windows[0])
+        return Place(cos, sin, Windows(windows, number))

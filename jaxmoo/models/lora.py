@@ -34,9 +34,11 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
+from jaxmoo.projections import PROJECTIONS
 
 __all__ = [
     "ADAPTERS",
+    "ALL_LINEAR",
     "PROJECTIONS",
     "AdaptedLinear",
     "LoRA",
@@ -52,7 +54,6 @@ ADAPTERS = r"\.lora_([AB]\.kernel|magnitude_vector)$"
 
 _MOST_ALPHA = 1e30  # kernels are float32
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
 
@@ -188,7 +189,8 @@ class AdaptedLinear(Linear):
         y = product(x, self.kernel[...].astype(self.dtype), self.platform) + change
         a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
         norms = jax.lax.stop_gradient(_column_norms(self.kernel[...], a, b, self.scale))
-        y = y * (self.lora_magnitude_vector[...] / norms).astype(self.dtype)
+        # Not rounded by itself to bfloat16, which has no number between 1 and 1.0078.
+        y = (y * (self.lora_magnitude_vector[...] / norms)).astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def merged(self) -> Linear:

@@ -118,7 +118,8 @@ class YarnRope:
 class LongRope:
     """LongRoPE: every frequency has a factor of its own (Ding et al., arXiv:2402.13753).
 
-    Which list is used is decided for each text by its last position.
+    Which list is used is decided for each text by its last position, padding included; in rows of
+    several texts there is none.
 
     Attributes:
       short_factor: what frequencies are divided by, within the original context; one per pair.
@@ -226,6 +227,9 @@ def read_rope(
     if kind == "longrope":
         return Rope(theta, _long(config, rope))
     made = _DATACLASSES[kind]
+    outside = config.get("original_max_position_embeddings")
+    if outside is not None and layer_type is None:  # which transformers prefers
+        rope["original_max_position_embeddings"] = outside
     missing = [f.name for f in fields(made) if f.default is MISSING and f.name not in rope]
     if missing:
         raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)} in config.json")

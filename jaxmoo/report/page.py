@@ -22,7 +22,7 @@ _PAGE = """<!doctype html>
   h2 {{ font-size: 1.2rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }}
   p, ul {{ max-width: 46rem; }}
   p.limits {{ color: #555; font-size: .92em; }}
-  nav a {{ margin-right: 1.2rem; }}
+  nav a {{ display: inline-block; margin-right: 1.2rem; }}
   img {{ max-width: 100%; display: block; margin: 2rem 0; }}
   table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
   th, td {{ padding: .2rem .9rem; text-align: right; }}
@@ -30,6 +30,14 @@ _PAGE = """<!doctype html>
   thead th {{ border-bottom: 1px solid #999; }}
   table.settings td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
   div.wide {{ overflow-x: auto; }}
+  div.wide img {{ max-width: max(100%, 52rem); }}
+  table.numbers th, table.numbers td {{ padding: .2rem .6rem; white-space: nowrap; }}
+  table.words th, table.words td {{ padding: .2rem .6rem; text-align: left; }}
+  table.words td {{ vertical-align: top; }}
+  table.words td:not(:last-child), table.words th {{ white-space: nowrap; }}
+  table.words td:last-child {{ min-width: 15rem; overflow-wrap: anywhere; }}
+  .numbers tr > :first-child, .words tr > :first-child {{
+    position: sticky; left: 0; background: #fff; }}
   table.texts td {{ text-align: start; vertical-align: top; min-width: 9rem; white-space: pre-wrap;
                    overflow-wrap: anywhere; border-bottom: 1px solid #ddd; }}
   table.texts td:first-child {{ min-width: 0; white-space: normal; }}
@@ -58,15 +66,27 @@ def page(heading: str, body: str) -> str:
     return _PAGE.format(heading=html.escape(heading), body=body)
 
 
-def image(path: Path, alt: str | None = None) -> str:
-    """Return an element that holds a PNG image.
+_KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+def image(path: Path, alt: str | None = None, narrow: Path | None = None) -> str:
+    """Return an element that holds an image, PNG or SVG.
 
     Args:
       path: the file.
       alt: what it shows; its name by default.
+      narrow: another file to show instead on a small screen.
     """
+    shown = f'<img alt="{html.escape(alt or path.stem)}" src="{_data(path)}">'
+    if narrow is None:
+        return shown
+    small = f'<source media="(max-width: 600px)" srcset="{_data(narrow)}">'
+    return f"<picture>{small}{shown}</picture>"
+
+
+def _data(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{html.escape(alt or path.stem)}" src="data:image/png;base64,{data}">'
+    return f"data:{_KINDS[path.suffix]};base64,{data}"
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], css: str = "") -> str:

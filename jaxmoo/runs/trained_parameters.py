@@ -12,7 +12,15 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter import load_adapter
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
-from jaxmoo.models.lora import ADAPTERS, adapted_layers, add_adapters, initial_adapters
+from jaxmoo.models.families import FAMILIES
+from jaxmoo.models.lora import (
+    ADAPTERS,
+    ALL_LINEAR,
+    PROJECTIONS,
+    adapted_layers,
+    add_adapters,
+    initial_adapters,
+)
 
 __all__ = ["begun_model", "check_model", "run_segments", "split_model", "trained_filter"]
 
@@ -45,7 +53,8 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
       architecture: the model's sizes.
 
     Raises:
-      ConfigError: rows are longer than the model reads, or adapters larger than what they adapt.
+      ConfigError: rows are longer than the model reads, adapters are larger than what they adapt,
+        of projections that the model does not have, or cannot be exported.
     """
     length, longest = config.data.sequence_length, architecture.max_position_embeddings
     if length > longest:
@@ -62,6 +71,24 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             raise ConfigError(
                 f"{name} is {rank}, but no side of a matrix of {config.model.source} is longer "
                 f"than {largest}: a smaller rank does the same."
+            )
+    _check_projections(config, architecture)
+
+
+def _check_projections(config: Config, architecture: DecoderConfig) -> None:
+    lora, source = config.lora, config.model.source
+    every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
+    named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
+    if "gate_proj" in named and not architecture.gated_mlp:
+        raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
+    adapted = set(PROJECTIONS if every else lora.targets)
+    for whole, parts in FAMILIES[architecture.family].names.fused.items():
+        fused = adapted & {part.rpartition(".")[2] for part in parts}
+        if lora.dora and fused and config.export and lora.export != "merged":
+            raise ConfigError(
+                f"lora.dora: adapters of {whole.rpartition('.')[2]}, which {source} keeps in one "
+                f"matrix, cannot be exported by themselves. Set lora.export to 'merged', not "
+                f"{lora.export!r}."
             )
 
 

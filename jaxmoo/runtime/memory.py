@@ -6,8 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import jax
-
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.sizes import format_size
 
@@ -49,7 +47,11 @@ def named_when_full(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
+        from jax.errors import JaxRuntimeError
+
+        if not isinstance(error, MemoryError | JaxRuntimeError):
+            raise
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).split("\n")[0] or "no memory"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.runtime.compiled import distrust_on_cpus
+from jaxmoo.runtime.launch import Launch
 
 __all__ = [
     "Agreement",
-    "Launch",
     "UnreachableError",
     "barrier",
     "check_same",
@@ -44,27 +44,6 @@ class UnreachableError(JaxmooError):
     """The other processes did not come, or went before all were there."""
 
     exit_code = 1
-
-
-class Launch(NamedTuple):
-    """How this process was told of the others; None where it was not.
-
-    Attributes:
-      coordinator: ``host:port`` of process 0.
-      processes: their number.
-      process: which one this is, from 0.
-      detect: look for them in any case, as ``jax.distributed.initialize()`` does.
-      heartbeat: seconds after which a process that is not heard of is taken for dead, and all
-        others are ended.
-      patience: seconds to wait at the start until all have come.
-    """
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-    detect: bool = False
-    heartbeat: int = 100
-    patience: int = 300
 
 
 def launched_together(environment: Mapping[str, str] = os.environ) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-__all__ = ["forest", "language_map"]
+__all__ = ["forest", "language_map", "reading_of_forest"]
 
 _LOOKS = {
     "better": ("#009E73", "o", "#009E73"),
@@ -37,6 +37,8 @@ def forest(
     baseline: str,
     smallest: float | None,
     path: Path,
+    *,
+    narrow: bool = False,
 ) -> Figure:
     """Plot differences to the baseline with their intervals, a panel per group of languages.
 
@@ -46,25 +48,31 @@ def forest(
       baseline: the arm that stands at 0.
       smallest: the smallest effect worth having, shown as a band; None where none is set.
       path: the image to write.
+      narrow: for a small screen: panels below each other, without a title.
     """
     main = found["seen"]
     higher = MEASURES[measure].higher_is_better
     arms = sorted(main, key=lambda name: main[name].estimate.mean, reverse=higher)
-    with canvas(path, 2.4 + 2.7 * len(found), 1.9 + 0.3 * max(len(arms), 2)) as figure:
-        what = f", grey: less than {smallest:g}, not worth having" if smallest is not None else ""
-        title(
-            figure,
-            f"{MEASURES[measure].label}: {headline(main, baseline)}",
-            f"difference to {baseline} and its 95 % interval{what}",
-        )
-        panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
+    height = 0.3 * max(len(arms), 2)
+    across = (2.4 + 2.7 * len(found), 1.9 + height)
+    below = (4.2, 0.7 + (1.0 + height) * len(found))
+    with canvas(path, *(below if narrow else across)) as figure:
+        if not narrow:
+            title(
+                figure,
+                f"{MEASURES[measure].label}: {headline(main, baseline)}",
+                reading_of_forest(baseline, smallest),
+            )
+        count = (len(found), 1) if narrow else (1, len(found))
+        panels = figure.subplots(*count, sharex=True, sharey=True, squeeze=False).flat
         limit = max(_limit(list(verdicts.values()), smallest or 0.0) for verdicts in found.values())
+        side = "right" if narrow else "left"  # where there is room for it
         for axes, (group, verdicts) in zip(panels, found.items(), strict=True):
             if smallest is not None:
                 axes.axvspan(-smallest, smallest, color="#E9E9E9", zorder=0)
             axes.axvline(0, color=INK, linewidth=0.9)
             _points(axes, [verdicts[name] for name in arms], limit)
-            axes.set_title(GROUP_NAMES[group], fontweight="bold")
+            axes.set_title(GROUP_NAMES[group], loc=side, fontweight="bold")
             axes.set_xlabel("better →" if higher else "← better", color=FAINT)
             axes.grid(axis="x")
             axes.locator_params(axis="x", nbins=4)
@@ -72,8 +80,15 @@ def forest(
         panels[0].set_ylim(len(arms) - 0.5, -0.5)
         shown = {one.kind for verdicts in found.values() for one in verdicts.values()}
         handles = [_handle(kind) for kind in _LOOKS if kind in shown]
-        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles))
+        columns = min(len(handles), 3) if narrow else len(handles)
+        figure.legend(handles=handles, loc="outside lower right", ncols=columns)
         return figure
+
+
+def reading_of_forest(baseline: str, smallest: float | None) -> str:
+    """Say how `forest` is read."""
+    what = f", grey: less than {smallest:g}, not worth having" if smallest is not None else ""
+    return f"difference to {baseline} and its 95 % interval{what}"
 
 
 def _limit(verdicts: Sequence[Verdict], smallest: float) -> float:

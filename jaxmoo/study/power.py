@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from scipy import special
 
-from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.study.effects import Effects
+from jaxmoo.study.parts import Part, Table
 from jaxmoo.study.statistics import satterthwaite
 
 __all__ = ["Noise", "detectable", "noise", "power_section"]
@@ -115,7 +115,7 @@ def detectable(found: Noise, seeds: int, examples: int, *, equivalence: bool = F
     return math.sqrt(variance) * float(special.stdtrit(freedom, [level, power]).sum())
 
 
-def power_section(effects: Effects, measure: str, group: str) -> str:
+def power_section(effects: Effects, measure: str, group: str) -> list[Part]:
     """Describe the noise, and tabulate the smallest differences by seeds and examples.
 
     Args:
@@ -134,7 +134,7 @@ def power_section(effects: Effects, measure: str, group: str) -> str:
         examples = sorted({*_EXAMPLES, found.number})
     header = ["seeds", *(f"{number} examples" for number in examples)]
     tables = [
-        text_table(
+        Table(
             header,
             [
                 [n, *(f"{detectable(found, n, e, equivalence=equal):.3f}" for e in examples)]
@@ -160,11 +160,14 @@ def power_section(effects: Effects, measure: str, group: str) -> str:
         if effects.of_examples
         else " The rows hold no single examples, so it is not known what more of them would change."
     )
-    return (
-        f"### Power: {label} of {what}\n\nNoise of a difference to {effects.baseline}, as standard "
-        f"deviations, the middle one of all arms: {'; '.join(parts)}.{unknown}\n\nThe smallest "
-        "difference that eight of ten such studies would find (t-test at 5 %, not adjusted for "
-        f"the number of arms), by seeds and held-out examples per language:\n\n{tables[0]}\n\nThe "
-        "smallest effect that eight of ten would exclude in both directions if there is no "
-        f"difference (two one-sided t-tests at 5 %):\n\n{tables[1]}"
-    )
+    return [
+        f"### Power: {label} of {what}",
+        f"Noise of a difference to {effects.baseline}, as standard deviations, the middle one of "
+        f"all arms: {'; '.join(parts)}.{unknown}",
+        "The smallest difference that eight of ten such studies would find (t-test at 5 %, not "
+        "adjusted for the number of arms), by seeds and held-out examples per language:",
+        tables[0],
+        "The smallest effect that eight of ten would exclude in both directions if there is no "
+        "difference (two one-sided t-tests at 5 %):",
+        tables[1],
+    ]

@@ -1,4 +1,4 @@
-"""The report of a study: tables in Markdown and a plot, from its rows alone."""
+"""The report of a study: tables in Markdown, plots and a page, from its rows alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jaxmoo.config.study_config import StudyConfig
-from jaxmoo.data.table import text_table
 from jaxmoo.errors import DataError
 from jaxmoo.evaluate.measures import MEASURES
 from jaxmoo.files.atomic import replace_text
@@ -15,9 +14,11 @@ from jaxmoo.study.effects import Effects, Verdict, verdicts
 from jaxmoo.study.figure import forest, language_map
 from jaxmoo.study.grid import Cell, Key
 from jaxmoo.study.outcome import GROUPS, Arm, measures_of, outcomes, summary
+from jaxmoo.study.parts import Part, Picture, Table, as_markdown
 from jaxmoo.study.power import power_section
 from jaxmoo.study.rows import Row, RowStore, base_row, check_rows, rows_of
 from jaxmoo.study.statistics import LEAST, Estimate, mean_interval
+from jaxmoo.study.web_page import Shown, write_page
 
 __all__ = ["write_power", "write_report"]
 
@@ -28,12 +29,13 @@ _HEADS = {"seen": "seen mean", "unseen": "unseen mean", "worst": "worst language
 
 
 def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> str:
-    """Make tables and plot from stored rows.
+    """Make tables, plots and a page from stored rows.
 
     Args:
       study: the settings.
       cells: the grid.
-      store: the rows; ``study.md`` and two plots are written beside them.
+      store: the rows; ``study.md``, two plots and ``index.html``, a page that holds it all, are
+        written beside them.
 
     Returns:
       The contents of ``study.md``. The same rows give the same text.
@@ -45,33 +47,40 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     rows = store.read()
     effects = _effects(study, cells, rows, store)
     arms, measures, stored = effects.arms, measures_of(effects.row), rows_of(cells, rows)
-    parts = [_about(study, cells, stored, effects)]
+    main = _main_measure(study, measures)
+    smallest = study.measure.smallest_effect.get(main)
+    shown = None
+    answered: list[Part] = []
+    parts: list[Part] = []
     if effects.others():
         found = _verdicts(effects, measures, study)
-        main = _main_measure(study, measures)
-        smallest = study.measure.smallest_effect.get(main)
-        parts.insert(0, answer(found, main, study.baseline, smallest))
-        forest(
+        shown = Shown(
             {group: found[main, group] for group in GROUPS if (main, group) in found},
-            main, study.baseline, smallest, store.directory / "forest.svg",
+            _by_language(effects, main), main, study.baseline, smallest,
         )  # fmt: skip
+        answered.append(answer(found, main, study.baseline, smallest))
+        forest(shown.found, main, study.baseline, smallest, store.directory / "forest.svg")
         language_map(
-            _by_language(effects, main), effects.row["seen"], effects.row["unseen"], main,
+            shown.by_language, effects.row["seen"], effects.row["unseen"], main,
             study.baseline, store.directory / "languages.svg",
         )  # fmt: skip
-        parts.append(f"![{headline(found[main, 'seen'], study.baseline)}](forest.svg)")
+        parts.append(Picture("forest.svg", headline(found[main, "seen"], study.baseline)))
         parts.append(_reading(effects, cells))
-        parts += [_difference_tables(measure, found, effects) for measure in measures]
-        parts.append("![Differences by language](languages.svg)")
+        for measure in measures:
+            parts += _difference_tables(measure, found, effects)
+        parts.append(Picture("languages.svg", "Differences by language"))
         if any(len(effects.seeds(name)) > 1 for name in effects.others()):
-            parts.append(power_section(effects, main, "seen"))
-    parts += [_scores(measure, effects, base_row(rows)) for measure in measures]
+            parts += power_section(effects, main, "seen")
+    for measure in measures:
+        parts += _scores(measure, effects, base_row(rows))
     if any(arm.tuned for arm in arms.values()):
-        parts.append(_rates(study, arms))
-    parts.append(_costs(arms))
+        parts += _rates(study, arms)
+    parts += _costs(arms)
     parts.append(_circumstances(list(stored.values())))
-    text = "\n\n".join(parts) + "\n"
+    about = _about(study, cells, stored, effects)
+    text = as_markdown([*answered, *about, *parts]) + "\n"
     replace_text(store.directory / "study.md", text)
+    write_page(study, cells, stored, answered, about, parts, shown, store.directory)
     return text
 
 
@@ -93,10 +102,13 @@ def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> s
     effects = _effects(study, cells, store.read(), store)
     measures = measures_of(effects.row)
     wanted = [name for name in measures if name in study.measure.smallest_effect]
-    return "\n\n".join(
-        power_section(effects, measure, group)
-        for measure in wanted or measures[:1]
-        for group in ("seen", "worst")
+    return as_markdown(
+        [
+            part
+            for measure in wanted or measures[:1]
+            for group in ("seen", "worst")
+            for part in power_section(effects, measure, group)
+        ]
     )
 
 
@@ -135,7 +147,7 @@ def _verdicts(effects: Effects, measures: Sequence[str], study: StudyConfig) -> 
 
 def _about(
     study: StudyConfig, cells: Sequence[Cell], stored: Mapping[Key, Row], effects: Effects
-) -> str:
+) -> list[Part]:
     row, part = effects.row, effects.part
     examples = [parts[part]["examples"] for parts in row["languages"].values()]
     spread = f"{min(examples)} to {max(examples)}" if len(set(examples)) > 1 else f"{examples[0]}"
@@ -155,7 +167,7 @@ def _about(
     for what, which in (("Unfinished", partly), ("Not run at all", whole)):
         if which:
             lines.append(f"{what}: {', '.join(which)}.")
-    return "\n\n".join(lines)
+    return [*lines]
 
 
 def _by_language(effects: Effects, measure: str) -> dict[str, dict[str, Estimate]]:
@@ -167,7 +179,7 @@ def _by_language(effects: Effects, measure: str) -> dict[str, dict[str, Estimate
     }
 
 
-def _scores(measure: str, effects: Effects, base: Row | None) -> str:
+def _scores(measure: str, effects: Effects, base: Row | None) -> list[Part]:
     table = []
     if base is not None:
         scores = summary(base, effects.part)[measure]
@@ -180,23 +192,23 @@ def _scores(measure: str, effects: Effects, base: Row | None) -> str:
     better = "higher" if MEASURES[measure].higher_is_better else "lower"
     header = ["arm", "learning rate", "seeds", *_HEADS.values()]
     title = f"### {MEASURES[measure].label} ({better} is better)"
-    return f"{title}\n\nMean ± 95 % t-interval over seeds.\n\n{text_table(header, table)}"
+    return [title, "Mean ± 95 % t-interval over seeds.", Table(header, table)]
 
 
-def _difference_tables(measure: str, found: Found, effects: Effects) -> str:
+def _difference_tables(measure: str, found: Found, effects: Effects) -> list[Part]:
     better = "higher" if MEASURES[measure].higher_is_better else "lower"
     title = f"### {MEASURES[measure].label} ({better} is better): difference to {effects.baseline}"
-    parts = [title]
+    parts: list[Part] = [title]
     for group, name in GROUP_NAMES.items():
         if (measure, group) in found:
-            table = _difference_table(measure, group, found[measure, group], effects)
-            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{table}")
-    return "\n\n".join(parts)
+            parts.append(f"{name[0].upper()}{name[1:]}:")
+            parts.append(_difference_table(measure, group, found[measure, group], effects))
+    return parts
 
 
 def _difference_table(
     measure: str, group: str, found: Mapping[str, Verdict], effects: Effects
-) -> str:
+) -> Table:
     # The wider or narrower interval that the test is not about.
     drawn = not effects.other_languages
     beside = [f"± {'other' if drawn else 'given'} languages"] if group != "worst" else []
@@ -213,7 +225,7 @@ def _difference_table(
         table.append([*cells, one.kind])
     header = ["arm", "seeds", "difference", *beside, "p"]
     header += ["gain up to", *(["p, equivalent"] if tested else []), "verdict"]
-    return text_table(header, table)
+    return Table(header, table)
 
 
 def _reading(effects: Effects, cells: Sequence[Cell]) -> str:
@@ -254,7 +266,7 @@ def _reading(effects: Effects, cells: Sequence[Cell]) -> str:
     return " ".join(parts)
 
 
-def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> str:
+def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> list[Part]:
     ordered = sorted(study.learning_rates)
     table = []
     for name, arm in arms.items():
@@ -265,13 +277,14 @@ def _rates(study: StudyConfig, arms: Mapping[str, Arm]) -> str:
         ]
         table.append([name, len(arm.tuned_seeds), *values, "yes" if edge else ""])
     header = ["arm", "seeds", *(f"{rate:g}" for rate in ordered), "at the grid's edge"]
-    return (
-        "### Learning rates\n\nMean NLL of the seen languages on the tuning examples; the lowest "
-        f"is the one reported.\n\n{text_table(header, table)}"
-    )
+    return [
+        "### Learning rates",
+        "Mean NLL of the seen languages on the tuning examples; the lowest is the one reported.",
+        Table(header, table),
+    ]
 
 
-def _costs(arms: Mapping[str, Arm]) -> str:
+def _costs(arms: Mapping[str, Arm]) -> list[Part]:
     table = []
     for name, arm in arms.items():
         rows = list(arm.rows.values())
@@ -291,12 +304,13 @@ def _costs(arms: Mapping[str, Arm]) -> str:
             values.append("" if math.isnan(value) else f"{value:.3g}")
         table.append([name, *values])
     header = ["arm", "steps", "tokens", "s/step", "min/run", "conflict", "update norm", "/ mean's"]
-    return (
-        "### Compute and updates\n\nMeans over runs. *conflict*: share of pairs of languages with "
-        "opposed gradients, over blocks and steps; *update norm*: length of the resolved gradient "
-        "before clipping; */ mean's*: the same over the mean gradient's.\n\n"
-        + text_table(header, table)
-    )
+    return [
+        "### Compute and updates",
+        "Means over runs. *conflict*: share of pairs of languages with opposed gradients, over "
+        "blocks and steps; *update norm*: length of the resolved gradient before clipping; "
+        "*/ mean's*: the same over the mean gradient's.",
+        Table(header, table),
+    ]
 
 
 def _circumstances(rows: Sequence[Row]) -> str:

@@ -17,10 +17,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jax.experimental import topologies
-
 from jaxmoo.errors import ConfigError, JaxmooError, did_you_mean, shown
-from jaxmoo.runtime.compiled import nothing_kept
 
 __all__ = ["CHIPS", "Chip", "ChipFullError", "Slice", "answering_for", "compile_for", "slice_of"]
 
@@ -167,6 +164,8 @@ class Slice:
           ConfigError: the compiler for them is not installed, or does not know them.
         """
         _check_compiler(self.chip)
+        from jax.experimental import topologies
+
         try:
             if self.chip.platform == "tpu":
                 # Else it asks a metadata server, and a second process on this machine is refused.
@@ -331,6 +330,8 @@ def compile_for(place: Slice, traced: Any) -> Any:
     Raises:
       ChipFullError: it does not fit the chip's memory, and the compiler refuses.
     """
+    from jaxmoo.runtime.compiled import nothing_kept
+
     platform = {"gpu": "cuda"}.get(place.chip.platform, place.chip.platform)
     try:
         with answering_for(place.chip), nothing_kept():

@@ -161,7 +161,11 @@ def run_attention(config: Config, architecture: DecoderConfig, device_mesh: Mesh
     if name == "auto" and tensor > 1 and not divided:
         name = "xla"
     return choose_attention(
-        name, head_dim=architecture.head_dim, dtype=config.model.dtype, platform=platform
+        name,
+        head_dim=architecture.head_dim,
+        dtype=config.model.dtype,
+        platform=platform,
+        soft_cap=architecture.attn_logit_softcapping,
     )
 
 

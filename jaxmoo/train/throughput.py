@@ -4,9 +4,10 @@
 token in the forward pass; in the backward pass two more for the gradient with respect to the
 activations, from the first trained layer on, and two more for every trained weight. Attention adds
 4 S H per token, layer and direction, for S positions and H = heads times head width, halved because
-it is causal; its backward pass needs twice its forward pass. What is computed twice to save memory,
-the resolution of conflicts and the optimiser do not count, and neither do the embedding's lookup,
-norms and elementwise operations. Every position of a batch counts, padding too.
+it is causal, and less by what a window leaves out; its backward pass needs twice its forward pass.
+What is computed twice to save memory, the resolution of conflicts and the optimiser do not count,
+and neither do the embedding's lookup, norms and elementwise operations. Every position of a batch
+counts, padding too.
 
 *MFU*, model FLOPs utilisation, is model FLOPs per second over the devices' peak (Chowdhery et al.
 2022, appendix B).
@@ -109,6 +110,12 @@ def model_flops(
                 trained[begin : begin + count] += learns * math.prod(leaf.shape[1:])
     forward = 2 * (weights.sum() + head)
     backward = 2 * (weights[first:].sum() + passed) + 2 * (trained.sum() + head_trained)
-    attention = 2 * length * architecture.num_attention_heads * architecture.head_dim
-    passes = layers + 2 * (layers - first)
-    return float(positions * (forward + backward + attention * passes))
+    seen = np.array([_seen(kind.window, length) for kind in architecture.kinds])
+    attention = 4 * architecture.num_attention_heads * architecture.head_dim * seen
+    return float(positions * (forward + backward + attention.sum() + 2 * attention[first:].sum()))
+
+
+def _seen(window: int | None, length: int) -> float:
+    """How many positions one attends to, on average over a row; each counts half itself."""
+    reach = min(length, window or length)
+    return reach * (1 - reach / (2 * length))

@@ -11,7 +11,8 @@ import pytest
 
 from jaxmoo import aggregators, blocks
 from jaxmoo.aggregators import aggregator, methods
-from jaxmoo.config.resolve_section import ResolveConfig, check_resolve
+from jaxmoo.config.resolve_checks import check_resolve
+from jaxmoo.config.resolve_section import ResolveConfig
 from jaxmoo.errors import ConfigError
 
 

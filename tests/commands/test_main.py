@@ -56,6 +56,19 @@ def test_help_lists_the_commands_before_anything_large_is_imported():
         assert f"  {name:<8}  {summary}\n" in done.stdout
 
 
+def test_help_of_no_command_waits_for_jax():
+    program = (
+        "import sys; from jaxmoo.commands.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "    found = {'jax', 'transformers', 'orbax', 'torch'} & set(sys.modules)\n"
+        "    if found: sys.exit(f'{name} imports {found}')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_command_a_misspelt_one_and_the_version(capsys):
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("usage: jaxmoo COMMAND")

@@ -23,7 +23,7 @@ from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.tokenization import parallel
-from jaxmoo.errors import ConfigError, DataError, InterruptedRunError
+from jaxmoo.errors import DataError, InterruptedRunError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_tokenizer
 
@@ -162,8 +162,32 @@ def test_what_lies_in_a_bucket_is_kept_here(folder, cache, tokenizer, parts):
     text = (bucket / "en.jsonl").read_text()
     (bucket / "en.jsonl").write_text(text.replace("reply 1 ", "reply 8 "))
     assert whole(load(data, tokenizer)) == uncached(data, tokenizer) != expected
-    with pytest.raises(ConfigError, match=r"data\.cache: memory://bucket/.* is in a bucket"):
-        load(dataclasses.replace(data, cache=str(bucket)), tokenizer)
+
+
+def test_machines_take_from_a_bucket_what_one_has_made(
+    folder, tokenizer, parts, tmp_path, monkeypatch
+):
+    bucket = typed_path("memory://bucket/tokens")
+    data = options(folder, bucket)
+    expected = uncached(data, tokenizer)
+
+    def on_machine(name):
+        own = tmp_path / name
+        own.mkdir()
+        monkeypatch.setattr(token_cache, "cache_directory", lambda where, kind: own)
+        parts.clear()
+        assert whole(load(data, tokenizer)) == expected
+        return len(parts) > 0
+
+    assert on_machine("one") and not on_machine("other")
+    # What is damaged there is made anew, and sent again.
+    (entry,) = bucket.iterdir()
+    good = (entry / "en.safetensors").read_bytes()
+    (entry / "en.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert on_machine("third")
+    assert (entry / "en.safetensors").read_bytes() == good
+    (entry / "digests.json").unlink()  # not all of it has been sent
+    assert on_machine("fourth") and not on_machine("fifth")
 
 
 def test_other_names_of_languages_have_an_entry_of_their_own(folder, cache, tokenizer):
@@ -362,7 +386,8 @@ def test_processes_divide_the_languages_and_have_all(count, folder, cache, make_
 def test_whatever_is_made_of_sources_is_divided_and_kept(what, folder, cache, make_tokenizer):
     other = folder / "other"
     other.mkdir()
-    lines = [json.dumps({"prompt": f"{i % 13}!", "completion": f"r{i}"}) for i in range(20)]
+    rows = [{"prompt": f"{i % 13}!", "completion": f"r{i}", "group": None} for i in range(20)]
+    lines = [json.dumps(row) for row in rows]
     for language in ("fa", "de"):
         (other / f"{language}.jsonl").write_text("\n".join(lines))
     changes = {

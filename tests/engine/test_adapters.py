@@ -21,7 +21,8 @@ from jaxmoo.models import (
     token_nll,
     trainable_filter,
 )
-from jaxmoo.models.lora import ADAPTERS
+from jaxmoo.models.layers import Linear
+from jaxmoo.models.lora import ADAPTERS, AdaptedLinear
 
 STACKED = r"^layers\.(\d+)\."
 LANGUAGES, ROWS, LENGTH = 4, 4, 10
@@ -141,3 +142,19 @@ def test_adapters_are_blocks_of_their_own_resolved_inside_the_pass(one, remat):
         assert engine.deferred(usage) == frozenset()
         assert names is None or list(engine.partition.names) == names
         assert sum(engine.partition.sizes) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_magnitudes_that_bfloat16_cannot_tell_apart_count():
+    """Outputs are rounded, but magnitudes are not: on average they count as they are."""
+    linear = Linear(
+        16, 8, platform="cpu", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    adapted = AdaptedLinear(linear, LoRA(2, 4, ("q_proj",), dora=True), "q_proj")
+    adapted.lora_A.kernel = nnx.Param(jnp.ones((16, 2)))
+    adapted.lora_B.kernel = nnx.Param(jnp.zeros((2, 8)))
+    norms = jnp.linalg.norm(linear.kernel[...].astype(jnp.float32), axis=0)
+    adapted.lora_magnitude_vector = nnx.Param(1.0117 * norms)
+    x = jax.random.normal(jax.random.key(0), (4096, 16), jnp.bfloat16)
+    before, after = (f(x).astype(jnp.float32) for f in (linear, adapted))
+    slope = (before * after).sum() / (before * before).sum()
+    np.testing.assert_allclose(slope, 1.0117, atol=1e-3)

@@ -302,6 +302,8 @@ ENTRY %main (x: MAT) -> MAT {
         ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, True),
         ("replica_groups=mesh['data'=2,'fsdp'=4]{'fsdp'}", 4, False),
         ("replica_groups=mesh['data'=2,'fsdp'=4]{'data'}", 2, True),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4, False),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", 2, True),
         ("replica_groups=mesh['data'=4,'fsdp'=2] {'data':(1)2}", 2, True),
         ("replica_groups=mesh['data'=4,'fsdp'=2] {'data':(2)2,'fsdp'}", 4, False),
     ],

@@ -8,6 +8,7 @@ import json
 import shutil
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,6 +23,9 @@ from jaxmoo.hf import load_model, load_tokenizer
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.gguf_tokenizer import _RULES, _WORDS
 from jaxmoo.hf.gguf_write import save_gguf
+from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.models.families import LayerKind
+from jaxmoo.models.rope import LinearRope, Rope
 from small_runs import CHATML
 
 # Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
@@ -308,3 +312,23 @@ def test_llama_cpp_reads_the_same_model(source, variant, tmp_path):
     assert first["id"] == expected.argmax()
     # llama.cpp keeps keys and values in half precision.
     np.testing.assert_allclose(list(found.values()), expected[list(found)], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"family": "granite"},
+        {"rope_scaling": LinearRope(4.0)},
+        {"layer_kinds": (LayerKind(4, Rope()), LayerKind(None, Rope()))},
+    ],
+    ids=["family", "frequencies", "windows"],
+)
+def test_models_that_would_become_others_are_refused(changes, tmp_path: Path):
+    config = DecoderConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+        **changes,
+    )  # fmt: skip
+    tokenizer: Any = None  # which it does not come to
+    with pytest.raises(CheckpointError, match="whose layers are alike"):
+        save_gguf(Decoder.abstract(config), tmp_path / "a.gguf", tokenizer=tokenizer, dtypes={})

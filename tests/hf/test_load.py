@@ -452,3 +452,11 @@ def test_a_constant_of_a_family_must_have_its_value(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.act_fn\.beta must be 0\.5"):
         load_model(tmp_path)
+
+
+def test_a_constant_may_have_been_rounded_before_it_was_saved_in_float32(tmp_path: Path):
+    """As in a model that was trained in bfloat16, or read from it."""
+    tiny_models.make("apertus").bfloat16().float().save_pretrained(tmp_path)
+    eps = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.act_fn.eps"]
+    assert eps != np.float32(-1e-6)
+    load_model(tmp_path)

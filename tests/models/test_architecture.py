@@ -8,7 +8,7 @@ import pytest
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import DecoderConfig, Llama3Rope, rope_tables
 from jaxmoo.models.families import LayerKind
-from jaxmoo.models.rope import LinearRope, Rope
+from jaxmoo.models.rope import LinearRope, LongRope, Rope
 
 LLAMA = {
     "model_type": "llama",
@@ -170,6 +170,23 @@ def test_stretched_frequencies_are_those_of_transformers(rope, length):
         np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[-1]], atol=1e-5)
 
 
+def test_the_original_context_may_be_said_outside_of_the_rotary_settings():
+    """As in transformers, which prefers it, and has a default in Phi-3."""
+    scaling = {name: value for name, value in SCALING.items() if "original" not in name}
+    rope = {"rope_scaling": {"rope_type": "llama3", **scaling}}
+    found = DecoderConfig.from_hf(LLAMA | rope | {"original_max_position_embeddings": 16})
+    assert found.rope_scaling == Llama3Rope(**scaling, original_max_position_embeddings=16)
+
+    long = LONG | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi3 = DecoderConfig.from_hf(LLAMA | PHI3 | {"rope_scaling": long}).rope_scaling
+    assert isinstance(phi3, LongRope) and phi3.original_max_position_embeddings == 4096
+
+
+def test_of_gemma_3_with_images_the_whole_says_whether_the_head_is_the_embedding():
+    whole = {"model_type": "gemma3", "text_config": {}, "tie_word_embeddings": False}
+    assert not DecoderConfig.from_hf(whole).tie_word_embeddings
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -206,6 +223,7 @@ def test_what_would_change_the_output_is_never_ignored(change, message):
 
 NAN, INFINITE = float("nan"), float("inf")
 WINDOW = {"model_type": "qwen3", "use_sliding_window": True}
+GRANITE = {"model_type": "granite"}
 
 
 def stretched(**changes) -> dict:
@@ -254,6 +272,8 @@ def stretched(**changes) -> dict:
             r"1\.2e\+18 parameters, which no machine holds",
         ),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        (GRANITE | {"residual_multiplier": None}, "residual_multiplier must be a finite number"),
+        ({"model_type": "cohere", "logit_scale": None}, "logit_scale must be a finite number"),
         (WINDOW | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
         (WINDOW | {"max_window_layers": "0"}, "max_window_layers must be a number of layers"),
         (WINDOW | {"layer_types": ["sliding_attention"]}, "layer_types must be a list of full_att"),

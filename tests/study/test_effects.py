@@ -16,8 +16,10 @@ from jaxmoo.study.effects import Effects, verdicts
 from jaxmoo.study.examples import members, pack_examples, unpack_examples
 from jaxmoo.study.figure import forest
 from jaxmoo.study.outcome import Arm
+from jaxmoo.study.parts import as_markdown
 from jaxmoo.study.power import Noise, detectable, noise, power_section
 from jaxmoo.study.statistics import Estimate, mean_interval
+from jaxmoo.study.web_page import Shown, describe_forest, describe_languages
 
 LANGUAGES = {"en": 0.0, "fi": 0.2, "tr": 0.4, "ja": 0.6}
 SEEN, UNSEEN = ["en", "fi", "tr"], ["ja"]
@@ -160,7 +162,7 @@ def test_claims_are_about_other_languages_or_these():
     assert wide == these.difference("new", "nll", "seen", other_languages=True)
     assert wide.half > narrow.half and wide.mean == narrow.mean
     assert noise(these, "nll", "seen").languages == 0
-    assert "of the mean over 3 languages" not in power_section(these, "nll", "seen")
+    assert "of the mean over 3 languages" not in as_markdown(power_section(these, "nll", "seen"))
 
 
 def test_verdicts_follow_the_tests():
@@ -232,6 +234,39 @@ def test_the_figure_shows_each_verdict(tmp_path):
     assert "1 of 3 arms is better than mean" in figure.get_suptitle()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["better", "equivalent", "worse"]
+    narrow = forest(found, "nll", "mean", 0.01, tmp_path / "narrow.svg", narrow=True)
+    upper, lower = (axes.get_position() for axes in narrow.axes)
+    assert upper.y0 > lower.y1 and upper.x0 == lower.x0
+    assert narrow.get_size_inches()[0] < 420 / 72
+
+
+def test_pictures_are_described_in_words_with_their_numbers():
+    def near(mean, error):
+        return Estimate(mean, error, 9, (0.0,) * 5)
+
+    estimates = {"a": near(-0.02, 0.001), "b": near(0.0, 0.002), "c": near(0.3, 0.01)}
+    of_languages = {
+        "a": {"en": near(-0.2, 0.01), "fi": near(0.1, 0.2)},
+        "b": {"en": near(-0.1, 0.2), "fi": near(0.3, 0.01)},
+    }
+    found = {"seen": verdicts(estimates, False, 0.01)}
+    shown = Shown(found, of_languages, "nll", "mean", 0.01)
+    assert describe_forest(shown) == (
+        "Differences to mean in NLL (lower is better) with 95 % intervals, of 3 arms. Mean of the "
+        "languages trained on: -0.020 ± 0.002 (a), the best, to +0.300 ± 0.023 (c), the last; 2 of "
+        "3 intervals leave out 0, 1 lies within ±0.01."
+    )
+    assert describe_languages(shown) == (
+        "Differences to mean in NLL, of 2 arms in 2 languages. Better in 2 of 4 cells, in 1 of "
+        "them with an interval that leaves out 0; worse in 2, in 1 of them so. Best: -0.20 (a in "
+        "en); worst: +0.30 (b in fi)."
+    )
+    # Of accuracies, the same differences are the other way round.
+    better = shown._replace(measure="accuracy", found={"seen": verdicts(estimates, True, None)})
+    assert "+0.300 ± 0.023 (c), the best, to -0.020 ± 0.002 (a), the last" in (
+        describe_forest(better)
+    )
+    assert "Best: +0.30 (b in fi); worst: -0.20 (a in en)." in describe_languages(better)
 
 
 def test_power_is_that_of_the_t_test():
@@ -259,8 +294,9 @@ def test_the_noise_of_a_pilot_adds_up_to_the_error_of_its_differences():
         error = found.difference("new", "nll", group, other_languages=False).error
         total = (parts.seeds + parts.by_run) / 8 + parts.examples
         assert math.sqrt(total) == pytest.approx(error)
-    text = power_section(found, "nll", "seen")
+    text = as_markdown(power_section(found, "nll", "seen"))
     assert "| seeds | 40 examples | 50 examples |" in text and "between seeds" in text
-    assert "hold no single examples" in power_section(effects(examples=False), "nll", "seen")
+    text = as_markdown(power_section(effects(examples=False), "nll", "seen"))
+    assert "hold no single examples" in text
     with pytest.raises(DataError, match="Noise is known from two seeds on"):
         noise(effects(seeds=(1,)), "nll", "seen")

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +30,44 @@ from jaxmoo.train.run import train
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("sports", "travel", "law")
-FILES = ("study.md", "forest.svg", "languages.svg")
+FILES = ("study.md", "forest.svg", "languages.svg", "index.html")
 
 
 def rows_of(file: Path) -> list[dict]:
     lines = (file.parent / "study" / "rows.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+class Text(HTMLParser):
+    """What a page says, row by row of its tables and text by text, and the names of its places."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.said: list[str] = []
+        self.names: set[str | None] = set()
+        self.inside = False  # of a cell
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(dict(attrs).get("id"))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.inside = tag in ("td", "th") or (tag in ("strong", "em") and self.inside)
+
+    def handle_data(self, data):
+        self.said.append(data)
+        if self.rows and self.inside and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
+
+
+def rows_of_tables(page: str) -> list[list[str]]:
+    return Text(page).rows
 
 
 @pytest.fixture
@@ -141,8 +175,8 @@ def test_tables_come_from_the_rows_and_are_the_same_again(copy, capsys):
     # All languages are taken as given, as there are two; examples are known.
     assert "fewer than 3 languages (seen, unseen)" in table and "no single examples" not in table
     assert re.search(r"\| mgda +\| +2 \| +[+-]\d\.\d{3} ± \d+\.\d{3} \|", table)
-    assert all(b"<svg" in plot for plot in texts[0][1:])
-    assert all(f"]({name})" in table for name in FILES[1:])
+    assert all(b"<svg" in plot for plot in texts[0][1:3])
+    assert all(f"]({name})" in table for name in FILES[1:3])
 
 
 @pytest.mark.slow
@@ -183,6 +217,20 @@ def test_a_process_that_is_killed_is_reported_with_its_arms():
     assert [one for one in said if one[0] == "line"] == [("line", "mean, mgda"), ("line", "pcgrad")]
     (error,) = (text for kind, text in said if kind == "error")
     assert error.startswith("mean, mgda: the process of these arms ended with exit code 9.")
+
+
+def test_a_page_of_an_unfinished_study_of_one_arm(tmp_path, monkeypatch):
+    """Nothing is compared: there are scores, without an answer and without pictures."""
+    monkeypatch.chdir(ROOT)
+    lines = (ROOT / "docs/study/chatterbot/rows.jsonl").read_text("utf-8").splitlines()
+    own = [line for line in lines if json.loads(line)["arm"] in (None, "language-mean")]
+    (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in own[:-1]))
+    given = ["arms={language-mean: [resolve.aggregator=mean]}", f"output={tmp_path}"]
+    assert main(["--config", "study/chatterbot", *given, "--report-only"]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert "<h1>Scores of language-mean</h1>" in page and "<img" not in page
+    assert ["language-mean (baseline)", "mean", "layer", "2 of 3", ""] in rows_of_tables(page)
+    assert "Unfinished: language-mean (seed 3)." in page
 
 
 def test_the_map_of_languages_shows_each_ones_paired_difference(tmp_path):
@@ -367,4 +415,25 @@ def test_published_tables_come_from_their_rows(rows, tmp_path, monkeypatch):
     shutil.copy(rows, tmp_path)
     config = f"configs/study/{rows.parent.name}.yaml"
     assert main(["--config", config, f"output={tmp_path}", "--report-only"]) == 0
-    assert (tmp_path / "study.md").read_text() == (rows.parent / "study.md").read_text()
+    text = (tmp_path / "study.md").read_text()
+    assert text == (rows.parent / "study.md").read_text()
+    page = (tmp_path / "index.html").read_text()
+    # One file: pictures are inside of it, each with a description.
+    links = re.findall(r'(?:src|srcset|href)="(.+?)"', page)
+    assert all(one.startswith(("data:", "#")) for one in links)
+    pictures = re.findall(r'<img alt="(.+?)" src="data:image/svg', page)
+    assert [re.search(r"of 12 arms", one) is not None for one in pictures] == [True, True]
+    # All tables and paragraphs of the report, none of them twice.
+    found = Counter(tuple(row) for row in rows_of_tables(page))
+    for line in text.splitlines():
+        if line.startswith("| "):
+            found[tuple(cell.strip() for cell in line.strip("|").split("|"))] -= 1
+    left = {row for row, count in found.items() if count}
+    assert min(found.values()) == 0
+    assert ("language-mean (baseline)", "mean", "layer", "3 of 3", "") in left
+    assert ("steps", "16" if rows.parent.name == "chatterbot" else "32") in left
+    told = "".join(Text(page).said)
+    for line in text.splitlines():
+        if line and line[0] not in "|!#":
+            assert line.replace("*", "") in told
+    assert Text(page).names >= set(re.findall(r'href="#(.+?)"', page))

@@ -19,7 +19,8 @@ from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.provenance import check_settings
 from jaxmoo.runtime.hang import HangTimeout
-from jaxmoo.runtime.processes import Launch, start
+from jaxmoo.runtime.launch import Launch
+from jaxmoo.runtime.processes import start
 from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.train.job import Job

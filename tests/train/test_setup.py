@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -9,8 +10,21 @@ import pytest
 from jaxmoo.commands.data import main as data_main
 from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError, JaxmooError
-from jaxmoo.train import plan
-from jaxmoo.train.setup import prepare
+from jaxmoo.models import DecoderConfig, attention
+from jaxmoo.runs.trained_parameters import check_model
+from jaxmoo.train import plan, setup
+from jaxmoo.train.setup import make_run_mesh, prepare, run_attention
+
+SHAPE = DecoderConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "tpu"])
@@ -51,3 +65,35 @@ def test_the_attention_that_is_chosen_is_told(write_config):
 def test_the_tpus_kernel_and_a_tensor_axis_exclude_each_other(write_config):
     with pytest.raises(ConfigError, match=r"mesh\.tensor above 1 needs model\.attention=xla"):
         load_config(write_config(), ["model.attention=tpu", "mesh.tensor=2"])
+
+
+def test_soft_capped_scores_are_not_left_to_a_kernel_that_has_none(write_config, monkeypatch):
+    """On GPUs that cuDNN is for."""
+    monkeypatch.setattr(attention, "_cudnn_obstacle", lambda *_: None)
+    monkeypatch.setattr(setup, "platform_of", lambda _: "gpu")
+    config = load_config(write_config(), ["model.dtype=bfloat16"])
+    device_mesh = make_run_mesh(config)
+    assert run_attention(config, SHAPE, device_mesh) == "cudnn"
+    capped = dataclasses.replace(SHAPE, attn_logit_softcapping=50.0)
+    assert run_attention(config, capped, device_mesh) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("apertus", ["lora.targets=[gate_proj, up_proj]"], "layers of .* have no gate_proj"),
+        ("apertus", ["lora.rank_pattern={gate_proj: 2}"], "layers of .* have no gate_proj"),
+        ("phi3", ["lora.dora=true", "lora.export=both"], r"adapters of qkv_proj, .* 'merged'"),
+        ("apertus", ["lora.targets=[all-linear]"], None),
+        ("phi3", ["lora.dora=true"], None),
+        ("phi3", ["lora.dora=true", "lora.export=both", "lora.targets=[o_proj]"], None),
+    ],
+)
+def test_adapters_must_suit_the_family(write_config, family, overrides, message):
+    config = load_config(write_config(), ["lora.rank=4", "data.sequence_length=64", *overrides])
+    shape = dataclasses.replace(SHAPE, family=family, gated_mlp=family != "apertus")
+    if message is None:
+        check_model(config, shape)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_model(config, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 
 from jaxmoo.engine import cost
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
+from jaxmoo.models.families import LayerKind
+from jaxmoo.models.rope import Rope
 from jaxmoo.train.throughput import model_flops, peak_flops
 
 CONFIG = DecoderConfig(
@@ -44,6 +47,19 @@ def test_they_equal_the_products_of_a_traced_step(pattern):
     whole_square = model_flops(CONFIG, params, frozen, ROWS * LENGTH, 2 * LENGTH)
     assert whole_square == pytest.approx(counted, rel=0.01)
     assert formula < whole_square
+
+
+def test_a_window_counts_only_what_it_lets_through():
+    """Of a row, in layers that learn thrice; a position itself counts half."""
+    kinds = (LayerKind(5, Rope()), *[LayerKind(None, Rope())] * 2, LayerKind(LENGTH, Rope()))
+    windows = dataclasses.replace(CONFIG, layer_kinds=kinds)
+    state = nnx.state(Decoder.abstract(CONFIG))
+    plain, near = (
+        model_flops(config, state, nnx.State({}), ROWS * LENGTH, LENGTH)
+        for config in (CONFIG, windows)
+    )
+    left_out = sum(max(0, i - 5 + 0.5) for i in range(LENGTH) if i >= 5)
+    assert plain - near == ROWS * 3 * 4 * 4 * 8 * left_out
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,11 @@ def _rope(config: Mapping[str, Any]) -> Rope:
 
 PHI3 = Family(
     _read,
-    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+    },
     Names(
         fused={
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
