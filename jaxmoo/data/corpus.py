@@ -308,7 +308,10 @@ def _cache(
     everywhere = b"" not in peers.exchange(b"" if place is None else b"1")
     if place is None or not everywhere:
         return None
-    return TokenCache(place, cache_key(data, tokenizer, origins, peers), languages, peers)
+    key = cache_key(data, tokenizer, origins, peers)
+    if len(set(peers.exchange(key.encode()))) > 1:  # a run of several will be told that they differ
+        return None
+    return TokenCache(place, key, languages, peers)
 
 
 def _corpus(data: DataConfig, parts: Mapping[str, Kept], complaints: Sequence[str]) -> Corpus:

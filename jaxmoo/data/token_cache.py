@@ -131,9 +131,9 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
     """Digests of files, of which each process reads its share."""
     by_name = {str(file): file for file in files}
 
-    def read() -> dict[str, str]:
+    def read(names: Sequence[str]) -> dict[str, str]:
         found = {}
-        for name in sorted(by_name)[peers.number :: peers.count]:
+        for name in names:
             file = by_name[name]
             try:
                 found[name] = digest_files(file.parent, [file.name])[file.name]
@@ -141,8 +141,11 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
                 raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from None
         return found
 
-    told = peers.exchange(json.dumps(peers.all_do(read)).encode())
-    return {file: digest for one in told for file, digest in json.loads(one).items()}
+    mine = sorted(by_name)[peers.number :: peers.count]
+    told = peers.exchange(json.dumps(peers.all_do(lambda: read(mine))).encode())
+    known = {file: digest for one in told for file, digest in json.loads(one).items()}
+    # Where hosts have other names for the files, what others have read does not help.
+    return known | peers.all_do(lambda: read([name for name in by_name if name not in known]))
 
 
 def code_digest() -> str:

@@ -34,6 +34,7 @@ _SECRETS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FSSPEC_S3_KEY", "FSSPEC_S3_SECRET"),
     *("FSSPEC_S3_TOKEN", "FSSPEC_GS_TOKEN", "FSSPEC_GCS_TOKEN", "FSSPEC_HF_TOKEN"),
+    *("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
 )
 
 
@@ -493,5 +494,6 @@ class _Text(io.TextIOWrapper):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
-            self.buffer.__exit__(kind, error, trace)
+            binary: Any = self.buffer
+            binary.__exit__(kind, error, trace)
         super().__exit__(kind, error, trace)

@@ -38,6 +38,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ import numpy as np
 from jaxmoo.errors import DataError
 from jaxmoo.files.appended import Appended
 from jaxmoo.files.atomic import replace_text
+from jaxmoo.files.buckets import hide_secrets
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.train.trackers import Tracker, Trackers, open_trackers
 
@@ -102,11 +104,17 @@ class MetricsWriter:
                 tracker.log(values, plain["step"])
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        for tracker in list(self._trackers):
-            with self._left_if_it_fails(tracker):
-                tracker.close()
+        """Close the files.
+
+        Raises:
+          OSError: rows did not get to a bucket.
+        """
+        try:
+            self._file.close()
+        finally:
+            for tracker in list(self._trackers):
+                with self._left_if_it_fails(tracker):
+                    tracker.close()
 
     @contextlib.contextmanager
     def _left_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
@@ -116,13 +124,23 @@ class MetricsWriter:
         except Exception as error:
             self._trackers.remove(tracker)
             name = type(tracker).__name__.strip("_")
-            print(f"Note: {name} gets no more metrics: {error}", file=sys.stderr, flush=True)
+            why = hide_secrets(str(error))  # a server's address may hold who logs in, and how
+            print(f"Note: {name} gets no more metrics: {why}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else it says what went wrong first, and what to do
+                raise
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from data.test_token_table import fields
 from devices import run_python
 from jaxmoo.config.data_section import DataConfig, LengthsConfig, SamplingConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, corpus, token_cache
+from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.tokenization import parallel
 from jaxmoo.errors import DataError, InterruptedRunError
 from jaxmoo.files.outputs import typed_path
@@ -255,6 +256,33 @@ CANNOT_MATTER = {
 }
 
 
+def test_hosts_may_have_other_names_for_the_same_files(folder, cache, make_tokenizer):
+    homes = [folder, Path(shutil.copytree(folder, cache / "home"))]
+
+    def key(peers):
+        files = {code: homes[peers.number] / f"{code}.jsonl" for code in LANGUAGES}
+        origins = {code: [Origin((file,))] for code, file in files.items()}
+        data = options("~", cache)
+        return token_cache.cache_key(data, make_tokenizer(), origins, peers)
+
+    one, other = as_processes(2, key)
+    assert one == other and len(one) == 32
+    (homes[1] / "de.jsonl").write_text("{}")
+    one, other = as_processes(2, key)
+    assert one != other
+
+
+def test_processes_that_differ_make_what_each_is_told_and_keep_nothing(
+    folder, cache, make_tokenizer
+):
+    data = [options(folder, cache, max_held_out=most) for most in (4, 5)]
+    found = as_processes(
+        2, lambda peers: whole(load(data[peers.number], make_tokenizer(), peers=peers))
+    )
+    assert found == [uncached(one, make_tokenizer()) for one in data]
+    assert not entries(cache)
+
+
 def test_settings_that_cannot_matter_share_an_entry(folder, cache, tokenizer, parts):
     expected = whole(load(options(folder, cache), tokenizer))
     parts.clear()
@@ -366,9 +394,14 @@ def test_whatever_is_made_of_sources_is_divided_and_kept(what, folder, cache, ma
         "weights": {
             "source": None,
             "sources": [
-                {"source": f"{folder}/{{language}}.jsonl", "weight": 1.0},
+                {
+                    "source": f"{folder}/{{language}}.jsonl",
+                    "weight": 1.0,
+                    "columns": {"group": "group"},
+                },
                 {"source": f"{other}/{{language}}.jsonl", "weight": 3.0},
             ],
+            "columns": settings("").columns,
         },
         "held-out files": {
             "held_out_source": f"{other}/{{language}}.jsonl",
@@ -511,6 +544,7 @@ address, number, cache, folder, model, out = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(number))
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data import LanguageBatches, load_corpus
+from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.tokenization import parallel
 from jaxmoo.hf import load_tokenizer
 from jaxmoo.mesh import batch_sharding, local_rows, make_mesh

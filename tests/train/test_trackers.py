@@ -6,6 +6,7 @@ import time
 import pytest
 
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.buckets import BucketPath
 from jaxmoo.train.metrics import MetricsWriter, read_metrics
 from jaxmoo.train.trackers import Trackers
 
@@ -101,7 +102,7 @@ def test_trackio_goes_on_in_the_run_of_the_same_name(tmp_path, monkeypatch):
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     class Gone:
         def log(self, values, step):
-            raise ConnectionError("no route to host")
+            raise ConnectionError("no route to https://me:password@host")
 
         def close(self):
             pytest.fail("it is no longer there")
@@ -111,7 +112,20 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
         metrics.write(ROW)
         metrics.write(ROW | {"step": 2})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    assert capsys.readouterr().err == "Note: Gone gets no more metrics: no route to host\n"
+    said = "Note: Gone gets no more metrics: no route to https://***@host\n"
+    assert capsys.readouterr().err == said
+
+
+def test_rows_that_cannot_be_sent_do_not_hide_what_went_wrong_before(monkeypatch):
+    def unreachable(*_):
+        raise OSError(5, "connection reset")
+
+    monkeypatch.setattr(BucketPath, "write_text", unreachable)
+    with pytest.raises(OSError, match="connection reset"), MetricsWriter("memory://a/b") as metrics:
+        metrics.write(ROW)
+    with pytest.raises(ConfigError, match="first"), MetricsWriter("memory://a/b") as metrics:
+        metrics.write(ROW)
+        raise ConfigError("first")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])

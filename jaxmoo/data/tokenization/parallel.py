@@ -78,7 +78,8 @@ class Tokenizing:
         self._helpers: list[_Helper] = []
         cores = available_cores() if cores is None else cores
         if expected >= _WORTH and cores > 1:
-            self._helpers = [_Helper(tokenizer) for _ in range(cores)]
+            content = pickle.dumps(tokenizer, protocol=pickle.HIGHEST_PROTOCOL)
+            self._helpers = [_Helper(content) for _ in range(cores)]
 
     def __enter__(self) -> Tokenizing:
         return self
@@ -185,9 +186,13 @@ def tokenized(task: Task, tokenizer: PreTrainedTokenizerFast) -> Done:
 
 
 class _Helper:
-    """A process that tokenises what it is given."""
+    """A process that tokenises what it is given.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    Args:
+      tokenizer: as `pickle` writes it.
+    """
+
+    def __init__(self, tokenizer: bytes) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", _WORKER],
             stdin=subprocess.PIPE,
@@ -202,11 +207,14 @@ class _Helper:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._in: Any = self._process.stdin
         self._out: Any = self._process.stdout
-        with contextlib.suppress(OSError):  # then the first task fails
-            send(self._in, tokenizer)
+        # Goes with the first task: a process reads it only when it has started, and others start
+        # meanwhile.
+        self._first = tokenizer
 
     def run(self, task: Task) -> Done:
         try:
+            self._in.write(self._first)
+            self._first = b""
             send(self._in, task)
             result = pickle.load(self._out)
         except (OSError, EOFError, pickle.UnpicklingError):
