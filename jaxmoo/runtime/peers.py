@@ -63,7 +63,7 @@ class Peers:
             raise
         except Exception as error:
             if self.count > 1:
-                self.exchange(_FAILED + f"{error or type(error).__name__}".encode())
+                self.exchange(_FAILED + f"{error or type(error).__name__}".encode(errors="replace"))
             raise
         told = [_TELLS]
         try:
