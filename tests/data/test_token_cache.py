@@ -173,7 +173,7 @@ def test_machines_take_from_a_bucket_what_one_has_made(
 
     def on_machine(name):
         own = tmp_path / name
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         monkeypatch.setattr(token_cache, "cache_directory", lambda where, kind: own)
         parts.clear()
         assert whole(load(data, tokenizer)) == expected
@@ -188,6 +188,8 @@ def test_machines_take_from_a_bucket_what_one_has_made(
     assert (entry / "en.safetensors").read_bytes() == good
     (entry / "digests.json").unlink()  # not all of it has been sent
     assert on_machine("fourth") and not on_machine("fifth")
+    (entry / "digests.json").unlink()
+    assert not on_machine("fifth") and not on_machine("sixth")  # sent by who has it
 
 
 def test_other_names_of_languages_have_an_entry_of_their_own(folder, cache, tokenizer):
