@@ -31,7 +31,7 @@ ASKED = {
     ("models/decoder.py", "Decoder"),
     ("models/attention.py", "attend"),
     ("models/attention.py", "choose_attention"),
-    ("kernels/reductions.py", "_is_partitioned"),  # gram, combine_rows and resolve_conflicts
+    ("kernels/reductions.py", "is_partitioned"),  # gram, combine_rows and resolve_conflicts
     ("runtime/compiled.py", "kept_programs"),
     ("runtime/processes.py", "start"),
     ("runtime/processes.py", "Agreement"),

@@ -60,6 +60,7 @@ class Progress:
         self._steps, self._every, self._doing = steps, every, doing
         self._start, self._begun = start, time.monotonic()
         self._step, self._first = start, 0.0  # when the first step was done
+        self._moved = self._begun  # when the last one was
         self._bar = self._losses = None
         self._width = 80
         if self._file.isatty():
@@ -74,6 +75,7 @@ class Progress:
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a training row; its ``step`` counts the steps done."""
         step = self._step = int(row["step"])
+        self._moved = time.monotonic()
         if step <= self._start + 1:
             self._first = time.monotonic()
         losses = {
@@ -124,7 +126,8 @@ class Progress:
             self._bar.refresh()
         elif doing != "evaluate":  # which shows by itself how far it has come
             now = doing or ("a step" if self._step > self._start else "the first step, compiled")
-            self._print(f"{self._where()}  {now}, under way for {interval(quiet)}", beat=True)
+            since = min(quiet, time.monotonic() - self._moved)
+            self._print(f"{self._where()}  {now}, under way for {interval(since)}", beat=True)
 
     def _print(self, text: str, *, beat: bool = False) -> None:
         if not beat:

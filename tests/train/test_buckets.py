@@ -45,8 +45,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(in_bucket, write_config, tmp_pat
         assert (there / name).read_bytes() == (here / name).read_bytes(), name
     names = {p.relative_to(here).parts[0] for p in here.iterdir()} - {"compiled", ".lock"}
     assert {p.name for p in there.iterdir()} == names
-    rows = (there / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
+    rows = [json.loads(row) for row in (there / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "loss" not in row] == [0, 4]  # held out
     assert RunDirectory(there).steps() == RunDirectory(here).steps()
     # The same command finds it complete; a new checkpoint would be another.
     config.write_text(text)
