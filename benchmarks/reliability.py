@@ -219,11 +219,12 @@ def trial(
             problems.append(f"exit codes {codes}")
         if stopped and int(stopped[1]) and int(stopped[1]) not in complete:
             problems.append(f"stopped after step {stopped[1]}, which is not saved")
-    elif processes > 1 and any(code == 0 for code in codes) and len(set(codes)) > 1:
-        problems.append(f"exit codes {codes}: one process thinks that it is done")
     rows = directory.metrics.exists() and read_metrics(directory.metrics)
     reached = rows[-1]["step"] if rows else 0
     finished = (output / "results.json").exists()
+    one_is_done = processes > 1 and any(code == 0 for code in codes) and len(set(codes)) > 1
+    if sent != signal.SIGTERM and one_is_done and not finished:
+        problems.append(f"exit codes {codes}: one process thinks that it is done")
 
     codes_after, texts_after = Run(config, output, processes).wait()
     found = re.search(r"Resuming from the checkpoint of step (\d+)", texts_after[0])
