@@ -286,30 +286,32 @@ def _group(program: Program, kind: str, rest: str) -> list[int]:
     everyone = list(range(program.devices))
     if kind == "collective-permute":
         return everyone
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape = [int(n) for n in found[2].split(",")]
-        order = [int(n) for n in (found[3] or "").split(",") if n] or range(len(shape))
-        numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order)
-        return numbers.reshape(-1, int(found[1]))[0].tolist()
+    if found := _LIST.search(rest):
+        return _laid_out(found[2], found[3]).reshape(-1, int(found[1]))[0].tolist()
     if found := _MESH.search(rest):
         members = _group_of_axes(dict(re.findall(r"'(\w+)'=(\d+)", found[1])), found[4])
-        if not found[2]:
-            return members
-        shape = [int(n) for n in found[2].split(",")]
-        order = [int(n) for n in (found[3] or "").split(",") if n] or range(len(shape))
-        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()
-        return devices[members].tolist()
+        return _laid_out(found[2], found[3])[members].tolist() if found[2] else members
     found = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", rest)
     if not found:
         raise ValueError(f"expected replica_groups of an {kind}, found {rest[:200]!r}")
     return [int(n) for n in found[1].split(",")] if found[1] else everyone
 
 
-# Sizes of axes; of devices that are not in their order, how they are laid out; axes of a group.
+# How devices are laid out: a shape and, if its axes are not in order, their order.
+_LAYOUT = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+# The size of a group, and the devices, group after group.
+_LIST = re.compile(rf"replica_groups=\[\d+,(\d+)\]<={_LAYOUT}")
+# Sizes of axes, the devices if they are not in order, and the axes of a group.
 _MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?"
-    r"\{([^}]*)\}"
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_LAYOUT}\))? ?\{{([^}}]*)\}}"
 )
+
+
+def _laid_out(shape: str, order: str | None) -> np.ndarray:
+    """The numbers of devices, one after the other."""
+    sizes = [int(n) for n in shape.split(",")]
+    axes = [int(n) for n in order.split(",")] if order else range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).ravel()
 
 
 def _group_of_axes(sizes: dict[str, str], axes: str) -> list[int]:
