@@ -277,10 +277,13 @@ def resolve_sections(
         match_norm=match_norm,
         platform=platform,
     )
-    weigh = rows_of if many else of_sections
+    if many:
+        weights = rows_of(found.weights, labels)
+    else:
+        weights = [of_sections(found.weights, n) for n in labels]
     updates = [
-        weighted_sum(s.values, weigh(found.weights, n), partitioned=partitioned, many=many)
-        for s, n in zip(sections, labels, strict=True)
+        weighted_sum(x, w, partitioned=partitioned, many=many)
+        for x, w in zip(values, weights, strict=True)
     ]
     update_norm, used = found.update_norm, present & ~found.nonfinite
     for group in groups:

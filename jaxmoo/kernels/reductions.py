@@ -275,23 +275,32 @@ def weighted_sum(
     return at_once(x, weights)
 
 
-def rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of a matrix, chosen by a product.
+def rows_of(x: jax.Array, rows: Sequence[jax.Array]) -> list[jax.Array]:
+    """Rows of a matrix, chosen by products.
 
     XLA reads a few numbers of a small array in every kernel that needs them, and computes them
     there anew. No two of these kernels are then the same, and each is compiled by itself. On CPUs a
     product is never made part of another kernel.
 
     Args:
-      x: finite numbers [B, K].
-      rows: int [S].
+      x: numbers [B, K].
+      rows: which ones each result consists of, int [S] each.
 
     Returns:
-      [S, K], exactly.
+      [S, K] each, exactly; NaN for a number that is not finite, which spoils no other row.
 
     Example:
-      >>> rows_of(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1])).tolist()
-      [[3.0, 4.0]]
+      >>> rows_of(jnp.array([[1.0, 2.0], [3.0, jnp.inf]]), [jnp.array([0]), jnp.array([1])])
+      [Array([[1., 2.]], dtype=float32), Array([[ 3., nan]], dtype=float32)]
     """
-    chosen = (rows[:, None] == jnp.arange(len(x))).astype(x.dtype)
-    return jnp.matmul(chosen, x, precision=jax.lax.Precision.HIGHEST)
+    finite = jnp.isfinite(x)
+    numbers = jnp.concatenate([jnp.where(finite, x, 0), finite.astype(x.dtype)], 1)
+    every = jnp.arange(len(x))
+
+    def choose(rows: jax.Array) -> jax.Array:
+        chosen = (rows[:, None] == every).astype(x.dtype)
+        found = jnp.matmul(chosen, numbers, precision=jax.lax.Precision.HIGHEST)
+        found, is_finite = jax.lax.split(found, (x.shape[1],) * 2, axis=1)
+        return jnp.where(is_finite > 0, found, jnp.nan)
+
+    return [choose(some) for some in rows]

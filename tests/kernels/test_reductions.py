@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from jaxmoo.kernels.reductions import (
     gram_parts,
+    rows_of,
     scaled_grams,
     section_grams,
     weighted_sum,
@@ -71,6 +72,14 @@ def test_what_is_not_finite_stays_with_its_objective(partitioned):
     assert not np.isfinite(grams[:, 1]).any()
     weights = jnp.array([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
     assert np.array_equal(weighted_sum(x, weights, partitioned=partitioned), np.ones((2, 4)))
+
+
+def test_rows_are_chosen_exactly_and_what_is_not_finite_spoils_no_other():
+    x = np.array([[0.1, np.nan], [np.inf, 3e38], [1e-30, -7.0]], np.float32)
+    rows = [np.array([2, 0, 2, 1]), np.array([1])]
+    for some, found in zip(rows, rows_of(jnp.asarray(x), [*map(jnp.asarray, rows)]), strict=True):
+        wanted = np.where(np.isfinite(x), x, np.nan)[some]
+        assert np.array_equal(found, wanted, equal_nan=True)
 
 
 @pytest.mark.parametrize(("dtype", "copies"), [(jnp.float32, 0), (jnp.bfloat16, 1)])

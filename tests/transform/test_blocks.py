@@ -304,6 +304,16 @@ def test_a_published_scale_holds_for_gradients_of_any_size():
         np.testing.assert_allclose(found * size ** (1 / 3), wanted, rtol=1e-4)
 
 
+def test_a_method_that_fails_in_one_block_spoils_no_other():
+    """Where the two gradients are orthogonal this one divides by zero."""
+    method = jaxmoo.Aggregator("failing", lambda gram, active, preference, *_: (1 / gram[0], ()))
+    gradients = {"orthogonal": jnp.eye(2), "equal": jnp.ones((2, 1))}
+    tx = jaxmoo.resolve_conflicts(method, "leaf")
+    found, _ = tx.update(gradients, tx.init(jax.tree.map(lambda x: x[0], gradients)))
+    assert not np.isfinite(found["orthogonal"]).all()
+    assert np.array_equal(found["equal"], [2.0])
+
+
 def test_conflict_share_counts_pairs_of_present_objectives():
     vectors = np.array([[1, 0], [-1, 0.1], [0, 0], [0, 1.0]])
     assert conflict_share(jnp.asarray(vectors @ vectors.T)) == pytest.approx(1 / 3)
