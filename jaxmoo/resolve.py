@@ -148,6 +148,7 @@ def resolve(
             match_norm=match_norm,
             partitioned=partitioned,
             many=True,
+            rescale=True,
             sketch=sketch,
             second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )
@@ -176,6 +177,7 @@ def resolve_sections(
     partitioned: bool | None = None,
     platform: str | None = None,
     many: bool = False,
+    rescale: bool = False,
     sketch: int | None = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -194,9 +196,11 @@ def resolve_sections(
       second: values of the sections of a second batch.
       partitioned: see :func:`jaxmoo.kernels.reductions.section_grams`.
       platform: likewise; on a GPU a solve is one kernel as well.
-      many: whether these are all arrays of a model, in a form that is compiled quickly. Gradients
-        whose squares leave float32's range are then scaled, in a second and third pass over them.
-        Else the largest count as not finite, the smallest as zero.
+      many: whether these are so many arrays, such as all of a model, that compiling the program
+        counts. It then takes forms that compile quickly: small arrays are joined, and equal kernels
+        serve arrays of one shape. All sections of theirs are counted.
+      rescale: whether gradients whose squares leave float32's range are scaled, in up to three more
+        passes over them. Else the largest count as not finite, the smallest as zero.
       sketch: see :func:`resolve`; for blocks without other pieces.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
@@ -240,7 +244,7 @@ def resolve_sections(
         grams = gram_parts(joined(values), partitioned=partitioned, platform=platform)
         grams = pooled(blocks_of_joined(grams))
         unit = jnp.ones(num_blocks, grams.dtype)
-        if many:
+        if rescale:
             grams, unit = grams_in_range(grams, active, scaled)
         return Grams(grams, unit, jnp.zeros_like(unit))
 
@@ -248,7 +252,7 @@ def resolve_sections(
         grams = exact()
     else:
         z = sketch_blocks(sections, numbers, sketch, key=key, platform=platform)
-        grams = grams_of_sketches(z, active=active, rescale=many)
+        grams = grams_of_sketches(z, active=active, rescale=rescale)
     unit, crossed = grams.unit, None
     present = grams.present if active is None else active
     if any(group.aggregator.cross_gram for group in groups):
