@@ -53,7 +53,7 @@ def by_slice(devices: Sequence[Any], given: int | None = None) -> list[list[Any]
     if given not in (None, len(found)):
         raise ConfigError(
             f"mesh.slices ({given}): the {number} devices are in {len(found)} "
-            f"slice{'s' * (len(found) > 1)}. Leave it out to have them counted."
+            f"slice{'s' * (len(found) > 1)}. Use mesh.slices={len(found)}, or leave it out."
         )
     sizes = [len(found[index]) for index in sorted(found)]
     if len(set(sizes)) > 1:
