@@ -30,18 +30,8 @@ HERE = Path(__file__).resolve().parents[1]
 # The rooms of `jaxmoo`, from the ground up: a room imports from those before it. `(top)` are the
 # names of the package itself and its command.
 ROOMS = (
-    *(
-        "errors",
-        "sizes",
-        "dtypes",
-        "platforms",
-        "projections",
-        "slices",
-        "sharding",
-        "files",
-        "runtime",
-    ),
-    *("kernels",),
+    *("errors", "sizes", "dtypes", "platforms", "projections", "slices", "sharding"),
+    *("files", "runtime", "kernels"),
     *("parameters", "registry", "aggregators", "weighting", "blocks", "stacked", "mesh"),
     *(
         "block_solve",

@@ -80,7 +80,7 @@ def gram_parts(
         :mod:`jaxmoo.platforms`. On a GPU that takes a kernel, and on a TPU one per array, but
         neither where the compiler divides the pieces further: it cannot divide a kernel, and
         would gather what that reads. By default it is decided when the program is lowered,
-        and takes no kernel.
+        and takes no kernel; on a CPU only large arrays are then cut into slices.
 
     Returns:
       [S, P, K, K] of each array, float32 or float64: their sums over P are the Gram matrices.
