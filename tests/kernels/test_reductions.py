@@ -30,24 +30,28 @@ def test_both_forms_equal_float64(dtype, partitioned):
     @jax.jit
     def both(arrays, weights):
         grams = [section_grams([x], partitioned=partitioned)[0] for x in arrays]
-        sums = map(functools.partial(weighted_sum, partitioned=partitioned), arrays, weights)
-        return grams, list(sums)
+        sums = [
+            [weighted_sum(x, w, partitioned=partitioned, many=many) for many in (False, True)]
+            for x, w in zip(arrays, weights, strict=True)
+        ]
+        return grams, sums
 
     precision = 1e-6 if dtype == jnp.float32 else 2**-8
-    for x, w, found, result in zip(arrays, weights, *both(arrays, weights), strict=True):
+    for x, w, found, results in zip(arrays, weights, *both(arrays, weights), strict=True):
         exact = np.asarray(x, np.float64).reshape(*x.shape[:2], -1)
         grams = np.einsum("ksn,jsn->skj", exact, exact)
         atol = 1e-5 * np.abs(grams).max()
         np.testing.assert_allclose(found, grams, rtol=1e-5, atol=atol, err_msg=str(x.shape))
         total = np.einsum("sk,ksn->sn", np.float64(w), exact).reshape(x.shape[1:])
-        assert result.dtype == dtype
-        np.testing.assert_allclose(
-            np.asarray(result, np.float64),
-            total,
-            rtol=precision,
-            atol=precision,
-            err_msg=str(x.shape),
-        )
+        for result in results:
+            assert result.dtype == dtype
+            np.testing.assert_allclose(
+                np.asarray(result, np.float64),
+                total,
+                rtol=precision,
+                atol=precision,
+                err_msg=str(x.shape),
+            )
 
 
 @pytest.mark.parametrize("partitioned", [False, True])
