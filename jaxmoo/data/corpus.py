@@ -17,6 +17,7 @@ from jaxmoo.data.lengths import fits_tokens
 from jaxmoo.data.mixture import in_shares
 from jaxmoo.data.sources.records import Malformed, Origin
 from jaxmoo.data.sources.source import Source, open_source, origins_of
+from jaxmoo.data.split import Share, alone
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.token_cache import CachePlace, Kept, TokenCache, cache_key, open_cache
@@ -255,12 +256,12 @@ def _in_memory(
     cores = max(1, available_cores() // peers.here())
     complaints: list[str] = []
 
-    def make(some: Sequence[str], share: Callable[[set[bytes]], set[bytes]]) -> Iterator[_Divided]:
+    def make(some: Sequence[str], share: Share) -> Iterator[_Divided]:
         complaints.clear()
         return _whole(data, tokenizer, source, complaints, some, share, cores, peers.number == 0)
 
     def make_all() -> dict[str, Kept]:
-        return {one.language: _part(one, data) for one in make(languages, lambda own: own)}
+        return {one.language: _part(one, data) for one in make(languages, alone)}
 
     cache = _cache(data, tokenizer, source, languages, peers)
     if cache is None:
@@ -395,7 +396,7 @@ def _whole(
     source: Source | None,
     complaints: list[str],
     languages: Sequence[str],
-    share: Callable[[set[bytes]], set[bytes]],
+    share: Share,
     cores: int,
     shown: bool,
 ) -> Iterator[_Divided]:

@@ -11,6 +11,7 @@ from jaxmoo.data.sources.source import Loaded, Source, read_examples
 from jaxmoo.data.split import (
     Share,
     Split,
+    alone,
     deduplicate,
     split_languages,
     with_own_held_out,
@@ -51,7 +52,7 @@ def divide(
     *,
     choices: str | None = None,
     source: Source | None = None,
-    share: Share = lambda mine: mine,
+    share: Share = alone,
 ) -> dict[str, DividedLanguage]:
     """Read languages whole and divide their examples.
 
