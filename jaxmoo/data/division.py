@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
-from jaxmoo.data.sources.source import Loaded, Source, read_examples
+from jaxmoo.data.sources.reading import Loaded, read_examples
+from jaxmoo.data.sources.source import Source
 from jaxmoo.data.split import (
     Share,
     Split,
