@@ -309,7 +309,7 @@ def check_data(data: DataConfig) -> list[str]:
 
 def _check_sources(data: DataConfig) -> list[str]:
     if not data.sources:
-        if data.source in (None, MISSING):
+        if data.source is None:
             return ["data.source is missing (Where the examples come from)."]
     elif data.source is not None:
         return ["data takes either source or sources, not both."]
