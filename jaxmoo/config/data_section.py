@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxmoo.config.field_text import check_texts
@@ -20,6 +21,7 @@ __all__ = [
     "LengthsConfig",
     "SamplingConfig",
     "check_data",
+    "check_shares",
     "is_date",
 ]
 
@@ -282,7 +284,7 @@ _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 def check_data(data: DataConfig) -> list[str]:
     """Return what the settings of the data contradict each other in."""
-    problems = _check_sources(data)
+    problems = _check_sources(data) + _check_lengths(data.lengths)
     if not data.seen:
         problems.append("data.seen is empty: name at least one language to train on.")
     for name, codes in (("seen", data.seen), ("unseen", data.unseen)):
@@ -307,7 +309,7 @@ def check_data(data: DataConfig) -> list[str]:
 
 def _check_sources(data: DataConfig) -> list[str]:
     if not data.sources:
-        if data.source in (None, MISSING):
+        if data.source is None:
             return ["data.source is missing (Where the examples come from)."]
     elif data.source is not None:
         return ["data takes either source or sources, not both."]
@@ -338,7 +340,7 @@ def _check_sources(data: DataConfig) -> list[str]:
                 "data.held_out_source names no source, and of data.sources there are several."
             )
     for name, one in zip(names, every, strict=False):
-        problems += [text for text in _check_shape(name, one) if text not in problems]
+        problems += _check_shape(name, one)
     return problems
 
 
@@ -363,8 +365,13 @@ def _check_shape(name: str, data: DataConfig) -> list[str]:
     languages = [] if name.startswith("data.sources") else [*data.seen, *data.unseen]
     for key in ("prompt", "completion", "system"):
         problems += check_texts(f"{name}.{key}", getattr(data, key), languages)
+    return problems
+
+
+def _check_lengths(lengths: LengthsConfig) -> list[str]:
+    problems = []
     for unit in ("characters", "tokens"):
-        least, most = (getattr(data.lengths, f"{end}_{unit}") for end in ("min", "max"))
+        least, most = (getattr(lengths, f"{end}_{unit}") for end in ("min", "max"))
         if least is not None and most is not None and least > most:
             problems.append(f"data.lengths.min_{unit} is {least}, more than max_{unit}, {most}.")
     return problems
@@ -393,6 +400,19 @@ def _check_streaming(data: DataConfig) -> list[str]:
     return problems
 
 
+def check_shares(name: str, shares: Mapping[str, float], seen: Collection[str]) -> list[str]:
+    """Return what is wrong with a setting that gives seen languages a number above 0."""
+    problems = []
+    for code, share in shares.items():
+        if code not in seen:
+            problems.append(
+                f"{name} names {code!r}, which is not in data.seen.{did_you_mean(code, seen)}"
+            )
+        if share not in _POSITIVE:
+            problems.append(f"{name}.{code} must be above 0, found {share}.")
+    return problems
+
+
 def _check_sampling(data: DataConfig) -> list[str]:
     k, num, problems = data.languages_per_step, len(data.seen), []
     if k is not None and k > num:
@@ -400,14 +420,7 @@ def _check_sampling(data: DataConfig) -> list[str]:
     sampling = data.sampling
     if sampling.temperature is not None and sampling.weights is not None:
         problems.append("data.sampling takes either temperature or weights, not both.")
-    for code, weight in (sampling.weights or {}).items():
-        if code not in data.seen:
-            problems.append(
-                f"data.sampling.weights names {code!r}, which is not in data.seen."
-                f"{did_you_mean(code, data.seen)}"
-            )
-        if weight not in _POSITIVE:
-            problems.append(f"data.sampling.weights.{code} must be above 0, found {weight}.")
+    problems += check_shares("data.sampling.weights", sampling.weights or {}, data.seen)
     if not data.samples and sampling != SamplingConfig():
         problems.append(
             "data.sampling has no effect when every language takes part in every step; set "

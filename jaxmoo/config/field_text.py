@@ -102,8 +102,8 @@ def _field(path: str, form: str, conversion: str | None) -> Field:
     return Field(path, tuple(steps), separator, form)
 
 
-def by_language(value: Any, language: str) -> str | None:
-    """Return a language's text of a setting that has one for all, or one for each; None of none."""
+def by_language(value: Any, language: str) -> Any:
+    """Return what a language has of a setting: one for all, or one for each; None of none."""
     return value.get(language) if isinstance(value, Mapping) else value
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 import jax
 
 from jaxmoo import aggregators, blocks, weighting
+from jaxmoo.config.data_section import check_shares
 from jaxmoo.config.resolve_section import ResolveConfig
-from jaxmoo.config.schema import Range
 from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.registry import is_path
 from jaxmoo.sketched import check_sketchable, sketch_size
 
 __all__ = ["check_gram", "check_resolve", "check_sampled"]
-
-_POSITIVE = Range(above=0)
 
 
 def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
@@ -55,15 +53,7 @@ def check_resolve(resolve: ResolveConfig, seen: list[str]) -> list[str]:
     except ConfigError as error:
         problems.append(f"resolve.blocks: {error}")
     problems += _check_weighting(resolve, len(seen))
-    for code, weight in (resolve.preference or {}).items():
-        if code not in seen:
-            problems.append(
-                f"resolve.preference names {code!r}, which is not in data.seen."
-                f"{did_you_mean(code, seen)}"
-            )
-        if weight not in _POSITIVE:
-            problems.append(f"resolve.preference.{code} must be above 0, found {weight}.")
-    return problems
+    return problems + check_shares("resolve.preference", resolve.preference or {}, seen)
 
 
 def check_gram(resolve: ResolveConfig, *, accumulated: bool, tensor: int) -> list[str]:

@@ -5,8 +5,9 @@ from jaxmoo.data.corpus import Corpus, LanguageReport, load_corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.mixture import shares
+from jaxmoo.data.sources.reading import load_examples
 from jaxmoo.data.sources.records import Origin, RecordStream, SequenceStream
-from jaxmoo.data.sources.source import Source, load_examples, open_source
+from jaxmoo.data.sources.source import Source, open_source
 from jaxmoo.data.split import deduplicate, split_examples
 from jaxmoo.data.table import text_table
 from jaxmoo.data.tokenization.tokenize import Tokenized, tokenize, tokenize_all

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import Example
-from jaxmoo.data.sources.source import Loaded, Source, read_examples
+from jaxmoo.data.sources.reading import Loaded, read_examples
+from jaxmoo.data.sources.source import Source
 from jaxmoo.data.split import (
     Share,
     Split,
+    alone,
     deduplicate,
     split_languages,
     with_own_held_out,
@@ -51,7 +53,7 @@ def divide(
     *,
     choices: str | None = None,
     source: Source | None = None,
-    share: Share = lambda mine: mine,
+    share: Share = alone,
 ) -> dict[str, DividedLanguage]:
     """Read languages whole and divide their examples.
 

@@ -17,7 +17,8 @@ _HASH_BYTES = 6  # 48 bits: exact in a float, so that the fraction below stays u
 Share = Callable[[set[bytes]], set[bytes]]
 
 
-def _alone(mine: set[bytes]) -> set[bytes]:
+def alone(mine: set[bytes]) -> set[bytes]:
+    """What all have where nobody else has any: a `Share`."""
     return mine
 
 
@@ -131,7 +132,7 @@ def split_languages(
     held_out: float,
     *,
     disjoint_replies: bool = False,
-    share: Share = _alone,
+    share: Share = alone,
 ) -> dict[str, Split]:
     """Split every language's examples, and keep those of one language out of another's training.
 
@@ -192,7 +193,7 @@ def with_own_held_out(
     train: Mapping[str, Sequence[Example]],
     held_out: Mapping[str, Sequence[Example]],
     *,
-    share: Share = _alone,
+    share: Share = alone,
 ) -> dict[str, Split]:
     """Put training and held-out examples together that come from sources of their own.
 
@@ -222,7 +223,7 @@ def with_unevaluated(
     seen: Collection[str],
     *,
     disjoint_replies: bool = False,
-    share: Share = _alone,
+    share: Share = alone,
 ) -> dict[str, Split]:
     """Give held-out examples that are not evaluated back to training.
 
@@ -240,9 +241,7 @@ def with_unevaluated(
     """
 
     def names(example: Example) -> list[bytes]:
-        found = [side_key(example), example.prompt_key]
-        found += [f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else []
-        return [_digest(name) for name in found]
+        return [_digest(key) for key in _links(example, disjoint_replies)]
 
     taken = share({name for part in evaluated.values() for e in part for name in names(e)})
     result = dict(split)
@@ -262,6 +261,12 @@ def _in_order(held_out: Iterable[Example]) -> list[Example]:
     return sorted(held_out, key=lambda example: hash_fraction("\x1e".join(example.key)))
 
 
+def _links(example: Example, disjoint_replies: bool) -> list[str]:
+    """What links an example with others: its side's key, its prompt, and if asked its reply."""
+    keys = list(dict.fromkeys((side_key(example), example.prompt_key)))
+    return [*keys, f"\x7freply:{normalise(example.reply)}"] if disjoint_replies else keys
+
+
 def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[str]:
     """One key per example, the same for all examples that must stay together (union-find)."""
     parent: dict[str, str] = {}
@@ -275,11 +280,9 @@ def _linked_keys(examples: Sequence[Example], disjoint_replies: bool) -> list[st
 
     own = []
     for example in examples:
-        keys = list(dict.fromkeys((side_key(example), example.prompt_key)))
-        if disjoint_replies:
-            keys.append(f"\x7freply:{normalise(example.reply)}")
-        own.append(keys[0])
-        for key in keys[1:]:
-            first, second = sorted((root(keys[0]), root(key)))
+        key, *others = _links(example, disjoint_replies)
+        own.append(key)
+        for other in others:
+            first, second = sorted((root(key), root(other)))
             parent[second] = first  # the smallest key of a set is its name
     return [root(key) for key in own]

@@ -142,8 +142,8 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
         return found
 
     mine = sorted(by_name)[peers.number :: peers.count]
-    told = peers.exchange(json.dumps(peers.all_do(lambda: read(mine))).encode())
-    known = {file: digest for one in told for file, digest in json.loads(one).items()}
+    told = _told(peers, peers.all_do(lambda: read(mine)))
+    known = {file: digest for one in told for file, digest in one.items()}
     # Where hosts have other names for the files, what others have read does not help.
     return known | peers.all_do(lambda: read([name for name in by_name if name not in known]))
 
@@ -245,7 +245,7 @@ class TokenCache:
             own.touch()
         peers.exchange(b"")
         seen = [n for n, token in enumerate(told) if (self._root / f".here-{token}").exists()]
-        every = [json.loads(one) for one in peers.exchange(json.dumps(seen).encode())]
+        every = _told(peers, seen)
         own.unlink(missing_ok=True)
         if peers.number not in seen:
             return [peers.number]
@@ -282,11 +282,11 @@ class TokenCache:
             raise
         except Exception as error:  # another process may know that what is read here is damaged
             problem = f"{self._entry}: {error}"
-        told = [json.loads(t) for t in self._peers.exchange(json.dumps([found, problem]).encode())]
-        problem = next((told[number][1] for number in self._team if told[number][1]), "")
+        told = self._exchange([found, problem])
+        problem = next((problem for _, problem in told if problem), "")
         if problem and self.is_first:
             _discard(self._entry)
-        if problem or not all(told[number][0] for number in self._team):
+        if problem or not all(found for found, _ in told):
             return {}, [], problem
         if self.is_first:
             with contextlib.suppress(OSError):
@@ -381,8 +381,8 @@ class TokenCache:
 
     def _exchange(self, told: Any) -> list[Any]:
         """What the processes of the team tell, in their order."""
-        every = self._peers.exchange(json.dumps(told).encode())
-        return [json.loads(every[number]) for number in self._team]
+        every = _told(self._peers, told)
+        return [every[number] for number in self._team]
 
     def _name(self) -> None:
         for _ in range(2):
@@ -428,6 +428,11 @@ class TokenCache:
             size += _size(path)
             if age > _MOST_SECONDS or size > MOST_BYTES:
                 _discard(path)
+
+
+def _told(peers: Peers, what: Any) -> list[Any]:
+    """What all processes tell each other, as JSON holds it."""
+    return [json.loads(one) for one in peers.exchange(json.dumps(what).encode())]
 
 
 def _file(language: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from jaxmoo.config.data_section import ColumnsConfig, DataConfig
 from jaxmoo.data import corpus
 from jaxmoo.data.example import Example
-from jaxmoo.data.sources import source as sources
+from jaxmoo.data.sources import reading
 
 ROWS = {
     "en": [
@@ -31,11 +31,11 @@ def settings(source, *, columns=None, **options):
 
 
 def load_examples(source, languages, **options):
-    return sources.load_examples(settings(source, **options), languages)
+    return reading.load_examples(settings(source, **options), languages)
 
 
 def read_examples(source, languages, **options):
-    return sources.read_examples(settings(source, **options), languages)
+    return reading.read_examples(settings(source, **options), languages)
 
 
 def load_corpus(source, tokenizer, say=print, **options):

@@ -157,7 +157,7 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(text, complaint,
         ({"prompt": 4}, "data.prompt must be text"),
         ({"prompt": "{a}", "columns": {"prompt": "b"}}, "either prompt or columns.prompt"),
         ({"prompt": "{a}", "columns": {"messages": "b"}}, "make a prompt and its reply"),
-                ({"source": None}, "data.source is missing"),
+        ({"source": None}, "data.source is missing"),
         ({"sources": [{"weight": 1}]}, r"data.sources\[0\] names no source"),
         (
             {"sources": [{"source": "a", "wieght": 1}]},

@@ -12,8 +12,9 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -46,8 +47,7 @@ class Done(NamedTuple):
     """What becomes of a part, as it is sent from process to process."""
 
     kept: list[int]
-    arrays: Any
-    words: Any
+    table: TokenTable
     complaints: list[str]
     characters: int
     missing: int
@@ -123,7 +123,7 @@ class Tokenizing:
             for complaint in done.complaints:
                 malformed.add(DataError(complaint))
             kept += [task.examples[number] for number in done.kept]
-            tables.append(TokenTable(done.arrays, done.words))
+            tables.append(done.table)
             characters, missing = characters + done.characters, missing + done.missing
             advance(len(task.examples))
         if kept:
@@ -147,12 +147,10 @@ class Tokenizing:
                 free.put(helper)
 
         with ThreadPoolExecutor(len(self._helpers)) as pool:
-            futures: list[Future[Done]] = [pool.submit(run, task) for task in tasks]
+            futures = deque(pool.submit(run, task) for task in tasks)
             try:
-                for number, future in enumerate(futures):
-                    yield future.result()
-                    del future
-                    futures[number] = Future()  # what has been taken need not be kept
+                while futures:
+                    yield futures.popleft().result()  # what has been taken is not kept
             finally:
                 for future in futures:
                     future.cancel()
@@ -174,11 +172,9 @@ def tokenized(task: Task, tokenizer: PreTrainedTokenizerFast) -> Done:
         task.malformed,
         special_tokens=task.special_tokens,
     )
-    table = TokenTable.of(found.tokens)
     return Done(
         found.kept,
-        table.arrays,
-        table.words,
+        TokenTable.of(found.tokens),
         task.malformed.complaints,
         found.characters,
         found.missing,

@@ -10,7 +10,8 @@ import pytest
 from bucket_servers import upload
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.files import open_file
-from jaxmoo.data.sources.source import open_source, read_examples
+from jaxmoo.data.sources.reading import read_examples
+from jaxmoo.data.sources.source import open_source
 from jaxmoo.errors import DataError
 
 ROWS = [{"prompt": f"{n}?", "completion": f"{n}!"} for n in range(500)]

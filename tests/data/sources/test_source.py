@@ -13,7 +13,7 @@ from devices import ROOT
 from jaxmoo.config import ColumnsConfig, Config, ModelConfig
 from jaxmoo.data import LanguageBatches, SequenceStream, load_corpus, load_data
 from jaxmoo.data.example import Example
-from jaxmoo.data.sources import source as sources
+from jaxmoo.data.sources import reading as readings
 from jaxmoo.data.sources.source import HubSource
 from jaxmoo.errors import ConfigError, DataError
 from small_runs import SIZES
@@ -207,7 +207,7 @@ def test_hub_datasets_with_a_subset_per_language(hub_dataset):
     assert records(subset="all", language_column="lang") == dict.fromkeys(ROWS, everything)
     options = {"subset": "all", "language_column": "lang"}
     source = HubSource(hub_dataset, settings(hub_dataset, **options))
-    reading = sources.read_examples(settings(hub_dataset, **options), ["fa", "en"], source=source)
+    reading = readings.read_examples(settings(hub_dataset, **options), ["fa", "en"], source=source)
     assert {language: found.examples for language, found in reading.languages.items()} == {
         language: expected(language) for language in ROWS
     }
@@ -218,7 +218,7 @@ def test_hub_datasets_without_the_language_say_what_there_is(hub_dataset):
         HubSource(hub_dataset, settings(hub_dataset)).open("fr")
     data = settings(hub_dataset, subset="all", language_column="lang")
     with pytest.raises(DataError, match=r"no language 'fr'. Available: en, fa"):
-        sources.read_examples(data, ["fr"], source=HubSource(hub_dataset, data))
+        readings.read_examples(data, ["fr"], source=HubSource(hub_dataset, data))
     with pytest.raises(DataError, match=r"Cannot load.*validation"):
         HubSource(hub_dataset, settings(hub_dataset, split="validation")).open("en")
 
@@ -245,7 +245,7 @@ def test_a_source_of_ones_own_is_read_like_any_other(page, tokenizer):
         load_corpus(wrong, tokenizer, source=sums)
     corpus = load_corpus(data, tokenizer, source=sums)
     assert corpus.report["fa"].records == 100 and len(corpus.train) == 2
-    found = sources.load_examples(data, ["fa"], source=sums)["fa"]
+    found = readings.load_examples(data, ["fa"], source=sums)["fa"]
     assert found[2] == Example.from_pair("fa", "fa: 2 + 2 = ?", "4")
 
 
