@@ -15,9 +15,9 @@ from jaxmoo.data.split import Share, alone
 from jaxmoo.data.streaming import ExampleStream, Place
 from jaxmoo.data.table import text_table
 from jaxmoo.data.token_cache import CachePlace, Kept, TokenCache, cache_key, open_cache
-from jaxmoo.data.tokenization.parallel import available_cores
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import ConfigError
+from jaxmoo.runtime.cores import available_cores
 from jaxmoo.runtime.peers import Peers, all_peers
 
 if TYPE_CHECKING:

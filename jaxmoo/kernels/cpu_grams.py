@@ -14,7 +14,6 @@ import functools
 import itertools
 import math
 import operator
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from jax import lax
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.contraction import cross_grams
+from jaxmoo.runtime.cores import available_cores
 from jaxmoo.sharding import varying
 
 __all__ = ["grams_by_slices", "grams_of_many"]
@@ -117,8 +117,7 @@ def _per_section(x: jax.Array) -> tuple[int, int]:
 
 
 def _most_loops() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(_LOOPS_PER_CORE * (cores or 1), _MOST_LOOPS)
+    return min(_LOOPS_PER_CORE * available_cores(), _MOST_LOOPS)
 
 
 def _loop(x: jax.Array, start: int, stop: int) -> _Carry:

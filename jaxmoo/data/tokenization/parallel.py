@@ -23,11 +23,12 @@ from jaxmoo.data.sources.records import Malformed
 from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenize import check_known, tokenize_part
 from jaxmoo.errors import DataError
+from jaxmoo.runtime.cores import available_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Done", "Task", "Tokenizing", "available_cores", "send", "tokenized"]
+__all__ = ["Done", "Task", "Tokenizing", "send", "tokenized"]
 
 _WORKER = "jaxmoo.data.tokenization.worker"
 _PART = 1000  # examples; the same however many share the work, as are then all complaints
@@ -154,13 +155,6 @@ class Tokenizing:
             finally:
                 for future in futures:
                     future.cancel()
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def tokenized(task: Task, tokenizer: PreTrainedTokenizerFast) -> Done:
