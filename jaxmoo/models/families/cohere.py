@@ -33,7 +33,7 @@ def _cohere2(config: Mapping[str, Any]) -> dict[str, Any]:
     window = check_size("sliding_window", config["sliding_window"])
     near = LayerKind(window, read_rope(config))
     far = LayerKind(None, None)
-    types = pattern(config, 4)
+    types = pattern(config, config.get("sliding_window_pattern", 4))
     kinds = tuple(near if kind == "sliding_attention" else far for kind in types)
     common = _cohere(config)
     del common["rope"]

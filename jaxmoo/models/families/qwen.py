@@ -41,5 +41,7 @@ def _kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     )
 
 
-QWEN2 = Family(_qwen2)
-QWEN3 = Family(_qwen3)
+_DEFAULTS = {"num_key_value_heads": 32}
+
+QWEN2 = Family(_qwen2, _DEFAULTS)
+QWEN3 = Family(_qwen3, {**_DEFAULTS, "head_dim": 128})
