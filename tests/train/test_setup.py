@@ -10,7 +10,8 @@ import pytest
 from jaxmoo.commands.data import main as data_main
 from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError, JaxmooError
-from jaxmoo.models import DecoderConfig, attention
+from jaxmoo.models import DecoderConfig
+from jaxmoo.models.attention import cudnn
 from jaxmoo.runs.trained_parameters import check_model
 from jaxmoo.train import plan, setup
 from jaxmoo.train.setup import make_run_mesh, prepare, run_attention
@@ -69,7 +70,7 @@ def test_the_tpus_kernel_and_a_tensor_axis_exclude_each_other(write_config):
 
 def test_soft_capped_scores_are_not_left_to_a_kernel_that_has_none(write_config, monkeypatch):
     """On GPUs that cuDNN is for."""
-    monkeypatch.setattr(attention, "_cudnn_obstacle", lambda *_: None)
+    monkeypatch.setattr(cudnn, "obstacle", lambda *_: None)
     monkeypatch.setattr(setup, "platform_of", lambda _: "gpu")
     config = load_config(write_config(), ["model.dtype=bfloat16"])
     device_mesh = make_run_mesh(config)
