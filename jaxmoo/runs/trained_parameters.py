@@ -88,10 +88,20 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
+    if not config.export or lora.export == "merged":
+        return
+    family = FAMILIES[architecture.family]
+    if family.part is not None:
+        raise ConfigError(
+            f"lora: {source} is the text model of a larger one ({architecture.family}), for which "
+            "adapters cannot be exported by themselves. Save the text model alone, as the "
+            "documentation of models shows, and use that; or set lora.export to 'merged', not "
+            f"{lora.export!r}."
+        )
     adapted = set(PROJECTIONS if every else lora.targets)
-    for whole, parts in FAMILIES[architecture.family].names.fused.items():
+    for whole, parts in family.names.fused.items():
         fused = adapted & {part.rpartition(".")[2] for part in parts}
-        if lora.dora and fused and config.export and lora.export != "merged":
+        if lora.dora and fused:
             raise ConfigError(
                 f"lora.dora: adapters of {whole.rpartition('.')[2]}, which {source} keeps in one "
                 f"matrix, cannot be exported by themselves. Set lora.export to 'merged', not "
