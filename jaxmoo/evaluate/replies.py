@@ -22,7 +22,7 @@ from jaxmoo.data.sources.files import open_file
 from jaxmoo.data.tokenization.tokenize import reply_prompts
 from jaxmoo.data.tokenization.tokenizer import chat_tokenizer
 from jaxmoo.errors import ConfigError, DataError, shown
-from jaxmoo.evaluate.generated import stop_tokens
+from jaxmoo.evaluate.generated import reply_text, stop_tokens
 from jaxmoo.evaluate.generator import Generator
 from jaxmoo.evaluate.opened import open_on
 from jaxmoo.hf import check_tokenizer, load_config
@@ -225,7 +225,11 @@ def reply(settings: Replies, say: Callable[[str], None] = print) -> list[Reply]:
     # None: only on a terminal
     with tqdm(total=len(prompts), unit="reply", disable=None if is_first() else True) as bar:
         found = generator(nnx.state(opened.model), prompts, stop, bar.update)
-    return [_reply(tokens, ends, tokenizer) for tokens, ends in zip(found, stop, strict=True)]
+    replies = []
+    for tokens, ends in zip(found, stop, strict=True):
+        text, stopped = reply_text(tokens, ends, tokenizer)
+        replies.append(Reply(text, len(tokens), stopped))
+    return replies
 
 
 def _data(model: Path) -> DataConfig:
@@ -265,10 +269,3 @@ def _numbers(stop: Sequence[str | int], tokenizer: PreTrainedTokenizerFast, what
             )
         found += ids
     return found
-
-
-def _reply(tokens: np.ndarray, ends: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Reply:
-    stopped = bool(tokens[-1] in ends)
-    kept = tokens[:-1] if stopped else tokens
-    text = str(tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
-    return Reply(text, len(tokens), stopped)
