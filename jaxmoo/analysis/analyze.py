@@ -37,13 +37,13 @@ from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.hf.directory import first_process
-from jaxmoo.models import Decoder, segments_for
+from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
 from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
 from jaxmoo.runs.provenance import versions
-from jaxmoo.runs.trained_parameters import begun_model
+from jaxmoo.runs.trained_parameters import begun_model, run_segments
 from jaxmoo.runtime.processes import check_same, is_first, said_by_first
 
 __all__ = ["MEASURES", "Request", "analyze"]
@@ -251,7 +251,7 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
     def shardings(state: nnx.State) -> Any:
         return mesh.parameter_shardings(device_mesh, state, stacked=STACKED)
 
-    segments = segments_for(load_model_config(source), config.model.trainable)
+    segments = run_segments(config, load_model_config(source))
     dtype = jax.numpy.dtype(config.model.param_dtype)
     base = load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
     yield BASE, begun_model(config, base, shardings)
