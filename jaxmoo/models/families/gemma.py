@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoo.models.checks import check_number, check_size, refuse
-from jaxmoo.models.families.family import Family, LayerKind, Names, pattern
+from jaxmoo.models.families.family import Family, LayerKind, Names, by_type, pattern
 from jaxmoo.models.rope import Rope, read_rope
 
 _NO_MORE = {
@@ -31,8 +31,7 @@ def _both(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kinds(config: Mapping[str, Any], period: Any, local: Rope, far: Rope) -> Any:
     near = LayerKind(config["sliding_window"], local)
-    types = pattern(config, period)
-    return tuple(near if kind == "sliding_attention" else LayerKind(None, far) for kind in types)
+    return by_type(pattern(config, period), near, LayerKind(None, far))
 
 
 def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
