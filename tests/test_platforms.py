@@ -29,8 +29,8 @@ ASKED = {
     ("platforms.py", "several_devices"),
     ("mesh.py", "make_mesh"),
     ("models/decoder.py", "Decoder"),
-    ("models/attention.py", "attend"),
-    ("models/attention.py", "choose_attention"),
+    ("models/attention/choice.py", "attend"),
+    ("models/attention/choice.py", "choose_attention"),
     ("kernels/reductions.py", "is_partitioned"),  # gram, combine_rows and resolve_conflicts
     ("runtime/compiled.py", "kept_programs"),
     ("runtime/processes.py", "start"),

@@ -37,14 +37,14 @@ from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model, load_tokenizer, resolve_source
 from jaxmoo.hf.directory import first_process
-from jaxmoo.models import Decoder, segments_for
+from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
 from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
 from jaxmoo.runs.provenance import versions
-from jaxmoo.runs.trained_parameters import begun_model
-from jaxmoo.runtime.processes import check_same, is_first
+from jaxmoo.runs.trained_parameters import begun_model, run_segments
+from jaxmoo.runtime.processes import check_same, is_first, said_by_first
 
 __all__ = ["MEASURES", "Request", "analyze"]
 
@@ -85,7 +85,7 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: before any model is run.
     """
-    say = say if is_first() else _silence
+    say = said_by_first(say)
     directory = request.output or typed_path(request.run) / "analysis"
     first_process(lambda: check_writable(directory, "--output"), _WRITE)
     inputs = _check(request, say)
@@ -112,10 +112,6 @@ def analyze(request: Request, say: Callable[[str], None] = print) -> Path:
 
 
 _WRITE = "write the analysis"
-
-
-def _silence(line: str) -> None:
-    """What other processes than the first say."""
 
 
 def _check(request: Request, say: Callable[[str], None]) -> _Inputs:
@@ -255,7 +251,7 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
     def shardings(state: nnx.State) -> Any:
         return mesh.parameter_shardings(device_mesh, state, stacked=STACKED)
 
-    segments = segments_for(load_model_config(source), config.model.trainable)
+    segments = run_segments(config, load_model_config(source))
     dtype = jax.numpy.dtype(config.model.param_dtype)
     base = load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
     yield BASE, begun_model(config, base, shardings)
@@ -266,7 +262,7 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
             base=request.base,
             shardings=shardings,
             merge=False,
-            say=_silence,
+            say=lambda _: None,
         )
         yield f"step {step}", opened.model
 

@@ -199,7 +199,7 @@ def paired_batch(
 
 def check_examples(examples: int, device_mesh: Mesh) -> None:
     """Raise ConfigError unless the devices of a mesh can share so many examples."""
-    rows = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+    rows = device_mesh.shape[mesh.DATA] * device_mesh.shape[mesh.FSDP]
     if examples % rows:
         raise ConfigError(
             f"{examples} examples per language and batch cannot be divided among {rows} devices "

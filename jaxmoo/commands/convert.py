@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxmoo.commands.command import command
 from jaxmoo.errors import ConfigError
@@ -175,9 +174,10 @@ def _write_hf(options: argparse.Namespace) -> None:
 
 def _to_gguf(options: argparse.Namespace) -> int:
     from jaxmoo.convert.gguf import to_gguf
+    from jaxmoo.hf.source import model_directory
 
     to_gguf(
-        _directory(options.source),
+        model_directory(options.source),
         options.out,
         kind=options.type,
         step=options.step,
@@ -190,16 +190,18 @@ def _to_gguf(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     steps = (options.step_a, options.step_b)
     from jaxmoo.convert.compare import compare
+    from jaxmoo.hf.source import model_directory
 
-    found = compare(_directory(options.a), _directory(options.b), steps=steps)
+    found = compare(model_directory(options.a), model_directory(options.b), steps=steps)
     print(found.table())
     return 0 if found.within(options.tolerance) else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from jaxmoo.convert.describe import describe
+    from jaxmoo.hf.source import model_directory
 
-    print(describe(_directory(options.directory)))
+    print(describe(model_directory(options.directory)))
     return 0
 
 
@@ -211,16 +213,6 @@ _COMMANDS = {
     "verify": _verify,
     "inspect": _inspect,
 }
-
-
-def _directory(name: str) -> Path:
-    """A directory of any kind, or the one that a model's name stands for."""
-    path = typed_path(name)
-    if path.is_dir():
-        return path
-    from jaxmoo.hf.source import resolve_source
-
-    return resolve_source(name)
 
 
 def _dtype(name: str) -> str:

@@ -149,13 +149,12 @@ def _settings(options: argparse.Namespace) -> Evaluation:
         raise ConfigError("Give --model and --output, or --compare A B.")
     from jaxmoo.evaluate.evaluation import Evaluation
     from jaxmoo.evaluate.results import ResultStore
-    from jaxmoo.hf import resolve_source
     from jaxmoo.hf.directory import first_process
+    from jaxmoo.hf.source import model_directory
 
     # Raises before anything is fetched.
     first_process(lambda: ResultStore(options.output), "write the results")
-    path = typed_path(options.model)
-    model = path if path.is_dir() else resolve_source(options.model)
+    model = model_directory(options.model)
     config, run = _config(options, model)
     held_out = options.data is None
     if config is None and (options.data is None or options.languages is None):

@@ -40,17 +40,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "jaxmoo generate") 
 
 def _generate(options: argparse.Namespace) -> None:
     from jaxmoo.evaluate.replies import Replies, reply
-    from jaxmoo.hf import resolve_source
     from jaxmoo.hf.directory import first_process
+    from jaxmoo.hf.source import model_directory
 
     if options.output is not None:
         check = options.output.absolute().parent
         first_process(lambda: check_writable(check, "--output"), "write the replies")
     prompts = _prompts(options)
-    path = typed_path(options.model)
     sampling = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
     settings = Replies(
-        model=path if path.is_dir() else resolve_source(options.model),
+        model=model_directory(options.model),
         prompts=prompts,
         step=options.step,
         base=options.base,

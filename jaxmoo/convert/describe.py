@@ -134,8 +134,7 @@ def _by_rank(lora: LoRA) -> str:
         for name in lora.targets
         if name in lora.rank_pattern or name in lora.alpha_pattern
     ]
-    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    return "; ".join([f"{lora.rank}, scale {scale:g}", *own])
+    return "; ".join([f"{lora.rank}, scale {lora.scale:g}", *own])
 
 
 def _run(run: RunDirectory) -> str:

@@ -265,7 +265,7 @@ def open_model(
         return read_unchanged(lambda: _read_checkpoint(path, shardings), path)
     weights = Weights(path)
     model = load_model(path, param_dtype=None, shardings=shardings)
-    return Opened(model, path, {name: weights.dtype(name) for name in weights.names()}, None)
+    return Opened(model, path, weights.dtypes(), None)
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -311,12 +311,11 @@ def _open_adapter(path: Path, base: str | None, shardings: Callable[[nnx.State],
     graph, abstract, rest = nnx.split(model, trainable_filter(ADAPTERS), ...)
     model = nnx.merge(graph, load_adapter(path, abstract, found.lora, shardings(abstract)), rest)
     merge_adapters(model)
-    weights = Weights(source)
     template = path / "chat_template.jinja"
     return Opened(
         model,
         source,
-        {name: weights.dtype(name) for name in weights.names()},
+        Weights(source).dtypes(),
         None,
         read_template(str(template)) if template.is_file() else None,
     )
@@ -384,11 +383,10 @@ def _open_run(
         say(note)
     restore = functools.partial(restore_params, like=like, within=within, shardings=shardings)
     trained = read_item(run.checkpoints, step, STATE, restore)
-    weights = Weights(source)
     return Opened(
         nnx.merge(graph, trained, frozen),
         source,
-        {name: weights.dtype(name) for name in weights.names()},
+        Weights(source).dtypes(),
         run_card(run, config, step),
         read_template(config.data.chat_template),
         _stop(source, config),

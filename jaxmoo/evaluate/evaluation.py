@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,7 +19,6 @@ from jaxmoo import mesh
 from jaxmoo.config import DataConfig, is_date
 from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import source_of, tokenizer_of
-from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example, load_examples
 from jaxmoo.data.division import divide
 from jaxmoo.data.inspect import notes
@@ -29,6 +27,7 @@ from jaxmoo.errors import ConfigError, DataError
 from jaxmoo.evaluate.evaluator import Evaluator
 from jaxmoo.evaluate.generated import check_sacrebleu, stop_tokens
 from jaxmoo.evaluate.measures import summary_table
+from jaxmoo.evaluate.opened import open_on
 from jaxmoo.evaluate.questions import (
     COLUMN,
     Questions,
@@ -42,12 +41,9 @@ from jaxmoo.evaluate.results import LanguageResult, ResultStore
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.hf.directory import first_process
-from jaxmoo.models import Decoder
-from jaxmoo.models.paths import STACKED
-from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
-from jaxmoo.runtime.processes import check_same, from_first, is_first
+from jaxmoo.runtime.processes import check_same, from_first, is_first, said_by_first
 from jaxmoo.runtime.watching import watched
 
 if TYPE_CHECKING:
@@ -113,11 +109,25 @@ class Evaluation:
           ConfigError: there is no run, or a value is out of range.
         """
         directory = RunDirectory(typed_path(run))
-        data = load_run_config(directory.config).data
         found: dict[str, Any] = {
             "name": str(run),
             "model": directory.path,
             "output": directory.path / "held_out.json",
+        }
+        return cls.held_out_by(load_run_config(directory.config).data, **found | changes)
+
+    @classmethod
+    def held_out_by(cls, data: DataConfig, /, **others: Any) -> Evaluation:
+        """Ask what a training run with these settings of data asks of itself.
+
+        Args:
+          data: the settings.
+          **others: values of the other attributes, or other ones than the run's.
+
+        Raises:
+          ConfigError: a value is out of range.
+        """
+        found: dict[str, Any] = {
             "data": data,
             "seen": data.seen,
             "unseen": data.unseen,
@@ -126,7 +136,7 @@ class Evaluation:
             "max_length": data.sequence_length,
             "skip_empty": True,
         }
-        return cls(**found | changes)
+        return cls(**found | others)
 
     def __post_init__(self) -> None:
         languages = [*self.seen, *self.unseen]
@@ -165,7 +175,7 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     Raises:
       JaxmooError: anything that would make the evaluation fail or be wrong.
     """
-    say = say if is_first() else _silence
+    say = said_by_first(say)
     if settings.new_tokens:
         check_sacrebleu()
     store = ResultStore(settings.output, check=is_first())
@@ -183,11 +193,12 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
         say(NO_ENDING)
 
     device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
-    opened = open_model(
+    opened, decoder = open_on(
+        device_mesh,
         settings.model,
         step=settings.step,
         base=settings.base,
-        shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
+        dtype=settings.dtype,
         say=say,
     )
     weights = fingerprint(opened.model, NamedSharding(device_mesh, P()))
@@ -211,18 +222,10 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     missing = _missing(questions, done)
     if len(missing) < len(questions):
         say(f"Already evaluated: {', '.join(code for code in questions if code not in missing)}.")
-    graph = nnx.graphdef(
-        Decoder.abstract(
-            opened.model.config,
-            segments=opened.model.segments,
-            dtype=jnp.dtype(settings.dtype),
-            platform=platform_of(device_mesh.devices.flat),
-        )
-    )
     parameters = nnx.state(opened.model)
     pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     evaluator = Evaluator(
-        lambda parameters: nnx.merge(graph, parameters),
+        decoder,
         device_mesh,
         batch_size=settings.batch_size,
         pad_id=pad_id,
@@ -255,10 +258,6 @@ def evaluate(settings: Evaluation, say: Callable[[str], None] = print) -> dict[s
     say(summary_table(results["languages"], settings.seen, settings.unseen))
     say(f"Wrote {store.output}; numbers of every example are in {store.directory}.")
     return results
-
-
-def _silence(line: str) -> None:
-    """What other processes than the first say."""
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import mesh
 from jaxmoo.data.example import Example
 from jaxmoo.data.tokenization.tokenize import Tokenized
-from jaxmoo.evaluate.generated import score_generated
+from jaxmoo.evaluate.generated import reply_text, score_generated
 from jaxmoo.evaluate.generator import Generator
 from jaxmoo.evaluate.nll import Likelihoods, evaluate_nll, length_batches, likelihoods
 from jaxmoo.evaluate.questions import Questions, digest
@@ -187,14 +187,10 @@ class Evaluator:
     def _continue(
         self, weights: Any, prompts: list[np.ndarray], advance: Callable[[int], object]
     ) -> list[str]:
-        stop = [self._stop] * len(prompts)
-        return [self._text(one) for one in self._generator(weights, prompts, stop, advance)]
-
-    def _text(self, tokens: np.ndarray) -> str:
-        kept = tokens[:-1] if tokens[-1] in self._stop else tokens
         assert self._tokenizer is not None, "generated tokens need a tokenizer"
-        # Of one sequence it is one text, which the signature does not tell.
-        return str(self._tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
+        stop = [self._stop] * len(prompts)
+        found = self._generator(weights, prompts, stop, advance)
+        return [reply_text(tokens, self._stop, self._tokenizer)[0] for tokens in found]
 
 
 class _Branched(NamedTuple):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from jaxmoo.data.example import normalise
 from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
@@ -14,7 +16,7 @@ from jaxmoo.hf.generation import stop_tokens as model_stop_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["GeneratedScores", "check_sacrebleu", "score_generated", "stop_tokens"]
+__all__ = ["GeneratedScores", "check_sacrebleu", "reply_text", "score_generated", "stop_tokens"]
 
 
 class GeneratedScores(NamedTuple):
@@ -86,3 +88,23 @@ def stop_tokens(source: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, 
     end: Any = tokenizer.eos_token_id  # a token's number, or None
     stop = {end, ending_token(tokenizer), *model_stop_tokens(source)}
     return tuple(sorted(int(token) for token in stop if token is not None))
+
+
+def reply_text(
+    tokens: np.ndarray, stop: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, bool]:
+    """Turn a reply's tokens into its text, and tell whether a token ended it.
+
+    Args:
+      tokens: int [N], at least one.
+      stop: tokens that end it.
+      tokenizer: the model's.
+
+    Returns:
+      The text, without special tokens and white space at its ends, and whether the last token is
+      one of ``stop``.
+    """
+    stopped = bool(tokens[-1] in stop)
+    kept = tokens[:-1] if stopped else tokens
+    # Of one sequence it is one text, which the signature does not tell.
+    return str(tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip(), stopped

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
@@ -17,23 +16,20 @@ from jaxmoo import mesh
 from jaxmoo.config import DataConfig
 from jaxmoo.config import load_config as load_run_config
 from jaxmoo.convert.kinds import kind_of, source_of, tokenizer_of
-from jaxmoo.convert.models import open_model
 from jaxmoo.data import Example
 from jaxmoo.data.example import checked_text
 from jaxmoo.data.sources.files import open_file
 from jaxmoo.data.tokenization.tokenize import reply_prompts
 from jaxmoo.data.tokenization.tokenizer import chat_tokenizer
 from jaxmoo.errors import ConfigError, DataError, shown
-from jaxmoo.evaluate.generated import stop_tokens
+from jaxmoo.evaluate.generated import reply_text, stop_tokens
 from jaxmoo.evaluate.generator import Generator
+from jaxmoo.evaluate.opened import open_on
 from jaxmoo.hf import check_tokenizer, load_config
 from jaxmoo.hf.generation import sampling_of
-from jaxmoo.models import Decoder
-from jaxmoo.models.paths import STACKED
 from jaxmoo.models.sampling import Sampling
-from jaxmoo.platforms import platform_of
 from jaxmoo.runs.directory import RunDirectory
-from jaxmoo.runtime.processes import check_same, is_first
+from jaxmoo.runtime.processes import check_same, is_first, said_by_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -181,7 +177,7 @@ def reply(settings: Replies, say: Callable[[str], None] = print) -> list[Reply]:
     Raises:
       JaxmooError: anything that would make it fail; before weights are read, but for damaged ones.
     """
-    say = say if is_first() else _silence
+    say = said_by_first(say)
     source = source_of(settings.model, base=settings.base)
     architecture = load_config(source)
     tokenizer, _ = chat_tokenizer(tokenizer_of(settings.model, source), _data(settings.model))
@@ -207,25 +203,18 @@ def reply(settings: Replies, say: Callable[[str], None] = print) -> list[Reply]:
     )
 
     device_mesh = mesh.make_mesh(1, **dict[str, Any](settings.mesh))
-    model = open_model(
+    opened, decoder = open_on(
+        device_mesh,
         settings.model,
         step=settings.step,
         base=settings.base,
-        shardings=lambda state: mesh.parameter_shardings(device_mesh, state, stacked=STACKED),
+        dtype=settings.dtype,
         say=say,
-    ).model
-    graph = nnx.graphdef(
-        Decoder.abstract(
-            model.config,
-            segments=model.segments,
-            dtype=jnp.dtype(settings.dtype),
-            platform=platform_of(device_mesh.devices.flat),
-        )
     )
     rows = min(settings.batch_size, len(prompts))
     pad_id: Any = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generator = Generator(
-        lambda weights: nnx.merge(graph, weights),
+        decoder,
         device_mesh,
         batch_size=-(-rows // device_mesh.size) * device_mesh.size,
         new_tokens=settings.new_tokens,
@@ -235,12 +224,12 @@ def reply(settings: Replies, say: Callable[[str], None] = print) -> list[Reply]:
     )
     # None: only on a terminal
     with tqdm(total=len(prompts), unit="reply", disable=None if is_first() else True) as bar:
-        found = generator(nnx.state(model), prompts, stop, bar.update)
-    return [_reply(tokens, ends, tokenizer) for tokens, ends in zip(found, stop, strict=True)]
-
-
-def _silence(line: str) -> None:
-    """What other processes than the first say."""
+        found = generator(nnx.state(opened.model), prompts, stop, bar.update)
+    replies = []
+    for tokens, ends in zip(found, stop, strict=True):
+        text, stopped = reply_text(tokens, ends, tokenizer)
+        replies.append(Reply(text, len(tokens), stopped))
+    return replies
 
 
 def _data(model: Path) -> DataConfig:
@@ -280,10 +269,3 @@ def _numbers(stop: Sequence[str | int], tokenizer: PreTrainedTokenizerFast, what
             )
         found += ids
     return found
-
-
-def _reply(tokens: np.ndarray, ends: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> Reply:
-    stopped = bool(tokens[-1] in ends)
-    kept = tokens[:-1] if stopped else tokens
-    text = str(tokenizer.decode(kept.tolist(), skip_special_tokens=True)).strip()
-    return Reply(text, len(tokens), stopped)

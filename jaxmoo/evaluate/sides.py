@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,36 +49,22 @@ def results_of(
             "of a model. Score any other with `jaxmoo evaluate --model ... --output FILE.json`."
         )
     run = next(filter(None, (_run_of(side), _run_of(other))), None)
-    if run is None and config is None:
+    if config is not None:
+        name, settings_of = f"held_out-{typed_path(config).stem}", config
+    elif run is not None:
+        name, settings_of = "held_out", str(RunDirectory(run).config)
+    else:
         raise ConfigError(
             f"{side} is a model outside of any training run, so nobody says what to compare it on: "
             "give --config, the settings of a run."
         )
-    name = "held_out" + ("" if config is None else f"-{typed_path(config).stem}")
     own = _is_run(side)
     output = side / f"{name}.json" if own else side.with_name(f"{side.name}-{name}.json")
-    asked = _asked(run, config) | {"name": str(side), "model": side, "output": output}
-    settings = dataclasses.replace(Evaluation(**asked), **changes)
+    known: dict[str, Any] = {"name": str(side), "model": side, "output": output}
+    settings = Evaluation.held_out_by(load_config(settings_of).data, **known | changes)
     # The scores come with those of the other side.
     evaluate(settings, lambda text: None if "\n" in text else say(text))
     return read_results(output)
-
-
-def _asked(run: Path | None, config: str | None) -> dict[str, Any]:
-    """What a run asks of itself, by its directory or its settings."""
-    if config is None:
-        assert run is not None
-        config = str(RunDirectory(run).config)
-    data = load_config(config).data
-    return {
-        "data": data,
-        "seen": data.seen,
-        "unseen": data.unseen,
-        "held_out": True,
-        "max_examples": data.max_held_out,
-        "max_length": data.sequence_length,
-        "skip_empty": True,
-    }
 
 
 def _run_of(side: Path) -> Path | None:

@@ -27,6 +27,7 @@ from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
 from jaxmoo.hf.weights import DTYPES
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import ADAPTERS, LoRA, adapters
 from jaxmoo.models.paths import logical_paths, named_leaves, trainable_filter
 
@@ -75,11 +76,18 @@ def save_adapter(
       card: what the README.md in the directory shall say; by default there is none.
 
     Raises:
-      CheckpointError: when the model has no adapters, ``path`` is not empty or the disk is full.
+      CheckpointError: when the model has no adapters, or is part of a larger one, ``path`` is not
+        empty or the disk is full.
     """
     adapted = {name: linear for _, name, linear in adapters(model)}
     if not adapted:
         raise CheckpointError("the model has no adapters to save")
+    family = model.config.family
+    if FAMILIES[family].part is not None:  # whose modules PEFT knows by other names
+        raise CheckpointError(
+            f"adapters of the text model within a larger one ({family}) cannot be written as "
+            "adapters. Merge them instead, or adapt the text model alone."
+        )
     state = nnx.state(model, trainable_filter(ADAPTERS))
     layers = sorted({int(name.split(".")[1]) for name in _logical(state)})
     first = next(iter(adapted.values()))

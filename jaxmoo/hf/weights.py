@@ -74,6 +74,10 @@ class Weights:
             )
         return DTYPES[found]
 
+    def dtypes(self) -> dict[str, str]:
+        """Dtypes of all tensors, by name; see `dtype`."""
+        return {name: self.dtype(name) for name in self.names()}
+
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a slice of a tensor; only that slice is brought into memory."""
         index = index or tuple(slice(None) for _ in self.shape(name))

@@ -55,8 +55,7 @@ def branch_nll(model: Decoder, tokens_BS: jax.Array, branch_BS: jax.Array) -> ja
     distance_BST = position_BS[:, :, None] - position_BS[:, None, :]
 
     def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
-        near_BST = place.within(distance_BST)
-        mask_BST = seen_BST if near_BST is None else seen_BST & near_BST
+        mask_BST = place.near(seen_BST, distance_BST)
         out = layer.self_attn.attend_where(*layer.project(h_BSD, place), mask_BST)
         return layer.finish(h_BSD, out), None
 

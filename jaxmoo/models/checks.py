@@ -66,12 +66,14 @@ def check_flag(name: str, value: Any) -> bool:
 def refuse(config: Mapping[str, Any], **only: Any) -> None:
     """Raise unless each setting, where present, has the one value that is implemented.
 
+    A null is false.
+
     Raises:
       ConfigError: names the setting.
     """
     for key, supported in only.items():
         found = config.get(key, supported)
-        if found != supported:
+        if found != supported and not (supported is False and found is None):
             raise ConfigError(
                 f"{config.get('model_type')} with {key}={shown(found)} is not supported "
                 f"(only {supported!r})"

@@ -157,8 +157,7 @@ def _run(
         number, h_BSD, k_LBTGH, v_LBTGH = carry
         q, k, v = layer.project(h_BSD, place)
         k_LBTGH, v_LBTGH = put(k_LBTGH, k, number), put(v_LBTGH, v, number)
-        near_BST = place.within(distance_BST)
-        mask_BST = seen_BST if near_BST is None else seen_BST & near_BST
+        mask_BST = place.near(seen_BST, distance_BST)
         out = layer.self_attn.attend_where(q, k_LBTGH[number], v_LBTGH[number], mask_BST)
         return (number + 1, layer.finish(h_BSD, out), k_LBTGH, v_LBTGH), None
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.kernels.product import product
 from jaxmoo.models.architecture import DecoderConfig
-from jaxmoo.models.attention import Window, Windows, attend, attend_where
+from jaxmoo.models.attention import Window, attend, attend_where, size_of
 from jaxmoo.models.rope import Rope, angle_tables, frequencies
 
 __all__ = [
@@ -54,11 +54,10 @@ class Place(NamedTuple):
     sin: jax.Array | None
     window: Window = None
 
-    def within(self, distance: jax.Array) -> jax.Array | None:
-        """Which of some distances between tokens, in positions, the window spans; None for all."""
-        if self.window is None:
-            return None
-        return distance < (self.window.size if isinstance(self.window, Windows) else self.window)
+    def near(self, mask: jax.Array, distance: jax.Array) -> jax.Array:
+        """Of what a mask lets tokens attend to, what the window spans, by distance in positions."""
+        size = size_of(self.window)
+        return mask if size is None else mask & (distance < size)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -133,8 +133,16 @@ class LoRA:
 
     def scale_of(self, projection: str) -> float:
         """Factor of the product of a projection's adapters."""
-        rank = self.rank_of(projection)
-        return self.alpha_of(projection) / (rank**0.5 if self.rslora else rank)
+        return _scale(self.alpha_of(projection), self.rank_of(projection), self.rslora)
+
+    @property
+    def scale(self) -> float:
+        """The same of a projection without a rank and an alpha of its own."""
+        return _scale(self.alpha, self.rank, self.rslora)
+
+
+def _scale(alpha: float, rank: int, rslora: bool) -> float:
+    return alpha / (rank**0.5 if rslora else rank)
 
 
 class AdaptedLinear(Linear):
@@ -153,7 +161,6 @@ class AdaptedLinear(Linear):
         self.dtype, self.kernel, self.bias = linear.dtype, linear.kernel, linear.bias
         self.platform = linear.platform
         self.alpha, self.rslora = float(lora.alpha_of(projection)), lora.rslora
-        self.scale = lora.scale_of(projection)
         rank = lora.rank_of(projection)
         *stack, size_in, size_out = self.kernel.shape
         # Linear maps themselves, so that they are named, stacked, sharded and decayed as such.
@@ -180,6 +187,11 @@ class AdaptedLinear(Linear):
     def rank(self) -> int:
         """The rank of the adapter."""
         return self.lora_A.kernel.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of A and B."""
+        return _scale(self.alpha, self.rank, self.rslora)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis by the kernel and add what the adapter says: ``[..., out]``."""

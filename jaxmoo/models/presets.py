@@ -61,12 +61,16 @@ def _llama_3(**changes: Any) -> DecoderConfig:
     )
 
 
-def _llama_3_2(**changes: Any) -> DecoderConfig:
+def _llama_3_2(hidden: int, layers: int, heads: int, head_dim: int) -> DecoderConfig:
     return _llama_3(
+        hidden_size=hidden,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=head_dim,
         max_position_embeddings=131072,
         rope_scaling=Llama3Rope(32.0, 1.0, 4.0, 8192),
         tie_word_embeddings=True,
-        **changes,
     )
 
 
@@ -87,20 +91,20 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) 
     )
 
 
-def _salamandra(**sizes: Any) -> DecoderConfig:
+def _european(
+    vocabulary: int, context: int, hidden: int, intermediate: int, layers: int, kv_heads: int = 8
+) -> DecoderConfig:
+    """EuroLLM and Salamandra."""
     return DecoderConfig(
-        vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-5, head_dim=128, **sizes
-    )
-
-
-def _eurollm(**sizes: Any) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=128000,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=kv_heads,
         head_dim=128,
-        num_key_value_heads=8,
-        **sizes,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
     )
 
 
@@ -132,18 +136,8 @@ PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
                 "logit_scale": 0.125,
             }
         ),
-        "EuroLLM-1.7B": _eurollm(
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-        ),
-        "EuroLLM-9B": _eurollm(
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_hidden_layers=42,
-            num_attention_heads=32,
-        ),
+        "EuroLLM-1.7B": _european(128000, 4096, 2048, 5632, 24),
+        "EuroLLM-9B": _european(128000, 4096, 4096, 12288, 42),
         "Gemma-3-4B": DecoderConfig.from_hf(
             {
                 "model_type": "gemma3_text",
@@ -157,34 +151,15 @@ PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
         "Llama-3.1-8B": _llama_3(
             max_position_embeddings=131072, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192)
         ),
-        "Llama-3.2-1B": _llama_3_2(
-            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64
-        ),
-        "Llama-3.2-3B": _llama_3_2(
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-        ),
+        "Llama-3.2-1B": _llama_3_2(2048, 16, 32, 64),
+        "Llama-3.2-3B": _llama_3_2(3072, 28, 24, 128),
         "Meta-Llama-3-8B": _llama_3(),
         "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
         "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
         "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
         "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
-        "Salamandra-2B": _salamandra(
-            hidden_size=2048,
-            intermediate_size=5440,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-        ),
-        "Salamandra-7B": _salamandra(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-        ),
+        "Salamandra-2B": _european(256000, 8192, 2048, 5440, 24, kv_heads=16),
+        "Salamandra-7B": _european(256000, 8192, 4096, 11008, 32),
         "SmolLM2-135M": DecoderConfig(
             vocab_size=49152,
             hidden_size=576,

@@ -242,7 +242,8 @@ def rotated_share(config: Mapping[str, Any]) -> Any:
         found = config.get(name)
         if isinstance(found, Mapping) and "partial_rotary_factor" in found:
             return found["partial_rotary_factor"]
-    return config.get("partial_rotary_factor", 1.0)
+    share = config.get("partial_rotary_factor")
+    return 1.0 if share is None else share
 
 
 def _long(config: Mapping[str, Any], rope: Mapping[str, Any]) -> LongRope:

@@ -22,7 +22,14 @@ from jaxmoo.models.lora import (
     initial_adapters,
 )
 
-__all__ = ["begun_model", "check_model", "run_segments", "split_model", "trained_filter"]
+__all__ = [
+    "begun_model",
+    "check_model",
+    "given_adapters",
+    "run_segments",
+    "split_model",
+    "trained_filter",
+]
 
 
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
@@ -81,10 +88,20 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
+    if not config.export or lora.export == "merged":
+        return
+    family = FAMILIES[architecture.family]
+    if family.part is not None:
+        raise ConfigError(
+            f"lora: {source} is the text model of a larger one ({architecture.family}), for which "
+            "adapters cannot be exported by themselves. Save the text model alone, as the "
+            "documentation of models shows, and use that; or set lora.export to 'merged', not "
+            f"{lora.export!r}."
+        )
     adapted = set(PROJECTIONS if every else lora.targets)
-    for whole, parts in FAMILIES[architecture.family].names.fused.items():
+    for whole, parts in family.names.fused.items():
         fused = adapted & {part.rpartition(".")[2] for part in parts}
-        if lora.dora and fused and config.export and lora.export != "merged":
+        if lora.dora and fused:
             raise ConfigError(
                 f"lora.dora: adapters of {whole.rpartition('.')[2]}, which {source} keeps in one "
                 f"matrix, cannot be exported by themselves. Set lora.export to 'merged', not "
@@ -108,15 +125,32 @@ def begun_model(config: Config, decoder: Decoder, shardings: Callable[[Any], Any
     Raises:
       CheckpointError: the adapters of ``lora.adapter`` cannot be read.
     """
-    lora = lora_of(config.lora)
-    if lora is None:
+    if config.lora.rank is None:
         return decoder
     graph, shapes, frozen = split_model(config, decoder)
-    if config.lora.adapter is None:
+    first = given_adapters(config, shapes, shardings)
+    if first is None:
         first = initial_adapters(shapes, config.seed, shardings(shapes), frozen=frozen)
-    else:
-        first = load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))
     return nnx.merge(graph, first, frozen)
+
+
+def given_adapters(
+    config: Config, shapes: nnx.State, shardings: Callable[[Any], Any]
+) -> nnx.State | None:
+    """Read the adapters that a run begins with; None where it begins with new ones, or none.
+
+    Args:
+      config: the run's settings.
+      shapes: what is trained, from :func:`split_model`.
+      shardings: see :func:`begun_model`.
+
+    Raises:
+      CheckpointError: the adapters of ``lora.adapter`` cannot be read.
+    """
+    lora = lora_of(config.lora)
+    if lora is None or config.lora.adapter is None:
+        return None
+    return load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))
 
 
 def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.State]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ __all__ = [
     "is_first",
     "launched_together",
     "place",
+    "said_by_first",
     "start",
 ]
 
@@ -134,6 +135,11 @@ def _number(given: int | None, variable: str) -> int | None:
 def is_first() -> bool:
     """Tell whether this is the process that writes reports and talks to people."""
     return jax.process_index() == 0
+
+
+def said_by_first(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what says lines to a person in the first process, and nothing in the others."""
+    return say if is_first() else lambda _: None
 
 
 def barrier(name: str) -> None:

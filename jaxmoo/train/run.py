@@ -24,7 +24,7 @@ from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
 from jaxmoo.runtime.notices import check_stop_file, watched
-from jaxmoo.runtime.processes import barrier, check_same, is_first
+from jaxmoo.runtime.processes import barrier, check_same, is_first, said_by_first
 from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
 from jaxmoo.sizes import format_size
@@ -81,7 +81,7 @@ def train(
       InterruptedRunError: on SIGINT or SIGTERM, once everything is saved.
     """
     validate(config)
-    say = say if is_first() else _silence
+    say = said_by_first(say)
     directory = RunDirectory(config.output)
     check_stop_file(config.train.stop_file)
     # The first process's clock decides for all.
@@ -178,10 +178,6 @@ def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
             f"{largest(found)}. Take its files from their source again; with model.dtype="
             f"{config.model.dtype}, try float32."
         )
-
-
-def _silence(line: str) -> None:
-    """What other processes than the first say."""
 
 
 def _plan(config: Config, setup: Setup) -> str:

@@ -17,15 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoo import mesh
-from jaxmoo.config import Config, DataConfig, lora_of
+from jaxmoo.config import Config, DataConfig
 from jaxmoo.data import Corpus, LanguageBatches, batch_spec
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate import Evaluator
-from jaxmoo.files.outputs import typed_path
-from jaxmoo.hf import load_adapter, load_model, resolve_source
 from jaxmoo.hf import load_config as load_model_config
+from jaxmoo.hf import load_model, resolve_source
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
@@ -33,7 +32,7 @@ from jaxmoo.models.paths import STACKED
 from jaxmoo.platforms import platform_of
 from jaxmoo.resolver_state import seeded
 from jaxmoo.runs.fingerprint import fingerprint
-from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
+from jaxmoo.runs.trained_parameters import check_model, given_adapters, run_segments, split_model
 from jaxmoo.runtime.compiled import compiler_options, distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.sketched import is_small, sketch_size
@@ -219,7 +218,8 @@ def prepare(
     if options:
         named = ", ".join(f"{name}={value}" for name, value in options.items())
         say(f"Compiler options of the training step (train.compiler_options): {named}.")
-    adapters = _given_adapters(config, Decoder.abstract(architecture, segments=segments), shardings)
+    shapes = split_model(config, Decoder.abstract(architecture, segments=segments))[1]
+    adapters = given_adapters(config, shapes, shardings)
     parts = Kept() if kept is None else kept
     loaded = _data(config, source, say, kept)
     weights = parts.part(
@@ -397,14 +397,3 @@ def _check_weights(
             "The files are damaged, or what made them had diverged; take them from their source "
             "again.",
         )
-
-
-def _given_adapters(
-    config: Config, abstract: Decoder, shardings: Callable[[Any], Any]
-) -> nnx.State | None:
-    """The adapters of another run that this one begins with, if it does."""
-    lora = lora_of(config.lora)
-    if lora is None or config.lora.adapter is None:
-        return None
-    shapes = split_model(config, abstract)[1]
-    return load_adapter(typed_path(config.lora.adapter), shapes, lora, shardings(shapes))

@@ -15,11 +15,11 @@ from jaxmoo.blocks import choose
 from jaxmoo.models import (
     Decoder,
     DecoderConfig,
-    attention,
     language_loss,
     target_mask,
     token_nll,
 )
+from jaxmoo.models.attention import cudnn, plain
 from jaxmoo.models.families import LayerKind
 from jaxmoo.models.rope import Rope
 
@@ -182,9 +182,9 @@ def by_heads(case):
 
     def kernel(q, k, v, segment_ids, *, window, scale):
         heads.add((q.shape[2], k.shape[2]))
-        return attention._xla(q, k, v, segment_ids, window, scale)
+        return plain.attend_causally(q, k, v, segment_ids, window, scale)
 
-    attention._cudnn = kernel
+    cudnn._cudnn = kernel
     result = found(case, mesh.make_mesh(LANGUAGES, language=2, fsdp=2, tensor=2), "cudnn")
     assert (2, 1) in heads  # of 4 and 2
     return result

@@ -29,7 +29,15 @@ from jaxmoo.hf import (
 )
 from jaxmoo.hf.adapter import peft_tensor
 from jaxmoo.hf.source import resolve_source
-from jaxmoo.models import LoRA, add_adapters, language_loss, merge_adapters, trainable_filter
+from jaxmoo.models import (
+    Decoder,
+    DecoderConfig,
+    LoRA,
+    add_adapters,
+    language_loss,
+    merge_adapters,
+    trainable_filter,
+)
 from jaxmoo.models.lora import ADAPTERS, PROJECTIONS
 from tiny_models import by_logical_path, tokens_and_mask
 from tiny_tokenizer import bytes_tokenizer, chat_tokenizer
@@ -336,6 +344,15 @@ def test_adapters_of_another_kind_are_refused(everywhere: Case, tmp_path: Path):
     _, abstract, _ = with_adapters(everywhere.base, LoRA(4, 8, dora=True), range(3))
     refuse(r"missing: .*lora_magnitude_vector", LoRA(4, 8, dora=True), use_dora=True)
     refuse(r"have no magnitudes \(DoRA\): set lora\.dora=false", LoRA(4, 8, dora=True))
+
+
+def test_adapters_of_a_part_of_a_larger_model_are_refused(tmp_path: Path):
+    """PEFT would look for them under other names."""
+    config = {"text_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}}
+    model = Decoder.abstract(DecoderConfig.from_hf({"model_type": "gemma3", **config}))
+    add_adapters(model, SOME, [0])
+    with pytest.raises(CheckpointError, match=r"within a larger one \(gemma3\).* Merge them"):
+        save_adapter(model, tmp_path / "adapter", base_model="org/base")
 
 
 def test_adapters_on_other_projections_are_all_named(everywhere: Case, somewhere: Case):

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import tiny_models
-from jaxmoo.commands.convert import main
+from jaxmoo.commands.convert import _KINDS, main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_model, load_tokenizer
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.gguf_tokenizer import _RULES, _WORDS
-from jaxmoo.hf.gguf_write import save_gguf
+from jaxmoo.hf.gguf_write import KINDS, save_gguf
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.families import LayerKind
 from jaxmoo.models.rope import LinearRope, Rope
@@ -106,6 +106,10 @@ def source(tmp_path_factory):
 def export(source: Path, file: Path, *more: str) -> Path:
     assert main(["to-gguf", str(source), str(file), *more]) == 0
     return file
+
+
+def test_the_command_offers_the_types_that_can_be_written():
+    assert tuple(KINDS) == _KINDS
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama3_rope", "qwen2", "qwen3"])

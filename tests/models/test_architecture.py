@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import DecoderConfig, Llama3Rope, rope_tables
-from jaxmoo.models.families import LayerKind
+from jaxmoo.models.families import FAMILIES, LayerKind
 from jaxmoo.models.rope import LinearRope, LongRope, Rope
 
 LLAMA = {
@@ -81,7 +81,8 @@ LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor
     ],
 )
 def test_the_window_is_that_of_transformers(change, window):
-    assert DecoderConfig.from_hf(LLAMA | change).sliding_window == window
+    config = DecoderConfig.from_hf(LLAMA | {"num_key_value_heads": 4} | change)
+    assert config.sliding_window == window
 
 
 FULL, NEAR = "full_attention", "sliding_attention"
@@ -98,12 +99,43 @@ FULL, NEAR = "full_attention", "sliding_attention"
         (GEMMA3 | {"num_hidden_layers": 7}, [16] * 5 + [None, 16]),
         (GEMMA3 | {"num_hidden_layers": 3, "sliding_window_pattern": 2}, [16, None, 16]),
         ({"model_type": "gemma2", "num_hidden_layers": 3}, [16, None, 16]),
+        # which transformers does not read in this family
+        (
+            {"model_type": "gemma2", "num_hidden_layers": 3, "sliding_window_pattern": 3},
+            [16, None, 16],
+        ),
         ({"model_type": "cohere2", "num_hidden_layers": 5}, [16] * 3 + [None, 16]),
     ],
 )
 def test_every_layer_has_its_window(change, windows):
-    config = DecoderConfig.from_hf(LLAMA | {"sliding_window": 16} | change)
+    sizes = {"num_key_value_heads": 4, "sliding_window": 16}
+    config = DecoderConfig.from_hf(LLAMA | sizes | change)
     assert [kind.window for kind in config.kinds] == windows
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_a_config_leaves_out_is_what_transformers_takes(family):
+    from transformers import AutoConfig
+
+    config = {**LLAMA, "hidden_size": 128, "num_attention_heads": 32}
+    del config["model_type"], config["rms_norm_eps"]
+    if FAMILIES[family].part is not None:
+        config = {FAMILIES[family].part: config}
+    whole = AutoConfig.for_model(family, **config).to_dict()
+    expected = DecoderConfig.from_hf(whole)
+    assert DecoderConfig.from_hf({"model_type": family, **config}) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_bias": None, "mlp_bias": None, "partial_rotary_factor": None},
+        {"model_type": "cohere", "use_qk_norm": None},
+    ],
+)
+def test_a_null_switches_nothing_on(change):
+    without = {name: value for name, value in (LLAMA | change).items() if value is not None}
+    assert DecoderConfig.from_hf(LLAMA | change) == DecoderConfig.from_hf(without)
 
 
 def test_what_gemma_3s_older_configs_leave_out_is_known():

@@ -10,7 +10,8 @@ import pytest
 from jaxmoo.commands.data import main as data_main
 from jaxmoo.config import load_config
 from jaxmoo.errors import ConfigError, JaxmooError
-from jaxmoo.models import DecoderConfig, attention
+from jaxmoo.models import DecoderConfig
+from jaxmoo.models.attention import cudnn
 from jaxmoo.runs.trained_parameters import check_model
 from jaxmoo.train import plan, setup
 from jaxmoo.train.setup import make_run_mesh, prepare, run_attention
@@ -69,7 +70,7 @@ def test_the_tpus_kernel_and_a_tensor_axis_exclude_each_other(write_config):
 
 def test_soft_capped_scores_are_not_left_to_a_kernel_that_has_none(write_config, monkeypatch):
     """On GPUs that cuDNN is for."""
-    monkeypatch.setattr(attention, "_cudnn_obstacle", lambda *_: None)
+    monkeypatch.setattr(cudnn, "obstacle", lambda *_: None)
     monkeypatch.setattr(setup, "platform_of", lambda _: "gpu")
     config = load_config(write_config(), ["model.dtype=bfloat16"])
     device_mesh = make_run_mesh(config)
@@ -84,6 +85,8 @@ def test_soft_capped_scores_are_not_left_to_a_kernel_that_has_none(write_config,
         ("apertus", ["lora.targets=[gate_proj, up_proj]"], "layers of .* have no gate_proj"),
         ("apertus", ["lora.rank_pattern={gate_proj: 2}"], "layers of .* have no gate_proj"),
         ("phi3", ["lora.dora=true", "lora.export=both"], r"adapters of qkv_proj, .* 'merged'"),
+        ("gemma3", ["lora.export=adapter"], r"text model of a larger one \(gemma3\).*'merged'"),
+        ("gemma3", ["lora.export=merged"], None),
         ("apertus", ["lora.targets=[all-linear]"], None),
         ("phi3", ["lora.dora=true"], None),
         ("phi3", ["lora.dora=true", "lora.export=both", "lora.targets=[o_proj]"], None),

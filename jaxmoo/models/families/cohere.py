@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoo.models.checks import check_size, refuse
-from jaxmoo.models.families.family import Family, LayerKind, pattern
+from jaxmoo.models.families.family import Family, LayerKind, by_type, pattern
 from jaxmoo.models.rope import read_rope
 
 _DEFAULTS = {"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.0625}
@@ -33,11 +33,10 @@ def _cohere2(config: Mapping[str, Any]) -> dict[str, Any]:
     window = check_size("sliding_window", config["sliding_window"])
     near = LayerKind(window, read_rope(config))
     far = LayerKind(None, None)
-    types = pattern(config, 4)
-    kinds = tuple(near if kind == "sliding_attention" else far for kind in types)
+    types = pattern(config, config.get("sliding_window_pattern", 4))
     common = _cohere(config)
     del common["rope"]
-    return {**common, "layer_kinds": kinds}
+    return {**common, "layer_kinds": by_type(types, near, far)}
 
 
 COHERE = Family(_cohere, _DEFAULTS)

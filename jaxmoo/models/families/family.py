@@ -10,7 +10,7 @@ from jaxmoo.errors import ConfigError, shown
 from jaxmoo.models.checks import check_size
 from jaxmoo.models.rope import Rope
 
-__all__ = ["Family", "LayerKind", "Names", "layer_types", "pattern"]
+__all__ = ["Family", "LayerKind", "Names", "by_type", "layer_types", "pattern"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,17 @@ def layer_types(config: Mapping[str, Any], default: Callable[[int], Sequence[str
     return found
 
 
-def pattern(config: Mapping[str, Any], period: int) -> list[str]:
+def pattern(config: Mapping[str, Any], period: Any) -> list[str]:
     """Read the types of layers of a family in which every so many-th has no window.
 
     Args:
-      config: the parsed ``config.json``, which may have ``sliding_window_pattern``.
-      period: how many, where it has not.
+      config: the parsed ``config.json``.
+      period: how many; some families say it in ``sliding_window_pattern``.
     """
-    every = check_size("sliding_window_pattern", config.get("sliding_window_pattern", period))
+    every = check_size("sliding_window_pattern", period)
     return layer_types(config, lambda n: [_TYPES[(i + 1) % every != 0] for i in range(n)])
+
+
+def by_type(types: Sequence[str], near: LayerKind, far: LayerKind) -> tuple[LayerKind, ...]:
+    """The kinds of layers of these types: `near` with a window, `far` without."""
+    return tuple(near if kind == "sliding_attention" else far for kind in types)

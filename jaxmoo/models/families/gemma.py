@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoo.models.checks import check_number, check_size, refuse
-from jaxmoo.models.families.family import Family, LayerKind, Names, pattern
+from jaxmoo.models.families.family import Family, LayerKind, Names, by_type, pattern
 from jaxmoo.models.rope import Rope, read_rope
 
 _NO_MORE = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
+    "use_bidirectional_attention": False,
 }
 
 
@@ -28,16 +29,13 @@ def _both(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _kinds(config: Mapping[str, Any], period: int, local: Rope, far: Rope) -> Any:
+def _kinds(config: Mapping[str, Any], period: Any, local: Rope, far: Rope) -> Any:
     near = LayerKind(config["sliding_window"], local)
-    types = pattern(config, period)
-    return tuple(near if kind == "sliding_attention" else LayerKind(None, far) for kind in types)
+    return by_type(pattern(config, period), near, LayerKind(None, far))
 
 
 def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(config, **_NO_MORE)
-    if config.get("use_bidirectional_attention"):
-        refuse(config, use_bidirectional_attention=False)
     rope = read_rope(config)
     return {
         **_both(config),
@@ -49,14 +47,13 @@ def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers does not use attn_logit_softcapping here.
     refuse(config, **_NO_MORE, attn_logit_softcapping=None)
-    if config.get("use_bidirectional_attention"):
-        refuse(config, use_bidirectional_attention=False)
     far = read_rope(config, "full_attention", theta=1e6)
     # Older configs stretch the frequencies of layers without a window only.
     older = {key: value for key, value in config.items() if key != "rope_scaling"}
     older["rope_theta"] = config.get("rope_local_base_freq", 1e4)
     local = read_rope(older, "sliding_attention")
-    return {**_both(config), "qk_norm": True, "layer_kinds": _kinds(config, 6, local, far)}
+    period = config.get("sliding_window_pattern", 6)
+    return {**_both(config), "qk_norm": True, "layer_kinds": _kinds(config, period, local, far)}
 
 
 _DEFAULTS = {

@@ -15,4 +15,4 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config.get("sliding_window", 4096)}
 
 
-MISTRAL = Family(_read)
+MISTRAL = Family(_read, {"num_key_value_heads": 8})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoo.models.checks import refuse
-from jaxmoo.models.families.family import Family, LayerKind, pattern
+from jaxmoo.models.families.family import Family, LayerKind, by_type, pattern
 from jaxmoo.models.rope import read_rope
 
 _DEFAULTS = {"rms_norm_eps": 1e-5}
@@ -22,9 +22,7 @@ def _olmo3(config: Mapping[str, Any]) -> dict[str, Any]:
     # Older configs stretch the frequencies of layers without a window only.
     older = {key: value for key, value in config.items() if key != "rope_scaling"}
     near = LayerKind(config["sliding_window"], read_rope(older, "sliding_attention", theta=5e5))
-    kinds = tuple(
-        near if kind == "sliding_attention" else LayerKind(None, far) for kind in pattern(config, 4)
-    )
+    kinds = by_type(pattern(config, 4), near, LayerKind(None, far))
     return {**_olmo2(config), "layer_kinds": kinds}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmoo.errors import ConfigError, shown
 from jaxmoo.models.checks import check_flag, is_size, refuse
-from jaxmoo.models.families.family import Family, LayerKind, layer_types
+from jaxmoo.models.families.family import Family, LayerKind, by_type, layer_types
 from jaxmoo.models.rope import read_rope
 
 
@@ -33,13 +33,13 @@ def _kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     def default(layers: int) -> list[str]:
         return ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
 
+    far = LayerKind(None, rope)
     if window is None:
-        return (LayerKind(None, rope),) * config["num_hidden_layers"]
-    return tuple(
-        LayerKind(window if kind == "sliding_attention" else None, rope)
-        for kind in layer_types(config, default)
-    )
+        return (far,) * config["num_hidden_layers"]
+    return by_type(layer_types(config, default), LayerKind(window, rope), far)
 
 
-QWEN2 = Family(_qwen2)
-QWEN3 = Family(_qwen3)
+_DEFAULTS = {"num_key_value_heads": 32}
+
+QWEN2 = Family(_qwen2, _DEFAULTS)
+QWEN3 = Family(_qwen3, {**_DEFAULTS, "head_dim": 128})
