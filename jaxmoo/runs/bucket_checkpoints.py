@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 from filelock import FileLock
@@ -84,14 +83,9 @@ class BucketCheckpoints:
     def __enter__(self) -> BucketCheckpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
-            self._local.__exit__(kind, error, trace)
+            self._local.__exit__()
         finally:
             self._stop.set()  # what has no name here by now will never have one
             self._join()
