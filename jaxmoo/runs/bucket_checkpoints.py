@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,15 @@ from jaxmoo.files.appended import send_appended
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import DIGESTS, files_below
 from jaxmoo.files.scratch import copy_files, scratch_of, send_directory
-from jaxmoo.runs.checkpoint import DAMAGED, Checkpoints, UnsavedError, fetch_step, free_name
+from jaxmoo.hf.directory import remove_directory
+from jaxmoo.runs.checkpoint import (
+    DAMAGED,
+    Checkpoints,
+    UnsavedError,
+    fetch_step,
+    free_name,
+    lowest,
+)
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import barrier, everywhere, from_first, is_first
@@ -117,7 +125,7 @@ class BucketCheckpoints:
                 for step in steps:
                     moved[step] = free_name(self._remote / DAMAGED / str(step))
                     send_directory(self._local_path / str(step), moved[step])
-                    _remove(self._remote / str(step))
+                    remove_directory(self._remote / str(step))
         barrier("damaged checkpoints are set aside")
         if is_first() or not self._shared:
             for step in steps:
@@ -134,7 +142,7 @@ class BucketCheckpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest score among the checkpoints that there are, or None."""
-        found = _best(self._run.steps() if is_first() else [], self._scores)
+        found = lowest(self._run.steps() if is_first() else [], self._scores)
         step = from_first(-1 if found is None else found)
         return None if step < 0 else step
 
@@ -198,8 +206,8 @@ class BucketCheckpoints:
         whole = set(self._run.steps())
         for place in self._remote.iterdir() if self._remote.is_dir() else ():
             if place.name.isdecimal() and int(place.name) not in whole:
-                _remove(place)
-        _remove(self._run.path / _PARTS)
+                remove_directory(place)
+        remove_directory(self._run.path / _PARTS)
 
     def _deliver(self, step: int) -> None:
         """Send a checkpoint when it is whole here; then remove those that are no longer kept."""
@@ -222,9 +230,9 @@ class BucketCheckpoints:
 
     def _prune(self) -> None:
         steps = self._run.steps()
-        kept = {*steps[-self._keep :], _best(steps, self._scores)}
+        kept = {*steps[-self._keep :], lowest(steps, self._scores)}
         for step in set(steps) - kept:
-            _remove(self._remote / str(step))
+            remove_directory(self._remote / str(step))
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -272,17 +280,6 @@ def _make_scratch(path: Path) -> bool:
         ) from error
     barrier("the scratch directory is made")
     return everywhere(mark.exists())
-
-
-def _best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
-    return min((s for s in steps if s in scores), key=scores.__getitem__, default=None)
-
-
-def _remove(place: Path) -> None:
-    """Remove a checkpoint; without its digests it is none."""
-    (place / DIGESTS).unlink(missing_ok=True)
-    for file in list(place.rglob("*")):
-        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ __all__ = [
     "UnsavedError",
     "fetch_step",
     "free_name",
+    "lowest",
     "read_about",
     "read_item",
     "unchecked",
@@ -258,7 +259,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest score among the checkpoints that there are, or None."""
-        return self._kept.best(self._manager.all_steps())
+        return lowest(self._manager.all_steps(), self._kept.scores)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint of a step, unless it exists already.
@@ -346,6 +347,11 @@ class Checkpoints:
             ) from error
 
 
+def lowest(steps: Iterable[int], scores: Mapping[int, float]) -> int | None:
+    """Return the step with the lowest score of those that have one, or None."""
+    return min((step for step in steps if step in scores), key=scores.__getitem__, default=None)
+
+
 def free_name(path: Path) -> Path:
     """Return a name like this one that nothing has."""
     names = itertools.chain(
@@ -416,12 +422,7 @@ class _NewestAndBest:
         self._newest = ocp.checkpoint_managers.LatestN(newest)
         self.scores: dict[int, float] = {}
 
-    def best(self, steps: Iterable[int]) -> int | None:
-        return min(
-            (s for s in steps if s in self.scores), key=self.scores.__getitem__, default=None
-        )
-
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         newest = self._newest.should_preserve(checkpoints, context=context)
-        best = self.best(checkpoint.step for checkpoint in checkpoints)
+        best = lowest((checkpoint.step for checkpoint in checkpoints), self.scores)
         return [new or c.step == best for new, c in zip(newest, checkpoints, strict=True)]
