@@ -23,7 +23,7 @@ from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
-from jaxmoo.runtime.notices import check_stop_file, watched
+from jaxmoo.runtime.notices import check_stop_file, watch_for_notices
 from jaxmoo.runtime.processes import barrier, check_same, is_first
 from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
@@ -90,7 +90,7 @@ def train(
     with (
         named_when_full(_LESS_MEMORY),
         StopRequest() as stop,
-        watched(config.train.stop_file, stop=stop.ask, save=saves.ask),
+        watch_for_notices(config.train.stop_file, stop=stop.ask, save=saves.ask),
     ):
         with stop.at_once():
             config = directory.resumed(config)
