@@ -69,7 +69,7 @@ class MetricsWriter:
       settings: of the run, for the trackers.
 
     Raises:
-      ConfigError: a package is missing; see :func:`jaxmoo.train.trackers.check_packages`.
+      ConfigError: a tracker cannot be used; see :func:`jaxmoo.train.trackers.open_trackers`.
       DataError: the rows that are there cannot be read.
     """
 
