@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from filelock import FileLock
 
-from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.appended import send_appended
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import DIGESTS, files_below
@@ -32,6 +32,7 @@ from jaxmoo.runs.checkpoint import (
     fetch_step,
     free_name,
     lowest,
+    named_as,
 )
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.parts import Parts
@@ -159,7 +160,7 @@ class BucketCheckpoints:
             # The rows of metrics up to a checkpoint are never missing where it is.
             with self._sending():
                 send_appended()
-                send_directory(self._run.scratch / "tensorboard", self._run.path / "tensorboard")
+                send_directory(self._run.scratch / "tensorboard", self._run.tensorboard)
         self._local.save(step, state, about)
         self._latest = step
         if is_first():
@@ -185,19 +186,19 @@ class BucketCheckpoints:
     def about(self, step: int) -> dict[str, Any]:
         """Return what was saved beside the state; see `Checkpoints.about`."""
         self._fetch(step)
-        with _named(self._local_path, self._remote):
+        with named_as(self._remote, self._local_path):
             return self._local.about(step)
 
     def restore(self, step: int, like: Any) -> Any:
         """Read a state straight into place; see `Checkpoints.restore`."""
         self._fetch(step)
-        with _named(self._local_path, self._remote):
+        with named_as(self._remote, self._local_path):
             return self._local.restore(step, like)
 
     def _fetch(self, step: int) -> None:
         """Copy a checkpoint to this host, unless it is here; one process does it for all."""
         target = self._local_path / str(step)
-        with _named(self._local_path, self._remote), FileLock(target.with_suffix(".lock")):
+        with FileLock(target.with_suffix(".lock")):
             if not target.exists():
                 fetch_step(self._remote / str(step), target)
 
@@ -280,14 +281,3 @@ def _make_scratch(path: Path) -> bool:
         ) from error
     barrier("the scratch directory is made")
     return everywhere(mark.exists())
-
-
-@contextlib.contextmanager
-def _named(local: Path, remote: Path) -> Iterator[None]:
-    """Errors name the place that people know."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise type(error)(str(error).replace(str(local), str(remote))) from error
-    except OSError as error:
-        raise CheckpointError(f"A checkpoint could not be fetched: {error}") from error

@@ -39,6 +39,7 @@ __all__ = [
     "fetch_step",
     "free_name",
     "lowest",
+    "named_as",
     "read_about",
     "read_item",
     "unchecked",
@@ -62,17 +63,36 @@ class UnsavedError(CheckpointError):
     exit_code = 1
 
 
-def fetch_step(source: Path, target: Path) -> None:
+def fetch_step(source: Path, target: Path, item: str | None = None) -> None:
     """Copy a checkpoint from a bucket to this machine; it appears when it is whole.
 
+    Args:
+      source: the checkpoint.
+      target: a new directory.
+      item: the part that is wanted; by default all of it.
+
     Raises:
-      CheckpointError: its digests are damaged.
-      OSError: a file is missing, or cannot be fetched.
+      CheckpointError: the checkpoint cannot be fetched: a file is missing, say.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    copy_files(source, partial, files_below(source))
-    os.replace(partial, target)
+    try:
+        names = files_below(source)
+        if item is not None:  # what lies beside the parts is small
+            names = [name for name in names if "/" not in name or name.startswith(f"{item}/")]
+        copy_files(source, partial, names)
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {source} cannot be fetched: {error}") from error
+
+
+@contextlib.contextmanager
+def named_as(remote: Path, local: Path) -> Iterator[None]:
+    """Let errors about a copy name the place that people know."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(str(error).replace(str(local), str(remote))) from error
 
 
 def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
@@ -91,13 +111,8 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       CheckpointError: it cannot be read, or is that of another step.
     """
     if is_bucket(directory):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                fetch_step(directory / str(step), Path(folder) / str(step))
-            except OSError as error:
-                raise CheckpointError(
-                    f"The checkpoint {directory / str(step)} cannot be fetched: {error}"
-                ) from error
+        with tempfile.TemporaryDirectory() as folder, named_as(directory, Path(folder)):
+            fetch_step(directory / str(step), Path(folder) / str(step), item)
             return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
