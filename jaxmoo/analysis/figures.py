@@ -16,7 +16,7 @@ import numpy as np
 from jaxmoo.analysis.interference import Interference
 from jaxmoo.analysis.separability import METRICS, Separability
 from jaxmoo.analysis.stationarity import Stationarity
-from jaxmoo.report.plots import label_ends, matrix_axes
+from jaxmoo.report.labels import label_ends, matrix_axes
 from jaxmoo.report.style import (
     COLOURS,
     FAINT,

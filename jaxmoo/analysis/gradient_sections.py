@@ -13,8 +13,8 @@ from jaxmoo.analysis import conflict, figures
 from jaxmoo.analysis.interference import Interference
 from jaxmoo.analysis.section import Section, mean, signed
 from jaxmoo.analysis.stationarity import PairedGrams, Stationarity, stationarity
+from jaxmoo.report.conflict_plots import conflict_heatmap
 from jaxmoo.report.page import table
-from jaxmoo.report.plots import conflict_heatmap
 from jaxmoo.runs.gram_log import GramLog
 
 __all__ = ["conflict_section", "interference_section", "stationarity_section"]

@@ -12,7 +12,7 @@ __all__ = ["plain_table", "text_table"]
 
 
 def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None
+    header: Sequence[str], rows: Sequence[Sequence[object]], width: float | None = None
 ) -> str:
     """Format rows as an aligned Markdown table, or as several if a terminal is too narrow for one.
 

@@ -26,7 +26,7 @@ import xxhash
 from jax.experimental import multihost_utils
 
 from jaxmoo.errors import CheckpointError, DamagedError, JaxmooError
-from jaxmoo.files.buckets import is_bucket
+from jaxmoo.files.atomic import replace_text
 
 __all__ = [
     "DIGESTS",
@@ -137,13 +137,7 @@ def write_digests(
         "files": dict(sorted(files.items())),
     }
     text = json.dumps(content | {"own": _own(content)}, indent=1) + "\n"
-    if is_bucket(root):
-        (root / DIGESTS).write_text(text, "utf-8")
-        return
-    with (root / DIGESTS).open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    replace_text(root / DIGESTS, text)
 
 
 def read_digests(root: Path) -> Digests | None:

@@ -5,24 +5,37 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxmoo.files.outputs import typed_path
+from jaxmoo.report.conflict_plots import conflict_heatmap, language_cosines
+from jaxmoo.report.loss_plot import loss_curves
 from jaxmoo.report.page import image, page, table
-from jaxmoo.report.plots import (
-    Reply,
-    Score,
-    before_after,
-    conflict_heatmap,
-    held_out_curves,
-    language_cosines,
-    loss_curves,
-)
+from jaxmoo.report.score_plots import Score, before_after, held_out_curves
 
-__all__ = ["write_report"]
+__all__ = ["Reply", "write_report"]
 
 _INTRODUCTION = """<p>Negative log-likelihood (NLL, in nats per token) and bits per byte of held-out
 replies, before and after training: lower is better.</p>"""
+
+
+class Reply(Protocol):
+    """What a page needs to know of a model's reply."""
+
+    @property
+    def prompt(self) -> str:
+        """The text before it."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """The reply in the data."""
+        ...
+
+    @property
+    def reply(self) -> str:
+        """The model's."""
+        ...
 
 
 def write_report(

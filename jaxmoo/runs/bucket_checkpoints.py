@@ -13,19 +13,27 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 from filelock import FileLock
 
-from jaxmoo.errors import CheckpointError, ConfigError
+from jaxmoo.errors import ConfigError
 from jaxmoo.files.appended import send_appended
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.digests import DIGESTS, files_below
 from jaxmoo.files.scratch import copy_files, scratch_of, send_directory
-from jaxmoo.runs.checkpoint import DAMAGED, Checkpoints, UnsavedError, fetch_step, free_name
+from jaxmoo.hf.directory import remove_directory
+from jaxmoo.runs.checkpoint import (
+    DAMAGED,
+    Checkpoints,
+    UnsavedError,
+    fetch_step,
+    free_name,
+    lowest,
+    named_as,
+)
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.parts import Parts
 from jaxmoo.runtime.processes import barrier, everywhere, from_first, is_first
@@ -84,14 +92,9 @@ class BucketCheckpoints:
     def __enter__(self) -> BucketCheckpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
-            self._local.__exit__(kind, error, trace)
+            self._local.__exit__()
         finally:
             self._stop.set()  # what has no name here by now will never have one
             self._join()
@@ -123,7 +126,7 @@ class BucketCheckpoints:
                 for step in steps:
                     moved[step] = free_name(self._remote / DAMAGED / str(step))
                     send_directory(self._local_path / str(step), moved[step])
-                    _remove(self._remote / str(step))
+                    remove_directory(self._remote / str(step))
         barrier("damaged checkpoints are set aside")
         if is_first() or not self._shared:
             for step in steps:
@@ -140,7 +143,7 @@ class BucketCheckpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest score among the checkpoints that there are, or None."""
-        found = _best(self._run.steps() if is_first() else [], self._scores)
+        found = lowest(self._run.steps() if is_first() else [], self._scores)
         step = from_first(-1 if found is None else found)
         return None if step < 0 else step
 
@@ -157,7 +160,7 @@ class BucketCheckpoints:
             # The rows of metrics up to a checkpoint are never missing where it is.
             with self._sending():
                 send_appended()
-                send_directory(self._run.scratch / "tensorboard", self._run.path / "tensorboard")
+                send_directory(self._run.scratch / "tensorboard", self._run.tensorboard)
         self._local.save(step, state, about)
         self._latest = step
         if is_first():
@@ -183,19 +186,19 @@ class BucketCheckpoints:
     def about(self, step: int) -> dict[str, Any]:
         """Return what was saved beside the state; see `Checkpoints.about`."""
         self._fetch(step)
-        with _named(self._local_path, self._remote):
+        with named_as(self._remote, self._local_path):
             return self._local.about(step)
 
     def restore(self, step: int, like: Any) -> Any:
         """Read a state straight into place; see `Checkpoints.restore`."""
         self._fetch(step)
-        with _named(self._local_path, self._remote):
+        with named_as(self._remote, self._local_path):
             return self._local.restore(step, like)
 
     def _fetch(self, step: int) -> None:
         """Copy a checkpoint to this host, unless it is here; one process does it for all."""
         target = self._local_path / str(step)
-        with _named(self._local_path, self._remote), FileLock(target.with_suffix(".lock")):
+        with FileLock(target.with_suffix(".lock")):
             if not target.exists():
                 fetch_step(self._remote / str(step), target)
 
@@ -204,8 +207,8 @@ class BucketCheckpoints:
         whole = set(self._run.steps())
         for place in self._remote.iterdir() if self._remote.is_dir() else ():
             if place.name.isdecimal() and int(place.name) not in whole:
-                _remove(place)
-        _remove(self._run.path / _PARTS)
+                remove_directory(place)
+        remove_directory(self._run.path / _PARTS)
 
     def _deliver(self, step: int) -> None:
         """Send a checkpoint when it is whole here; then remove those that are no longer kept."""
@@ -228,9 +231,9 @@ class BucketCheckpoints:
 
     def _prune(self) -> None:
         steps = self._run.steps()
-        kept = {*steps[-self._keep :], _best(steps, self._scores)}
+        kept = {*steps[-self._keep :], lowest(steps, self._scores)}
         for step in set(steps) - kept:
-            _remove(self._remote / str(step))
+            remove_directory(self._remote / str(step))
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -278,25 +281,3 @@ def _make_scratch(path: Path) -> bool:
         ) from error
     barrier("the scratch directory is made")
     return everywhere(mark.exists())
-
-
-def _best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
-    return min((s for s in steps if s in scores), key=scores.__getitem__, default=None)
-
-
-def _remove(place: Path) -> None:
-    """Remove a checkpoint; without its digests it is none."""
-    (place / DIGESTS).unlink(missing_ok=True)
-    for file in list(place.rglob("*")):
-        file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _named(local: Path, remote: Path) -> Iterator[None]:
-    """Errors name the place that people know."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise type(error)(str(error).replace(str(local), str(remote))) from error
-    except OSError as error:
-        raise CheckpointError(f"A checkpoint could not be fetched: {error}") from error

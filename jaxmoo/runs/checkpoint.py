@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -39,6 +38,8 @@ __all__ = [
     "UnsavedError",
     "fetch_step",
     "free_name",
+    "lowest",
+    "named_as",
     "read_about",
     "read_item",
     "unchecked",
@@ -62,17 +63,36 @@ class UnsavedError(CheckpointError):
     exit_code = 1
 
 
-def fetch_step(source: Path, target: Path) -> None:
+def fetch_step(source: Path, target: Path, item: str | None = None) -> None:
     """Copy a checkpoint from a bucket to this machine; it appears when it is whole.
 
+    Args:
+      source: the checkpoint.
+      target: a new directory.
+      item: the part that is wanted; by default all of it.
+
     Raises:
-      CheckpointError: its digests are damaged.
-      OSError: a file is missing, or cannot be fetched.
+      CheckpointError: the checkpoint cannot be fetched: a file is missing, say.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    copy_files(source, partial, files_below(source))
-    os.replace(partial, target)
+    try:
+        names = files_below(source)
+        if item is not None:  # what lies beside the parts is small
+            names = [name for name in names if "/" not in name or name.startswith(f"{item}/")]
+        copy_files(source, partial, names)
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {source} cannot be fetched: {error}") from error
+
+
+@contextlib.contextmanager
+def named_as(remote: Path, local: Path) -> Iterator[None]:
+    """Let errors about a copy name the place that people know."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(str(error).replace(str(local), str(remote))) from error
 
 
 def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) -> T:
@@ -91,13 +111,8 @@ def read_item(directory: Path, step: int, item: str, read: Callable[[Path], T]) 
       CheckpointError: it cannot be read, or is that of another step.
     """
     if is_bucket(directory):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                fetch_step(directory / str(step), Path(folder) / str(step))
-            except OSError as error:
-                raise CheckpointError(
-                    f"The checkpoint {directory / str(step)} cannot be fetched: {error}"
-                ) from error
+        with tempfile.TemporaryDirectory() as folder, named_as(directory, Path(folder)):
+            fetch_step(directory / str(step), Path(folder) / str(step), item)
             return read_item(Path(folder), step, item, read)
     path = directory.absolute() / str(step)
     says = f"The checkpoint {directory / str(step)} cannot be restored"
@@ -211,12 +226,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._writing():
             self._manager.close()
 
@@ -264,7 +274,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest score among the checkpoints that there are, or None."""
-        return self._kept.best(self._manager.all_steps())
+        return lowest(self._manager.all_steps(), self._kept.scores)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint of a step, unless it exists already.
@@ -352,6 +362,11 @@ class Checkpoints:
             ) from error
 
 
+def lowest(steps: Iterable[int], scores: Mapping[int, float]) -> int | None:
+    """Return the step with the lowest score of those that have one, or None."""
+    return min((step for step in steps if step in scores), key=scores.__getitem__, default=None)
+
+
 def free_name(path: Path) -> Path:
     """Return a name like this one that nothing has."""
     names = itertools.chain(
@@ -422,12 +437,7 @@ class _NewestAndBest:
         self._newest = ocp.checkpoint_managers.LatestN(newest)
         self.scores: dict[int, float] = {}
 
-    def best(self, steps: Iterable[int]) -> int | None:
-        return min(
-            (s for s in steps if s in self.scores), key=self.scores.__getitem__, default=None
-        )
-
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         newest = self._newest.should_preserve(checkpoints, context=context)
-        best = self.best(checkpoint.step for checkpoint in checkpoints)
+        best = lowest((checkpoint.step for checkpoint in checkpoints), self.scores)
         return [new or c.step == best for new, c in zip(newest, checkpoints, strict=True)]

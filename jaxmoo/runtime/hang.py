@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-from types import TracebackType
 
 __all__ = ["HangTimeout"]
 
@@ -34,11 +33,6 @@ class HangTimeout:
             # Not sys.stderr, which may be something without a file below it.
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 
-__all__ = ["check_stop_file", "metadata_host", "watched"]
+__all__ = ["check_stop_file", "metadata_host", "watch_for_notices"]
 
 # Seconds between two looks; a spot machine has 30 from its notice to its end.
 _EVERY = 3.0
@@ -54,7 +54,7 @@ def check_stop_file(path: str | None) -> None:
 
 
 @contextlib.contextmanager
-def watched(
+def watch_for_notices(
     stop_file: str | None,
     *,
     stop: Callable[[], None],

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 
 import jax
 
@@ -118,12 +118,7 @@ class StopRequest:
         if self._noted and not self._several:
             self._stop()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._previous:
             return
         signal.set_wakeup_fd(self._wakeup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -41,8 +42,13 @@ class Picture(NamedTuple):
 Part = str | Table | Picture
 
 
-def as_markdown(parts: Sequence[Part]) -> str:
+def as_markdown(parts: Sequence[Part], width: float | None = math.inf) -> str:
     """Return parts as Markdown.
+
+    Args:
+      parts: of the report.
+      width: of :func:`~jaxmoo.data.table.text_table`; what is written to a file does not depend on
+        the terminal that is there at the time.
 
     Example:
       >>> print(as_markdown(["### Sizes", Table(["of", "n"], [["a", 12]])]))
@@ -52,12 +58,12 @@ def as_markdown(parts: Sequence[Part]) -> str:
       |:---|---:|
       | a  | 12 |
     """
-    return "\n\n".join(map(_markdown, parts))
+    return "\n\n".join(_markdown(part, width) for part in parts)
 
 
-def _markdown(part: Part) -> str:
+def _markdown(part: Part, width: float | None) -> str:
     if isinstance(part, Table):
-        return text_table(part.header, part.rows)
+        return text_table(part.header, part.rows, width)
     return f"![{part.says}]({part.file})" if isinstance(part, Picture) else part
 
 

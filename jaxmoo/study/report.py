@@ -38,7 +38,7 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
         written beside them.
 
     Returns:
-      The contents of ``study.md``. The same rows give the same text.
+      What ``study.md`` holds, with tables that fit the terminal. The same rows give the same file.
 
     Raises:
       DataError: there are no rows to report.
@@ -78,10 +78,10 @@ def write_report(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> 
     parts += _costs(arms)
     parts.append(_circumstances(list(stored.values())))
     about = _about(study, cells, stored, effects)
-    text = as_markdown([*answered, *about, *parts]) + "\n"
-    replace_text(store.directory / "study.md", text)
+    whole = [*answered, *about, *parts]
+    replace_text(store.directory / "study.md", as_markdown(whole) + "\n")
     write_page(study, cells, stored, answered, about, parts, shown, store.directory)
-    return text
+    return as_markdown(whole, width=None) + "\n"
 
 
 def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> str:
@@ -108,7 +108,8 @@ def write_power(study: StudyConfig, cells: Sequence[Cell], store: RowStore) -> s
             for measure in wanted or measures[:1]
             for group in ("seen", "worst")
             for part in power_section(effects, measure, group)
-        ]
+        ],
+        width=None,
     )
 
 

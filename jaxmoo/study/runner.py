@@ -134,7 +134,9 @@ def run_cells(
             take(row)
             done += 1
             if not study.keep_runs:
-                remove_directory(typed_path(cell.config.output))
+                output = typed_path(cell.config.output)
+                for place in (output, scratch_of(output)):  # two for a bucket only
+                    remove_directory(place)
             say(f"  {_line(row)}")
 
 

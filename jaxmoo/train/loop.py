@@ -68,7 +68,8 @@ class Loop:
         """
         job = self._job
         # A run may have been stopped between its last step and the evaluation of that.
-        if self._goes_on() or stored_scores(job, self._done) is None:
+        scores = stored_scores(job, self._done)
+        if self._goes_on() or scores is None:
             skipped = job.setup.gradients.diagnostics(self._state.resolver).skipped
             latest = self._checkpoints.latest
             begun, weights = self._done, self._examined()
@@ -76,7 +77,6 @@ class Loop:
                 job.setup.batches.reading_ahead(),
                 Reporter(job, self._done, jax.device_get(skipped), latest) as reporter,
             ):
-                scores = stored_scores(job, self._done)
                 if scores is None:
                     self._evaluate(reporter)  # what an interrupted run did not come to
                 else:
@@ -173,9 +173,10 @@ class Loop:
         self._evaluate(reporter)
 
     def _save(self) -> None:
-        described = about(self._job.config, self._job.setup, self._done)
-        with self._job.clock.part("checkpoint"):
-            self._checkpoints.save(self._done, self._state, described)
+        if self._checkpoints.latest() != self._done:
+            described = about(self._job.config, self._job.setup, self._done)
+            with self._job.clock.part("checkpoint"):
+                self._checkpoints.save(self._done, self._state, described)
         self._job.saves.restart()
 
     def _evaluate(self, reporter: Reporter) -> None:

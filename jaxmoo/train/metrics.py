@@ -38,7 +38,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ class MetricsWriter:
       settings: of the run, for the trackers.
 
     Raises:
-      ConfigError: a package is missing; see :func:`jaxmoo.train.trackers.check_packages`.
+      ConfigError: a tracker cannot be used; see :func:`jaxmoo.train.trackers.open_trackers`.
       DataError: the rows that are there cannot be read.
     """
 
@@ -130,16 +129,11 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             self.close()
         except OSError:
-            if error is None:  # else it says what went wrong first, and what to do
+            if kind is None:  # else the error says what went wrong first, and what to do
                 raise
 
 

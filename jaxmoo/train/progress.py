@@ -139,7 +139,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._heartbeat.__exit__(None, None, None)
+        self._heartbeat.__exit__()
         self.close()
 
 

@@ -23,7 +23,7 @@ from jaxmoo.runs.provenance import versions
 from jaxmoo.runtime.compiled import kept_programs
 from jaxmoo.runtime.hang import HangTimeout
 from jaxmoo.runtime.memory import named_when_full
-from jaxmoo.runtime.notices import check_stop_file, watched
+from jaxmoo.runtime.notices import check_stop_file, watch_for_notices
 from jaxmoo.runtime.processes import barrier, check_same, is_first, said_by_first
 from jaxmoo.runtime.saving import SaveRequest
 from jaxmoo.runtime.signals import InterruptedRunError, StopRequest
@@ -90,7 +90,7 @@ def train(
     with (
         named_when_full(_LESS_MEMORY),
         StopRequest() as stop,
-        watched(config.train.stop_file, stop=stop.ask, save=saves.ask),
+        watch_for_notices(config.train.stop_file, stop=stop.ask, save=saves.ask),
     ):
         with stop.at_once():
             config = directory.resumed(config)
@@ -99,6 +99,10 @@ def train(
             check_packages(trackers_of(config))
             if config.report:
                 check_drawing()
+            # Before the first thing that they do together: others would wait there for ever.
+            check_same(
+                settings=to_yaml(dataclasses.replace(config, output="")), versions=str(versions())
+            )
             repository = _repository(config)
             setup = prepare(config, say, kept=kept)
             config = dated(config, setup.date)
@@ -108,11 +112,7 @@ def train(
             directory.claim(config),
             kept_programs(directory.compiled, platform_of(setup.device_mesh.devices.flat)),
         ):
-            check_same(
-                settings=to_yaml(dataclasses.replace(config, output="")),
-                data=batch_digest(setup.batches, 0),
-                versions=str(versions()),
-            )
+            check_same(date=str(config.data.date), data=batch_digest(setup.batches, 0))
             results = _train(Job(config, setup, directory, stop, saves, hang, say), measure)
         if config.push_to_hub is not None:
             # Beyond the hang timer: it takes as long as it takes.

@@ -18,12 +18,19 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxmoo.config import Config
 from jaxmoo.errors import ConfigError
+from jaxmoo.files.buckets import hide_secrets
 from jaxmoo.files.scratch import scratch_of
 
 __all__ = ["Tracker", "Trackers", "check_packages", "open_trackers", "trackers_of"]
 
 # What MLflow takes at a time.
 _BATCH, _PARAMETERS, _LONGEST = 1000, 100, 500
+# What to do where no run can be begun.
+_ADVICE = {
+    "wandb": "Log in with `wandb login` or WANDB_API_KEY, set WANDB_MODE=offline to send it later",
+    "trackio": "Look at what it says",
+    "mlflow": "Set MLFLOW_TRACKING_URI to a server that answers, and what it asks for to log in",
+}
 
 
 class Trackers(NamedTuple):
@@ -75,19 +82,27 @@ def open_trackers(
       settings: what the run's page shows of it.
 
     Raises:
-      ConfigError: a package is missing.
+      ConfigError: a package is missing, or a tracker does not take a run: its server cannot be
+        reached, say, or nobody is logged in.
     """
     check_packages(wanted)
     known = {name: _without_login(value) for name, value in (settings or {}).items()}
     opened: list[Tracker] = []
     if wanted.tensorboard:
         opened.append(_TensorBoard(directory, first_step))
-    if wanted.wandb:
-        opened.append(_Wandb(directory, wanted.wandb, known))
-    if wanted.trackio:
-        opened.append(_Trackio(directory, wanted.trackio, known))
-    if wanted.mlflow:
-        opened.append(_Mlflow(directory, wanted.mlflow, known))
+    for setting, kind in {"wandb": _Wandb, "trackio": _Trackio, "mlflow": _Mlflow}.items():
+        if project := getattr(wanted, setting):
+            try:
+                opened.append(kind(directory, project, known))
+            except Exception as error:  # each library has its own
+                for tracker in opened:
+                    with contextlib.suppress(Exception):
+                        tracker.close()
+                why = hide_secrets(str(error) or type(error).__name__)
+                raise ConfigError(
+                    f"{setting} is {project!r}, but no run can be begun there: {why}\n"
+                    f"{_ADVICE[setting]}, or set {setting}=null."
+                ) from error
     return opened
 
 
@@ -133,13 +148,25 @@ class _TensorBoard:
         self._events.close()
 
 
-class _Wandb:
+class _Hosted:
+    """A run of W&B or of a library that has taken over its names."""
+
+    _run: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Wandb(_Hosted):
     def __init__(self, directory: Path, project: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
         here = scratch_of(directory)
         here.mkdir(parents=True, exist_ok=True)
-        self._run: Any = wandb.init(
+        self._run = wandb.init(
             project=project,
             name=directory.absolute().name,
             id=_kept(directory / "wandb_id", lambda: secrets.token_hex(8)),
@@ -149,33 +176,21 @@ class _Wandb:
             allow_val_change=True,
         )
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
+class _Trackio(_Hosted):
     def __init__(self, directory: Path, project: str, settings: Mapping[str, Any]) -> None:
         import trackio
 
         def named() -> str:  # which is all that it knows a run by
             return f"{directory.absolute().name}-{secrets.token_hex(4)}"
 
-        self._run: Any = trackio.init(
+        self._run = trackio.init(
             project=project,
             name=_kept(directory / "trackio_name", named),
             resume="allow",
             config=dict(settings),
             embed=False,
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class _Mlflow:

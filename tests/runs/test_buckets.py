@@ -9,10 +9,12 @@ import pytest
 from bucket_servers import upload
 from jaxmoo.config import load_config
 from jaxmoo.errors import CheckpointError, ConfigError, DamagedError
+from jaxmoo.files.at_hand import copy_file
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.hf.directory import new_directory
 from jaxmoo.runs.bucket_checkpoints import open_checkpoints
-from jaxmoo.runs.checkpoint import UnsavedError, read_about
+from jaxmoo.runs.checkpoint import STATE as STATE_PART
+from jaxmoo.runs.checkpoint import UnsavedError, read_about, read_item
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train.metrics import MetricsWriter, read_metrics
 
@@ -93,6 +95,18 @@ def test_checkpoints_are_kept_found_and_restored(run):
     assert not list(run.scratch.glob("checkpoints-*"))
 
 
+def test_of_what_is_said_of_a_checkpoint_the_state_is_not_fetched(run, monkeypatch):
+    def noted(source, target):
+        fetched.append(source.relative_to(run.checkpoints / "1").parts[0])
+        copy_file(source, target)
+
+    fetched: list[str] = []
+    save(run, 1)
+    monkeypatch.setattr("jaxmoo.files.scratch.copy_file", noted)
+    assert read_about(run.checkpoints, 1)["step"] == 1
+    assert {"about", DIGESTS} <= set(fetched) and STATE_PART not in fetched
+
+
 def test_what_a_killed_run_began_to_send_is_no_checkpoint(run):
     save(run, 1, 2)
     (run.checkpoints / "2" / DIGESTS).unlink()
@@ -108,6 +122,8 @@ def test_damage_in_a_bucket_is_found_and_the_one_before_is_used(run):
     data = bytearray(file.read_bytes())
     data[40] ^= 1
     file.write_bytes(data)
+    with pytest.raises(DamagedError, match=rf"{run.checkpoints}/2 .*is not what was written"):
+        read_item(run.checkpoints, 2, STATE_PART, lambda place: None)
     with open_checkpoints(run, keep=2) as checkpoints:
         with pytest.raises(DamagedError, match=rf"{run.checkpoints}/2 .*is not what was written"):
             checkpoints.restore(checkpoints.latest(), STATE)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.buckets import BucketPath
-from jaxmoo.runtime.notices import check_stop_file, metadata_host, watched
+from jaxmoo.runtime.notices import check_stop_file, metadata_host, watch_for_notices
 
 
 class Asked:
@@ -17,7 +17,9 @@ class Asked:
         self.stopped, self.saved = threading.Event(), threading.Semaphore(0)
 
     def watch(self, stop_file=None):
-        return watched(stop_file, stop=self.stopped.set, save=self.saved.release, every=0.005)
+        return watch_for_notices(
+            stop_file, stop=self.stopped.set, save=self.saved.release, every=0.005
+        )
 
 
 @pytest.fixture

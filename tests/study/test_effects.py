@@ -16,7 +16,7 @@ from jaxmoo.study.effects import Effects, verdicts
 from jaxmoo.study.examples import members, pack_examples, unpack_examples
 from jaxmoo.study.figure import forest
 from jaxmoo.study.outcome import Arm
-from jaxmoo.study.parts import as_markdown
+from jaxmoo.study.parts import Table, as_markdown
 from jaxmoo.study.power import Noise, detectable, noise, power_section
 from jaxmoo.study.statistics import Estimate, mean_interval
 from jaxmoo.study.web_page import Shown, describe_forest, describe_languages
@@ -300,3 +300,10 @@ def test_the_noise_of_a_pilot_adds_up_to_the_error_of_its_differences():
     assert "hold no single examples" in text
     with pytest.raises(DataError, match="Noise is known from two seeds on"):
         noise(effects(seeds=(1,)), "nll", "seen")
+
+
+def test_what_is_written_does_not_depend_on_the_terminal(monkeypatch):
+    monkeypatch.setattr("jaxmoo.data.table.terminal_width", lambda: 12)
+    parts = [Table(["arm", "seen mean", "unseen mean"], [["mean", 1, 2]])]
+    assert as_markdown(parts).startswith("| arm  | seen mean | unseen mean |")
+    assert as_markdown(parts, width=None).startswith("| arm  | seen mean |\n")

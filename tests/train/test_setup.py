@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from jaxmoo.commands.data import main as data_main
@@ -13,7 +14,7 @@ from jaxmoo.errors import ConfigError, JaxmooError
 from jaxmoo.models import DecoderConfig
 from jaxmoo.models.attention import cudnn
 from jaxmoo.runs.trained_parameters import check_model
-from jaxmoo.train import plan, setup
+from jaxmoo.train import plan, setup, train
 from jaxmoo.train.setup import make_run_mesh, prepare, run_attention
 
 SHAPE = DecoderConfig(
@@ -54,6 +55,22 @@ def test_training_plans_and_data_refuse_what_the_model_is_too_small_for(
             check()
     assert data_main(["--config", str(path), *overrides]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_processes_of_other_settings_learn_of_it_before_any_data_are_read(
+    write_config, monkeypatch
+):
+    """They do not read alike, and would wait for each other."""
+
+    def gathered(mine):  # of two processes
+        other = mine.copy()
+        other[0] += 1  # which has settings of its own
+        return np.stack([mine, other])
+
+    monkeypatch.setattr("jaxmoo.runtime.processes.multihost_utils.process_allgather", gathered)
+    monkeypatch.setattr("jaxmoo.train.run.prepare", lambda *_, **__: pytest.fail("data are read"))
+    with pytest.raises(ConfigError, match="do not have the same settings: 1 differ from process 0"):
+        train(load_config(write_config()))
 
 
 def test_the_attention_that_is_chosen_is_told(write_config):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,26 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     said = "Note: Gone gets no more metrics: no route to https://***@host\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_tracker_that_takes_no_run_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
+    closed = []
+
+    def tried(directory, project, settings):
+        raise ConnectionError("no route to https://me:password@host")
+
+    monkeypatch.setattr("jaxmoo.train.trackers._Mlflow", tried)
+    monkeypatch.setattr("jaxmoo.train.trackers.check_packages", lambda wanted: None)
+    monkeypatch.setattr(
+        "jaxmoo.train.trackers._Trackio",
+        lambda *_: SimpleNamespace(close=lambda: closed.append(True)),
+    )
+    with pytest.raises(ConfigError) as found:
+        MetricsWriter(tmp_path, Trackers(trackio="p", mlflow="e"))
+    text = str(found.value)
+    assert text.startswith("mlflow is 'e', but no run can be begun there: no route to https://***@")
+    assert "MLFLOW_TRACKING_URI" in text and text.endswith("or set mlflow=null.")
+    assert closed == [True]
 
 
 def test_rows_that_cannot_be_sent_do_not_hide_what_went_wrong_before(monkeypatch):
