@@ -164,16 +164,13 @@ class Agreement:
 
     Every process calls :meth:`exchange` equally often. A single process knows its own at once.
 
-    Args:
-      numbers: how many there are.
-
     Example:
-      >>> Agreement(2).exchange(15, 0)
+      >>> Agreement().exchange(15, 0)
       (15, 0)
     """
 
-    def __init__(self, numbers: int = 1) -> None:
-        self._numbers, self._several = numbers, jax.process_count() > 1
+    def __init__(self) -> None:
+        self._several = jax.process_count() > 1
         if self._several:
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._each = NamedSharding(mesh, P("device"))
@@ -183,6 +180,8 @@ class Agreement:
     def exchange(self, *mine: int) -> tuple[int, ...]:
         """Send this process's numbers; return the largest of each that were sent the time before.
 
+        They are as many every time; the first time each is 0.
+
         The exchange is queued behind what the devices have to do, and read a call later, when they
         have done it: nobody waits for it.
         """
@@ -191,7 +190,7 @@ class Agreement:
         sent = self._sent
         rows = np.tile(np.array(mine, np.int32), (len(jax.devices()), 1))
         self._sent = self._largest(place(rows, self._each))
-        return (0,) * self._numbers if sent is None else tuple(map(int, np.asarray(sent)))
+        return (0,) * len(mine) if sent is None else tuple(map(int, np.asarray(sent)))
 
 
 def check_same(**texts: str) -> None:

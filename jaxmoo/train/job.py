@@ -82,7 +82,7 @@ class Job:
     saves: SaveRequest
     hang: HangTimeout
     say: Callable[[str], None]
-    agreement: Agreement = dataclasses.field(default_factory=lambda: Agreement(2))
+    agreement: Agreement = dataclasses.field(default_factory=Agreement)
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def point(self, done: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,10 @@ from jaxmoo.runs.scores import SampleReply
 from jaxmoo.runtime.processes import everywhere, is_first
 from jaxmoo.train.job import Job
 
-__all__ = ["SampleReplies"]
+__all__ = ["Replies", "SampleReplies", "side_by_side"]
+
+# Per language, what the model said to a prompt before and after.
+Replies = dict[str, list[tuple[SampleReply, SampleReply]]]
 
 # Enough to see in what language a model replies, and whether it stops.
 _NEW_TOKENS = 64
@@ -78,6 +82,14 @@ class SampleReplies:
     def _text(self, tokens: np.ndarray) -> str:
         # Of one sequence it is one text, which the signature does not tell.
         return str(self._job.setup.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+
+def side_by_side(
+    before: Mapping[str, Sequence[SampleReply]], after: Mapping[str, Sequence[SampleReply]]
+) -> Replies:
+    """Pair the replies to each prompt; those of one side alone, as of another setting, are left."""
+    both = [code for code in before if code in after]
+    return {code: list(zip(before[code], after[code], strict=False)) for code in both}
 
 
 def _new_tokens(job: Job) -> int:

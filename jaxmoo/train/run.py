@@ -36,7 +36,7 @@ from jaxmoo.train.job import Job
 from jaxmoo.train.kept import Kept
 from jaxmoo.train.loop import Loop
 from jaxmoo.train.metrics import read_metrics
-from jaxmoo.train.replies import SampleReplies
+from jaxmoo.train.replies import Replies, SampleReplies, side_by_side
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.resume import batch_digest, resume
 from jaxmoo.train.setup import Setup, prepare
@@ -152,13 +152,13 @@ def _train(job: Job, measure: Callable[[Setup, Any], None] | None) -> dict[str, 
     before = evaluate(job, 0, job.setup.state.params)
     _check_start(job, before)
     samples = SampleReplies(job)
-    samples(0, job.setup.state.params)
+    first = samples(0, job.setup.state.params)
     with open_checkpoints(directory, keep=job.config.train.keep_checkpoints) as checkpoints:
         state, done = resume(job, checkpoints)
         state, step = Loop(job, checkpoints, state, done).run()
     after = evaluate(job, step, state.weights)
-    samples(step, state.weights)
-    results = _finish(job, state.weights, step, before, after)
+    replies = side_by_side(first, samples(step, state.weights))
+    results = _finish(job, state.weights, step, before, after, replies)
     if measure is not None:
         measure(job.setup, state.weights)
     return results
@@ -216,13 +216,14 @@ def _finish(
     step: int,
     before: Mapping[str, LanguageScore],
     after: Mapping[str, LanguageScore],
+    replies: Replies,
 ) -> dict[str, Any]:
     """Export the model, record the results, draw the report and show the table."""
     config, directory = job.config, job.directory
     results = _results(config, step, before, after)
     with job.stop.at_once():
         if is_first() and config.report:
-            _report(job, step, before, after)
+            _report(job, step, before, after, replies)
         export(job, params, step)
         job.point(step)
         if is_first():
@@ -236,13 +237,15 @@ def _finish(
 
 
 def _report(
-    job: Job, step: int, before: Mapping[str, LanguageScore], after: Mapping[str, LanguageScore]
+    job: Job,
+    step: int,
+    before: Mapping[str, LanguageScore],
+    after: Mapping[str, LanguageScore],
+    replies: Replies,
 ) -> None:
     """Draw the report, of which the exported model gets a copy."""
     config, directory = job.config, job.directory
     rows = read_metrics(directory.metrics)
-    old, new = directory.replies(0) or {}, directory.replies(step) or {}
-    replies = {code: list(zip(old[code], new[code], strict=False)) for code in old if code in new}
     write_report(
         directory.report,
         rows=rows,
