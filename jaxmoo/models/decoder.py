@@ -31,7 +31,8 @@ class Decoder(nnx.Module):
     is named by the number of its first layer, so ``segments=(0, 22)`` of a model of 30 layers has
     leaves ``layers.0.*`` of shape [22, ...] and ``layers.22.*`` of shape [8, ...]. Segments do not
     change what is computed; they let a trainer split off the layers it trains, and what lies
-    before the first of those costs no backward pass.
+    before the first of those costs no backward pass. Layers with one MLP and layers with a mixture
+    of experts lie in segments of their own, whichever are asked for.
 
     Matrix products use JAX's default precision. On devices whose default for float32 is
     lower than float32 (TPU, NVIDIA's TF32), set ``jax_default_matmul_precision`` to "highest" to
@@ -77,7 +78,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.segments = _check_segments(segments, config.num_hidden_layers)
+        self.segments = _check_segments(segments, config)
         self.dtype = jnp.dtype(dtype)
         self.remat = check_remat(remat)
         self.platform = default_platform() if platform is None else platform
@@ -94,6 +95,7 @@ class Decoder(nnx.Module):
             {
                 str(first): DecoderLayer(
                     config,
+                    experts=config.has_experts(first),
                     stack=(end - first,),
                     attention=self.attention,
                     platform=self.platform,
@@ -239,11 +241,14 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (num_tokens, size), param_dtype))
 
 
-def _check_segments(segments: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    segments = tuple(segments)
+def _check_segments(segments: tuple[int, ...], config: DecoderConfig) -> tuple[int, ...]:
+    """Segments that are asked for, and those that layers of two kinds of MLP make."""
+    segments, num_layers = tuple(segments), config.num_hidden_layers
     ends = (*segments[1:], num_layers)
     if segments[:1] != (0,) or any(a >= b for a, b in zip(segments, ends, strict=True)):
         raise ConfigError(
             f"segments must increase from 0 and stay below the {num_layers} layers, got {segments}"
         )
-    return segments
+    kinds = [config.has_experts(layer) for layer in range(num_layers)]
+    changes = (i for i in range(1, num_layers) if kinds[i] != kinds[i - 1])
+    return tuple(sorted({*segments, *changes}))

@@ -32,7 +32,7 @@ from jaxmoo.errors import ConfigError, did_you_mean, shown
 from jaxmoo.kernels.product import product
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import Linear
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
 from jaxmoo.projections import PROJECTIONS
 
