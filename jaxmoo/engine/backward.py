@@ -319,13 +319,14 @@ class Backward:
         fill = -z.shape[2] % (2 * top.pieces)
         # As gradients are: [K, B, m / pieces] of all objectives.
         z = self.scatter(jnp.pad(z, ((0, 0), (0, 0), (0, fill))), 1)
+        grams = grams_of_sketches(z, total=top.total)
         return solve_blocks(
-            grams_of_sketches(z, total=top.total),
+            grams,
             self._groups(call, indices),
             indices.numbers,
             state=states,
             key=jax.random.wrap_key_data(step.key),
-            active=step.active,
+            active=grams.taking_part(step.active, indices.sparse),
             preference=None if preference is None else jnp.asarray(preference),
             match_norm=self.rules.match_norm,
             platform=top.platform,
@@ -369,6 +370,7 @@ class Backward:
             match_norm=self.rules.match_norm,
             partitioned=False,
             platform=self.topology.platform,
+            sparse=indices.sparse,
             total=(lambda x: x) if call.device_local else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
         )

@@ -1,9 +1,9 @@
 """Which Hugging Face tensor holds which parameter.
 
 One table, read in both directions; ``{i}`` stands for a layer's number, ``{e}`` for an expert's. A
-family says where it has names of its own (:class:`jaxmoo.models.families.family.Names`). Hugging Face stores the matrix of a
-linear map as [out, in]; ours are [in, out], except for the head's, which like the embedding is a
-table of one vector per token.
+family says where it has names of its own (:class:`jaxmoo.models.families.family.Names`). Hugging
+Face stores the matrix of a linear map as [out, in]; ours are [in, out], except for the head's,
+which like the embedding is a table of one vector per token.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
         (path_string(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)
     ]
     tables = [shape for path, shape in leaves if re.search(_TABLES, path)]
-    if not tables or not (shard or kind in ("layer", "module", "leaf")):
+    if not tables or not (shard or kind in ("layer", "module", "expert", "leaf")):
         return kind
     slices = config.resolve.vocabulary_slices
     if slices is None:
