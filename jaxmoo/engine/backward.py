@@ -42,7 +42,7 @@ from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.reductions import weighted_sum
-from jaxmoo.mesh import DATA
+from jaxmoo.mesh import DATA, FSDP
 from jaxmoo.resolve import resolve_sections
 from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
@@ -119,6 +119,11 @@ class Backward:
     def reads(self, leaf: Any) -> bool:
         """Whether a leaf of a block's parameters is one of them."""
         return isinstance(leaf, Parameter)
+
+    def over_examples(self, tree: Any) -> Any:
+        """Add up over the devices that hold other examples of the same objectives."""
+        several = self.topology.data * self.topology.fsdp > 1
+        return jax.lax.psum(tree, (DATA, FSDP)) if several else tree
 
     def whole(self, parameter: Parameter) -> jax.Array:
         """Gather a parameter, all layers of it, for reads outside of blocks."""

@@ -67,8 +67,8 @@ class DecoderConfig:
       moe_intermediate_size: width inside an expert.
       norm_topk_prob: whether the weights of a token's experts are made to add up to 1.
       dense_layers: numbers of the layers that have one MLP in a model with experts, ascending.
-      router_aux_loss_coef: what the experts' balance adds to the loss where a run does not say; see
-        :func:`jaxmoo.models.balance_loss`.
+      router_aux_loss_coef: what the router's loss is multiplied by in training, where a run does
+        not say; see :func:`jaxmoo.models.router_loss`.
 
     Raises:
       ConfigError: a value is of another type or out of range, or sizes do not go together.

@@ -15,6 +15,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.cross_entropy import Logits
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
+from jaxmoo.models.experts import Load
 from jaxmoo.models.layers import DecoderLayer, Place, make_norm
 from jaxmoo.models.loop import over_layers
 from jaxmoo.platforms import default_platform
@@ -168,6 +169,28 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, HeadResiduals | None]:
         """Compute `hidden`, and what :func:`jaxmoo.engine.vocabulary.nll` needs for a tied head."""
+        return self.hidden_and_loads(tokens, positions=positions, segment_ids=segment_ids)[:2]
+
+    def hidden_and_loads(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, HeadResiduals | None, list[Load]]:
+        """Compute `hidden_and_residuals`, and what is asked of the layers' experts.
+
+        Args:
+          tokens: see `hidden`.
+          positions: see `hidden`.
+          segment_ids: see `hidden`.
+          counted: bool [B, S], tokens that count in the loads; None: nothing is told.
+
+        Returns:
+          Hidden states, residuals, and for each segment of layers with experts their loads,
+          stacked.
+        """
         length = tokens.shape[-1]
         if length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -180,10 +203,12 @@ class Decoder(nnx.Module):
             self.embed_tokens.embedding.get_value(), tokens, self.dtype, self.logits_form
         )
 
-        def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
-            return layer(h_BSD, place, segment_ids), None
+        def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, Any]:
+            if counted is None:
+                return layer(h_BSD, place, segment_ids), None
+            return layer.with_load(h_BSD, place, segment_ids, counted)
 
-        h_BSD, _ = over_layers(
+        h_BSD, loads = over_layers(
             self,
             positions,
             body,
@@ -191,7 +216,8 @@ class Decoder(nnx.Module):
             segment_ids=segment_ids,
             remat=self.remat,
         )
-        return block(self.norm, remat=self.remat)(h_BSD), residuals
+        h_BSD = block(self.norm, remat=self.remat)(h_BSD)
+        return h_BSD, residuals, [load for load in loads if load is not None]
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Look up what the first layer reads, [B, S, D], outside of an engine."""

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_OF_AN_MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
     """Choose the segments of a run's decoder, which part what is trained from what is not.
 
@@ -69,6 +72,11 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             f"data.sequence_length is {length}, but {config.model.source} reads at most {longest} "
             "tokens."
         )
+    if config.train.router_aux_loss_coef and not architecture.num_experts:
+        raise ConfigError(
+            f"train.router_aux_loss_coef is {config.train.router_aux_loss_coef:g}, but "
+            f"{config.model.source} has no experts. Leave it out."
+        )
     largest = max(architecture.hidden_size, architecture.intermediate_size)
     lora = config.lora
     if lora.rank is None:
@@ -86,6 +94,14 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     lora, source = config.lora, config.model.source
     every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
+    inside = sorted(named & _OF_AN_MLP)
+    layers = range(architecture.num_hidden_layers)
+    if inside and all(map(architecture.has_experts, layers)):
+        raise ConfigError(
+            f"lora: {', '.join(inside)} of {source} are its experts', which get no adapters. "
+            f"Adapt {', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)}, or train the "
+            "experts themselves, without lora.rank."
+        )
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
     if not config.export or lora.export == "merged":
