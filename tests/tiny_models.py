@@ -49,12 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     "qwen2_windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-    },
-    "qwen3_moe_mixed": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
@@ -120,8 +114,7 @@ def make(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     import torch
     import transformers
 
-    model_type = variant if variant in FAMILIES else variant.rpartition("_")[0]
-    model_type = model_type if model_type in FAMILIES else variant.split("_")[0]
+    model_type = variant if variant in FAMILIES else variant.split("_")[0]
     model_type = model_type.replace("llama3", "llama")
     settings = {**SIZES, **VARIANTS[variant], **overrides}
     config = transformers.AutoConfig.for_model(model_type, **settings)

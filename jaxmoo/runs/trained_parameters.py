@@ -95,12 +95,11 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
     inside = sorted(named & _OF_AN_MLP)
-    layers = range(architecture.num_hidden_layers)
-    if inside and all(map(architecture.has_experts, layers)):
+    if inside and architecture.num_experts:
         raise ConfigError(
-            f"lora: {', '.join(inside)} of {source} are its experts', which get no adapters. "
-            f"Adapt {', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)}, or train the "
-            "experts themselves, without lora.rank."
+            f"lora: {source} has experts, whose {', '.join(inside)} get no adapters. Adapt "
+            f"{', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)} (the default adapts "
+            "these), or train the experts themselves, without lora.rank."
         )
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")

@@ -82,9 +82,7 @@ def test_no_token_is_dropped_whatever_the_router_chooses(draw, mixture):
             assert (np.abs(kernels[e]).max() > 0) == (e in chosen)
 
 
-@pytest.mark.parametrize(
-    "variant", ["qwen3_moe_mixed", pytest.param("mixtral", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("variant", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_the_routers_loss_is_that_of_transformers(variant: str, tmp_path: Path):
     """In itself and in every gradient; of the tokens up to each row's last target."""
     import torch
