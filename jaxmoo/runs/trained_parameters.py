@@ -72,6 +72,12 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             f"data.sequence_length is {length}, but {config.model.source} reads at most {longest} "
             "tokens."
         )
+    trains_experts = architecture.num_experts > 0 and config.lora.rank is None
+    if config.resolve.blocks == "expert" and not trains_experts:
+        why = "has no experts" if not architecture.num_experts else "has experts, but adapters none"
+        raise ConfigError(
+            f"resolve.blocks is 'expert': {config.model.source} {why}. Use 'layer' blocks."
+        )
     if config.train.router_aux_loss_coef and not architecture.num_experts:
         raise ConfigError(
             f"train.router_aux_loss_coef is {config.train.router_aux_loss_coef:g}, but "
