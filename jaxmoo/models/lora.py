@@ -4,8 +4,8 @@ An adapted projection computes ``x W + b + s (x A) B`` with W and b frozen and a
 ``alpha / rank``, or ``alpha / sqrt(rank)`` if it is rank-stabilised. A [in, r] and B [r, out] are
 leaves like all others, stacked by layers and named after Hugging Face's PEFT:
 ``layers.3.self_attn.q_proj.lora_A.kernel``. What works on parameters by their paths (blocks, the
-engine, shardings, checkpoints) therefore works on adapters. Of a model with experts, attention alone
-is adapted.
+engine, shardings, checkpoints) therefore works on adapters. Of a model with experts, attention
+alone is adapted.
 
 With weight decomposition (DoRA), ``x (W + s A B) m / norm + b``, where m [out] is trained, too
 (``lora_magnitude_vector``), and norm [out] is that of the columns of ``W + s A B``, which passes no

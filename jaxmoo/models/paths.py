@@ -7,6 +7,7 @@ The *logical path* of a parameter has the true number of its layer, whatever the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "compile_regex",
     "logical_paths",
     "named_leaves",
+    "parameter_counts",
     "parameter_paths",
     "segments_for",
     "stacked_axes",
@@ -97,6 +99,25 @@ def parameter_paths(config: DecoderConfig) -> list[str]:
         for path, leaf in named_leaves(nnx.state(Decoder.abstract(config)))
         for name in logical_paths(path, leaf.shape)
     ]
+
+
+def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
+    """Count the parameters of a model: all of them, and those that are read for one token.
+
+    They differ by the experts that do not read it. Of the embedding all is counted.
+
+    Example:
+      >>> from jaxmoo.models.presets import preset
+      >>> [round(count / 1e9, 1) for count in parameter_counts(preset("Mixtral-8x7B"))]
+      [46.7, 12.9]
+    """
+    total = unread = 0
+    for path, leaf in named_leaves(nnx.state(Decoder.abstract(config))):
+        size = math.prod(leaf.shape)
+        total += size
+        if stacked_axes(path) == 2:
+            unread += size - size // config.num_experts * config.num_experts_per_tok
+    return total, total - unread
 
 
 def segments_for(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
