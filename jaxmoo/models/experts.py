@@ -113,7 +113,7 @@ class Experts(nnx.Module):
 
         def product(name: str, x_NRI: jax.Array) -> jax.Array:
             kernel_EIO = self.experts[name].kernel[...].astype(self.dtype)
-            return jnp.einsum("nri,nio->nro", x_NRI, kernel_EIO[bins.expert_N])
+            return jnp.einsum("nri,nio->nro", x_NRI, _of_bins(kernel_EIO, bins.expert_N))
 
         h_NRF = self.act_fn(product("gate_proj", x_NRD)) * product("up_proj", x_NRD)
         return bins.take(product("down_proj", h_NRF))
@@ -161,4 +161,26 @@ class _Bins(NamedTuple):
 
     def take(self, x_NRD: jax.Array) -> jax.Array:
         """Rows of bins by token, [T, k, D]."""
-        return x_NRD.reshape(-1, x_NRD.shape[-1])[self.slot_Tk]
+        return x_NRD.reshape(-1, x_NRD.shape[-1]).at[self.slot_Tk].get(unique_indices=True)
+
+
+@jax.custom_vjp
+def _of_bins(kernel_EIO: jax.Array, expert_N: jax.Array) -> jax.Array:
+    """The kernel of every bin's expert.
+
+    Gradients of an expert's bins are added up by a product. Adding them one by one to where they
+    belong would be in another order every time on a GPU.
+    """
+    return kernel_EIO[expert_N]
+
+
+def _forward(kernel_EIO: jax.Array, expert_N: jax.Array) -> tuple[jax.Array, Any]:
+    is_of_EN = expert_N == jnp.arange(len(kernel_EIO))[:, None]
+    return _of_bins(kernel_EIO, expert_N), is_of_EN
+
+
+def _backward(is_of_EN: jax.Array, ct_NIO: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.einsum("en,nio->eio", is_of_EN.astype(ct_NIO.dtype), ct_NIO), None
+
+
+_of_bins.defvjp(_forward, _backward)
