@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.experts import Experts
 from jaxmoo.models.layers import DecoderLayer, Place
 from jaxmoo.models.loop import over_layers
 
@@ -59,7 +60,7 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
         )
 
     def active(layer: DecoderLayer, x_BSD: jax.Array) -> jax.Array:
-        if model.config.num_experts:
+        if model.config.num_experts or isinstance(layer.mlp, Experts):
             return jnp.zeros((*mask.shape, 0), bool)
         return layer.mlp.active(x_BSD) & mask[..., None]
 
