@@ -226,7 +226,6 @@ RUNS = {
         "shard",
         "a rule for each part, nine objectives",
         "separate layers",
-        "expert, sent by hand",
     ],
     "2x2": [
         "expert, sent by hand",

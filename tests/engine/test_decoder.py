@@ -114,7 +114,6 @@ CASES = {  # whether tied, or whose; blocks, aggregator, what is recomputed
     "gemma": ("gemma", SLICED, "cagrad", "full"),
     "cohere": ("cohere", SLICED, "mgda", "dots"),
     "experts": ("experts", SINGLE, "mgda", "full"),
-    "experts, one at a time": ("experts", SLICED, "cagrad", "full"),
     "cohere, tied, one at a time": ("cohere, tied", SLICED, "cagrad", "full"),
 }
 
@@ -227,7 +226,6 @@ def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
         ("untied, sliced, one at a time", "data"),
         ("gemma", "data"),
         ("experts", "data"),
-        ("experts", "tensor"),
         ("cohere", "tensor"),
     ],
 )
