@@ -187,8 +187,9 @@ def language_loss(
     Returns:
       float32 scalar in nats; 0 when the batch has no target.
     """
-    count = jnp.maximum(target_mask(batch).sum(), 1)
     if router_coef == 0:
-        return token_nll(model, batch, chunk=chunk).sum() / count
-    nll, router = token_nll_and_router_loss(model, batch, chunk=chunk)
-    return nll.sum() / count + router_coef * router
+        nll, router = token_nll(model, batch, chunk=chunk), None
+    else:
+        nll, router = token_nll_and_router_loss(model, batch, chunk=chunk)
+    loss = nll.sum() / jnp.maximum(target_mask(batch).sum(), 1)
+    return loss if router is None else loss + router_coef * router
