@@ -15,13 +15,13 @@ counts, padding too.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from jaxmoo.models import DecoderConfig
 from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.quantized_kernel import is_quantized_part, parameters_in
 
 __all__ = ["model_flops", "peak_flops"]
 
@@ -105,9 +105,10 @@ def model_flops(
                 continue
             begin, count = int(path[1]), leaf.shape[0]
             first = min(first, begin) if learns else first
-            if len(leaf.shape) == 3:  # a stack of matrices
-                weights[begin : begin + count] += math.prod(leaf.shape[1:])
-                trained[begin : begin + count] += learns * math.prod(leaf.shape[1:])
+            if len(leaf.shape) == 3 or is_quantized_part(path):  # a stack of matrices
+                size = parameters_in(path, leaf) // count
+                weights[begin : begin + count] += size
+                trained[begin : begin + count] += learns * size
     forward = 2 * (weights.sum() + head)
     backward = 2 * (weights[first:].sum() + passed) + 2 * (trained.sum() + head_trained)
     seen = np.array([_seen(kind.window, length) for kind in architecture.kinds])
