@@ -92,7 +92,7 @@ def test_products_and_their_gradients_are_those_of_the_matrix(dtype):
 def test_bad_input():
     with pytest.raises(ConfigError, match="int8 or nf4, found 'int4'"):
         quantize(matrix(), "int4")
-    with pytest.raises(ConfigError, match="100 is no multiple of 64. Use int8"):
+    with pytest.raises(ConfigError, match=r"100 is no multiple of 64\. Use int8"):
         quantize(np.zeros((100, 8), np.float32), "nf4")
     _, scales = quantize(np.full((64, 1), np.nan), "nf4")
     assert np.isnan(scales).all()
