@@ -19,8 +19,13 @@ DEVICES = {
     "llama-3.1-8b": (8, 32),
     "qwen3-4b-base": (8, 32),
     "qwen3-8b-base": (8, 32),
+    "gemma-3-4b": (8, 24),
+    "apertus-8b": (8, 40),
+    "eurollm-9b": (8, 40),
+    "aya-expanse-8b": (8, 40),
     "qwen3-0.6b-base": (1, 24),
     "qwen3-8b-base-lora": (1, 40),
+    "qwen3-8b-base-qlora": (1, 24),
     "lora": (1, 8),
     "quickstart": (1, 8),
 }
