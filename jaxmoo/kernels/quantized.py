@@ -197,7 +197,8 @@ def _forward(x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str) -
 
 
 def _backward(platform: str, quantized: Any, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    kernel = dequantize(*quantized, platform).astype(ct.dtype)
+    codes, scales = quantized
+    kernel = dequantize(codes, scales, platform).astype(ct.dtype)
     x = jnp.zeros((*ct.shape[:-1], kernel.shape[0]), ct.dtype)  # the product is linear in it
     return *jax.vjp(lambda x: product(x, kernel, platform), x)[1](ct), None, None
 

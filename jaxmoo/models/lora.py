@@ -347,7 +347,7 @@ def adapted_kernel(linear: Linear) -> AdaptedKernel:
     """
     kernel, a, b, scale, m = linear.kernel, None, None, None, None
     if isinstance(linear, AdaptedLinear):
-        a, b = linear.lora_A.kernel.get_value(), linear.lora_B.kernel.get_value()
+        a, b = linear.lora_A.kernel[...], linear.lora_B.kernel[...]
         scale, m = linear.scale, linear.lora_magnitude_vector
     return AdaptedKernel(
         kernel.parts if isinstance(kernel, QuantizedKernel) else kernel.get_value(),

@@ -87,8 +87,8 @@ def count_parameters(state: Any) -> int:
 
 def _quantized(kernel: Any, kind: str) -> QuantizedKernel:
     """Quantise a stack of kernels, or the shape of one."""
-    specs = quantized_spec(kernel.shape, kind)
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return QuantizedKernel(*specs, kernel.dtype)
+        return QuantizedKernel(*quantized_spec(kernel.shape, kind), kernel.dtype)
     layers = [quantize(one, kind) for one in np.asarray(kernel)]
-    return QuantizedKernel(*(jnp.stack(x) for x in zip(*layers, strict=True)), kernel.dtype)
+    codes, scales = (jnp.stack(parts) for parts in zip(*layers, strict=True))
+    return QuantizedKernel(codes, scales, kernel.dtype)
