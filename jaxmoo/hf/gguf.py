@@ -84,8 +84,9 @@ def convert_gguf(file: Path, path: Path) -> None:
     """Convert a GGUF file of an architecture that is known into a Hugging Face directory.
 
     Args:
-      file: the GGUF file, of Llama, Qwen2, Qwen3, SmolLM3 or Granite; its tensors may be of any type that the ``gguf`` package dequantises,
-        among them F32, F16, BF16, Q4_0 to Q8_0 and the K-quants.
+      file: the GGUF file, of Llama, Qwen2, Qwen3, SmolLM3 or Granite; its tensors may be of any
+        type that the ``gguf`` package dequantises, among them F32, F16, BF16, Q4_0 to Q8_0 and the
+        K-quants.
       path: the directory to make: config, float32 weights, tokenizer with its chat template and
         generation config. It appears only when all is written, and can be loaded.
 

@@ -28,7 +28,7 @@ from jaxmoo.kernels.quantized import quantize as quantized
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.families import FAMILIES
-from jaxmoo.models.paths import logical_paths, named_leaves
+from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
 from jaxmoo.models.quantization import quantize_base
 from jaxmoo.models.quantized_kernel import is_quantized_part
 
@@ -125,7 +125,7 @@ def load_model(
     Every tensor is checked by name and shape before the first one is read. Each device receives
     only its own slices, and only those are read from the files, one layer of one parameter at a
     time: beyond the parameters themselves, the host never holds more than twice the largest
-    tensor.
+    tensor, or one projection of all of a layer's experts.
 
     Args:
       path: a Hugging Face directory; see `resolve_source`.
@@ -261,7 +261,7 @@ def check_tensors(
         )
     expected: dict[str, tuple[int, ...]] = {}
     for leaf_path, leaf in named_leaves(state):
-        shape = leaf.shape[1:] if leaf_path[0] == "layers" else leaf.shape
+        shape = leaf.shape[stacked_axes(leaf_path) :]
         for logical in logical_paths(leaf_path, leaf.shape):
             tensor = hf_tensor(logical, config)
             stored = shape[::-1] if tensor.transposed else shape
@@ -372,15 +372,17 @@ def _read_parameter(
     tensors = [hf_tensor(name, config) for name in logical_paths(path, leaves[0].shape)]
     if path[0] != "layers":
         done(leaves[0].size * leaves[0].dtype.itemsize)
-        return [_place(weights, tensors[0], leaves[0].shape, leaves[0].dtype, placements[0])]
+        return [_place(weights, tensors, leaves[0].shape, leaves[0].dtype, placements[0])]
     pieces = [_sharding_of_a_layer(placement) for placement in placements]
     stacks = [_zeros(x.shape, x.dtype, y)() for x, y in zip(leaves, placements, strict=True)]
-    for layer, tensor in enumerate(tensors):
+    each = len(tensors) // leaves[0].shape[0]  # several where there are experts
+    for layer in range(leaves[0].shape[0]):
+        mine = tensors[layer * each : (layer + 1) * each]
         if len(parts) == 1:
             leaf = leaves[0]
-            values = [_place(weights, tensor, leaf.shape[1:], leaf.dtype, pieces[0])]
+            values = [_place(weights, mine, leaf.shape[1:], leaf.dtype, pieces[0])]
         else:
-            values = _place_quantized(weights, tensor, leaves, pieces)
+            values = _place_quantized(weights, mine[0], leaves, pieces)
         # Waiting keeps the host from reading ahead of the device, with all layers in its memory.
         stacks = [
             _set_layer(placement)(stack, value, layer).block_until_ready()
@@ -420,14 +422,24 @@ def _place_quantized(
 
 
 def _place(
-    weights: Weights, tensor: HFTensor, shape: tuple[int, ...], dtype: Any, placement: Any
+    weights: Weights,
+    tensors: Sequence[HFTensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    placement: Any,
 ) -> jax.Array:
-    """Put a tensor on its devices, each slice read by itself."""
+    """Put a tensor, or a stack of those of all experts, on its devices, slice by slice."""
 
-    def read(index: Any) -> np.ndarray:  # a slice per axis
+    def one(tensor: HFTensor, index: Any) -> np.ndarray:
         if tensor.transposed:
             return _transposed(weights.read(tensor.name, _within(tensor, index[::-1])), dtype)
         return weights.read(tensor.name, index).astype(dtype, copy=False)
+
+    def read(index: Any) -> np.ndarray:  # a slice per axis
+        if len(shape) < 3:
+            return one(tensors[0], index)
+        experts, *rest = index
+        return np.stack([one(tensor, tuple(rest)) for tensor in tensors[experts]])
 
     if placement is None:
         return jnp.asarray(read(tuple(slice(None) for _ in shape)))

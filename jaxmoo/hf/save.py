@@ -32,7 +32,7 @@ from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.adapted_kernel import AdaptedKernel
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import quantized_kernels
-from jaxmoo.models.paths import logical_paths, named_leaves
+from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
 
 __all__ = [
     "Tensor",
@@ -253,11 +253,13 @@ def _tensors(
     # Of tensors that hold several parameters, one below the other, by their first rows.
     found: dict[str, dict[int, Tensor]] = {}
     for path, leaf in leaves:
-        for layer, logical in enumerate(logical_paths(path, leaf.shape)):
+        stacks = leaf.shape[: stacked_axes(path)]
+        for place, logical in zip(
+            np.ndindex(*stacks), logical_paths(path, leaf.shape), strict=True
+        ):
             tensor = tensor_of(logical)
             first, _ = tensor.rows or (0, 0)
-            number = layer if path[0] == "layers" else None
-            part = _state_tensor(leaf, number, tensor, dtype, original)
+            part = _state_tensor(leaf, place, tensor, dtype, original)
             found.setdefault(tensor.name, {})[first] = part
     return [_joined([parts[first] for first in sorted(parts)]) for parts in found.values()]
 
@@ -404,23 +406,23 @@ _ORDER = ("float64", "float32", "bfloat16", "float16")
 
 def _state_tensor(
     leaf: jax.Array | AdaptedKernel,
-    layer: int | None,
+    place: tuple[int, ...],
     tensor: HFTensor,
     dtype: Callable[[str], Any],
     original: Weights | None,
 ) -> Tensor:
-    """The tensor that holds a parameter, or one layer of a stack of parameters."""
+    """The tensor that holds a parameter, or one of a stack: of a layer, and an expert in it."""
     name, transposed, rows = tensor
     storage = jnp.dtype(dtype(name))
-    shape = leaf.shape if layer is None else leaf.shape[1:]
+    shape = leaf.shape[len(place) :]
 
     def read() -> np.ndarray:
         # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
         if isinstance(leaf, AdaptedKernel):
             kernel = None if original is None else original.read(name, _rows(rows)).T
-            array = _merged(leaf, layer, kernel)
+            array = _merged(leaf, place[0], kernel)
         else:
-            array = _tensor(leaf, layer, transposed)
+            array = _tensor(leaf, place, transposed)
         if array.is_fully_addressable:
             value = np.asarray(array)
         else:
@@ -458,8 +460,8 @@ def _merged(adapted: AdaptedKernel, layer: jax.Array, kernel: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
-def _tensor(leaf: jax.Array, layer: jax.Array | None, transposed: bool) -> jax.Array:
-    """A parameter, or one layer of a stack, in the layout of the file."""
-    if layer is not None:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _tensor(leaf: jax.Array, place: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+    """A parameter, or one of a stack, in the layout of the file."""
+    for number in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
     return leaf.T if transposed else jnp.copy(leaf)

@@ -4,7 +4,8 @@ An adapted projection computes ``x W + b + s (x A) B`` with W and b frozen and a
 ``alpha / rank``, or ``alpha / sqrt(rank)`` if it is rank-stabilised. A [in, r] and B [r, out] are
 leaves like all others, stacked by layers and named after Hugging Face's PEFT:
 ``layers.3.self_attn.q_proj.lora_A.kernel``. What works on parameters by their paths (blocks, the
-engine, shardings, checkpoints) therefore works on adapters.
+engine, shardings, checkpoints) therefore works on adapters. Of a model with experts, attention
+alone is adapted.
 
 With weight decomposition (DoRA), ``x (W + s A B) m / norm + b``, where m [out] is trained, too
 (``lora_magnitude_vector``), and norm [out] is that of the columns of ``W + s A B``, which passes no
@@ -33,7 +34,7 @@ from jaxmoo.kernels.quantized import dequantize
 from jaxmoo.models.adapted_kernel import AdaptedKernel
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import Linear
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
 from jaxmoo.models.quantization import projections
 from jaxmoo.models.quantized_kernel import QuantizedKernel, is_quantized_part

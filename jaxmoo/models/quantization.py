@@ -18,7 +18,7 @@ from flax import nnx
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.quantized import quantize, quantized_spec
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import Linear
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.models.quantized_kernel import QuantizedKernel, parameters_in
 from jaxmoo.projections import PROJECTIONS
@@ -36,8 +36,8 @@ def quantize_base(model: Decoder, kind: str) -> None:
       kind: one of :data:`jaxmoo.kernels.quantized.KINDS`.
 
     Raises:
-      ConfigError: there is no such kind, it cannot hold one of the kernels, or the layers have
-        matrices that are no kernels of projections.
+      ConfigError: there is no such kind, it cannot hold one of the kernels, or the model has
+        experts.
 
     Example:
       >>> from jaxmoo.models import DecoderConfig
@@ -52,6 +52,8 @@ def quantize_base(model: Decoder, kind: str) -> None:
       [('layers.0.mlp.up_proj.kernel.codes', (2, 1, 32, 128)),
        ('layers.0.mlp.up_proj.kernel.scales', (2, 1, 128))]
     """
+    if model.config.num_experts:
+        raise ConfigError("the matrices of experts cannot be held in few bits.")
     for first in model.layers:
         for _, name, linear in projections(model, first):
             if isinstance(linear.kernel, QuantizedKernel):
@@ -72,9 +74,11 @@ def is_quantized(model: Decoder) -> bool:
 
 
 def projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:
-    """Yield the projections of a segment of layers, each with its parent and name."""
+    """Yield a segment's projections that may be adapted, each with its parent and name."""
     layer = model.layers[segment]
-    for parent in (layer.self_attn, layer.mlp):
+    # By the names of an MLP's projections PEFT means the experts, in layers without experts too.
+    mlp = () if model.config.num_experts else (layer.mlp,)
+    for parent in (layer.self_attn, *mlp):
         for name in PROJECTIONS:
             if isinstance(linear := getattr(parent, name, None), Linear):
                 yield parent, name, linear

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, LoRA, add_adapters, token_nll, trainable_filter
 from jaxmoo.models.lora import ADAPTERS
+from jaxmoo.models.presets import preset
 from jaxmoo.models.quantization import count_parameters, is_quantized, quantize_base
 from jaxmoo.train.throughput import model_flops
 
@@ -63,3 +65,9 @@ def test_weights_and_work_are_counted_as_without(kind):
         model_flops(CONFIG, params, frozen, 10, 8) for _, params, frozen in (ordinary, quantized)
     }
     assert len(work) == 1
+
+
+def test_experts_are_refused():
+    """Their matrices would stay as they are, and with them most of the memory."""
+    with pytest.raises(ConfigError, match="experts cannot be held in few bits"):
+        quantize_base(Decoder.abstract(preset("Qwen3-30B-A3B")), "nf4")
