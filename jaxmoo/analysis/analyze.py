@@ -255,7 +255,13 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
 
     segments = run_segments(config, load_model_config(source))
     dtype = jax.numpy.dtype(config.model.param_dtype)
-    base = load_model(source, segments=segments, param_dtype=dtype, shardings=shardings)
+    base = load_model(
+        source,
+        segments=segments,
+        param_dtype=dtype,
+        shardings=shardings,
+        quantize=config.lora.quantize_base,
+    )
     yield BASE, begun_model(config, base, shardings)
     for step in inputs.steps:
         opened = open_model(

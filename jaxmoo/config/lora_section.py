@@ -44,6 +44,19 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = setting(
         {}, "Alphas of single projections in place of `alpha`, such as `{down_proj: 64}`."
     )
+    quantize_base: str | None = setting(
+        None,
+        "Hold the matrices of the model's layers, which stay as they are, in few bits (QLoRA): "
+        "`nf4`, 4.5 bits per weight, or `int8`. null holds them in `model.param_dtype`.",
+        choices=("nf4", "int8"),
+    )
+    merge_onto: str = setting(
+        "base",
+        "With `quantize_base`, what adapters are merged into: the model's own matrices, read again "
+        "(`base`), or what their few bits stand for, which is what training saw (`quantized`).",
+        choices=("base", "quantized"),
+        free=True,
+    )
     adapter: str | None = setting(
         None,
         "Directory in PEFT format with the adapters to start from; null starts from new ones, "
@@ -85,6 +98,8 @@ def check_lora(lora: LoraConfig) -> list[str]:
             if getattr(lora, field.name) != getattr(LoraConfig(), field.name)
         ]
         return [f"{', '.join(changed)} have no effect without lora.rank."] if changed else []
+    if lora.quantize_base is None and lora.merge_onto != LoraConfig().merge_onto:
+        return ["lora.merge_onto has no effect without lora.quantize_base."]
     try:
         lora_of(lora)
     except ConfigError as error:

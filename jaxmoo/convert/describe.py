@@ -145,6 +145,8 @@ def _run(run: RunDirectory) -> str:
     if lora.rank is not None:
         kind = "adapters with magnitudes (DoRA)" if lora.dora else "adapters"
         trains = f"{kind} of rank {lora.rank} on {', '.join(lora.targets)} of {trains}"
+        if lora.quantize_base is not None:
+            trains += f", on a base in {lora.quantize_base}"
     return "\n".join(
         [
             f"{run.path}: training run",

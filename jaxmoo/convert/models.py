@@ -54,6 +54,7 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.lora import ADAPTERS, add_adapters, merge_adapters
 from jaxmoo.models.paths import segments_for, trainable_filter
+from jaxmoo.models.quantization import projections
 from jaxmoo.runs.checkpoint import STATE, read_about, read_item, unchecked
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
@@ -83,6 +84,8 @@ class Opened(NamedTuple):
       card: facts that are known about it, or None.
       chat_template: where it is not the one in ``source``.
       stop: tokens that end a reply, beside those of ``source``.
+      merge_onto: what its adapters are to be merged into, if they are on a quantised base and not
+        merged yet; see :func:`jaxmoo.hf.save_model`.
     """
 
     model: Decoder
@@ -91,6 +94,7 @@ class Opened(NamedTuple):
     card: ModelCard | None
     chat_template: str | None = None
     stop: tuple[int, ...] = ()
+    merge_onto: str | None = None
 
 
 def from_hf(source: Path, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -165,7 +169,9 @@ def to_hf(
     """
     out = typed_path(out)
     first_process(lambda: check_target(out))
-    opened = open_model(typed_path(source), step=step, base=base, say=say)
+    opened = open_model(typed_path(source), step=step, base=base, merge=False, say=say)
+    if opened.merge_onto is None:
+        merge_adapters(opened.model)
     tokenizer = tokenizer_of(typed_path(source), opened.source)
     _check_tokenizer(tokenizer, opened.model.config)
     save_model(
@@ -178,6 +184,7 @@ def to_hf(
         chat_template=opened.chat_template,
         stop=opened.stop,
         tokenizer=tokenizer,
+        merge_onto=opened.merge_onto,
     )
     if kind_of(typed_path(source)) == "run" and not opened.stop:
         say(NO_ENDING)
@@ -236,7 +243,8 @@ def open_model(
 ) -> Opened:
     """Load the model in a directory of any kind, every parameter in its stored dtype.
 
-    Adapters, of a run or in PEFT format, are merged into the parameters they adapt.
+    Adapters, of a run or in PEFT format, are merged into the parameters they adapt; those of a run
+    on a quantised base into what its ``lora.merge_onto`` says.
 
     Args:
       path: a Hugging Face directory, adapters, a checkpoint directory or a training run.
@@ -254,9 +262,7 @@ def open_model(
     kind = kind_of(path)
     if kind == "run":
         opened = _open_run(RunDirectory(path), step, base, say, shardings)
-        if merge:
-            merge_adapters(opened.model)
-        return opened
+        return _merged(opened, shardings) if merge else opened
     if kind == "adapter" and step is None:
         return _open_adapter(path, base, shardings)
     if step is not None or base is not None:
@@ -266,6 +272,21 @@ def open_model(
     weights = Weights(path)
     model = load_model(path, param_dtype=None, shardings=shardings)
     return Opened(model, path, weights.dtypes(), None)
+
+
+def _merged(opened: Opened, shardings: Callable[[nnx.State], Any]) -> Opened:
+    """The model of a run with its adapters merged."""
+    model = opened.model
+    if opened.merge_onto == "base":
+        whole = load_model(
+            opened.source, segments=model.segments, param_dtype=None, shardings=shardings
+        )
+        for first in model.layers:
+            pairs = zip(projections(model, first), projections(whole, first), strict=True)
+            for (_, _, linear), (_, _, base) in pairs:
+                linear.kernel = base.kernel
+    merge_adapters(model)
+    return opened._replace(merge_onto=None)
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -362,7 +383,13 @@ def _open_run(
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
     architecture = load_config(source)
     segments = run_segments(config, architecture)
-    model = load_model(source, segments=segments, param_dtype=None, shardings=shardings)
+    model = load_model(
+        source,
+        segments=segments,
+        param_dtype=None,
+        shardings=shardings,
+        quantize=config.lora.quantize_base,
+    )
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:
@@ -390,6 +417,7 @@ def _open_run(
         run_card(run, config, step),
         read_template(config.data.chat_template),
         _stop(source, config),
+        None if config.lora.quantize_base is None else config.lora.merge_onto,
     )
 
 

@@ -146,11 +146,13 @@ class Layout:
           pieces: number of pieces.
           labels: block number of each section, or None when it is frozen.
           dtype: dtype in which matrices are gathered, or None for their own. Vectors keep theirs:
-            they are scales and biases, whose bytes do not matter.
+            they are scales and biases, whose bytes do not matter. So do the codes of quantised
+            matrices, which are integers, and arrays called ``scales``, of their blocks.
         """
         shape = tuple(array.shape)
         layers, shape = (shape[0], shape[1:]) if stacked else (None, shape)
-        own = dtype is None or len(shape) < 2
+        rounded = jnp.issubdtype(array.dtype, jnp.floating) and not path.endswith(".scales")
+        own = dtype is None or len(shape) < 2 or not rounded
         return cls(
             path=path,
             shape=shape,

@@ -30,6 +30,8 @@ from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import rope_frequencies
 
 __all__ = [
+    "GRANITE_SCALES",
+    "INTERLEAVED",
     "LAYER_PARTS",
     "PREFIXES",
     "ROPE_FACTORS",
@@ -61,17 +63,30 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    # Every fourth layer without rotary positions, which no field says.
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+# Architectures of which llama.cpp interleaves the two halves of every query and key head.
+INTERLEAVED = ("llama", "smollm3", "granite")
+# Granite's multipliers, by their names in a config.json and in GGUF files.
+GRANITE_SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
 }
 # Llama 3's stretched rotary frequencies: GGUF files hold what each is divided by.
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def convert_gguf(file: Path, path: Path) -> None:
-    """Convert a GGUF file of the Llama, Qwen2 or Qwen3 architecture into a Hugging Face directory.
+    """Convert a GGUF file of an architecture that is known into a Hugging Face directory.
 
     Args:
-      file: the GGUF file; its tensors may be of any type that the ``gguf`` package dequantises,
-        among them F32, F16, BF16, Q4_0 to Q8_0 and the K-quants.
+      file: the GGUF file, of Llama, Qwen2, Qwen3, SmolLM3 or Granite; its tensors may be of any
+        type that the ``gguf`` package dequantises, among them F32, F16, BF16, Q4_0 to Q8_0 and the
+        K-quants.
       path: the directory to make: config, float32 weights, tokenizer with its chat template and
         generation config. It appears only when all is written, and can be loaded.
 
@@ -160,7 +175,9 @@ def gguf_config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, A
                 f"GGUF files with {key(name)}={shown(found)} cannot be converted "
                 f"(only {supported!r})"
             )
+    scales = GRANITE_SCALES if architecture == "granite" else {}
     return {
+        **{ours: _shortest(fields.number(key(theirs))) for ours, theirs in scales.items()},
         "architectures": [_ARCHITECTURES[architecture]],
         "model_type": architecture,
         "vocab_size": len(tokens),
@@ -235,9 +252,8 @@ def _tensor(tensor: Any, config: dict[str, Any], file: Path) -> Tensor:
             f"tensor {tensor.name!r} is not part of the {config['model_type']} architecture"
         )
     prefix = known[part] if layer is None else f"model.layers.{layer}.{known[part]}"
-    # llama.cpp interleaves the two halves of every query and key head of this architecture.
     heads = None
-    if config["model_type"] == "llama" and layer is not None:
+    if config["model_type"] in INTERLEAVED and layer is not None:
         heads = {
             "attn_q": config["num_attention_heads"],
             "attn_k": config["num_key_value_heads"],

@@ -19,7 +19,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
-from jaxmoo.hf.gguf import LAYER_PARTS, PREFIXES, ROPE_FACTORS, gguf_config, stretched
+from jaxmoo.hf.gguf import (
+    GRANITE_SCALES,
+    INTERLEAVED,
+    LAYER_PARTS,
+    PREFIXES,
+    ROPE_FACTORS,
+    gguf_config,
+    stretched,
+)
 from jaxmoo.hf.gguf_fields import Fields
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer, tokenizer_fields
 from jaxmoo.hf.load import progress
@@ -43,7 +51,8 @@ KINDS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (_Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (_Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_OWN = ("smollm3", "granite")  # whose architecture is called as the family
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *_OWN)
 _OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Of the layout of quantised types; llama.cpp has known no other since 2023.
 _QUANTISATION_VERSION = 2
@@ -76,7 +85,7 @@ def save_gguf(
     it is written; tensors are gathered, converted and written one at a time.
 
     Args:
-      model: the decoder, of the Llama, Mistral, Qwen2 or Qwen3 architecture.
+      model: the decoder, of the Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Granite architecture.
       path: the file to make.
       tokenizer: its tokenizer, with the chat template.
       dtypes: dtype of each Hugging Face tensor, which is written from it.
@@ -96,6 +105,7 @@ def save_gguf(
         raise ConfigError(f"GGUF files are written in {', '.join(KINDS)}, found {kind!r}.")
     config = model.config
     architecture = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    architecture = config.family if config.family in _OWN else architecture
     fields = _fields(config, architecture, kind, name)
     fields |= tokenizer_fields(tokenizer, config.vocab_size, stop)
     tensors = [
@@ -113,7 +123,9 @@ def _check_family(config: DecoderConfig) -> None:
     """Raise unless GGUF files are written of such models."""
     scaling = config.rope_scaling
     other_rope = scaling is not None and not isinstance(scaling, Llama3Rope)
-    if config.family not in _FAMILIES or config.layer_kinds or other_rope:
+    # Of SmolLM3 the layers that differ are always the same.
+    differ = config.layer_kinds and config.family != "smollm3"
+    if config.family not in _FAMILIES or differ or other_rope:
         raise CheckpointError(
             f"GGUF files are written of {', '.join(_FAMILIES)} models whose layers are alike and "
             "whose rotary frequencies are plain or stretched as Llama 3's; this is a "
@@ -141,8 +153,11 @@ def _fields(
     }
     numbers = {
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
+        "rope.freq_base": _theta(config),
     }
+    if architecture == "granite":
+        found = {**dataclasses.asdict(config), "logits_scaling": 1 / config.logit_scale}
+        numbers |= {theirs: found[ours] for ours, theirs in GRANITE_SCALES.items()}
     return {
         "general.type": ("model", _TEXT),
         "general.name": (name, _TEXT),
@@ -151,6 +166,11 @@ def _fields(
         **{f"{architecture}.{key}": (size, _U32) for key, size in sizes.items()},
         **{f"{architecture}.{key}": (float(x), _F32) for key, x in numbers.items()},
     }
+
+
+def _theta(config: DecoderConfig) -> float:
+    ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
+    return ropes[0].theta if ropes else config.rope_theta
 
 
 def _rope_factors(config: DecoderConfig, architecture: str) -> np.ndarray:
@@ -221,7 +241,7 @@ def _stored(
         raise CheckpointError(f"GGUF files of {architecture} models have no tensor {tensor.name!r}")
     name = f"{part}{match[3]}" if match[1] is None else f"blk.{match[1]}.{part}{match[3]}"
     heads = None
-    if architecture == "llama":
+    if architecture in INTERLEAVED:
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         heads = heads.get(part)
     if len(tensor.shape) == 1:

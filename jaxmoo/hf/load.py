@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,13 @@ from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import Weights
+from jaxmoo.kernels.quantized import quantize as quantized
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
+from jaxmoo.models.quantization import quantize_base
+from jaxmoo.models.quantized_kernel import is_quantized_part
 
 __all__ = [
     "check_tensors",
@@ -114,6 +118,7 @@ def load_model(
     attention: str = "auto",
     platform: str | None = None,
     shardings: Any = None,
+    quantize: str | None = None,
 ) -> Decoder:
     """Load a model with its weights.
 
@@ -135,6 +140,9 @@ def load_model(
       shardings: a pytree of `jax.sharding.Sharding` matching the model's NNX state, or a function
         that makes one from the abstract state. By default everything goes to JAX's default
         device.
+      quantize: holds the kernels of layers in few bits; see
+        :func:`jaxmoo.models.quantization.quantize_base`. The files' own values are quantised, on
+        the host, one layer of one kernel at a time; nothing else of them goes to a device.
 
     Returns:
       The model.
@@ -142,7 +150,7 @@ def load_model(
     Raises:
       CheckpointError: when files are missing or damaged, or tensors are missing, left over or of
         another shape; all of them are named at once.
-      ConfigError: when the architecture is not supported.
+      ConfigError: when the architecture is not supported, or cannot be quantised so.
     """
     path = typed_path(path)
     config = load_config(path)
@@ -160,6 +168,10 @@ def load_model(
     _check(weights, state, config, path)
     if param_dtype is None:
         state = with_dtypes(state, weights.dtype, config)
+    if quantize is not None:
+        model = nnx.merge(graphdef, state)
+        quantize_base(model, quantize)
+        graphdef, state = nnx.split(model)
     if callable(shardings):
         shardings = shardings(state)
     leaves, treedef = jax.tree.flatten(state)
@@ -172,10 +184,11 @@ def load_model(
     def read() -> list[jax.Array]:
         with progress(sum(x.size * x.dtype.itemsize for x in leaves), "Loading weights") as bar:
             return [
-                _read_leaf(weights, config, leaf_path, leaf, placement, bar.update)
-                for (leaf_path, leaf), placement in zip(
-                    named_leaves(state), placements, strict=True
+                array
+                for kernel, parts in itertools.groupby(
+                    zip(named_leaves(state), placements, strict=True), _parameter_of
                 )
+                for array in _read_parameter(weights, config, kernel, list(parts), bar.update)
             ]
 
     arrays = read_unchanged(read, path)
@@ -334,29 +347,78 @@ def _equal(weights: Weights, a: str, b: str) -> bool:
     return all(np.array_equal(weights.read(a, band), weights.read(b, band)) for band in bands)
 
 
-def _read_leaf(
+# A leaf with its path, and its placement.
+_Placed = tuple[tuple[tuple[str, ...], jax.ShapeDtypeStruct], Sharding | None]
+
+
+def _parameter_of(placed: _Placed) -> tuple[str, ...]:
+    """Path of the parameter that a leaf is, or is part of."""
+    path = placed[0][0]
+    return path[:-1] if is_quantized_part(path) else path
+
+
+def _read_parameter(
     weights: Weights,
     config: DecoderConfig,
-    path: tuple[Any, ...],
-    leaf: jax.ShapeDtypeStruct,
-    placement: Sharding | None,
+    path: tuple[str, ...],
+    parts: Sequence[_Placed],
     done: Callable[[int], Any],
-) -> jax.Array:
-    """Read a parameter, or the stack of its layers, into place; ``done`` is told of bytes."""
-    tensors = [hf_tensor(name, config) for name in logical_paths(path, leaf.shape)]
+) -> list[jax.Array]:
+    """Read a parameter, or the stack of its layers, into place; ``done`` is told of bytes.
+
+    Its parts are codes and scales, if it is quantised.
+    """
+    leaves, placements = [leaf for (_, leaf), _ in parts], [placement for _, placement in parts]
+    tensors = [hf_tensor(name, config) for name in logical_paths(path, leaves[0].shape)]
     if path[0] != "layers":
-        done(leaf.size * leaf.dtype.itemsize)
-        return _place(weights, tensors, leaf.shape, leaf.dtype, placement)
-    pieces = _sharding_of_a_layer(placement)
-    stack = _zeros(leaf.shape, leaf.dtype, placement)()
-    each = len(tensors) // leaf.shape[0]  # several where there are experts
-    for layer in range(leaf.shape[0]):
+        done(leaves[0].size * leaves[0].dtype.itemsize)
+        return [_place(weights, tensors, leaves[0].shape, leaves[0].dtype, placements[0])]
+    pieces = [_sharding_of_a_layer(placement) for placement in placements]
+    stacks = [_zeros(x.shape, x.dtype, y)() for x, y in zip(leaves, placements, strict=True)]
+    each = len(tensors) // leaves[0].shape[0]  # several where there are experts
+    for layer in range(leaves[0].shape[0]):
         mine = tensors[layer * each : (layer + 1) * each]
-        value = _place(weights, mine, leaf.shape[1:], leaf.dtype, pieces)
+        if len(parts) == 1:
+            leaf = leaves[0]
+            values = [_place(weights, mine, leaf.shape[1:], leaf.dtype, pieces[0])]
+        else:
+            values = _place_quantized(weights, mine[0], leaves, pieces)
         # Waiting keeps the host from reading ahead of the device, with all layers in its memory.
-        stack = _set_layer(placement)(stack, value, layer).block_until_ready()
-        done(value.nbytes)
-    return stack
+        stacks = [
+            _set_layer(placement)(stack, value, layer).block_until_ready()
+            for placement, stack, value in zip(placements, stacks, values, strict=True)
+        ]
+        done(sum(value.nbytes for value in values))
+    return stacks
+
+
+def _place_quantized(
+    weights: Weights,
+    tensor: HFTensor,
+    stacks: Sequence[jax.ShapeDtypeStruct],
+    placements: Sequence[Any],
+) -> list[jax.Array]:
+    """Put codes and scales of a kernel on their devices, made of what these hold of it."""
+    (blocks, rows, _), scales = stacks[0].shape[1:], stacks[1].shape[1:]
+    kind, inputs = ("nf4", 2 * rows) if stacks[0].dtype == jnp.uint8 else ("int8", rows)
+
+    @functools.cache
+    def piece(first: int, end: int, columns: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        index = (slice(*columns), slice(first * inputs, end * inputs))
+        return quantized(weights.read(tensor.name, _within(tensor, index)).T, kind)
+
+    def read(part: int, index: Any) -> np.ndarray:
+        first, end, _ = index[0].indices(blocks)
+        found = piece(first, end, index[-1].indices(scales[-1])[:2])[part]
+        return found[:, index[1]] if part == 0 else found
+
+    whole = tuple(slice(None) for _ in range(3))
+    return [
+        jnp.asarray(read(part, whole))
+        if placement is None
+        else jax.make_array_from_callback(stack.shape[1:], placement, functools.partial(read, part))
+        for part, (stack, placement) in enumerate(zip(stacks, placements, strict=True))
+    ]
 
 
 def _place(

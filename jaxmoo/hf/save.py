@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ from jaxmoo.hf.generation import generation_config
 from jaxmoo.hf.load import load_config, progress, read_json
 from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
+from jaxmoo.models.adapted_kernel import AdaptedKernel
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.lora import quantized_kernels
 from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
 
 __all__ = [
@@ -71,6 +74,7 @@ def save_model(
     chat_template: str | None = None,
     stop: Sequence[int] = (),
     tokenizer: Path | None = None,
+    merge_onto: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that loads without jaxmoo.
 
@@ -92,6 +96,9 @@ def save_model(
       chat_template: the chat template, where it is not the one in ``source``.
       stop: tokens that end a generated text beside those that do in ``source``.
       tokenizer: the directory with the tokenizer, where it is not ``source``.
+      merge_onto: for a model with a quantised base, whose adapters are merged one matrix at a time,
+        as they are written: into those of ``source`` ("base"), or into what the quantised ones
+        stand for ("quantized").
 
     Raises:
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
@@ -113,7 +120,8 @@ def save_model(
         config = _with_dtype(read_json(source / "config.json"), dtype)
         dtype_of = lambda _: dtype  # noqa: E731
     generation = generation_config(source, stop)
-    tensors = model_tensors(model, dtype_of)
+    original = Weights(source) if merge_onto == "base" else None
+    tensors = model_tensors(model, dtype_of, original)
 
     def write(directory: Path, tensors: Sequence[Tensor]) -> None:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes)
@@ -190,19 +198,27 @@ def copy_companions(source: Path, directory: Path, *, tokenizer: Path | None = N
             copy_file(origin / name, directory / name)
 
 
-def model_tensors(model: Decoder, dtype: Callable[[str], Any]) -> list[Tensor]:
+def model_tensors(
+    model: Decoder, dtype: Callable[[str], Any], original: Weights | None = None
+) -> list[Tensor]:
     """List the tensors of a model under their Hugging Face names.
 
     Args:
-      model: the decoder.
+      model: the decoder; adapters that it has on a quantised base are merged.
       dtype: gives the dtype of a tensor in the file, by its name.
+      original: the matrices that take the place of quantised ones; by default, what these stand
+        for.
 
     Returns:
       The tensors; each is brought to the host, and converted, when it is read. What a family keeps
       beside weights and never changes is among them, where it has a dtype.
     """
     config = model.config
-    tensors = state_tensors(nnx.state(model), dtype, functools.partial(hf_tensor, config=config))
+    leaves = named_leaves(nnx.state(model))
+    for path, kernel in quantized_kernels(model):
+        leaves = [(p, leaf) for p, leaf in leaves if p[: len(path)] != path or p[-1] == "bias"]
+        leaves.append(((*path, "kernel"), kernel))
+    tensors = _tensors(leaves, dtype, functools.partial(hf_tensor, config=config), original)
     for name, value in constant_tensors(config).items():
         with contextlib.suppress(KeyError):  # not in the files the model came from
             tensors.append(_constant(name, value, jnp.dtype(dtype(name))))
@@ -225,16 +241,26 @@ def state_tensors(
       dtype: gives the dtype of a tensor in the file, by its name.
       tensor_of: gives the tensor that holds a parameter, by its logical path.
     """
+    return _tensors(named_leaves(state), dtype, tensor_of)
+
+
+def _tensors(
+    leaves: Iterable[tuple[tuple[str, ...], Any]],
+    dtype: Callable[[str], Any],
+    tensor_of: Callable[[str], HFTensor],
+    original: Weights | None = None,
+) -> list[Tensor]:
     # Of tensors that hold several parameters, one below the other, by their first rows.
     found: dict[str, dict[int, Tensor]] = {}
-    for path, leaf in named_leaves(state):
+    for path, leaf in leaves:
         stacks = leaf.shape[: stacked_axes(path)]
         for place, logical in zip(
             np.ndindex(*stacks), logical_paths(path, leaf.shape), strict=True
         ):
             tensor = tensor_of(logical)
             first, _ = tensor.rows or (0, 0)
-            found.setdefault(tensor.name, {})[first] = _state_tensor(leaf, place, tensor, dtype)
+            part = _state_tensor(leaf, place, tensor, dtype, original)
+            found.setdefault(tensor.name, {})[first] = part
     return [_joined([parts[first] for first in sorted(parts)]) for parts in found.values()]
 
 
@@ -379,16 +405,24 @@ _ORDER = ("float64", "float32", "bfloat16", "float16")
 
 
 def _state_tensor(
-    leaf: jax.Array, place: tuple[int, ...], tensor: HFTensor, dtype: Callable[[str], Any]
+    leaf: jax.Array | AdaptedKernel,
+    place: tuple[int, ...],
+    tensor: HFTensor,
+    dtype: Callable[[str], Any],
+    original: Weights | None,
 ) -> Tensor:
     """The tensor that holds a parameter, or one of a stack: of a layer, and an expert in it."""
-    name, transposed, _ = tensor
+    name, transposed, rows = tensor
     storage = jnp.dtype(dtype(name))
     shape = leaf.shape[len(place) :]
 
     def read() -> np.ndarray:
         # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
-        array = _tensor(leaf, place, transposed)
+        if isinstance(leaf, AdaptedKernel):
+            kernel = None if original is None else original.read(name, _rows(rows)).T
+            array = _merged(leaf, place[0], kernel)
+        else:
+            array = _tensor(leaf, place, transposed)
         if array.is_fully_addressable:
             value = np.asarray(array)
         else:
@@ -405,6 +439,24 @@ def _state_tensor(
         return converted
 
     return Tensor(name, shape[::-1] if transposed else shape, storage, read)
+
+
+def _rows(rows: tuple[int, int] | None) -> tuple[slice, ...]:
+    return () if rows is None else (slice(rows[0], sum(rows)), slice(None))
+
+
+@jax.jit
+def _merged(adapted: AdaptedKernel, layer: jax.Array, kernel: Any) -> jax.Array:
+    """One kernel of a stack with what adapters add, in float32 and the layout of the file."""
+    if kernel is not None:
+        adapted = dataclasses.replace(adapted, kernel=None)
+    one = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if jnp.ndim(x) else x,
+        adapted,
+    )
+    if kernel is not None:
+        one = dataclasses.replace(one, kernel=kernel)
+    return dataclasses.replace(one, dtype=jnp.dtype(jnp.float32)).value().T
 
 
 @functools.partial(jax.jit, static_argnames="transposed")

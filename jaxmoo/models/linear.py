@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmoo.kernels.product import product
+from jaxmoo.models.quantized_kernel import QuantizedKernel
 
 __all__ = ["Linear"]
 
@@ -32,10 +33,18 @@ class Linear(nnx.Module):
     ):
         self.platform = platform
         self.dtype = dtype
-        self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
+        self.kernel: nnx.Param[Any] | QuantizedKernel = nnx.Param(
+            _normal(rngs.params(), (*stack, size_in, size_out), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis: ``[..., in] -> [..., out]``."""
-        y = product(x, self.kernel[...].astype(self.dtype), self.platform)
+        y = self.times_kernel(x)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    def times_kernel(self, x: jax.Array) -> jax.Array:
+        """``x @ kernel``, without a bias."""
+        if isinstance(self.kernel, QuantizedKernel):
+            return self.kernel.times(x, self.platform)
+        return product(x, self.kernel[...].astype(self.dtype), self.platform)

@@ -30,11 +30,14 @@ from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
 from jaxmoo.errors import ConfigError, did_you_mean, shown
-from jaxmoo.kernels.product import product
+from jaxmoo.kernels.quantized import dequantize
+from jaxmoo.models.adapted_kernel import AdaptedKernel
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
+from jaxmoo.models.quantization import projections
+from jaxmoo.models.quantized_kernel import QuantizedKernel, is_quantized_part
 from jaxmoo.projections import PROJECTIONS
 
 __all__ = [
@@ -199,7 +202,7 @@ class AdaptedLinear(Linear):
         change = self.scale * self.lora_B(self.lora_A(x))
         if self.lora_magnitude_vector is None:
             return super().__call__(x) + change
-        y = product(x, self.kernel[...].astype(self.dtype), self.platform) + change
+        y = self.times_kernel(x) + change
         a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
         norms = jax.lax.stop_gradient(_column_norms(self.kernel[...], a, b, self.scale))
         # Not rounded by itself to bfloat16, which has no number between 1 and 1.0078.
@@ -208,7 +211,6 @@ class AdaptedLinear(Linear):
 
     def merged(self) -> Linear:
         """Return the one map that computes the same, in the kernel's dtype and place."""
-        kernel = self.kernel.get_value()
         # Its sizes do not matter: it gets this map's own leaves.
         linear = nnx.eval_shape(
             lambda: Linear(
@@ -217,31 +219,14 @@ class AdaptedLinear(Linear):
                 bias=self.bias is not None,
                 platform=self.platform,
                 dtype=self.dtype,
-                param_dtype=kernel.dtype,
+                param_dtype=self.kernel.dtype,
                 rngs=nnx.Rngs(0),
             )
         )
-        merge = jax.jit(_merged, out_shardings=kernel.sharding)
-        a, b = self.lora_A.kernel.get_value(), self.lora_B.kernel.get_value()
-        m = self.lora_magnitude_vector
-        linear.kernel = nnx.Param(
-            merge(kernel, a, b, self.scale, None if m is None else m.get_value())
-        )
+        linear.kernel = nnx.Param(adapted_kernel(self).merged())
         if self.bias is not None:
             linear.bias = self.bias
         return linear
-
-
-def _merged(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
-) -> jax.Array:
-    wide = at_least_float32(kernel.dtype)
-    change = scale * jnp.matmul(a, b, precision="highest").astype(wide)
-    changed = kernel.astype(wide) + change
-    if magnitude is not None:
-        norms = jnp.linalg.norm(changed, axis=-2, keepdims=True)
-        changed = changed * (magnitude[..., None, :] / norms)
-    return changed.astype(kernel.dtype)
 
 
 def _column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -333,7 +318,7 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
                 "adapted; build the model with segments=segments_for(config, pattern)"
             )
         if chosen:
-            for parent, name, linear in _projections(model, str(first)):
+            for parent, name, linear in projections(model, str(first)):
                 if name in lora.targets:
                     setattr(parent, name, AdaptedLinear(linear, lora, name))
 
@@ -342,19 +327,52 @@ def merge_adapters(model: Decoder) -> None:
     """Add a decoder's adapters to the kernels they adapt; there are none afterwards.
 
     Products are formed and added in float32, then rounded to the kernel's dtype. While it works,
-    one stack of kernels exists twice.
+    one stack of kernels exists twice. Quantised kernels become what they stand for.
 
     Args:
       model: the decoder, changed in place; its arrays are not.
     """
     for parent, name, adapted in adapters(model):
         setattr(parent, name, adapted.merged())
+    for first in model.layers:
+        for _, _, linear in projections(model, first):
+            if isinstance(linear.kernel, QuantizedKernel):
+                linear.kernel = nnx.Param(adapted_kernel(linear).merged())
+
+
+def adapted_kernel(linear: Linear) -> AdaptedKernel:
+    """A projection's kernels with what adapters add to them, if it has any.
+
+    Args:
+      linear: the projection, or a stack of them, with or without adapters.
+    """
+    kernel, a, b, scale, m = linear.kernel, None, None, None, None
+    if isinstance(linear, AdaptedLinear):
+        a, b = linear.lora_A.kernel[...], linear.lora_B.kernel[...]
+        scale, m = linear.scale, linear.lora_magnitude_vector
+    return AdaptedKernel(
+        kernel.parts if isinstance(kernel, QuantizedKernel) else kernel.get_value(),
+        a,
+        b,
+        scale,
+        None if m is None else m.get_value(),
+        jnp.dtype(kernel.dtype),
+    )
+
+
+def quantized_kernels(model: Decoder) -> Iterator[tuple[tuple[str, ...], AdaptedKernel]]:
+    """Yield a decoder's quantised kernels with their adapters, each by its projection's path."""
+    for first, layer in model.layers.items():
+        for parent, name, linear in projections(model, first):
+            if isinstance(linear.kernel, QuantizedKernel):
+                module = "self_attn" if parent is layer.self_attn else "mlp"
+                yield ("layers", first, module, name), adapted_kernel(linear)
 
 
 def adapters(model: Decoder) -> Iterator[tuple[nnx.Module, str, AdaptedLinear]]:
     """Yield a decoder's adapted projections, each with its parent and name."""
     for first in model.layers:
-        for parent, name, linear in _projections(model, first):
+        for parent, name, linear in projections(model, first):
             if isinstance(linear, AdaptedLinear):
                 yield parent, name, linear
 
@@ -381,14 +399,20 @@ def initial_adapters(abstract: Any, seed: int, shardings: Any = None, *, frozen:
     adapted = [path[:-1] for path in paths if path[-1] == "lora_magnitude_vector"]
     if adapted and frozen is None:
         raise ConfigError("adapters with magnitudes (DoRA) need the model's own kernels: frozen=")
-    kernels = {path[:-1]: leaf for path, leaf in named_leaves(frozen) if path[-1] == "kernel"}
+    kernels: dict[tuple[str, ...], Any] = {}
+    for path, leaf in named_leaves(frozen):
+        if path[-1] == "kernel":
+            kernels[path[:-1]] = leaf
+        elif is_quantized_part(path):  # codes, then scales
+            kernels[path[:-2]] = (*kernels.get(path[:-2], ()), leaf)
 
-    def make(kernels: list[jax.Array]) -> Any:
+    def make(kernels: list[Any]) -> Any:
         key = jax.random.key(seed)
         values, norms = [], iter(kernels)
         for number, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
             if path[-1] == "lora_magnitude_vector":
                 kernel = next(norms)
+                kernel = dequantize(*kernel) if isinstance(kernel, tuple) else kernel
                 wide = kernel.astype(at_least_float32(kernel.dtype))
                 values.append(jnp.linalg.norm(wide, axis=-2).astype(leaf.dtype))
                 continue
@@ -401,13 +425,3 @@ def initial_adapters(abstract: Any, seed: int, shardings: Any = None, *, frozen:
         return jax.tree.unflatten(tree, values)
 
     return jax.jit(make, out_shardings=shardings)([kernels[path] for path in adapted])
-
-
-def _projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:
-    layer = model.layers[segment]
-    # By the names of an MLP's projections PEFT means the experts, in layers without experts too.
-    mlp = () if model.config.num_experts else (layer.mlp,)
-    for parent in (layer.self_attn, *mlp):
-        for name in PROJECTIONS:
-            if isinstance(linear := getattr(parent, name, None), Linear):
-                yield parent, name, linear

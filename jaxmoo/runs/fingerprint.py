@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 
 from jaxmoo.models import Decoder, logical_paths, named_leaves
 from jaxmoo.models.paths import stacked_axes
+from jaxmoo.models.quantized_kernel import is_quantized_part
 
 __all__ = ["fingerprint"]
 
@@ -30,14 +31,18 @@ def fingerprint(
       params: the decoder, or a part of its state.
       everywhere: a sharding of all its devices that shards nothing; needed where these belong to
         several processes, all of which call together.
-      dtype: dtype that the parameters are taken to have; by default each its own.
+      dtype: dtype that the parameters are taken to have; by default, and of quantised ones, each
+        its own.
 
     Returns:
       16 hexadecimal digits.
     """
     leaves = named_leaves(params if isinstance(params, nnx.State) else nnx.state(params))
     stacked = tuple(stacked_axes(path) for path, _ in leaves)
-    dtypes = tuple(jnp.dtype(dtype or x.dtype) for _, x in leaves)
+    dtypes = tuple(
+        jnp.dtype(x.dtype if is_quantized_part(path) or dtype is None else dtype)
+        for path, x in leaves
+    )
     checksums = _all_checksums(dtypes, stacked, everywhere)
     found = jax.device_get(checksums([x for _, x in leaves]))
     lines = [
@@ -63,7 +68,7 @@ def _all_checksums(
 def _checksums(x: Any, stacked: int) -> jax.Array:
     """A sum of mixed bits per parameter of a stack; integers wrap around, so order is no matter."""
     # Of 64 bits it makes two numbers, along another axis.
-    kind = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
+    kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     x = jax.lax.bitcast_convert_type(x, kind)
     bits, axes = x.astype(jnp.uint32), tuple(range(stacked, x.ndim))
     place = jnp.zeros((), jnp.uint32)

@@ -11,7 +11,7 @@ from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import ModelCard
 from jaxmoo.runs.directory import RunDirectory
 
-__all__ = ["adapter_card", "loadable_name", "public_name", "run_card"]
+__all__ = ["adapter_card", "kind_of_adapters", "loadable_name", "public_name", "run_card"]
 
 # A model in the Hugging Face hub's own cache.
 _CACHED = re.compile(r"/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/[0-9a-f]+/?$")
@@ -36,8 +36,8 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
     resolve, page = config.resolve, run.report / "index.html"
     tuned = "fine-tuning"
     if config.lora.rank is not None:
-        kind = "DoRA" if config.lora.dora else "LoRA"
-        tuned = f"{kind} (rank {config.lora.rank}, alpha {config.lora.alpha:g})"
+        lora = config.lora
+        tuned = f"{kind_of_adapters(config)} (rank {lora.rank}, alpha {lora.alpha:g})"
     return ModelCard(
         title=run.path.absolute().name,
         base_model=public_name(config.model.source),
@@ -48,6 +48,13 @@ def run_card(run: RunDirectory, config: Config, step: int) -> ModelCard:
         metrics=metrics,
         report=page.read_text("utf-8") if page.is_file() else None,
     )
+
+
+def kind_of_adapters(config: Config) -> str:
+    """What the adapters of a run are called, with the base that they learnt on."""
+    lora = config.lora
+    kind = "DoRA" if lora.dora else "LoRA"
+    return kind if lora.quantize_base is None else f"{kind} on a base in {lora.quantize_base}"
 
 
 def adapter_card(card: ModelCard) -> ModelCard:

@@ -21,6 +21,7 @@ from jaxmoo.models.lora import (
     add_adapters,
     initial_adapters,
 )
+from jaxmoo.models.quantization import quantize_base
 
 __all__ = [
     "begun_model",
@@ -179,12 +180,21 @@ def split_model(config: Config, decoder: Decoder) -> tuple[Any, nnx.State, nnx.S
 
     Args:
       config: the run's settings.
-      decoder: built with :func:`run_segments`; it gets the adapters, if there are to be any.
+      decoder: built with :func:`run_segments`; it gets the adapters, if there are to be any, and
+        is quantised, if it is to be and is not yet.
 
     Returns:
       ``(graph, trained, frozen)``. Adapters are shapes only.
+
+    Raises:
+      ConfigError: it cannot be quantised so.
     """
     lora = lora_of(config.lora)
+    if config.lora.quantize_base is not None:
+        try:
+            quantize_base(decoder, config.lora.quantize_base)
+        except ConfigError as error:
+            raise ConfigError(f"lora.quantize_base: {error}") from None
     if lora is not None:
         add_adapters(decoder, lora, adapted_layers(decoder.config, config.model.trainable))
     graph, trained, frozen = nnx.split(decoder, trained_filter(config), ...)

@@ -10,8 +10,9 @@ import jax
 
 from jaxmoo.config import Config
 from jaxmoo.config.schema import flow
+from jaxmoo.models.quantization import count_parameters
 from jaxmoo.runs.provenance import versions
-from jaxmoo.runs.run_card import public_name
+from jaxmoo.runs.run_card import kind_of_adapters, public_name
 from jaxmoo.train.job import Job
 
 __all__ = ["facts"]
@@ -57,13 +58,15 @@ def _seen(job: Job) -> list[Any]:
 
 
 def _trained(config: Config, params: Any, frozen: Any) -> str:
-    trained, others = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, frozen))
+    trained, others = count_parameters(params), count_parameters(frozen)
     what = f"{trained:,} of {trained + others:,} parameters, {config.model.trainable}"
     lora = config.lora
     if lora.rank is None:
         return what
-    kind = "DoRA" if lora.dora else "LoRA"
-    return f"{kind}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}: {what}"
+    return (
+        f"{kind_of_adapters(config)}, rank {lora.rank}, alpha {lora.alpha:g}, on "
+        f"{', '.join(lora.targets)}: {what}"
+    )
 
 
 def _options(options: Mapping[str, Any]) -> str:

@@ -27,7 +27,8 @@ REST = "batch and diagnostics"
 
 # What makes each of them smaller.
 _REMEDIES = {
-    PARAMETERS: "use more devices, or model.param_dtype=bfloat16",
+    PARAMETERS: "use more devices, model.param_dtype=bfloat16, or, with adapters, "
+    "lora.quantize_base=nf4",
     OPTIMISER: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
     GRADIENT: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
     OBJECTIVES: "use smaller blocks (resolve.blocks=module, or more resolve.vocabulary_slices)",

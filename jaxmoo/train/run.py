@@ -15,6 +15,7 @@ from jaxmoo.config.interval import parse_interval
 from jaxmoo.evaluate import LanguageScore, before_after_table, summarise
 from jaxmoo.hf.directory import first_process
 from jaxmoo.hf.push import prepare_push, push
+from jaxmoo.models.quantization import count_parameters
 from jaxmoo.platforms import platform_of
 from jaxmoo.report import check_drawing, write_report
 from jaxmoo.runs.bucket_checkpoints import open_checkpoints
@@ -181,8 +182,8 @@ def _check_start(job: Job, before: Mapping[str, LanguageScore]) -> None:
 
 
 def _plan(config: Config, setup: Setup) -> str:
-    trained = sum(x.size for x in jax.tree.leaves(setup.state.params))
-    total = trained + sum(x.size for x in jax.tree.leaves(setup.frozen))
+    trained = count_parameters(setup.state.params)
+    total = trained + count_parameters(setup.frozen)
     part = setup.gradients.partition
     axes = " x ".join(f"{name} {size}" for name, size in setup.device_mesh.shape.items())
     processes = jax.process_count()

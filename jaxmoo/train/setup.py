@@ -348,6 +348,7 @@ def _weights(
         attention=attention,
         platform=platform,
         shardings=shardings,
+        quantize=config.lora.quantize_base,
     )
     graph, params, frozen = split_model(config, decoder)
     trained = {} if config.lora.rank is not None else params

@@ -16,13 +16,13 @@ counts, padding too.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from jaxmoo.models import DecoderConfig
-from jaxmoo.models.paths import named_leaves
+from jaxmoo.models.paths import named_leaves, stacked_axes
+from jaxmoo.models.quantized_kernel import parameters_in
 
 __all__ = ["model_flops", "peak_flops"]
 
@@ -106,8 +106,8 @@ def model_flops(
                 continue
             begin, count = int(path[1]), leaf.shape[0]
             first = min(first, begin) if learns else first
-            size = math.prod(leaf.shape[1:])
-            if len(leaf.shape) == 4:  # of the experts, a token reads some
+            size = parameters_in(path, leaf) // count
+            if stacked_axes(path) == 2:  # of the experts, a token reads some
                 size = size // architecture.num_experts * architecture.num_experts_per_tok
             if len(leaf.shape) >= 3:  # a stack of matrices
                 weights[begin : begin + count] += size

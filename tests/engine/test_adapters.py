@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
+from jaxmoo.kernels.quantized import dequantize
 from jaxmoo.models import (
     Decoder,
     DecoderConfig,
@@ -22,7 +24,8 @@ from jaxmoo.models import (
     trainable_filter,
 )
 from jaxmoo.models.linear import Linear
-from jaxmoo.models.lora import ADAPTERS, AdaptedLinear
+from jaxmoo.models.lora import ADAPTERS, AdaptedLinear, quantized_kernels
+from jaxmoo.models.quantization import quantize_base
 
 STACKED = r"^layers\.(\d+)\."
 LANGUAGES, ROWS, LENGTH = 4, 4, 10
@@ -38,16 +41,32 @@ CONFIG = DecoderConfig(
     tie_word_embeddings=True,
     attention_bias=True,
 )
+# Blocks of nf4 fill its inputs.
+WIDE = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=64, head_dim=32)
 
 
-def parts(remat="full"):
+def parts(remat="full", config=CONFIG):
     """A decoder with adapters and magnitudes, B not zero, so that A learns too."""
-    model = Decoder.abstract(CONFIG, remat=remat)
+    model = Decoder.abstract(config, remat=remat)
     lora = LoRA(2, 4, ("k_proj", "o_proj", "up_proj"), dora=True, rank_pattern={"up_proj": 3})
     add_adapters(model, lora, layers=[0, 1])
     graph, *states = nnx.split(model, trainable_filter(ADAPTERS), ...)
     rng = np.random.default_rng(0)
     return graph, *jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), states)
+
+
+@functools.cache
+def quantized_parts(kind, remat="full"):
+    """The same on a quantised base, and the frozen part of an ordinary model that equals it."""
+    graph, params, frozen = parts(remat, WIDE)
+    model = nnx.merge(graph, params, frozen)
+    quantize_base(model, kind)
+    graph, params, quantized = nnx.split(model, trainable_filter(ADAPTERS), ...)
+    kernels = {path: adapted.kernel for path, adapted in quantized_kernels(model)}
+    for path, variable in nnx.to_flat_state(frozen):
+        if path[-1] == "kernel":
+            variable.set_value(dequantize(*kernels[path[:-1]]))
+    return graph, params, quantized, frozen
 
 
 def batch():
@@ -71,9 +90,11 @@ def engine_of(graph, params, frozen, device_mesh, **options):
 
 
 @functools.cache
-def oracle():
-    """Losses, update and weights from stacked gradients."""
-    graph, params, frozen = parts()
+def oracle(kind=None):
+    """Losses, update and weights from stacked gradients, of the model without quantised kernels."""
+    graph, params, frozen = parts(config=CONFIG if kind is None else WIDE)
+    if kind is not None:
+        frozen = quantized_parts(kind)[-1]
     resolver = resolve_conflicts(
         aggregator="cagrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
     )
@@ -90,17 +111,18 @@ def oracle():
     return jax.device_get(step(params, frozen, batch()))
 
 
-def difference(device_mesh):
+def difference(device_mesh, kind=None, remat="full", **options):
     """Largest relative difference of the engine's update, losses and weights from the oracle's."""
-    graph, params, frozen = parts()
-    engine = engine_of(graph, params, frozen, device_mesh, aggregator="cagrad", blocks="layer")
+    graph, params, frozen = parts() if kind is None else quantized_parts(kind, remat)[:3]
+    options = {"aggregator": "cagrad", "blocks": "layer"} | options
+    engine = engine_of(graph, params, frozen, device_mesh, **options)
     params, frozen = (
         jax.device_put(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
         for tree in (params, frozen)
     )
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
     losses, update, state = jax.jit(engine)(params, data, engine.init(), frozen)
-    found, expected = jax.device_get((losses, update, state.weights)), oracle()
+    found, expected = jax.device_get((losses, update, state.weights)), oracle(kind)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
@@ -111,10 +133,10 @@ def one():
     return mesh.make_mesh(LANGUAGES, devices=jax.devices()[:1])
 
 
-def on_mesh(axis):
+def on_mesh(axis, kind=None):
     """The difference on 2 x 2 devices."""
     sizes = {"language": 2, axis: 2}
-    return difference(mesh.make_mesh(LANGUAGES, devices=jax.devices()[:4], **sizes))
+    return difference(mesh.make_mesh(LANGUAGES, devices=jax.devices()[:4], **sizes), kind)
 
 
 @pytest.mark.slow
@@ -122,6 +144,32 @@ def on_mesh(axis):
 def test_the_update_is_that_of_stacked_gradients_on_any_mesh(axis, eight_devices):
     """The rank, 2, divides among the pieces of the second mesh, not of the first."""
     assert eight_devices("engine.test_adapters", "on_mesh", axis) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_on_a_quantised_base_the_update_is_that_on_what_it_stands_for(one, kind):
+    """Gathered in bfloat16, as here everything is, scales would be off by 1 part in 256."""
+    assert difference(one, kind) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "kind"), [("fsdp", "nf4"), ("tensor", "nf4"), ("fsdp", "int8")])
+def test_so_it_is_on_any_mesh(axis, kind, eight_devices):
+    assert eight_devices("engine.test_adapters", "on_mesh", axis, kind) < 1e-5
+
+
+@pytest.mark.slow
+def test_so_it_is_one_language_at_a_time(one):
+    """Losses and activations; sketched weights are estimates."""
+    graph, params, frozen = quantized_parts("nf4")[:3]
+    found = []
+    for keep in ("gradients", "one"):
+        engine = engine_of(
+            graph, params, frozen, one, aggregator="mean", gram="sketch:64", keep=keep
+        )
+        found.append(jax.jit(engine)(params, batch(), engine.init(), frozen)[:2])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(

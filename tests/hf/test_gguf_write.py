@@ -41,6 +41,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+VARIANTS = ("llama", "llama3_rope", "qwen2", "qwen3", "smollm3", "granite")
 LLAMA3 = tiny_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
 TEXT = (
     "The cat's 12345 hats, l'\u00e9t\u00e9 na\u00efve; 你好 <|im_start|>user\nI'll\n\n go<|im_end|>"
@@ -92,7 +93,12 @@ def source(tmp_path_factory):
             import torch
 
             path = tmp_path_factory.mktemp(variant) / "model"
-            own = {"llama3_rope": {"rope_parameters": LLAMA3}, "qwen2": {"head_dim": 16}}
+            own = {
+                "llama3_rope": {"rope_parameters": LLAMA3},
+                "qwen2": {"head_dim": 16},
+                # The fourth layer is the one without rotary positions.
+                "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+            }
             settings = SIZES | own.get(variant, {})
             tiny_models.save(variant, path, dtype=getattr(torch, dtype), **settings)
             pre = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3_rope": "llama-bpe"}
@@ -112,7 +118,7 @@ def test_the_command_offers_the_types_that_can_be_written():
     assert tuple(KINDS) == _KINDS
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3_rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_there_and_back_is_the_same_model_to_the_byte(source, variant, tmp_path):
     """In float32; and the second file is the first."""
     model = source(variant)
@@ -281,7 +287,7 @@ def test_values_beyond_float16_are_refused(source, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3_rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_reads_the_same_model(source, variant, tmp_path):
     """Where a package with llama.cpp is installed: its tokens, its prompt, and its likelihoods."""
     llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: xllamacpp")
@@ -321,7 +327,7 @@ def test_llama_cpp_reads_the_same_model(source, variant, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"family": "granite"},
+        {"family": "gemma2"},
         {"rope_scaling": LinearRope(4.0)},
         {"layer_kinds": (LayerKind(4, Rope()), LayerKind(None, Rope()))},
     ],

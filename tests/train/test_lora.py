@@ -16,10 +16,13 @@ from safetensors.numpy import load_file
 from jaxmoo.commands.convert import main as convert
 from jaxmoo.commands.train import main
 from jaxmoo.config import load_config
+from jaxmoo.convert.models import open_model
 from jaxmoo.engine import cost
 from jaxmoo.hf import save_adapter
-from jaxmoo.models import Decoder, DecoderConfig
-from jaxmoo.models.lora import initial_adapters
+from jaxmoo.kernels.quantized import dequantize, quantize
+from jaxmoo.models import Decoder, DecoderConfig, merge_adapters
+from jaxmoo.models.lora import adapters, initial_adapters
+from jaxmoo.models.quantization import count_parameters, is_quantized
 from jaxmoo.runs.checkpoint import STATE
 from jaxmoo.runs.trained_parameters import run_segments, split_model
 from jaxmoo.train.metrics import read_metrics
@@ -129,6 +132,53 @@ def test_a_run_from_config_to_files_that_peft_loads(write_config, tiny_model, tm
     assert (tmp_path / "more" / ADAPTER).read_bytes() == (adapter / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_on_a_quantised_base(write_config, tiny_model, tmp_path, capsys):
+    """Checkpoints hold adapters only; what is exported is the base with them, or what they saw."""
+    run = tmp_path / "run"
+    config_file = run_config(write_config, quantize_base="int8")
+    assert main(["--config", str(config_file)]) == 0
+    trained = 2 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
+    whole = sum(x.size for x in load_file(tiny_model / WEIGHTS).values())
+    assert f"Training {trained:,} of {whole + trained:,} parameters" in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert results["summary_after"]["seen_nll"] < results["summary_before"]["seen_nll"]
+    assert "LoRA on a base in int8 (rank 4" in (run / "export" / "README.md").read_text()
+
+    # Merged onto the base itself: nothing is coarser than it was.
+    before, after = load_file(tiny_model / WEIGHTS), load_file(run / "export" / WEIGHTS)
+    changed = {name for name in after if not np.array_equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{i}.{module}.weight"
+        for i in (2, 3)
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+    assert convert(["to-hf", str(run), str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (run / "export" / WEIGHTS).read_bytes()
+    opened = open_model(run)
+    for name in changed:
+        _, _, layer, module, projection, _ = name.split(".")
+        segment = opened.model.layers["2"]
+        kernel = getattr(getattr(segment, module), projection).kernel[int(layer) - 2]
+        np.testing.assert_allclose(kernel.T, after[name], atol=1e-6)
+    model = open_model(run, merge=False).model
+    assert [name for _, name, _ in adapters(model)] == ["q_proj", "v_proj", "down_proj"]
+    assert is_quantized(model)
+
+    # Resumed from step 2 it ends with the same adapters, and is merged into what these saw.
+    resumed = copied(run, tmp_path / "resumed", "checkpoints/4")
+    overrides = [f"output={resumed}", "lora.merge_onto=quantized"]
+    assert main(["--config", str(config_file), *overrides]) == 0
+    assert (resumed / "adapter" / ADAPTER).read_bytes() == (run / "adapter" / ADAPTER).read_bytes()
+    coarse = load_file(resumed / "export" / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = dequantize(*quantize(before[name].T, "int8")).T
+    np.testing.assert_allclose(coarse[name], values, rtol=1e-6)
+    merge_adapters(model)
+    kernel = model.layers["2"].mlp.down_proj.kernel[1]
+    np.testing.assert_allclose(coarse["model.layers.3.mlp.down_proj.weight"], kernel.T, atol=1e-6)
+
+
 def test_new_adapters_change_nothing_and_are_spread_as_pefts(config_file):
     config = load_config(config_file, ["model.trainable=.*"])
     sizes = DecoderConfig(
@@ -166,7 +216,14 @@ def test_the_plan_counts_adapters_and_no_gradients_of_what_they_adapt(config_fil
         head_dim=8,
         max_position_embeddings=96,
     )
-    step = abstract_step(load_config(config_file, ["model.trainable=.*"]), sizes)
+    overrides = ["model.trainable=.*"]
+    ordinary = abstract_step(load_config(config_file, overrides), sizes)
+    step = abstract_step(load_config(config_file, [*overrides, "lora.quantize_base=int8"]), sizes)
+    # In 8 bits and a scale per column; embedding and norms are as before.
+    columns, kernels = 4 * (3 * 32 + 2 * 16 + 2 * 64), 4 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 64)
+    assert nbytes(ordinary.arguments[1]) - nbytes(step.arguments[1]) == 3 * kernels - 4 * columns
+    assert count_parameters(step.arguments[1]) == count(ordinary.arguments[1])
+    step = ordinary
     state, frozen, _ = step.arguments
     trained = 4 * 4 * ((32 + 32) + (32 + 16) + (64 + 32))
     assert count(state.params) == trained
@@ -185,6 +242,10 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 # --- Bad input ---------------------------------------------------------------------------------
 
 
@@ -201,6 +262,9 @@ def count(tree):
         (r"model.trainable=embed_tokens|layers\.3\.", "part of what lies outside of the layers"),
         (r"model.trainable=q_proj", "it chooses whole layers"),
         ("model.trainable=lora_A", "matches no layer"),
+        ("lora.quantize_base=int4", "lora.quantize_base"),
+        ("lora.quantize_base=nf4", "lora.quantize_base: q_proj: nf4 holds 64 neighbouring inputs"),
+        ("lora.merge_onto=quantized", "lora.merge_onto has no effect without lora.quantize_base"),
         ("lora.adapter=nowhere", "nowhere/adapter_config.json cannot be read"),
     ],
 )

@@ -1,0 +1,73 @@
+"""A decoder on a base in few bits: what it computes, and what it holds meanwhile."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxmoo.errors import ConfigError
+from jaxmoo.models import Decoder, DecoderConfig, LoRA, add_adapters, token_nll, trainable_filter
+from jaxmoo.models.lora import ADAPTERS
+from jaxmoo.models.presets import preset
+from jaxmoo.models.quantization import count_parameters, is_quantized, quantize_base
+from jaxmoo.train.throughput import model_flops
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=16,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=32,
+)
+WEIGHTS = 16 * (4 * 128 * 128 + 3 * 128 * 256)  # of all projections
+
+
+def parts(kind, remat="full"):
+    """Shapes of the adapters of a decoder in bfloat16, and of the rest."""
+    model = Decoder.abstract(CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=remat)
+    if kind is not None:
+        quantize_base(model, kind)
+    assert is_quantized(model) == (kind is not None)
+    add_adapters(model, LoRA(2, 4), layers=range(16))
+    return nnx.split(model, trainable_filter(ADAPTERS), ...)
+
+
+def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_no_matrix_outlives_its_product(remat):
+    """A weight takes 4.5 bits, and what a gradient needs beside it half of a stack in bfloat16."""
+    graph, adapters, frozen = parts("nf4", remat)
+    kept = size(parts(None)[2]) - size(frozen)
+    assert kept * 8 == WEIGHTS * (16 - 4.5)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        "loss_mask": jax.ShapeDtypeStruct((1, 8), bool),
+    }
+    gradient = jax.grad(lambda p, f, b: token_nll(nnx.merge(graph, p, f), b).sum())
+    memory = jax.jit(gradient).lower(adapters, frozen, batch).compile().memory_analysis()
+    assert memory.argument_size_in_bytes <= size((adapters, frozen, batch))
+    assert memory.temp_size_in_bytes * 8 < 8 * WEIGHTS
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_and_work_are_counted_as_without(kind):
+    ordinary, quantized = parts(None), parts(kind)
+    assert count_parameters(quantized[2]) == count_parameters(ordinary[2])
+    work = {
+        model_flops(CONFIG, params, frozen, 10, 8) for _, params, frozen in (ordinary, quantized)
+    }
+    assert len(work) == 1
+
+
+def test_experts_are_refused():
+    """Their matrices would stay as they are, and with them most of the memory."""
+    with pytest.raises(ConfigError, match="experts cannot be held in few bits"):
+        quantize_base(Decoder.abstract(preset("Qwen3-30B-A3B")), "nf4")
