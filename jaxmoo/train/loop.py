@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
@@ -153,12 +154,14 @@ class Loop:
         job, setup = self._job, self._job.setup
         with job.clock.part("data"):
             batch = setup.batches.batch(self._done, self._rows)
-            tokens = setup.batches.tokens(self._done, self._rows)
+            counts = setup.batches.counts(self._done, self._rows)
             placed = place(batch, mesh.batch_sharding(setup.device_mesh))
         begun = time.perf_counter()
         self._state, metrics = setup.step(self._state, setup.frozen, placed)
         self._done += 1
-        reporter.step(StepDone(self._done, tokens, metrics, begun))
+        if setup.batches.readers is not None:
+            counts = job.agreement.largest(np.stack(counts))
+        reporter.step(StepDone(self._done, counts, metrics, begun))
         try:
             job.point(self._done)
         except InterruptedRunError:

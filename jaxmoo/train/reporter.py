@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxmoo.config import schema
+from jaxmoo.data.batches import Counts
 from jaxmoo.errors import JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
@@ -37,13 +38,14 @@ class StepDone(NamedTuple):
 
     Attributes:
       step: its number, from 1.
-      tokens: per language of the step how many it was trained on, padding left out.
+      counts: of its batch; see :class:`jaxmoo.data.batches.Counts`. Where processes read different
+        languages, one array [3, K] that all of them can read.
       metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
       begun: when it was sent, by ``time.perf_counter``.
     """
 
     step: int
-    tokens: np.ndarray
+    counts: Counts | jax.Array
     metrics: Mapping[str, jax.Array]
     begun: float
 
@@ -156,8 +158,8 @@ class Reporter:
         batches, seen = self._job.setup.batches, config.data.seen
         here = batches.in_step(done.step - 1)
         number = [seen.index(code) for code in here]
-        counts = done.tokens
-        tokens = int(counts.sum())
+        counts = Counts(*jax.device_get(done.counts))
+        tokens = int(counts.tokens.sum())
         cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
         cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
 
@@ -169,10 +171,10 @@ class Reporter:
             "time": _now(),
             "loss": by_language(measured["loss"]),
             "mean_loss": measured["loss"][number].mean(),
-            "epochs": batches.epochs(done.step),
+            "epochs": dict(zip(seen, map(float, counts.epochs), strict=True)),
             "learning_rate": float(measured["learning_rate"]),
             "tokens": tokens,
-            "language_tokens": dict(zip(here, counts, strict=True)),
+            "language_tokens": dict(zip(here, counts.tokens, strict=True)),
             "step_seconds": seconds,
             "grad_norm": measured["grad_norm"],
             "conflict_share": measured["conflict"].mean(),
@@ -186,7 +188,11 @@ class Reporter:
             **({"gram_error": measured["gram_error"].mean()} if "gram_error" in measured else {}),
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
-            **({"malformed": malformed} if (malformed := batches.malformed()) else {}),
+            **(
+                {"malformed": dict(zip(seen, counts.malformed, strict=True))}
+                if len(counts.malformed)
+                else {}
+            ),
             "skipped": dict(zip(seen, measured["skipped"], strict=True)),
             "seconds": self._seconds(),
             "goodput": self._job.clock.goodput(),
