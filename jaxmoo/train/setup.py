@@ -222,7 +222,7 @@ def prepare(
     adapters = given_adapters(config, shapes, shardings)
     parts = Kept() if kept is None else kept
     rows = mesh.local_rows(device_mesh, data.step_languages, data.batch_size)
-    reads = [code for code, mine in zip(data.seen, rows.any(1), strict=False) if mine]
+    reads = [code for code, mine in zip(data.seen, rows, strict=False) if mine.any()]
     loaded = _data(config, source, say, kept, reads)
     weights = parts.part(
         "weights",

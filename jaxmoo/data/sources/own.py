@@ -11,6 +11,7 @@ from typing import Any
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.records import Origin, Position, Record, RecordStream
 from jaxmoo.errors import ConfigError, DataError, shown
+from jaxmoo.files.outputs import typed_path
 from jaxmoo.registry import check_options, imported
 
 __all__ = ["OwnSource", "origin_of"]
@@ -34,7 +35,7 @@ class OwnSource:
     def __init__(self, data: DataConfig) -> None:
         self._path, self._streamed = str(data.source), data.streaming
         found = imported(self._path, "data source")
-        made = found
+        made: Any = found
         if callable(found):
             check_options(found, "data source", self._path, data.options)
             made = found(**data.options)
@@ -115,7 +116,8 @@ def _file_of(thing: Any) -> Path | None:
     """The file in which a function, a class or an object's class is defined."""
     module = getattr(thing, "__module__", None) or type(thing).__module__
     file = getattr(sys.modules.get(module), "__file__", None)
-    return None if file is None or not Path(file).is_file() else Path(file)
+    path = None if file is None else typed_path(file)
+    return path if path is not None and path.is_file() else None
 
 
 def _check_source(path: str, source: Any) -> None:
