@@ -246,23 +246,31 @@ def trial(
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[Path]:
-    """Start an S3 server on the loopback, in a process of its own; yield a bucket of it."""
+def s3_server(given: str | None = None) -> Iterator[Path]:
+    """Yield a bucket of an S3 server, of one that is given or one of our own on the loopback."""
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+    with moto_server() if given is None else contextlib.nullcontext(given) as address:
+        os.environ["AWS_ENDPOINT_URL"] = address
+        urllib.request.urlopen(urllib.request.Request(f"{address}/reliability", method="PUT"))
+        yield typed_path("s3://reliability")
+
+
+@contextlib.contextmanager
+def moto_server() -> Iterator[str]:
+    """Start an S3 server on the loopback, in a process of its own; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
-    os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
     try:
         for _ in range(300):
             with contextlib.suppress(OSError), urllib.request.urlopen(address):
                 break
             time.sleep(0.1)
-        urllib.request.urlopen(urllib.request.Request(f"{address}/reliability", method="PUT"))
-        yield typed_path("s3://reliability")
+        yield address
     finally:
         process.terminate()
         process.wait()
@@ -476,11 +484,14 @@ def quickstart(options: argparse.Namespace, folder: Path) -> bool:
         if code:
             print(text[-3000:])
             return False
-    with s3_server() as bucket:
-        for file in filter(Path.is_file, files.rglob("*")):
-            (bucket / file.relative_to(files).as_posix()).write_bytes(file.read_bytes())
+    with s3_server(options.server) as bucket:
         output = bucket / "run"
-        for part in ("stopped", "finished"):
+        parts = ["finished"]  # one that was begun is finished
+        if not RunDirectory(output).steps():
+            parts.insert(0, "stopped")
+            for file in filter(Path.is_file, files.rglob("*")):
+                (bucket / file.relative_to(files).as_posix()).write_bytes(file.read_bytes())
+        for part in parts:
             begun, going = time.monotonic(), run(bucket, output)
             while part == "stopped" and not RunDirectory(output).steps():
                 time.sleep(0.2)
@@ -565,6 +576,7 @@ def main() -> int:
     starting = commands.add_parser("quickstart", help="the real model from and to a bucket")
     starting.add_argument("--steps", type=int, default=4)
     starting.add_argument("--held-out", type=int, default=8, help="examples per language")
+    starting.add_argument("--server", help="address of an S3 server, which keeps what it has")
     for command in (killing, soaking, comparing, starting):
         command.add_argument("--folder", type=Path, help="keep everything there, and go on there")
     options = parser.parse_args()

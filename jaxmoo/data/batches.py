@@ -34,11 +34,13 @@ class Counts(NamedTuple):
       tokens: that are not padding, per language of the step: int [k].
       epochs: passes over each language's rows so far; over streams whole ones: [K].
       malformed: records of each language left out so far: int [K] of streams, else [0].
+      unread: 1 for languages whose rows could not be read: int [K] of streams, else [0].
     """
 
     tokens: np.ndarray
     epochs: np.ndarray
     malformed: np.ndarray
+    unread: np.ndarray
 
 
 class LanguageBatches:
@@ -154,11 +156,12 @@ class LanguageBatches:
           step: from 0.
 
         Raises:
-          DataError: processes that read one language have not read the same.
+          DataError: a process cannot read its rows, or those that read one language have not read
+            the same.
         """
-        batch = self._at(step).batch
         if self.readers is None:
-            return batch
+            return self._at(step).batch
+        batch = self.readers.all_do(lambda: self._at(step)).batch
         number = {language: k for k, language in enumerate(self.languages)}
         mine = {
             language: {name: array[number[language]] for name, array in batch.items()}
@@ -189,11 +192,12 @@ class LanguageBatches:
           step: from 0.
           only: as for the batch.
         """
-        tokens = self.tokens(step, only)
+        tokens, malformed = self.tokens(step, only), list(self.malformed().values())
         return Counts(
             tokens,
             np.array(list(self.epochs(step + 1).values())),
-            np.array(list(self.malformed().values()), np.int64),
+            np.array(malformed, np.int64),
+            np.zeros(len(malformed), np.int64),
         )
 
     def state(self, step: int) -> dict[str, Any]:
@@ -205,8 +209,9 @@ class LanguageBatches:
         Returns:
           Per language that is streamed a place in its stream.
         """
-        state = self._at(step).state
-        return state if self.readers is None else self.readers.told(state)
+        if self.readers is None:
+            return self._at(step).state
+        return self.readers.told(self.readers.all_do(lambda: self._at(step)).state)
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:

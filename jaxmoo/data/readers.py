@@ -31,6 +31,7 @@ class Readers:
     Attributes:
       mine: as given.
       first: the languages whose first reader this process is.
+      all_do: see :meth:`jaxmoo.runtime.peers.Peers.all_do`.
 
     Example:
       >>> Readers(["en", "fa"], ["en"], Peers()).first
@@ -39,6 +40,7 @@ class Readers:
 
     def __init__(self, languages: Sequence[str], mine: Collection[str], peers: Peers) -> None:
         self.mine, self._languages, self._peers = frozenset(mine), list(languages), peers
+        self.all_do = peers.all_do
         told = [json.loads(one) for one in peers.exchange(json.dumps(sorted(mine)).encode())]
         self.first = []
         for place, language in enumerate(languages):
@@ -70,7 +72,7 @@ class Readers:
             for language in self.first:
                 parts[language] = read(language, complaints.setdefault(language, []))
 
-        self._peers.all_do(work)
+        self.all_do(work)
         arrays, facts = {}, {}
         for language, part in parts.items():
             held_out = {use: table for use, table in part.tables.items() if use == "held_out"}
@@ -121,7 +123,7 @@ class Readers:
                         "same files, and a source of your own that gives the same records."
                     )
 
-        self._peers.all_do(compare)
+        self.all_do(compare)
         return found
 
     def _tell(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmoo.config import schema
 from jaxmoo.data.batches import Counts
-from jaxmoo.errors import JaxmooError
+from jaxmoo.errors import DataError, JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
 from jaxmoo.runtime.processes import is_first
@@ -39,15 +39,17 @@ class StepDone(NamedTuple):
     Attributes:
       step: its number, from 1.
       counts: of its batch; see :class:`jaxmoo.data.batches.Counts`. Where processes read different
-        languages, one array [3, K] that all of them can read.
+        languages, one array [4, K] that all of them can read.
       metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
       begun: when it was sent, by ``time.perf_counter``.
+      unread: why this process could not read its rows; None if it could.
     """
 
     step: int
     counts: Counts | jax.Array
     metrics: Mapping[str, jax.Array]
     begun: float
+    unread: DataError | None = None
 
 
 class Reporter:
@@ -101,6 +103,7 @@ class Reporter:
 
         Raises:
           NonFiniteLossError: a number is not finite that has to be.
+          DataError: a process could not read its rows of the step before.
         """
         self.flush()
         # The devices compute it, too: sent now, it is there before the step that is sent next.
@@ -112,10 +115,13 @@ class Reporter:
 
         Raises:
           NonFiniteLossError: a number is not finite that has to be.
+          DataError: a process could not read its rows of that step.
         """
         if self._pending is None:
             return
         done, self._pending = self._pending, None
+        counts = Counts(*jax.device_get(done.counts))
+        self._check_read(done, counts.unread)
         recorded = self._metrics is not None and self._records_grams(done.step)
         # The largest of them by far is fetched only when it is wanted.
         left = () if recorded else ("gram",)
@@ -128,7 +134,7 @@ class Reporter:
         self._check_finite(done.step, measured)
         self._tell_of_zero(done.step, measured)
         if self._metrics is not None:
-            row = self._row(done, measured, now - began)
+            row = self._row(done, counts, measured, now - began)
             self._progress.update(row)
             self._metrics.write(row)
         if recorded:
@@ -152,13 +158,16 @@ class Reporter:
             self._progress.message(text)
 
     def _row(
-        self, done: StepDone, measured: Mapping[str, np.ndarray], seconds: float
+        self,
+        done: StepDone,
+        counts: Counts,
+        measured: Mapping[str, np.ndarray],
+        seconds: float,
     ) -> dict[str, Any]:
         config, part = self._job.config, self._job.setup.gradients.partition
         batches, seen = self._job.setup.batches, config.data.seen
         here = batches.in_step(done.step - 1)
         number = [seen.index(code) for code in here]
-        counts = Counts(*jax.device_get(done.counts))
         tokens = int(counts.tokens.sum())
         cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
         cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
@@ -231,6 +240,17 @@ class Reporter:
         if not measured["language_norm"].any():
             which = "so are those of all languages: look at model.trainable and the data."
         self.message(f"Note: the resolved gradient of step {step} is zero; {which}")
+
+    def _check_read(self, done: StepDone, unread: np.ndarray) -> None:
+        """Stop the run, in all processes, when one could not read its rows."""
+        if not unread.any():
+            return
+        seen = self._job.config.data.seen
+        lacking = ", ".join(code for code, one in zip(seen, unread, strict=True) if one)
+        raise done.unread or DataError(
+            f"The process that reads {lacking} cannot go on after step {done.step - 1}; its own "
+            "output says why."
+        )
 
     def _check_finite(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
         """Stop the run when languages whose numbers are not finite may not be left out."""

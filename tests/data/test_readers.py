@@ -182,6 +182,20 @@ def test_what_one_cannot_read_all_are_told(data, make_tokenizer, tmp_path):
     assert "Language 'zh' has no" in str(found[1])
 
 
+@pytest.mark.parametrize("what", ["whole", "state"])
+def test_what_one_cannot_read_later_all_who_ask_for_it_are_told(what, data, make_tokenizer):
+    data = dataclasses.replace(data, max_malformed=0.0)  # the last record of fa
+
+    def process(peers):
+        rows = rows_of(peers.number, 2)
+        _, own, _ = opened(data, make_tokenizer, peers, rows)
+        own.batch(0, rows)
+        getattr(own, what)(40)
+
+    found = as_processes(2, process)
+    assert all("fa.jsonl:62: expected one JSON object per line" in str(one) for one in found), found
+
+
 def test_processes_that_read_other_records_notice(data, make_tokenizer, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

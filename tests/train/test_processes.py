@@ -25,8 +25,11 @@ from safetensors.numpy import load_file
 
 from devices import ROOT
 from jaxmoo.commands.train import main
+from jaxmoo.data import LanguageBatches
+from jaxmoo.data.readers import Readers
 from jaxmoo.files.bundled import config_names
 from jaxmoo.runs.checkpoint import read_about
+from jaxmoo.runtime.peers import Peers
 from jaxmoo.train.metrics import read_metrics
 from train.test_run import largest_difference, weights
 
@@ -279,6 +282,45 @@ def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
         for run in (killed, one)
     ]
     assert counted[0] == counted[1]
+
+
+@pytest.mark.slow
+def test_records_that_one_process_cannot_read_end_all_of_them_alike(
+    write_config, tmp_path, monkeypatch, capsys
+):
+    """As if each language were read by a process of its own."""
+
+    class Divided(LanguageBatches):
+        def __init__(self, examples, languages, *arguments, **options):
+            options["readers"] = Readers(languages, languages, Peers())
+            super().__init__(examples, languages, *arguments, **options)
+
+    monkeypatch.setattr("jaxmoo.data.load.LanguageBatches", Divided)
+    for language in ("es", "fr"):
+        lines = [
+            json.dumps({"prompt": f"{i}?", "completion": f"{language} {i}"}) for i in range(40)
+        ]
+        (tmp_path / f"{language}.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "fr.jsonl").open("a") as file:
+        file.write("\n{no json")
+    config = write_config(
+        model__trainable=r"^layers\.3\.",
+        data__source=str(tmp_path / "{language}.jsonl"),
+        data__streaming=True,
+        data__shuffle_buffer=8,
+        data__seen=["es", "fr"],
+        data__unseen=[],
+        data__max_held_out=2,
+        train={"steps": 1000, "checkpoint_every": 3},
+        report=False,
+        tensorboard=False,
+    )
+    assert main(["--config", str(config)]) == 2
+    assert "fr.jsonl:41: expected one JSON object per line" in capsys.readouterr().err
+    # What is saved and written down is of the steps before.
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) % 3 and max(saved) < len(steps)
 
 
 def container() -> tuple[list[str], dict[str, str]]:
