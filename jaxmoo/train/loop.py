@@ -186,17 +186,17 @@ class Loop:
         batches, step = self._job.setup.batches, self._done
         if batches.readers is None:
             return batches.batch(step, self._rows), batches.counts(step, self._rows)
-        counts = Counts(*np.zeros((4, len(batches.languages)), np.int64))
         if self._unread is None:
             try:
                 batch, counts = batches.batch(step, self._rows), batches.counts(step, self._rows)
+                return batch, self._job.agreement.largest(np.stack(counts))
             except DataError as error:
                 self._unread = error
-        if self._unread is not None:
-            spec = step_spec(self._job.config.data)
-            batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
-            counts.unread[:] = [language in batches.readers.mine for language in batches.languages]
-        return batch, self._job.agreement.largest(np.stack(counts))
+        spec = step_spec(self._job.config.data)
+        empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
+        counts = Counts(*np.zeros((4, len(batches.languages)), np.int64))
+        counts.unread[:] = [language in batches.readers.mine for language in batches.languages]
+        return empty, self._job.agreement.largest(np.stack(counts))
 
     def _save(self) -> None:
         if self._checkpoints.latest() != self._done:
