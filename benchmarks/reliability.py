@@ -494,7 +494,7 @@ def quickstart(options: argparse.Namespace, folder: Path) -> bool:
         for part in parts:
             begun, going = time.monotonic(), run(bucket, output)
             while part == "stopped" and not RunDirectory(output).steps():
-                time.sleep(0.2)
+                time.sleep(2)
                 if going.processes[0][0].poll() is not None:
                     break
             if part == "stopped":
