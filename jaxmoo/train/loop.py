@@ -126,7 +126,7 @@ class Loop:
         self, reporter: Reporter, weights: dict[str, Condition], begun: int
     ) -> None:
         """Say so when steps have not changed any weight."""
-        if unchanged(weights, self._examined()):
+        if self._done > begun and unchanged(weights, self._examined()):
             reporter.message(
                 f"Note: no weight has changed in steps {begun + 1} to {self._done}. What an update "
                 "adds is zero or less than model.param_dtype resolves: look at "
