@@ -201,8 +201,12 @@ def _streamed(
     if reads is not None and peers.count > 1 and not data.samples:
         readers = Readers([*data.seen, *data.unseen], reads, peers)
     read_here = None if readers is None else {*readers.mine, *readers.first}
-    streams = open_streams(data, tokenizer, source, say, read_here)
     complaints: list[str] = []
+
+    def opened() -> dict[str, ExampleStream]:
+        return open_streams(data, tokenizer, source, say, read_here)
+
+    streams = opened() if readers is None else readers.all_do(opened)
 
     def read(language: str, complaints: list[str]) -> Kept:
         return read_beginning(streams[language], data, complaints).kept(data)

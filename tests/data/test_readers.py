@@ -170,8 +170,12 @@ def test_a_run_goes_on_with_another_number_of_processes(data, make_tokenizer):
     assert all(same(one.batch(step), expected[step]) for step in range(7, 12))
 
 
-def test_what_one_cannot_read_all_are_told(data, make_tokenizer, tmp_path):
-    (tmp_path / "zh.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+@pytest.mark.parametrize("what", ["too few", "nothing"])
+def test_what_one_cannot_read_all_are_told(what, data, make_tokenizer, tmp_path):
+    if what == "nothing":
+        (tmp_path / "zh.jsonl").unlink()
+    else:
+        (tmp_path / "zh.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
 
     def process(peers):
         return opened(data, make_tokenizer, peers, rows_of(peers.number, 2))
@@ -179,7 +183,8 @@ def test_what_one_cannot_read_all_are_told(data, make_tokenizer, tmp_path):
     found = as_processes(2, process)
     assert all(isinstance(one, DataError) for one in found)
     assert [str(one).removeprefix("Process 1: ") for one in found] == [str(found[1])] * 2
-    assert "Language 'zh' has no" in str(found[1])
+    expected = {"too few": "Language 'zh' has no", "nothing": "has no language 'zh'"}
+    assert expected[what] in str(found[1])
 
 
 @pytest.mark.parametrize("what", ["whole", "state"])
