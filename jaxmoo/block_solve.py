@@ -5,7 +5,6 @@ Nothing here reads a gradient.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +29,25 @@ class Grams(NamedTuple):
     @property
     def present(self) -> jax.Array:
         """Which objectives have a gradient that is not zero everywhere, bool [K]."""
-        return (jnp.diagonal(self.gram, axis1=1, axis2=2) != 0).any(0)
+        return self._nonzero.any(0)
+
+    @property
+    def _nonzero(self) -> jax.Array:
+        return jnp.diagonal(self.gram, axis1=1, axis2=2) != 0
+
+    def taking_part(self, active: jax.Array, sparse: Any) -> jax.Array:
+        """Which of the present objectives have a part in each block.
+
+        Args:
+          active: bool [K], the objectives that are present.
+          sparse: bool [B], blocks in which a gradient of zero means absence; None: there are none.
+
+        Returns:
+          bool [B, K]; or `active`, where it is the same for all blocks.
+        """
+        if sparse is None:
+            return active
+        return active & (self._nonzero | ~jnp.asarray(sparse)[:, None])
 
 
 class Group(NamedTuple):
@@ -79,7 +96,7 @@ def solve_blocks(
         one.
       state: see :func:`jaxmoo.resolve.resolve`.
       key: likewise.
-      active: bool [K], the objectives that are present.
+      active: bool [K], the objectives that are present; or [B, K], in each block.
       preference: likewise.
       match_norm: likewise.
       platform: on a GPU or a TPU a solve is one kernel; see :mod:`jaxmoo.platforms`.
@@ -89,24 +106,31 @@ def solve_blocks(
     """
     gram, unit = grams.gram, grams.unit
     products: Mapping[bool, Any] = {False: gram, True: crossed}
-    solved = unsolved(len(gram), len(active), gram.dtype)
+    solved = unsolved(len(gram), active.shape[-1], gram.dtype)
     power = jnp.ones_like(unit)  # by which weights depend on what gradients were multiplied by
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         method, mine = group.aggregator, np.asarray(group.blocks)
-        solve = jax.vmap(
-            functools.partial(
-                solve_block,
+
+        def solve(*arguments: Any, method: Aggregator = method) -> Any:
+            *block, active = arguments
+            return solve_block(
                 method,
+                *block,
                 active=active,
                 preference=preference,
                 key=key,
                 match_norm=match_norm,
             )
-        )
+
+        each = active.ndim == 2
         with solving_on(platform):
-            found, group_state = solve(
-                gram[mine], products[method.cross_gram][mine], group_state, numbers[mine]
+            found, group_state = jax.vmap(solve, (0, 0, 0, 0, 0 if each else None))(
+                gram[mine],
+                products[method.cross_gram][mine],
+                group_state,
+                numbers[mine],
+                active[mine] if each else active,
             )
         solved = _put(solved, found, group)
         if not method.unit_scale:

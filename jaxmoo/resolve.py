@@ -150,6 +150,7 @@ def resolve(
             many=True,
             rescale=True,
             sketch=sketch,
+            sparse=np.asarray(part.sparse) if any(part.sparse) else None,
             second=None if second is None else [cut(second[i], len(part.labels[i])) for i in held],
         )
         updates = [x.reshape(x.shape[1:]) if not x.size else x for x in leaves]
@@ -179,6 +180,7 @@ def resolve_sections(
     many: bool = False,
     rescale: bool = False,
     sketch: int | None = None,
+    sparse: Any = None,
     total: Callable[[jax.Array], jax.Array] = lambda x: x,
     pooled: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Resolution:
@@ -202,6 +204,8 @@ def resolve_sections(
       rescale: whether gradients whose squares leave float32's range are scaled, in up to three more
         passes over them. Else the largest count as not finite, the smallest as zero.
       sketch: see :func:`resolve`; for blocks without other pieces.
+      sparse: bool [B], blocks from which objectives are absent whose gradient is zero in them; or
+        None.
       total: sums a quantity over the devices that hold the blocks' other pieces.
       pooled: averages Gram matrices over replicas.
 
@@ -254,7 +258,7 @@ def resolve_sections(
         z = sketch_blocks(sections, numbers, sketch, key=key, platform=platform)
         grams = grams_of_sketches(z, active=active, rescale=rescale)
     unit, crossed = grams.unit, None
-    present = grams.present if active is None else active
+    present = grams.taking_part(grams.present if active is None else active, sparse)
     if any(group.aggregator.cross_gram for group in groups):
         if second is None:
             raise ConfigError(

@@ -21,10 +21,12 @@ DEVICES = {
     "qwen3-8b-base": (8, 32),
     "qwen3-0.6b-base": (1, 24),
     "qwen3-8b-base-lora": (1, 40),
+    "qwen3-30b-a3b": (8, 80),
     "lora": (1, 8),
     "quickstart": (1, 8),
 }
 
+# Without experts, whose compilation takes minutes.
 LARGEST = {1: "qwen3-0.6b-base", 8: "qwen3-8b-base"}
 
 

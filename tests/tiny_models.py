@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmoo.models import logical_paths, named_leaves
 from jaxmoo.models.families import FAMILIES
+from jaxmoo.models.paths import stacked_axes
 
 if TYPE_CHECKING:  # seconds of importing, which only those pay for who make a model
     import torch
@@ -42,10 +43,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama_one_head_per_group": {"num_key_value_heads": 6, "head_dim": 8},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 16},
+    "mixtral": {"sliding_window": 16, "num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
     "qwen3_window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     "qwen2_windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 7,
+    },
     "gemma3_text": {
         "sliding_window": 7,
         "layer_types": NEAR_NEAR_FAR,
@@ -128,6 +138,13 @@ def save(variant: str, path: Path, *, dtype: torch.dtype | None = None, **kwargs
     return model
 
 
+def in_files(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a transformers model as it writes them: of experts, one by one."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors) if "experts" in str(list(tensors)) else tensors
+
+
 def tokens_and_mask(
     vocab_size: int, shape: tuple[int, ...], *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +158,8 @@ def by_logical_path(state: Any, *, leading: int = 0) -> dict[str, np.ndarray]:
     """Arrays of a state by logical path; each has so many axes before those of the parameter."""
     arrays = {}
     for path, leaf in named_leaves(state):
-        value = np.asarray(leaf)
-        for i, name in enumerate(logical_paths(path, leaf.shape[leading:])):
-            arrays[name] = value.take(i, leading) if path[0] == "layers" else value
+        value, shape = np.asarray(leaf), leaf.shape[leading:]
+        names, axes = logical_paths(path, shape), stacked_axes(path)
+        value = value.reshape(*leaf.shape[:leading], len(names), *shape[axes:])
+        arrays |= {name: value.take(i, leading) for i, name in enumerate(names)}
     return arrays

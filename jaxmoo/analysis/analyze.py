@@ -167,6 +167,8 @@ def _choose(
         lacking |= dict.fromkeys(_OF_TEXT, "needs parallel sentences: --parallel")
     elif not run.steps():
         lacking |= dict.fromkeys(_OF_TEXT, lacking["stationarity"])
+    elif load_model_config(resolve_source(request.base or config.model.source)).num_experts:
+        lacking["neurons"] = "they are those of one MLP per layer, and the model has experts"
     if not request.singles:
         lacking["interference"] = (
             "needs runs on single languages with the settings of this one (data.seen=[xx]): "

@@ -12,6 +12,7 @@ piece a label; pieces with equal labels form a block.
 ``whole``                 one block: every parameter (the classical methods)
 ``layer``                 one per layer; what lies outside the layers by its top-level name
 ``module``                one per sub-module of a layer (attention, MLP, each norm)
+``expert``                one per expert of each layer's mixture; the rest as ``layer``
 ``leaf``                  one per array of each layer
 ``bytes:25MiB``           consecutive pieces in backward order up to a size, as DDP and ZeRO fill
                           their buckets; larger arrays are cut
@@ -31,6 +32,7 @@ from jaxmoo.blocks.piece import Blocks, Piece, path_string
 from jaxmoo.blocks.rules import (
     by,
     choose,
+    expert,
     get,
     intersect,
     layer,
@@ -51,6 +53,7 @@ __all__ = [
     "by",
     "choose",
     "describe",
+    "expert",
     "get",
     "intersect",
     "layer",

@@ -26,6 +26,7 @@ class Partition:
       sizes: number of parameters per block [B].
       nbytes: bytes per block [B], in the parameters' dtype.
       pieces: number of pieces per block [B].
+      sparse: per block [B], whether objectives whose gradient is exactly zero in it are absent.
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class Partition:
     sizes: tuple[int, ...]
     nbytes: tuple[int, ...]
     pieces: tuple[int, ...]
+    sparse: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,8 +80,10 @@ def partition(blocks: Rule, tree: Any, *, stacked: str | None = None) -> Partiti
     order = {label: i for i, label in enumerate(distinct)}
     numbers = np.array([order[label] for label in labels])
     totals = np.zeros((3, len(order)), np.int64)
+    sparse = np.ones(len(order), bool)
     for number, piece in zip(numbers, pieces, strict=True):
         totals[:, number] += (piece.size, piece.nbytes, 1)
+        sparse[number] &= rule.sparse(piece)
     owner = np.array([piece.leaf for piece in pieces])
     return Partition(
         names=tuple(map(str, order)),
@@ -87,6 +91,7 @@ def partition(blocks: Rule, tree: Any, *, stacked: str | None = None) -> Partiti
         sizes=tuple(map(int, totals[0])),
         nbytes=tuple(map(int, totals[1])),
         pieces=tuple(map(int, totals[2])),
+        sparse=tuple(map(bool, sparse)),
     )
 
 

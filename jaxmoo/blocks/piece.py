@@ -36,6 +36,11 @@ def _one_part(path: str, shape: tuple[int, ...], itemsize: int) -> int:
     return 1
 
 
+def _not_sparse(piece: Piece) -> bool:
+    del piece
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """A rule that cuts a parameter tree into blocks.
@@ -45,11 +50,14 @@ class Blocks:
       label: maps the pieces of a tree, in tree order, to one label each.
       parts: into how many equal parts along its leading axis an array of this path, shape (of one
         layer) and item size is first cut; a divisor of that axis.
+      sparse: whether an objective may have no part in a piece. Of a block of such pieces, those
+        whose gradient is exactly zero are absent: it is solved as if they were not there.
     """
 
     spec: str
     label: Callable[[Sequence[Piece]], Sequence[Hashable]]
     parts: Callable[[str, tuple[int, ...], int], int] = _one_part
+    sparse: Callable[[Piece], bool] = _not_sparse
 
 
 # What users may give wherever blocks are asked for: see :func:`jaxmoo.blocks.get`.

@@ -35,6 +35,12 @@ def _module_of(path: str) -> str:
     return ".".join(parts[: max(depth, _layer_depth(parts))])
 
 
+def _experts_of(path: str) -> str:
+    """The beginning of a path up to the experts; empty where it is none of theirs."""
+    parts = path.split(".")
+    return ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts[:-1] else ""
+
+
 def by(fn: Callable[[str], Hashable], spec: str = "by") -> Blocks:
     """Blocks named by a function of the dotted parameter path.
 
@@ -65,6 +71,41 @@ def layer() -> Blocks:
 def module() -> Blocks:
     """One block per sub-module of a layer, e.g. ``layers.3.self_attn``."""
     return by(_module_of, "module")
+
+
+def expert() -> Blocks:
+    """One block per expert of a layer's mixture; the rest of the layer is one, as in `layer`.
+
+    What lies below a component ``experts`` of its path stacks the experts along its first axis. An
+    objective whose gradient of an expert is exactly zero, such as a language that sends it no
+    token, is absent from that block.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxmoo.blocks import partition
+      >>> mlp = {"gate": np.zeros((4, 2)), "experts": {"up": np.zeros((2, 4, 8))}}
+      >>> partition("expert", {"layers": [{"mlp": mlp}]}).names
+      ('layers.0', 'layers.0.mlp.experts.0', 'layers.0.mlp.experts.1')
+    """
+
+    def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
+        if not any(_experts_of(piece.path) for piece in pieces):
+            raise ConfigError(
+                "expert blocks: expected parameters below a component 'experts' of their path, "
+                f"found none among {', '.join(piece.path for piece in pieces[:3])}, ... What is "
+                "trained has no experts; use layer blocks."
+            )
+        of_experts = (_experts_of(piece.path) for piece in pieces)
+        return [
+            f"{above}.{piece.part}" if above else _layer_of(piece.path)
+            for piece, above in zip(pieces, of_experts, strict=True)
+        ]
+
+    def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
+        del itemsize
+        return shape[0] if _experts_of(path) else 1
+
+    return Blocks("expert", label, parts, lambda piece: bool(_experts_of(piece.path)))
 
 
 def leaf() -> Blocks:
@@ -262,8 +303,11 @@ def choose(rules: Mapping[str, Rule]) -> Blocks:
     def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
         return chosen[pattern_of(path)].parts(path, shape, itemsize)
 
+    def sparse(piece: Piece) -> bool:
+        return chosen[pattern_of(piece.path)].sparse(piece)
+
     spec = ", ".join(f"{pattern} -> {rule.spec}" for pattern, rule in chosen.items())
-    return Blocks(f"choose({spec})", label, parts)
+    return Blocks(f"choose({spec})", label, parts, sparse)
 
 
 def intersect(
@@ -288,10 +332,13 @@ def intersect(
     def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
         return math.lcm(a.parts(path, shape, itemsize), b.parts(path, shape, itemsize))
 
-    return Blocks(f"{a.spec} & {b.spec}", label, parts)
+    def sparse(piece: Piece) -> bool:
+        return a.sparse(piece) or b.sparse(piece)
+
+    return Blocks(f"{a.spec} & {b.spec}", label, parts, sparse)
 
 
-_PLAIN = {"whole": whole, "layer": layer, "module": module, "leaf": leaf}
+_PLAIN = {"whole": whole, "layer": layer, "module": module, "expert": expert, "leaf": leaf}
 _KINDS = (*_PLAIN, "bytes", "slices", "shard", "random")
 _FORMS = (*_PLAIN, "bytes:SIZE", "slices:N", "shard:N", "random:N")
 
@@ -305,7 +352,7 @@ def get(spec: Rule) -> Blocks:
     """Return blocks from their written form, a function of the path, or :class:`Blocks`.
 
     Args:
-      spec: ``"whole"``, ``"layer"``, ``"module"``, ``"leaf"``, ``"bytes:25MiB"``,
+      spec: ``"whole"``, ``"layer"``, ``"module"``, ``"expert"``, ``"leaf"``, ``"bytes:25MiB"``,
         ``"slices:16"``, ``"shard:8"``, ``"random:32"`` or ``"random:32:SEED"``; a function path
         -> name; or ``"package.module:object"``, where such a function or :class:`Blocks` are
         imported from.
@@ -321,7 +368,7 @@ def get(spec: Rule) -> Blocks:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: Unknown blocks 'layers'. Did you mean 'layer'? Expected one of
-      whole, layer, module, leaf, bytes:SIZE, slices:N, shard:N, random:N, or a function
+      whole, layer, module, expert, leaf, bytes:SIZE, slices:N, shard:N, random:N, or a function
       from path to name.
     """
     if isinstance(spec, Blocks):

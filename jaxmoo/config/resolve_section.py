@@ -27,15 +27,16 @@ class ResolveConfig:
     blocks: str = setting(
         "layer",
         "How the parameters are cut into blocks that are resolved one by one: `whole`, `layer`, "
-        "`module`, `leaf`, `bytes:25MiB` (buckets of that size), `shard` (each device's own piece: "
-        "the result depends on the mesh), `random:32` (a control), or `package.module:function`, "
-        "yours, from a parameter's path to the name of its block.",
+        "`module`, `expert` (each expert of a layer, and the rest of it), `leaf`, `bytes:25MiB` "
+        "(buckets of that size), `shard` (each device's own piece: the result depends on the "
+        "mesh), `random:32` (a control), or `package.module:function`, yours, from a parameter's "
+        "path to the name of its block.",
     )
     vocabulary_slices: int | None = setting(
         None,
         "Into how many slices the embedding and the head are cut where blocks are layers, modules, "
-        "leaves or shards; each slice is a block. null takes the fewest that are no larger than a "
-        "layer.",
+        "experts, leaves or shards; each slice is a block. null takes the fewest that are no "
+        "larger than a layer.",
         within=_AT_LEAST_1,
     )
     engine: str = setting(

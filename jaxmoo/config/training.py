@@ -126,6 +126,14 @@ class TrainConfig:
         "language's gradient until then.",
         choices=("resolve_each", "accumulate_first"),
     )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "Of a mixture of experts, how much of the router's loss is added to each language's loss: "
+        "it grows as the language's tokens are spread unevenly over the experts. null takes what "
+        "the model's config.json asks for: its own coefficient where it has "
+        "`output_router_logits`, else none.",
+        within=_AT_LEAST_0,
+    )
     evaluate_every: int = setting(
         0,
         "Steps between evaluations; 0 evaluates only before and after.",

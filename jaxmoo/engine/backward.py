@@ -42,7 +42,7 @@ from jaxmoo.engine.parameter import Parameter
 from jaxmoo.engine.usage import Use
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.reductions import weighted_sum
-from jaxmoo.mesh import DATA
+from jaxmoo.mesh import DATA, FSDP
 from jaxmoo.resolve import resolve_sections
 from jaxmoo.sketched import grams_of_sketches, sketch_blocks
 
@@ -119,6 +119,11 @@ class Backward:
     def reads(self, leaf: Any) -> bool:
         """Whether a leaf of a block's parameters is one of them."""
         return isinstance(leaf, Parameter)
+
+    def over_examples(self, tree: Any) -> Any:
+        """Add up over the devices that hold other examples of the same objectives."""
+        several = self.topology.data * self.topology.fsdp > 1
+        return jax.lax.psum(tree, (DATA, FSDP)) if several else tree
 
     def whole(self, parameter: Parameter) -> jax.Array:
         """Gather a parameter, all layers of it, for reads outside of blocks."""
@@ -319,13 +324,14 @@ class Backward:
         fill = -z.shape[2] % (2 * top.pieces)
         # As gradients are: [K, B, m / pieces] of all objectives.
         z = self.scatter(jnp.pad(z, ((0, 0), (0, 0), (0, fill))), 1)
+        grams = grams_of_sketches(z, total=top.total)
         return solve_blocks(
-            grams_of_sketches(z, total=top.total),
+            grams,
             self._groups(call, indices),
             indices.numbers,
             state=states,
             key=jax.random.wrap_key_data(step.key),
-            active=step.active,
+            active=grams.taking_part(step.active, indices.sparse),
             preference=None if preference is None else jnp.asarray(preference),
             match_norm=self.rules.match_norm,
             platform=top.platform,
@@ -369,6 +375,7 @@ class Backward:
             match_norm=self.rules.match_norm,
             partitioned=False,
             platform=self.topology.platform,
+            sparse=indices.sparse,
             total=(lambda x: x) if call.device_local else self.topology.total,
             pooled=self.topology.replica_mean if pooled else lambda x: x,
         )

@@ -19,7 +19,7 @@ from jaxmoo.engine.one_at_a_time import call_one_at_a_time, can_be_taken_apart
 from jaxmoo.engine.parameter import Parameter
 from jaxmoo.errors import ConfigError, did_you_mean
 
-__all__ = ["REMAT", "block", "current", "running"]
+__all__ = ["REMAT", "block", "current", "running", "sum_over_examples"]
 
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("jaxmoo_engine", default=None)
 # JAX keeps what it has traced, under jit, checkpoint or scan, by the function and the shapes of its
@@ -65,6 +65,21 @@ def running(engine: Any) -> Iterator[None]:
             yield
     finally:
         _current.reset(token)
+
+
+def sum_over_examples(tree: Any) -> Any:
+    """Add up what follows from an objective's examples over the devices that hold some of them.
+
+    For losses that are no sum over examples. It has no derivative.
+
+    Args:
+      tree: pytree of arrays, within the loss function of :func:`jaxmoo.resolved_value_and_grad`.
+
+    Returns:
+      The same of all of the objective's examples in a microbatch; elsewhere, the tree as it is.
+    """
+    engine, tree = current(), jax.lax.stop_gradient(tree)
+    return tree if engine is None else engine.over_examples(tree)
 
 
 def check_remat(remat: str) -> str:

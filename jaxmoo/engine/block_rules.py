@@ -25,6 +25,7 @@ class BlockRules:
       replicas: how the gradients of replicas are joined; see ``resolved_value_and_grad``.
       sketch: entries of the sketches that Gram matrices are estimated from; None: they are exact.
       keep: what exists of a call's gradients at one time; see ``resolved_value_and_grad``.
+      sparse: per block, whether objectives whose gradient is zero in it are absent.
     """
 
     groups: Sequence[Group] | None
@@ -34,6 +35,7 @@ class BlockRules:
     replicas: str
     sketch: int | None = None
     keep: str = "gradients"
+    sparse: Sequence[bool] = ()
 
     @functools.cached_property
     def group_of(self) -> np.ndarray:

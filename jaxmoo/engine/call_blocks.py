@@ -26,6 +26,7 @@ class BlockIndices(NamedTuple):
     labels: tuple[jax.Array, ...]  # per array, its sections' blocks among the call's, int32 [parts]
     numbers: jax.Array  # int32 [m]: the call's blocks among all
     members: tuple[jax.Array | None, ...]  # per group, which candidates are its; None: all are
+    sparse: jax.Array | None  # bool [m], from which objectives may be absent; None: from none
 
 
 class CallGroup(NamedTuple):
@@ -106,11 +107,14 @@ class CallBlocks(NamedTuple):
                 theirs = kinds[:, candidates]
                 certain = ((theirs == number) | (theirs == -1)).all()
                 members.append(None if certain else jnp.asarray(theirs == number)[layer])
+        sparse = np.append(np.asarray(rules.sparse, bool), False)
+        sparse = sparse[numbers] if any(rules.sparse) else np.zeros(())
         indices = BlockIndices(
             tuple(jnp.asarray(0 if u.layer is None else u.layer, jnp.int32) for u in uses),
             tuple(jnp.asarray(t)[layer] for t in local),
             jnp.asarray(numbers.astype(np.int32))[layer],
             tuple(members),
+            jnp.asarray(sparse)[layer] if sparse.any() else None,
         )
         return cls(indices, tuple(groups), m, topology.objectives, device_local)
 

@@ -209,7 +209,7 @@ def resolved_value_and_grad(
         loss=loss,
         weight_fn=_number_of_examples if weight_fn is None else weight_fn,
         partition=part,
-        rules=BlockRules(groups, len(part), share, match_norm, replicas, sketch, keep),
+        rules=BlockRules(groups, len(part), share, match_norm, replicas, sketch, keep, part.sparse),
         mesh=mesh,
         topology=topology,
         nonfinite=nonfinite,

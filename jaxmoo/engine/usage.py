@@ -78,6 +78,10 @@ class Recorder:
         """Whether a leaf of a block's parameters is an array, in the engine's own form or not."""
         return isinstance(leaf, Parameter | jax.Array | np.ndarray)
 
+    def over_examples(self, tree: Any) -> Any:
+        """Examples of other devices are not looked at."""
+        return tree
+
     def use(self, arrays: Sequence[Any], vocabulary: str | None = None) -> tuple[jax.Array, ...]:
         """Note a call and return its parameters as whole arrays.
 

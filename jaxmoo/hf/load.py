@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxmoo.hf.weights import Weights
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.families import FAMILIES
-from jaxmoo.models.paths import logical_paths, named_leaves
+from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
 
 __all__ = [
     "check_tensors",
@@ -120,7 +120,7 @@ def load_model(
     Every tensor is checked by name and shape before the first one is read. Each device receives
     only its own slices, and only those are read from the files, one layer of one parameter at a
     time: beyond the parameters themselves, the host never holds more than twice the largest
-    tensor.
+    tensor, or one projection of all of a layer's experts.
 
     Args:
       path: a Hugging Face directory; see `resolve_source`.
@@ -248,7 +248,7 @@ def check_tensors(
         )
     expected: dict[str, tuple[int, ...]] = {}
     for leaf_path, leaf in named_leaves(state):
-        shape = leaf.shape[1:] if leaf_path[0] == "layers" else leaf.shape
+        shape = leaf.shape[stacked_axes(leaf_path) :]
         for logical in logical_paths(leaf_path, leaf.shape):
             tensor = hf_tensor(logical, config)
             stored = shape[::-1] if tensor.transposed else shape
@@ -346,11 +346,13 @@ def _read_leaf(
     tensors = [hf_tensor(name, config) for name in logical_paths(path, leaf.shape)]
     if path[0] != "layers":
         done(leaf.size * leaf.dtype.itemsize)
-        return _place(weights, tensors[0], leaf.shape, leaf.dtype, placement)
+        return _place(weights, tensors, leaf.shape, leaf.dtype, placement)
     pieces = _sharding_of_a_layer(placement)
     stack = _zeros(leaf.shape, leaf.dtype, placement)()
-    for layer, tensor in enumerate(tensors):
-        value = _place(weights, tensor, leaf.shape[1:], leaf.dtype, pieces)
+    each = len(tensors) // leaf.shape[0]  # several where there are experts
+    for layer in range(leaf.shape[0]):
+        mine = tensors[layer * each : (layer + 1) * each]
+        value = _place(weights, mine, leaf.shape[1:], leaf.dtype, pieces)
         # Waiting keeps the host from reading ahead of the device, with all layers in its memory.
         stack = _set_layer(placement)(stack, value, layer).block_until_ready()
         done(value.nbytes)
@@ -358,14 +360,24 @@ def _read_leaf(
 
 
 def _place(
-    weights: Weights, tensor: HFTensor, shape: tuple[int, ...], dtype: Any, placement: Any
+    weights: Weights,
+    tensors: Sequence[HFTensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    placement: Any,
 ) -> jax.Array:
-    """Put a tensor on its devices, each slice read by itself."""
+    """Put a tensor, or a stack of those of all experts, on its devices, slice by slice."""
 
-    def read(index: Any) -> np.ndarray:  # a slice per axis
+    def one(tensor: HFTensor, index: Any) -> np.ndarray:
         if tensor.transposed:
             return _transposed(weights.read(tensor.name, _within(tensor, index[::-1])), dtype)
         return weights.read(tensor.name, index).astype(dtype, copy=False)
+
+    def read(index: Any) -> np.ndarray:  # a slice per axis
+        if len(shape) < 3:
+            return one(tensors[0], index)
+        experts, *rest = index
+        return np.stack([one(tensor, tuple(rest)) for tensor in tensors[experts]])
 
     if placement is None:
         return jnp.asarray(read(tuple(slice(None) for _ in shape)))

@@ -1,9 +1,9 @@
 """Which Hugging Face tensor holds which parameter.
 
-One table, read in both directions; ``{i}`` stands for a layer's number. A family says where it has
-names of its own (:class:`jaxmoo.models.families.family.Names`). Hugging Face stores the matrix of a
-linear map as [out, in]; ours are [in, out], except for the head's, which like the embedding is a
-table of one vector per token.
+One table, read in both directions; ``{i}`` stands for a layer's number, ``{e}`` for an expert's. A
+family says where it has names of its own (:class:`jaxmoo.models.families.family.Names`). Hugging
+Face stores the matrix of a linear map as [out, in]; ours are [in, out], except for the head's,
+which like the embedding is a table of one vector per token.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ _LAYER = {
     "mlp.gate_proj": [_LINEAR],
     "mlp.up_proj": [_LINEAR],
     "mlp.down_proj": [_LINEAR],
+    "mlp.gate": [_LINEAR],
+    "mlp.experts.{e}.gate_proj": [_LINEAR],
+    "mlp.experts.{e}.up_proj": [_LINEAR],
+    "mlp.experts.{e}.down_proj": [_LINEAR],
     "mlp.act_fn": [("alpha_p", "alpha_p", False), ("alpha_n", "alpha_n", False)],
 }
 
@@ -100,7 +104,7 @@ def hf_tensor(path: str, config: DecoderConfig | None = None) -> HFTensor:
       HFTensor(name='model.layers.25.mlp.up_proj.weight', transposed=True, rows=None)
     """
     family = "llama" if config is None else config.family
-    template, number = _template(path)
+    template, numbers = _template(path)
     to_hf, _ = _tables(family)
     if template not in to_hf:
         raise CheckpointError(f"parameter {path!r} has no Hugging Face name")
@@ -113,7 +117,7 @@ def hf_tensor(path: str, config: DecoderConfig | None = None) -> HFTensor:
                 at = parts.index(module)
                 name = tensor.name.replace(module, whole)
                 tensor = HFTensor(name, tensor.transposed, (sum(sizes[:at]), sizes[at]))
-    return tensor._replace(name=tensor.name.replace("{i}", number))
+    return tensor._replace(name=_numbered(tensor.name, numbers))
 
 
 def _rows(module: str, config: DecoderConfig) -> int:
@@ -142,9 +146,9 @@ def logical_path(name: str, family: str = "llama") -> str | None:
       >>> logical_path("model.vision.patch_embed.weight") is None
       True
     """
-    template, number = _template(name)
+    template, numbers = _template(name)
     path = _tables(family)[1].get(template)
-    return None if path is None else path.replace("{i}", number)
+    return None if path is None else _numbered(path, numbers)
 
 
 def constant_tensors(config: DecoderConfig) -> dict[str, float]:
@@ -157,9 +161,24 @@ def constant_tensors(config: DecoderConfig) -> dict[str, float]:
     }
 
 
-def _template(name: str) -> tuple[str, str]:
-    """Replace the layer's number by a placeholder; return it too."""
-    match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
-    if match is None:
-        return name, ""
-    return f"{name[: match.start()]}{{i}}{name[match.end() :]}", match.group()
+_NUMBERS = {
+    "{i}": re.compile(r"(?<=layers\.)\d+(?=\.)"),
+    "{e}": re.compile(r"(?<=experts\.)\d+(?=\.)"),
+}
+
+
+def _template(name: str) -> tuple[str, dict[str, str]]:
+    """Replace the layer's and the expert's number by placeholders; return what these stand for."""
+    numbers = {}
+    for placeholder, number in _NUMBERS.items():
+        match = number.search(name)
+        if match is not None:
+            numbers[placeholder] = match.group()
+            name = f"{name[: match.start()]}{placeholder}{name[match.end() :]}"
+    return name, numbers
+
+
+def _numbered(name: str, numbers: dict[str, str]) -> str:
+    for placeholder, number in numbers.items():
+        name = name.replace(placeholder, number)
+    return name

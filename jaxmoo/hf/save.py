@@ -29,7 +29,7 @@ from jaxmoo.hf.load import load_config, progress, read_json
 from jaxmoo.hf.names import HFTensor, constant_tensors, hf_tensor
 from jaxmoo.hf.weights import DTYPES, INDEX_FILE, WEIGHTS_FILE, Weights
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.paths import logical_paths, named_leaves
+from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes
 
 __all__ = [
     "Tensor",
@@ -228,11 +228,13 @@ def state_tensors(
     # Of tensors that hold several parameters, one below the other, by their first rows.
     found: dict[str, dict[int, Tensor]] = {}
     for path, leaf in named_leaves(state):
-        for layer, logical in enumerate(logical_paths(path, leaf.shape)):
+        stacks = leaf.shape[: stacked_axes(path)]
+        for place, logical in zip(
+            np.ndindex(*stacks), logical_paths(path, leaf.shape), strict=True
+        ):
             tensor = tensor_of(logical)
             first, _ = tensor.rows or (0, 0)
-            number = layer if path[0] == "layers" else None
-            found.setdefault(tensor.name, {})[first] = _state_tensor(leaf, number, tensor, dtype)
+            found.setdefault(tensor.name, {})[first] = _state_tensor(leaf, place, tensor, dtype)
     return [_joined([parts[first] for first in sorted(parts)]) for parts in found.values()]
 
 
@@ -377,16 +379,16 @@ _ORDER = ("float64", "float32", "bfloat16", "float16")
 
 
 def _state_tensor(
-    leaf: jax.Array, layer: int | None, tensor: HFTensor, dtype: Callable[[str], Any]
+    leaf: jax.Array, place: tuple[int, ...], tensor: HFTensor, dtype: Callable[[str], Any]
 ) -> Tensor:
-    """The tensor that holds a parameter, or one layer of a stack of parameters."""
+    """The tensor that holds a parameter, or one of a stack: of a layer, and an expert in it."""
     name, transposed, _ = tensor
     storage = jnp.dtype(dtype(name))
-    shape = leaf.shape if layer is None else leaf.shape[1:]
+    shape = leaf.shape[len(place) :]
 
     def read() -> np.ndarray:
         # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
-        array = _tensor(leaf, layer, transposed)
+        array = _tensor(leaf, place, transposed)
         if array.is_fully_addressable:
             value = np.asarray(array)
         else:
@@ -406,8 +408,8 @@ def _state_tensor(
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
-def _tensor(leaf: jax.Array, layer: jax.Array | None, transposed: bool) -> jax.Array:
-    """A parameter, or one layer of a stack, in the layout of the file."""
-    if layer is not None:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _tensor(leaf: jax.Array, place: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+    """A parameter, or one of a stack, in the layout of the file."""
+    for number in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
     return leaf.T if transposed else jnp.copy(leaf)

@@ -4,7 +4,13 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.layers import DecoderLayer, rope_frequencies, rope_tables
 from jaxmoo.models.lora import LoRA, add_adapters, initial_adapters, merge_adapters
-from jaxmoo.models.loss import language_loss, target_mask, token_nll
+from jaxmoo.models.loss import (
+    language_loss,
+    router_loss,
+    target_mask,
+    token_nll,
+    token_nll_and_router_loss,
+)
 from jaxmoo.models.paths import (
     logical_paths,
     named_leaves,
@@ -29,8 +35,10 @@ __all__ = [
     "parameter_paths",
     "rope_frequencies",
     "rope_tables",
+    "router_loss",
     "segments_for",
     "target_mask",
     "token_nll",
+    "token_nll_and_router_loss",
     "trainable_filter",
 ]

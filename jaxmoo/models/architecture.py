@@ -62,6 +62,13 @@ class DecoderConfig:
       residual_multiplier: what attention and MLP give is multiplied by (Granite).
       logit_scale: what logits are multiplied by (Cohere).
       final_logit_softcapping: c: logits then become c tanh(logit / c) (Gemma 2); or None.
+      num_experts: experts in a layer (E), of which a token reads some; 0: layers have one MLP.
+      num_experts_per_tok: how many of them; at most E.
+      moe_intermediate_size: width inside an expert.
+      norm_topk_prob: whether the weights of a token's experts are made to add up to 1.
+      dense_layers: numbers of the layers that have one MLP in a model with experts, ascending.
+      router_aux_loss_coef: what the router's loss is multiplied by in training, where a run does
+        not say; see :func:`jaxmoo.models.router_loss`.
 
     Raises:
       ConfigError: a value is of another type or out of range, or sizes do not go together.
@@ -105,6 +112,12 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         optional = () if self.sliding_window is None else ("sliding_window",)
@@ -146,13 +159,38 @@ class DecoderConfig:
         for kind in dict.fromkeys(self.kinds):
             if kind.rope is not None:
                 kind.rope.check_width(rotary)
+        if self.num_experts != 0:
+            self._check_experts()
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
-        layer = self.hidden_size * (heads + (2 + self.gated_mlp) * self.intermediate_size)
+        widths = self.intermediate_size, self.num_experts * self.moe_intermediate_size
+        layer = self.hidden_size * (heads + (2 + self.gated_mlp) * max(widths))
         parameters = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
         if parameters > _MOST_PARAMETERS:
             raise ConfigError(
                 f"model config: its sizes make {parameters:.1e} parameters, which no machine holds"
             )
+
+    def _check_experts(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            check_size(name, getattr(self, name))
+        check_number("router_aux_loss_coef", self.router_aux_loss_coef, 0)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"model config: num_experts_per_tok ({self.num_experts_per_tok}) must be at most "
+                f"num_experts ({self.num_experts})"
+            )
+        if not self.gated_mlp:
+            raise ConfigError("model config: experts without a gate (gated_mlp) are not supported")
+        layers = range(self.num_hidden_layers)
+        if any(layer not in layers for layer in self.dense_layers):
+            raise ConfigError(
+                f"model config: dense_layers must be numbers of the {len(layers)} layers, got "
+                f"{shown(self.dense_layers)}"
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     @property
     def rotary_width(self) -> int:
@@ -261,6 +299,7 @@ _FLAGS = (
     "rope_interleaved",
     "qk_norm_whole",
     "gated_mlp",
+    "norm_topk_prob",
 )
 _ABOVE_0 = (
     "attention_multiplier",

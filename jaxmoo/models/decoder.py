@@ -15,6 +15,7 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.cross_entropy import Logits
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import choose_attention
+from jaxmoo.models.experts import Load
 from jaxmoo.models.layers import DecoderLayer, Place, make_norm
 from jaxmoo.models.loop import over_layers
 from jaxmoo.platforms import default_platform
@@ -31,7 +32,8 @@ class Decoder(nnx.Module):
     is named by the number of its first layer, so ``segments=(0, 22)`` of a model of 30 layers has
     leaves ``layers.0.*`` of shape [22, ...] and ``layers.22.*`` of shape [8, ...]. Segments do not
     change what is computed; they let a trainer split off the layers it trains, and what lies
-    before the first of those costs no backward pass.
+    before the first of those costs no backward pass. Layers with one MLP and layers with a mixture
+    of experts lie in segments of their own, whichever are asked for.
 
     Matrix products use JAX's default precision. On devices whose default for float32 is
     lower than float32 (TPU, NVIDIA's TF32), set ``jax_default_matmul_precision`` to "highest" to
@@ -77,7 +79,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.segments = _check_segments(segments, config.num_hidden_layers)
+        self.segments = _check_segments(segments, config)
         self.dtype = jnp.dtype(dtype)
         self.remat = check_remat(remat)
         self.platform = default_platform() if platform is None else platform
@@ -94,6 +96,7 @@ class Decoder(nnx.Module):
             {
                 str(first): DecoderLayer(
                     config,
+                    experts=config.has_experts(first),
                     stack=(end - first,),
                     attention=self.attention,
                     platform=self.platform,
@@ -166,6 +169,28 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, HeadResiduals | None]:
         """Compute `hidden`, and what :func:`jaxmoo.engine.vocabulary.nll` needs for a tied head."""
+        return self.hidden_and_loads(tokens, positions=positions, segment_ids=segment_ids)[:2]
+
+    def hidden_and_loads(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, HeadResiduals | None, list[Load]]:
+        """Compute `hidden_and_residuals`, and what is asked of the layers' experts.
+
+        Args:
+          tokens: see `hidden`.
+          positions: see `hidden`.
+          segment_ids: see `hidden`.
+          counted: bool [B, S], tokens that count in the loads; None: nothing is told.
+
+        Returns:
+          Hidden states, residuals, and for each segment of layers with experts their loads,
+          stacked.
+        """
         length = tokens.shape[-1]
         if length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -178,10 +203,12 @@ class Decoder(nnx.Module):
             self.embed_tokens.embedding.get_value(), tokens, self.dtype, self.logits_form
         )
 
-        def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, None]:
-            return layer(h_BSD, place, segment_ids), None
+        def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, Any]:
+            if counted is None:
+                return layer(h_BSD, place, segment_ids), None
+            return layer.with_load(h_BSD, place, segment_ids, counted)
 
-        h_BSD, _ = over_layers(
+        h_BSD, loads = over_layers(
             self,
             positions,
             body,
@@ -189,7 +216,8 @@ class Decoder(nnx.Module):
             segment_ids=segment_ids,
             remat=self.remat,
         )
-        return block(self.norm, remat=self.remat)(h_BSD), residuals
+        h_BSD = block(self.norm, remat=self.remat)(h_BSD)
+        return h_BSD, residuals, [load for load in loads if load is not None]
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Look up what the first layer reads, [B, S, D], outside of an engine."""
@@ -239,11 +267,14 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (num_tokens, size), param_dtype))
 
 
-def _check_segments(segments: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    segments = tuple(segments)
+def _check_segments(segments: tuple[int, ...], config: DecoderConfig) -> tuple[int, ...]:
+    """Segments that are asked for, and those that layers of two kinds of MLP make."""
+    segments, num_layers = tuple(segments), config.num_hidden_layers
     ends = (*segments[1:], num_layers)
     if segments[:1] != (0,) or any(a >= b for a, b in zip(segments, ends, strict=True)):
         raise ConfigError(
             f"segments must increase from 0 and stay below the {num_layers} layers, got {segments}"
         )
-    return segments
+    kinds = [config.has_experts(layer) for layer in range(num_layers)]
+    changes = (i for i in range(1, num_layers) if kinds[i] != kinds[i - 1])
+    return tuple(sorted({*segments, *changes}))

@@ -19,9 +19,10 @@ import numpy as np
 from flax import nnx
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.kernels.product import product
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.attention import Window, attend, attend_where, size_of
+from jaxmoo.models.experts import Experts, Load
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.rope import Rope, angle_tables, frequencies
 
 __all__ = [
@@ -30,15 +31,12 @@ __all__ = [
     "Attention",
     "DecoderLayer",
     "LayerNorm",
-    "Linear",
     "Place",
     "RMSNorm",
     "make_norm",
     "rope_frequencies",
     "rope_tables",
 ]
-
-_normal = jax.nn.initializers.normal(0.02)
 
 
 class Place(NamedTuple):
@@ -96,32 +94,6 @@ def _rotate(x_BSNH: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
         a, b = jnp.split(x, 2, axis=-1)
         x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
     return (x if rest is None else jnp.concatenate([x, rest], -1)).astype(x_BSNH.dtype)
-
-
-class Linear(nnx.Module):
-    """x @ kernel (+ bias), computed in ``dtype``."""
-
-    def __init__(
-        self,
-        size_in: int,
-        size_out: int,
-        *,
-        stack: tuple[int, ...] = (),
-        bias: bool = False,
-        platform: str,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.platform = platform
-        self.dtype = dtype
-        self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map the last axis: ``[..., in] -> [..., out]``."""
-        y = product(x, self.kernel[...].astype(self.dtype), self.platform)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -331,6 +303,7 @@ class DecoderLayer(nnx.Module):
 
     Args:
       config: sizes.
+      experts: whether its MLP is a mixture of experts.
       stack: leading axis of every parameter: ``(n,)`` declares n layers at once, ``()`` one.
         A stack is storage; only a module without the axis can be called.
       attention: one of :data:`jaxmoo.models.attention.IMPLEMENTATIONS`.
@@ -344,6 +317,7 @@ class DecoderLayer(nnx.Module):
         self,
         config: DecoderConfig,
         *,
+        experts: bool = False,
         stack: tuple[int, ...] = (),
         attention: str = "xla",
         platform: str,
@@ -359,7 +333,8 @@ class DecoderLayer(nnx.Module):
             if name is not None:
                 setattr(self, name, make_norm(config, config.hidden_size, **kw))
         self.self_attn = Attention(config, attention=attention, platform=platform, rngs=rngs, **kw)
-        self.mlp = MLP(config, platform=platform, rngs=rngs, **kw)
+        mlp = Experts if experts else MLP
+        self.mlp = mlp(config, platform=platform, rngs=rngs, **kw)
 
     def __call__(
         self, h_BSD: jax.Array, place: Place, segment_ids: jax.Array | None = None
@@ -375,6 +350,28 @@ class DecoderLayer(nnx.Module):
           The residual stream after the layer, [B, S, D].
         """
         return self.finish(h_BSD, self.attend(h_BSD, place, segment_ids))
+
+    def with_load(
+        self,
+        h_BSD: jax.Array,
+        place: Place,
+        segment_ids: jax.Array | None,
+        counted_BS: jax.Array,
+    ) -> tuple[jax.Array, Load | None]:
+        """Apply one layer, and tell what is asked of its experts; None where it has none.
+
+        Args:
+          h_BSD: residual stream.
+          place: see a call.
+          segment_ids: see a call.
+          counted_BS: see :meth:`jaxmoo.models.experts.Experts.with_load`.
+        """
+        out_BSNH = self.attend(h_BSD, place, segment_ids)
+        if not isinstance(self.mlp, Experts):
+            return self.finish(h_BSD, out_BSNH), None
+        h_BSD, x_BSD = self.before_mlp(h_BSD, out_BSNH)
+        found_BSD, load = self.mlp.with_load(x_BSD, counted_BS)
+        return self.after_mlp(h_BSD, found_BSD), load
 
     def attend(
         self, h_BSD: jax.Array, place: Place, segment_ids: jax.Array | None = None

@@ -4,7 +4,8 @@ An adapted projection computes ``x W + b + s (x A) B`` with W and b frozen and a
 ``alpha / rank``, or ``alpha / sqrt(rank)`` if it is rank-stabilised. A [in, r] and B [r, out] are
 leaves like all others, stacked by layers and named after Hugging Face's PEFT:
 ``layers.3.self_attn.q_proj.lora_A.kernel``. What works on parameters by their paths (blocks, the
-engine, shardings, checkpoints) therefore works on adapters.
+engine, shardings, checkpoints) therefore works on adapters. Of a model with experts, attention
+alone is adapted.
 
 With weight decomposition (DoRA), ``x (W + s A B) m / norm + b``, where m [out] is trained, too
 (``lora_magnitude_vector``), and norm [out] is that of the columns of ``W + s A B``, which passes no
@@ -32,7 +33,7 @@ from jaxmoo.errors import ConfigError, did_you_mean, shown
 from jaxmoo.kernels.product import product
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import Linear
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import compile_regex, named_leaves, parameter_paths
 from jaxmoo.projections import PROJECTIONS
 
@@ -404,7 +405,9 @@ def initial_adapters(abstract: Any, seed: int, shardings: Any = None, *, frozen:
 
 def _projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:
     layer = model.layers[segment]
-    for parent in (layer.self_attn, layer.mlp):
+    # By the names of an MLP's projections PEFT means the experts, in layers without experts too.
+    mlp = () if model.config.num_experts else (layer.mlp,)
+    for parent in (layer.self_attn, *mlp):
         for name in PROJECTIONS:
             if isinstance(linear := getattr(parent, name, None), Linear):
                 yield parent, name, linear

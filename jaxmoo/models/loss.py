@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoo.engine import vocabulary
+from jaxmoo.engine.block import sum_over_examples
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.experts import Load
 
-__all__ = ["front_nll", "language_loss", "target_mask", "token_nll"]
+__all__ = [
+    "front_nll",
+    "language_loss",
+    "router_loss",
+    "target_mask",
+    "token_nll",
+    "token_nll_and_router_loss",
+]
 
 
 def target_mask(batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -53,12 +62,71 @@ def token_nll(
     Raises:
       ConfigError: when S exceeds the model's longest sequence.
     """
+    return _nll_and_loads(model, batch, chunk, None)[0]
+
+
+def token_nll_and_router_loss(
+    model: Decoder, batch: Mapping[str, jax.Array], *, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Compute `token_nll`, and this device's part of the language's `router_loss`.
+
+    The tokens that count are those up to a row's last target: all that its targets depend on.
+
+    Args:
+      model: the decoder, with experts.
+      batch: see `token_nll`.
+      chunk: see `token_nll`.
+
+    Returns:
+      float32 [B, S] and a scalar. Added up over the devices that hold a language's examples, within
+      :func:`jaxmoo.resolved_value_and_grad`, the scalars are the loss of all its tokens.
+
+    Raises:
+      ConfigError: when S exceeds the model's longest sequence.
+    """
+    counted = jax.lax.cummax(target_mask(batch).astype(jnp.int32), axis=1, reverse=True) > 0
+    nll, loads = _nll_and_loads(model, batch, chunk, counted)
+    return nll, router_loss(loads)
+
+
+def router_loss(loads: Sequence[Load]) -> jax.Array:
+    """How unevenly tokens are spread over the experts.
+
+    It is E times the sum over the experts of the share of tokens that read one and of the router's
+    mean probability for it, over all layers with experts. It is k, the number of experts that a
+    token reads, where all experts are read alike. The shares have no gradient, the probabilities
+    have.
+
+    Fedus et al., *Switch Transformers*, `arXiv:2101.03961 <https://arxiv.org/abs/2101.03961>`_,
+    equations 4 to 6.
+
+    Args:
+      loads: what is asked of the experts, of stacks of layers.
+
+    Returns:
+      A scalar; within :func:`jaxmoo.resolved_value_and_grad` this device's part of it.
+    """
+    chosen_E = jnp.concatenate([load.chosen_E for load in loads]).sum(0)
+    probability_E = jnp.concatenate([load.probability_E for load in loads]).sum(0)
+    tokens = jnp.concatenate([load.tokens for load in loads]).sum()
+    chosen_E, tokens = sum_over_examples((chosen_E, tokens))
+    tokens = jnp.maximum(tokens, 1)
+    return len(chosen_E) * jnp.vdot(chosen_E / tokens, probability_E / tokens)
+
+
+def _nll_and_loads(
+    model: Decoder, batch: Mapping[str, jax.Array], chunk: int | None, counted: jax.Array | None
+) -> tuple[jax.Array, list[Load]]:
     tokens = batch["tokens"]
-    h_BSD, residuals = model.hidden_and_residuals(
-        tokens, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
+    h_BSD, residuals, loads = model.hidden_and_loads(
+        tokens,
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        counted=counted,
     )
     targets = jnp.where(target_mask(batch), tokens, -1)[:, 1:]
-    return jnp.pad(front_nll(model, h_BSD[:, :-1], targets, chunk, residuals), ((0, 0), (1, 0)))
+    nll = front_nll(model, h_BSD[:, :-1], targets, chunk, residuals)
+    return jnp.pad(nll, ((0, 0), (1, 0))), loads
 
 
 def front_nll(
@@ -102,7 +170,11 @@ def front_nll(
 
 
 def language_loss(
-    model: Decoder, batch: Mapping[str, jax.Array], *, chunk: int | None = None
+    model: Decoder,
+    batch: Mapping[str, jax.Array],
+    *,
+    chunk: int | None = None,
+    router_coef: float = 0.0,
 ) -> jax.Array:
     """Mean negative log-likelihood per target token over one language's whole batch.
 
@@ -110,8 +182,14 @@ def language_loss(
       model: the decoder.
       batch: see `token_nll`.
       chunk: see `token_nll`.
+      router_coef: how much of the `router_loss` of the language's tokens is added.
 
     Returns:
       float32 scalar in nats; 0 when the batch has no target.
     """
-    return token_nll(model, batch, chunk=chunk).sum() / jnp.maximum(target_mask(batch).sum(), 1)
+    if router_coef == 0:
+        nll, router = token_nll(model, batch, chunk=chunk), None
+    else:
+        nll, router = token_nll_and_router_loss(model, batch, chunk=chunk)
+    loss = nll.sum() / jnp.maximum(target_mask(batch).sum(), 1)
+    return loss if router is None else loss + router_coef * router

@@ -1,11 +1,13 @@
 """Parameters by name: which layers a regular expression means, and how to split them off.
 
 The *logical path* of a parameter has the true number of its layer, whatever the model's segments:
-``layers.25.mlp.up_proj.kernel``. Users' expressions are searched for in logical paths.
+``layers.25.mlp.up_proj.kernel``; of a mixture of experts, also the expert's:
+``layers.25.mlp.experts.7.up_proj.kernel``. Users' expressions are searched for in logical paths.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +24,16 @@ __all__ = [
     "compile_regex",
     "logical_paths",
     "named_leaves",
+    "parameter_counts",
     "parameter_paths",
     "segments_for",
+    "stacked_axes",
     "trainable_filter",
 ]
 
 # Layers are stacked by segment; a segment carries the number of its first layer.
 STACKED = r"^layers\.(\d+)\."
+_EXPERTS = "experts"  # below which an axis of every leaf numbers the experts
 
 
 def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:
@@ -36,21 +41,39 @@ def logical_paths(path: Sequence[Any], shape: Sequence[int]) -> list[str]:
 
     Args:
       path: the leaf's path in the NNX state.
-      shape: the leaf's shape; a stack of n layers holds n parameters.
+      shape: the leaf's shape; a stack of n layers holds n parameters, or n times E of E experts.
 
     Returns:
-      Dotted names, one per layer of a stack, else one.
+      Dotted names, one per layer of a stack and expert, in the order of the leaf's first axes.
 
     Example:
       >>> logical_paths(("layers", "22", "mlp", "up_proj", "kernel"), (2, 16, 32))
       ['layers.22.mlp.up_proj.kernel', 'layers.23.mlp.up_proj.kernel']
+      >>> logical_paths(("layers", "0", "mlp", "experts", "up_proj", "kernel"), (1, 2, 16, 32))
+      ['layers.0.mlp.experts.0.up_proj.kernel', 'layers.0.mlp.experts.1.up_proj.kernel']
       >>> logical_paths(("norm", "scale"), (16,))
       ['norm.scale']
     """
     if path[0] != "layers":
         return [".".join(map(str, path))]
-    first, rest = int(path[1]), ".".join(map(str, path[2:]))
-    return [f"layers.{first + i}.{rest}" for i in range(shape[0])]
+    rest = [".".join(map(str, path[2:]))]
+    if _EXPERTS in path:
+        before, after = rest[0].split(f"{_EXPERTS}.")
+        rest = [f"{before}{_EXPERTS}.{e}.{after}" for e in range(shape[1])]
+    return [f"layers.{int(path[1]) + i}.{name}" for i in range(shape[0]) for name in rest]
+
+
+def stacked_axes(path: Sequence[Any]) -> int:
+    """How many of a leaf's first axes number the parameters in it: layers, and their experts.
+
+    Args:
+      path: the leaf's path in the NNX state.
+
+    Example:
+      >>> stacked_axes(("norm", "scale")), stacked_axes(("layers", "22", "mlp", "gate", "kernel"))
+      (0, 1)
+    """
+    return (path[0] == "layers") * (1 + (_EXPERTS in path))
 
 
 def named_leaves(state: nnx.State) -> list[tuple[tuple[str, ...], Any]]:
@@ -76,6 +99,25 @@ def parameter_paths(config: DecoderConfig) -> list[str]:
         for path, leaf in named_leaves(nnx.state(Decoder.abstract(config)))
         for name in logical_paths(path, leaf.shape)
     ]
+
+
+def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
+    """Count the parameters of a model: all of them, and those that are read for one token.
+
+    They differ by the experts that do not read it. Of the embedding all is counted.
+
+    Example:
+      >>> from jaxmoo.models.presets import preset
+      >>> [round(count / 1e9, 1) for count in parameter_counts(preset("Mixtral-8x7B"))]
+      [46.7, 12.9]
+    """
+    total = unread = 0
+    for path, leaf in named_leaves(nnx.state(Decoder.abstract(config))):
+        size = math.prod(leaf.shape)
+        total += size
+        if stacked_axes(path) == 2:
+            unread += size - size // config.num_experts * config.num_experts_per_tok
+    return total, total - unread
 
 
 def segments_for(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
@@ -151,9 +193,14 @@ def trainable_filter(pattern: str) -> Callable[[tuple[Any, ...], Any], bool]:
         matches = [bool(regex.search(name)) for name in names]
         if any(matches) and not all(matches):
             raise ConfigError(
-                f"{pattern!r} matches {sum(matches)} of the {len(names)} layers stacked in "
-                f"{'.'.join(map(str, path))}; build the model with "
-                "segments=segments_for(config, pattern)"
+                f"{pattern!r} matches {sum(matches)} of the {len(names)} "
+                f"{'experts' if _EXPERTS in path else 'layers'} stacked in "
+                f"{'.'.join(map(str, path))}; "
+                + (
+                    "the experts of a layer are trained together, or not at all"
+                    if _EXPERTS in path
+                    else "build the model with segments=segments_for(config, pattern)"
+                )
             )
         return all(matches)
 

@@ -31,8 +31,8 @@ def preset(name: str) -> DecoderConfig:
       ...
       jaxmoo.errors.ConfigError: there is no preset 'qwen3-9b'. Did you mean 'Qwen3-8B'? There are \
 Apertus-8B, Aya-Expanse-8B, EuroLLM-1.7B, EuroLLM-9B, Gemma-3-4B, Llama-3.1-8B, Llama-3.2-1B, \
-Llama-3.2-3B, Meta-Llama-3-8B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-4B, Qwen3-8B, Salamandra-2B, \
-Salamandra-7B, SmolLM2-135M
+Llama-3.2-3B, Meta-Llama-3-8B, Mixtral-8x7B, Qwen3-0.6B, Qwen3-1.7B, Qwen3-30B-A3B, Qwen3-4B, \
+Qwen3-8B, Salamandra-2B, Salamandra-7B, SmolLM2-135M
     """
     wanted = name.rpartition("/")[2].lower()
     for known, config in PRESETS.items():
@@ -154,8 +154,37 @@ PRESETS: Mapping[str, DecoderConfig] = MappingProxyType(
         "Llama-3.2-1B": _llama_3_2(2048, 16, 32, 64),
         "Llama-3.2-3B": _llama_3_2(3072, 28, 24, 128),
         "Meta-Llama-3-8B": _llama_3(),
+        "Mixtral-8x7B": DecoderConfig.from_hf(
+            {
+                "model_type": "mixtral",
+                "vocab_size": 32000,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 32768,
+            }
+        ),
         "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
         "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+        "Qwen3-30B-A3B": DecoderConfig.from_hf(
+            {
+                "model_type": "qwen3_moe",
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "max_position_embeddings": 40960,
+                "rope_theta": 1e6,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": True,
+            }
+        ),
         "Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
         "Qwen3-8B": _qwen3(4096, 12288, 36, 32, tied=False),
         "Salamandra-2B": _european(256000, 8192, 2048, 5440, 24, kv_heads=16),

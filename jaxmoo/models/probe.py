@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.experts import Experts
 from jaxmoo.models.layers import DecoderLayer, Place
 from jaxmoo.models.loop import over_layers
 
@@ -35,7 +36,8 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
     Returns:
       The residual stream averaged over the tokens that count, before the first layer and after
       each (without the final norm), and the number of these tokens in which a neuron is active:
-      the MLP's activation is above 0, for SiLU where the gate is.
+      the MLP's activation is above 0, for SiLU where the gate is. Of a model with experts, no
+      neurons.
 
     Example:
       >>> from flax import nnx
@@ -57,10 +59,15 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
             "bsd,bs->bd", h_BSD.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST
         )
 
+    def active(layer: DecoderLayer, x_BSD: jax.Array) -> jax.Array:
+        if model.config.num_experts or isinstance(layer.mlp, Experts):
+            return jnp.zeros((*mask.shape, 0), bool)
+        return layer.mlp.active(x_BSD) & mask[..., None]
+
     def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, Any]:
         out = layer.attend(h_BSD, place)
         h_BSD, x_BSD = layer.before_mlp(h_BSD, out)
-        gates = layer.mlp.active(x_BSD) & mask[..., None]
+        gates = active(layer, x_BSD)
         h_BSD = layer.after_mlp(h_BSD, layer.mlp(x_BSD))
         return h_BSD, (pool(h_BSD), gates.sum(1, dtype=jnp.int32))
 

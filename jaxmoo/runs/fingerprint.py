@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from jaxmoo.models import Decoder, logical_paths, named_leaves
+from jaxmoo.models.paths import stacked_axes
 
 __all__ = ["fingerprint"]
 
@@ -35,21 +36,21 @@ def fingerprint(
       16 hexadecimal digits.
     """
     leaves = named_leaves(params if isinstance(params, nnx.State) else nnx.state(params))
-    stacked = tuple(path[0] == "layers" for path, _ in leaves)
+    stacked = tuple(stacked_axes(path) for path, _ in leaves)
     dtypes = tuple(jnp.dtype(dtype or x.dtype) for _, x in leaves)
     checksums = _all_checksums(dtypes, stacked, everywhere)
     found = jax.device_get(checksums([x for _, x in leaves]))
     lines = [
         f"{name} {dtype.name} {number}"
         for (path, x), dtype, numbers in zip(leaves, dtypes, found, strict=True)
-        for name, number in zip(logical_paths(path, x.shape), np.atleast_1d(numbers), strict=True)
+        for name, number in zip(logical_paths(path, x.shape), np.ravel(numbers), strict=True)
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _all_checksums(
-    dtypes: tuple[Any, ...], stacked: tuple[bool, ...], everywhere: Sharding | None
+    dtypes: tuple[Any, ...], stacked: tuple[int, ...], everywhere: Sharding | None
 ) -> Callable[[list[jax.Array]], list[jax.Array]]:
     """One program for all models alike."""
 
@@ -59,12 +60,12 @@ def _all_checksums(
     return jax.jit(checksums, out_shardings=everywhere)
 
 
-def _checksums(x: Any, stacked: bool) -> jax.Array:
-    """A sum of mixed bits per layer of a stack; integers wrap around, so order is no matter."""
+def _checksums(x: Any, stacked: int) -> jax.Array:
+    """A sum of mixed bits per parameter of a stack; integers wrap around, so order is no matter."""
     # Of 64 bits it makes two numbers, along another axis.
     kind = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
     x = jax.lax.bitcast_convert_type(x, kind)
-    bits, axes = x.astype(jnp.uint32), tuple(range(int(stacked), x.ndim))
+    bits, axes = x.astype(jnp.uint32), tuple(range(stacked, x.ndim))
     place = jnp.zeros((), jnp.uint32)
     for axis in axes:
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_OF_AN_MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
 def run_segments(config: Config, architecture: DecoderConfig) -> tuple[int, ...]:
     """Choose the segments of a run's decoder, which part what is trained from what is not.
 
@@ -69,6 +72,17 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             f"data.sequence_length is {length}, but {config.model.source} reads at most {longest} "
             "tokens."
         )
+    trains_experts = architecture.num_experts > 0 and config.lora.rank is None
+    if config.resolve.blocks == "expert" and not trains_experts:
+        why = "has no experts" if not architecture.num_experts else "has experts, but adapters none"
+        raise ConfigError(
+            f"resolve.blocks is 'expert': {config.model.source} {why}. Use 'layer' blocks."
+        )
+    if config.train.router_aux_loss_coef and not architecture.num_experts:
+        raise ConfigError(
+            f"train.router_aux_loss_coef is {config.train.router_aux_loss_coef:g}, but "
+            f"{config.model.source} has no experts. Leave it out."
+        )
     largest = max(architecture.hidden_size, architecture.intermediate_size)
     lora = config.lora
     if lora.rank is None:
@@ -86,6 +100,13 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     lora, source = config.lora, config.model.source
     every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
+    inside = sorted(named & _OF_AN_MLP)
+    if inside and architecture.num_experts:
+        raise ConfigError(
+            f"lora: {source} has experts, whose {', '.join(inside)} get no adapters. Adapt "
+            f"{', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)} (the default adapts "
+            "these), or train the experts themselves, without lora.rank."
+        )
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
     if not config.export or lora.export == "merged":

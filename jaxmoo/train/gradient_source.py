@@ -18,8 +18,15 @@ from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import Blocks, Partition, path_string
 from jaxmoo.config import Config, ResolveConfig, SamplingConfig
 from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
+from jaxmoo.engine.block import sum_over_examples
 from jaxmoo.errors import ConfigError
-from jaxmoo.models import Decoder, language_loss, target_mask, token_nll
+from jaxmoo.models import (
+    Decoder,
+    language_loss,
+    target_mask,
+    token_nll,
+    token_nll_and_router_loss,
+)
 from jaxmoo.models.paths import STACKED
 from jaxmoo.stacked import stacked_value_and_grad
 from jaxmoo.transform import resolve_conflicts
@@ -85,7 +92,7 @@ def block_rule(config: Config, params: Any, device_mesh: Mesh) -> str | Blocks:
         (path_string(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)
     ]
     tables = [shape for path, shape in leaves if re.search(_TABLES, path)]
-    if not tables or not (shard or kind in ("layer", "module", "leaf")):
+    if not tables or not (shard or kind in ("layer", "module", "expert", "leaf")):
         return kind
     slices = config.resolve.vocabulary_slices
     if slices is None:
@@ -189,8 +196,19 @@ def _backward(
     common: dict[str, Any],
 ) -> GradientSource:
     model, resolution = config.model, config.resolve
+
+    def summed(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        decoder = merge(params, frozen)
+        coef = _router_coef(config, decoder)
+        if coef == 0:
+            return _scaled(batch, token_nll(decoder, batch)).sum()
+        nll, router = token_nll_and_router_loss(decoder, batch)
+        # Divided by the language's target tokens, as the sum is.
+        router = coef * sum_over_examples(target_mask(batch).sum()) * router
+        return _scaled(batch, nll).sum() + router * _scale(batch)
+
     engine = resolved_value_and_grad(
-        lambda params, frozen, batch: _scaled(batch, token_nll(merge(params, frozen), batch)).sum(),
+        summed,
         params,
         frozen=frozen,
         weight_fn=lambda batch: target_mask(batch).sum(),
@@ -217,6 +235,17 @@ def engine_source(engine: ResolvedGradients) -> GradientSource:
 
 
 SCALE = "loss_scale"
+
+
+def _router_coef(config: Config, model: Decoder) -> float:
+    """How much of the router's loss is added to every language's."""
+    coef = config.train.router_aux_loss_coef
+    return model.config.router_aux_loss_coef if coef is None else coef
+
+
+def _scale(batch: Any) -> jax.Array | float:
+    """What a language's loss is multiplied by, the same for all of its rows."""
+    return batch[SCALE][0] if SCALE in batch else 1.0
 
 
 def _scaled(batch: Any, nll: jax.Array) -> jax.Array:
@@ -373,11 +402,12 @@ def _stacked(
     per_parameter = mesh.parameter_shardings(device_mesh, params, stacked=STACKED)
 
     def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
-        value_and_grad = stacked_value_and_grad(
-            lambda params, one: (
-                language_loss(merge(params, frozen), one) * (one[SCALE][0] if SCALE in one else 1.0)
-            )
-        )
+        def loss(params: Any, one: Any) -> jax.Array:
+            decoder = merge(params, frozen)
+            coef = _router_coef(config, decoder)
+            return language_loss(decoder, one, router_coef=coef) * _scale(one)
+
+        value_and_grad = stacked_value_and_grad(loss)
         losses, gradients = value_and_grad(params, batch)
         gradients = jax.lax.with_sharding_constraint(gradients, per_language)
         present, finite = jax.vmap(target_mask)(batch).any((1, 2)), jnp.isfinite(losses)

@@ -57,6 +57,7 @@ class Plan:
       late: paths and bytes of parameters whose blocks are resolved after the backward pass.
       compile_seconds: how long the compiler took.
       attention: the implementation of attention.
+      parameters: of the model, and how many of these are read for one token.
       chip: what only the chip's own program tells; None for virtual CPUs.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     late: dict[str, int]
     compile_seconds: float
     attention: str = "xla"
+    parameters: tuple[int, int] = (0, 0)
     chip: ChipPlan | None = None
 
     def advice(self, device_memory: int) -> str:
@@ -95,6 +97,9 @@ class Plan:
         shape = " x ".join(f"{name} {size}" for name, size in self.axes.items())
         what = "devices" if self.chip is None else f"chips, {self.chip.place}"
         lines = [f"{math.prod(self.axes.values())} {what} ({shape}), {self.blocks} blocks"]
+        total, read = self.parameters
+        if read < total:
+            lines.append(f"{total:,} parameters, of which {read:,} are read for one token")
         others = {} if against is None else against._sections()
         for title, section in self._sections().items():
             lines += ["", _rows(title, section, others.get(title, {}), beside=against is not None)]

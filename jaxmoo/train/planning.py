@@ -26,7 +26,7 @@ from jaxmoo.engine.jaxprs import inner_jaxprs
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.models import Decoder, DecoderConfig
-from jaxmoo.models.paths import STACKED, named_leaves
+from jaxmoo.models.paths import STACKED, named_leaves, parameter_counts
 from jaxmoo.models.presets import preset
 from jaxmoo.platforms import platform_of
 from jaxmoo.runs.trained_parameters import check_model, run_segments, split_model
@@ -141,6 +141,7 @@ def plan(
         late=late,
         compile_seconds=seconds,
         attention=step.attention,
+        parameters=parameter_counts(architecture),
         chip=chip,
     )
 

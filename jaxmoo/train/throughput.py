@@ -2,9 +2,10 @@
 
 *Model FLOPs* are those a step needs by its mathematics, whoever computes it: two per weight and
 token in the forward pass; in the backward pass two more for the gradient with respect to the
-activations, from the first trained layer on, and two more for every trained weight. Attention adds
-4 S H per token, layer and direction, for S positions and H = heads times head width, halved because
-it is causal, and less by what a window leaves out; its backward pass needs twice its forward pass.
+activations, from the first trained layer on, and two more for every trained weight. Of a mixture of
+experts, those weights count that a token reads. Attention adds 4 S H per token, layer and
+direction, for S positions and H = heads times head width, halved because it is causal, and less by
+what a window leaves out; its backward pass needs twice its forward pass.
 What is computed twice to save memory, the resolution of conflicts and the optimiser do not count,
 and neither do the embedding's lookup, norms and elementwise operations. Every position of a batch
 counts, padding too.
@@ -105,9 +106,12 @@ def model_flops(
                 continue
             begin, count = int(path[1]), leaf.shape[0]
             first = min(first, begin) if learns else first
-            if len(leaf.shape) == 3:  # a stack of matrices
-                weights[begin : begin + count] += math.prod(leaf.shape[1:])
-                trained[begin : begin + count] += learns * math.prod(leaf.shape[1:])
+            size = math.prod(leaf.shape[1:])
+            if len(leaf.shape) == 4:  # of the experts, a token reads some
+                size = size // architecture.num_experts * architecture.num_experts_per_tok
+            if len(leaf.shape) >= 3:  # a stack of matrices
+                weights[begin : begin + count] += size
+                trained[begin : begin + count] += learns * size
     forward = 2 * (weights.sum() + head)
     backward = 2 * (weights[first:].sum() + passed) + 2 * (trained.sum() + head_trained)
     seen = np.array([_seen(kind.window, length) for kind in architecture.kinds])

@@ -109,6 +109,13 @@ def one_absent(batch: Any) -> Any:
     return batch | {"mask": batch["mask"].at[2].set(False)}
 
 
+def by_hand(batch: Any) -> Any:
+    """Objective k sends tokens to expert k modulo 4 and the next, and never to the others."""
+    own, shape = np.arange(8)[:, None, None], batch["tokens"].shape
+    expert = np.random.default_rng(0).integers(0, 2, shape)
+    return batch | {"expert": jnp.asarray((own + expert) % 4)}
+
+
 def outside_of_blocks(params: Any) -> tuple[Any, Any]:
     """A mask, a map, penalties; "layers.mix" is read in blocks only."""
     layers, head = params["layers"], jax.tree.map(jnp.tanh, params["head"])
@@ -195,6 +202,13 @@ CASES = {
         },
     ),
     "sketched, shard": Case(blocks="shard", options={"gram": "sketch:30"}, steps=1),
+    "expert, sent by hand": Case(
+        toy=Toy(layers=2, experts=4),
+        blocks="expert",
+        aggregator=("mean", "mgda", "cagrad", "pcgrad", "upgrad"),
+        change=by_hand,
+        steps=1,
+    ),
     "read outside of blocks": Case(toy=Toy(before=outside_of_blocks), aggregator="pcgrad", steps=1),
 }
 
@@ -214,6 +228,7 @@ RUNS = {
         "separate layers",
     ],
     "2x2": [
+        "expert, sent by hand",
         "layer, with preference and norm",
         "shard",
         "tied in a loop, three objectives",
@@ -223,6 +238,7 @@ RUNS = {
     ],
     "8x1": ["accumulated", "leaf, tied and shared", "a rule for each part, nine objectives"],
     "4x2": [
+        "expert, sent by hand",
         "bytes within layers, tied, five objectives",
         "a function, stack in a loop, not finite",
         "sketched, nine objectives, not finite, with preference and norm",

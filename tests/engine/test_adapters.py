@@ -21,7 +21,7 @@ from jaxmoo.models import (
     token_nll,
     trainable_filter,
 )
-from jaxmoo.models.layers import Linear
+from jaxmoo.models.linear import Linear
 from jaxmoo.models.lora import ADAPTERS, AdaptedLinear
 
 STACKED = r"^layers\.(\d+)\."

@@ -12,12 +12,14 @@ from flax import nnx
 
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
+from jaxmoo.engine.block import sum_over_examples
 from jaxmoo.models import (
     Decoder,
     DecoderConfig,
     language_loss,
     target_mask,
     token_nll,
+    token_nll_and_router_loss,
 )
 from jaxmoo.models.attention import cudnn, plain
 from jaxmoo.models.families import LayerKind
@@ -61,11 +63,18 @@ COHERE = {
     "residual_multiplier": 0.7,
     "logit_scale": 0.4,
 }
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "router_aux_loss_coef": 0.3,
+}
 CONFIGS = {
     True: {"tie_word_embeddings": True},
     False: {},
     "gemma": GEMMA,
     "cohere": COHERE,
+    "experts": EXPERTS,
     "cohere, tied": COHERE | {"tie_word_embeddings": True},
 }
 
@@ -95,6 +104,7 @@ def batch():
 
 
 SLICED = choose({r"embedding$": "slices:4", ".*": "layer"})
+SINGLE = choose({r"embedding$": "slices:4", ".*": "expert"})
 CASES = {  # whether tied, or whose; blocks, aggregator, what is recomputed
     "tied, sliced": (True, SLICED, "cagrad", "full"),
     "untied, sliced, random numbers": (False, SLICED, "graddrop", "none"),
@@ -103,6 +113,7 @@ CASES = {  # whether tied, or whose; blocks, aggregator, what is recomputed
     "untied, sliced, one at a time": (False, SLICED, "mgda", "none"),
     "gemma": ("gemma", SLICED, "cagrad", "full"),
     "cohere": ("cohere", SLICED, "mgda", "dots"),
+    "experts": ("experts", SINGLE, "mgda", "full"),
     "cohere, tied, one at a time": ("cohere, tied", SLICED, "cagrad", "full"),
 }
 
@@ -115,8 +126,17 @@ def found(case, device_mesh, implementation="xla"):
     """Losses, update and weights that the engine gives on a mesh."""
     tied, blocks, aggregator, remat = CASES[case]
     graph, params = graph_of(tied, remat, implementation), params_of(tied)
+
+    def loss(p, b):
+        model = nnx.merge(graph, p)
+        coef = model.config.router_aux_loss_coef
+        if coef == 0:
+            return token_nll(model, b).sum()
+        nll, router = token_nll_and_router_loss(model, b)
+        return nll.sum() + coef * sum_over_examples(target_mask(b).sum()) * router
+
     engine = resolved_value_and_grad(
-        lambda p, b: token_nll(nnx.merge(graph, p), b).sum(),
+        loss,
         params,
         num_objectives=LANGUAGES,
         weight_fn=lambda b: target_mask(b).sum(),
@@ -144,8 +164,9 @@ def wanted(case):
 
     @jax.jit
     def oracle(params, batch):
+        coef = config(tied).router_aux_loss_coef
         losses, stacked = stacked_value_and_grad(
-            lambda p, b: language_loss(nnx.merge(graph, p), b)
+            lambda p, b: language_loss(nnx.merge(graph, p), b, router_coef=coef)
         )(params, batch)
         active = jnp.ones(LANGUAGES, bool)
         update, state = resolver.update(stacked, resolver.init(params), active=active)
@@ -204,6 +225,7 @@ def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
         ("untied, sliced, random numbers", "tensor"),
         ("untied, sliced, one at a time", "data"),
         ("gemma", "data"),
+        ("experts", "data"),
         ("cohere", "tensor"),
     ],
 )

@@ -33,6 +33,7 @@ class Toy:
       layers: their number.
       tied: whether the table that embeds tokens also scores them.
       shared: whether all layers share one more weight.
+      experts: how many experts a layer has; a batch says which of them reads a token, "expert".
       form: "scan" or "loop" over stacked layers, or a "list" of separate ones.
       before: what is done with the parameters outside of blocks: to other parameters, and a
         penalty per example.
@@ -41,6 +42,7 @@ class Toy:
     layers: int = 3
     tied: bool = False
     shared: bool = False
+    experts: int = 0
     form: str = "scan"
     before: Callable[[Any], tuple[Any, Any]] = lambda params: (params, 0)
 
@@ -60,6 +62,8 @@ class Toy:
             "mix": {"kernel": normal(n, D, D, scale=0.6 / n)},
             "mlp": {"gate": normal(n, 3, H), "up": normal(n, D, 3), "bias": normal(n, 5)},
         }
+        if self.experts:
+            layers["experts"] = {"kernel": normal(n, self.experts, D, D, scale=0.6 / n)}
         if self.form == "list":
             layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(n)]
         params = {"embed": {"embedding": normal(V, D, scale=1.0)}, "layers": layers}
@@ -78,7 +82,7 @@ class Toy:
         if self.form == "scan":
 
             def body(h: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-                return step((layer, params.get("shared")), h), None
+                return step((layer, params.get("shared")), h, batch.get("expert")), None
 
             h, _ = jax.lax.scan(body, h, params["layers"])
         else:
@@ -105,19 +109,21 @@ class Toy:
         return jax.jit(jaxmoo.stacked_value_and_grad(self.mean_loss))
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.tied, self.shared, self.form, self.before))
+        return hash((self.layers, self.tied, self.shared, self.experts, self.form, self.before))
 
 
 def _lookup(params: Any, tokens: jax.Array) -> jax.Array:
     return params["embedding"][tokens].astype(jnp.float32)
 
 
-def _layer(params: Any, h: jax.Array) -> jax.Array:
+def _layer(params: Any, h: jax.Array, expert: jax.Array | None = None) -> jax.Array:
     layer, shared = params
     kernel, mlp = layer["mix"]["kernel"], layer["mlp"]
     h = h + jnp.tanh(h @ kernel)
     h = h + (jnp.tanh(h @ mlp["up"]) @ mlp["gate"]) @ jnp.eye(H, D)
     h = h.at[..., : mlp["bias"].shape[0]].add(mlp["bias"])
+    if expert is not None:
+        h = h + jnp.tanh(jnp.einsum("bsi,bsio->bso", h, layer["experts"]["kernel"][expert]))
     return h if shared is None else h + jnp.tanh(h @ shared["kernel"])
 
 

@@ -56,6 +56,8 @@ def test_the_newer_spelling_wins_where_both_are_present():
 
 GEMMA3 = {"model_type": "gemma3_text", "head_dim": 8}
 PHI3 = {"model_type": "phi3"}
+MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 4, "num_local_experts": 4}
+MOE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
 LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 2.0}
 
 
@@ -78,11 +80,28 @@ LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor
             16,
         ),
         ({"model_type": "llama", "sliding_window": 16}, None),
+        ({"model_type": "mixtral"}, None),
+        ({"model_type": "qwen3_moe", "sliding_window": 16}, None),
+        ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 16}, 16),
     ],
 )
 def test_the_window_is_that_of_transformers(change, window):
     config = DecoderConfig.from_hf(LLAMA | {"num_key_value_heads": 4} | change)
     assert config.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": [0, 3]}, (0, 3)),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (0, 1, 2)),
+    ],
+)
+def test_layers_without_experts_are_those_of_transformers(change, dense):
+    config = DecoderConfig.from_hf(LLAMA | MOE | {"num_hidden_layers": 4} | change)
+    assert config.dense_layers == dense
 
 
 FULL, NEAR = "full_attention", "sliding_attention"
@@ -241,6 +260,17 @@ def test_of_gemma_3_with_images_the_whole_says_whether_the_head_is_the_embedding
         ({"model_type": "apertus", "hidden_act": "gelu"}, "hidden_act='gelu'"),
         (PHI3 | {"rope_scaling": {"type": "longrope"}}, "needs short_factor, long_factor"),
         (PHI3 | {"rope_scaling": LONG}, "one for each of the 4 pairs of a head, got 1"),
+        (
+            MIXTRAL | {"num_experts_per_tok": 5},
+            r"num_experts_per_tok \(5\) must be at most num_exp",
+        ),
+        (MIXTRAL | {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        (MIXTRAL | {"num_local_experts": 0}, "num_experts must be a positive integer, got 0"),
+        (MIXTRAL | {"router_aux_loss_coef": -1}, "router_aux_loss_coef must be a finite number"),
+        (MOE | {"mlp_only_layers": [-1]}, r"mlp_only_layers must be a list of layers, got \[-1\]"),
+        (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
+        (MOE | {"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
+        (MOE | {"moe_intermediate_size": "24"}, "moe_intermediate_size must be a positive int"),
         ({"vocab_size": None, "hidden_size": None}, "lacks vocab_size, hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer, got -1"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),

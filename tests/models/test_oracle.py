@@ -68,7 +68,8 @@ def oracle_results(model, tokens: np.ndarray, mask: np.ndarray, texts: list[Text
         )
     loss = torch.cat(nll).mean()
     loss.backward()
-    gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    gradients = {n: g.numpy() for n, g in tiny_models.in_files(model, gradients).items()}
     return Results(logits.numpy(), loss.item(), by_our_paths(model, gradients))
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxmoo.engine import cost
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
 from jaxmoo.models.families import LayerKind
+from jaxmoo.models.paths import parameter_counts
 from jaxmoo.models.rope import Rope
 from jaxmoo.train.throughput import model_flops, peak_flops
 
@@ -47,6 +48,19 @@ def test_they_equal_the_products_of_a_traced_step(pattern):
     whole_square = model_flops(CONFIG, params, frozen, ROWS * LENGTH, 2 * LENGTH)
     assert whole_square == pytest.approx(counted, rel=0.01)
     assert formula < whole_square
+
+
+def test_of_experts_those_count_that_read_a_token():
+    """Two of eight, half as wide as an MLP: the work of that MLP, and of the router."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    mixed = dataclasses.replace(CONFIG, **experts)
+    dense, found = (
+        model_flops(c, nnx.state(Decoder.abstract(c)), nnx.State({}), ROWS * LENGTH, LENGTH)
+        for c in (CONFIG, mixed)
+    )
+    assert found - dense == 6 * ROWS * LENGTH * 4 * 16 * 8
+    total, read = parameter_counts(mixed)
+    assert total - read == 4 * 6 * 3 * 16 * 20  # layers, experts left out, their kernels
 
 
 def test_a_window_counts_only_what_it_lets_through():

@@ -182,6 +182,32 @@ def test_an_absent_objective_has_no_part(params, updates):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_of_an_expert_that_it_does_not_reach_an_objective_is_absent():
+    """The solve is that without it; one alone has its own gradient, and elsewhere all are there."""
+    rng = np.random.default_rng(0)
+    experts, rest = rng.normal(size=(K, 5, 3, 2)), rng.normal(size=(K, 4))
+    experts[1, :3], experts[:2, 3], experts[:, 4], rest[1] = 0, 0, 0, 0
+    updates = {"mlp": {"experts": {"up": jnp.asarray(experts)}}, "norm": jnp.asarray(rest)}
+    methods = {"experts.0": "mgda", "experts.1": "cagrad", "experts.2": "mean", ".*": "mean"}
+    tx = jaxmoo.resolve_conflicts(methods, "expert", num_objectives=K)
+    params = jax.tree.map(lambda x: x[0], updates)
+    found, state = compiled_update(tx, updates, params, active=jnp.ones(K, bool))
+    found = found["mlp"]["experts"]["up"]
+    for number, method in enumerate(("mgda", "cagrad", "mean")):
+        without = jaxmoo.aggregate(method, experts[[0, 2], number].reshape(2, -1))
+        np.testing.assert_allclose(found[number].ravel(), without, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[3], experts[2, 3], rtol=1e-6)
+    assert np.all(found[4] == 0) and np.all(np.isfinite(state.weights))
+    np.testing.assert_array_equal(state.weights[:3, 1], 0)
+    # In other blocks an objective without a gradient keeps its share.
+    np.testing.assert_allclose(state.weights[-1], [1 / K, 0, 1 / K], rtol=1e-6)
+
+
+def test_experts_are_blocks_where_there_are_any(params):
+    with pytest.raises(ConfigError, match=r"'experts' of their path, found none .* layer blocks"):
+        blocks.partition("expert", params, stacked=STACKED)
+
+
 def test_a_non_finite_objective_is_left_out_of_its_block_and_counted(params, updates):
     poisoned = jax.tree.map(lambda x: x, updates)
     poisoned["embed"] = replaced(updates["embed"], (1, 0, 0), np.nan)

@@ -1,0 +1,41 @@
+"""A linear map, the part that projections, routers and adapters are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmoo.kernels.product import product
+
+__all__ = ["Linear"]
+
+_normal = jax.nn.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), computed in ``dtype``."""
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        stack: tuple[int, ...] = (),
+        bias: bool = False,
+        platform: str,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.platform = platform
+        self.dtype = dtype
+        self.kernel = nnx.Param(_normal(rngs.params(), (*stack, size_in, size_out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, size_out), param_dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map the last axis: ``[..., in] -> [..., out]``."""
+        y = product(x, self.kernel[...].astype(self.dtype), self.platform)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
