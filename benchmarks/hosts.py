@@ -10,8 +10,9 @@ the first has kept. Prints Markdown: the wall time until all processes have thei
 time of all, and the peaks of their resident memory above what each has before it begins, the
 largest and the sum; all of them with the helpers that a process starts. Mapped files count as
 resident as far as they were looked at, though processes share them and the system frees them when
-memory is short. ``--checkout`` measures another checkout's package, one that keeps nothing,
-perhaps; ``--json`` keeps the numbers.
+memory is short. MB read are what a process itself has asked the system for (``rchar`` in
+``/proc/self/io``): files, and what its helpers tell it. ``--checkout`` measures another checkout's
+package, one that keeps nothing, perhaps; ``--json`` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def measure(count: int, folder: Path, cache: Path, checkout: Path) -> dict[str, 
         "CPU seconds": sum(one["cpu"] for one in found),
         "GB, most": max(one["peak"] for one in found) / 1e9,
         "GB, all": sum(one["peak"] for one in found) / 1e9,
+        "MB read, most": round(max(one["read"] for one in found) / 1e6),
+        "MB read, all": round(sum(one["read"] for one in found) / 1e6),
     }
 
 
@@ -152,6 +155,12 @@ def resident() -> int:
             continue
         total += int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return total
+
+
+def read_so_far() -> int:
+    """Bytes that this process has read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
 
 
 def one(address: str, number: str, count: str, folder: str, cache: str) -> None:
@@ -188,7 +197,7 @@ def one(address: str, number: str, count: str, folder: str, cache: str) -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    begin, cpu = time.time(), os.times()
+    begin, cpu, read = time.time(), os.times(), read_so_far()
     corpus = load_corpus(data, tokenizer, say=lambda line: print(line, file=sys.stderr))
     batches = LanguageBatches(corpus.train, LANGUAGES, 8, LENGTH, 0)
     rows: tuple[Any, ...] = ()
@@ -197,14 +206,14 @@ def one(address: str, number: str, count: str, folder: str, cache: str) -> None:
 
         rows = (local_rows(mesh, len(LANGUAGES), 8),)
     jax.block_until_ready(place(batches.batch(0, *rows), batch_sharding(mesh)))
-    end, spent = time.time(), os.times()
+    end, spent, read = time.time(), os.times(), read_so_far() - read
     done.set()
     watching.join()
     digest = hashlib.sha256()
     for _, array in sorted(batches.batch(0).items()):
         digest.update(np.ascontiguousarray(array).data)
     used = [a - b for a, b in zip(spent[:4], cpu[:4], strict=True)]
-    found = {"begin": begin, "end": end, "cpu": sum(used), "peak": peak - before}
+    found = {"begin": begin, "end": end, "cpu": sum(used), "peak": peak - before, "read": read}
     print(json.dumps(found | {"batch": digest.hexdigest()}), flush=True)
     multihost_utils.sync_global_devices("all are done")
 

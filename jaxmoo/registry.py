@@ -12,12 +12,12 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from jaxmoo.errors import ConfigError, did_you_mean
 
-__all__ = ["Registry", "imported", "is_path"]
+__all__ = ["Registry", "check_options", "imported", "is_path"]
 
 Made = TypeVar("Made")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -114,21 +114,43 @@ class Registry(Generic[Made]):
         return found
 
     def _make(self, factory: Callable[..., Made], name: str, options: dict[str, Any]) -> Made:
-        signature = inspect.signature(factory)
-        known = list(signature.parameters)
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        for option in options:
-            if option not in known and not takes_any:
-                raise ConfigError(
-                    f"Unknown option {option!r} of {self._kind} {name!r}."
-                    f"{did_you_mean(option, known)} "
-                    f"It takes {', '.join(known) if known else 'none'}."
-                )
-        try:
-            signature.bind(**options)
-        except TypeError as error:
-            raise ConfigError(f"{self._kind.capitalize()} {name!r}: {error}.") from error
+        check_options(factory, self._kind, name, options)
         return factory(**options)
+
+
+def check_options(
+    factory: Callable[..., Any], kind: str, name: str, options: Mapping[str, Any]
+) -> None:
+    """Raise unless a factory takes these options.
+
+    Args:
+      factory: a function or a class.
+      kind: what it makes, for messages.
+      name: its name.
+      options: what it is to be called with, by parameter.
+
+    Raises:
+      ConfigError: an option is unknown, or a required one is missing.
+
+    Example:
+      >>> check_options(lambda size=1: "a" * size, "text", "letters", {"size": 3})
+    """
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # of some that are written in C nobody knows
+        return
+    known = list(signature.parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for option in options:
+        if option not in known and not takes_any:
+            raise ConfigError(
+                f"Unknown option {option!r} of {kind} {name!r}.{did_you_mean(option, known)} "
+                f"It takes {', '.join(known) if known else 'none'}."
+            )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{kind.capitalize()} {name!r}: {error}.") from error
 
 
 def is_path(name: str) -> bool:

@@ -225,6 +225,7 @@ def _data(options: argparse.Namespace, config: DataConfig | None) -> DataConfig:
     changes = {
         "source": options.data,
         "sources": None if options.data is None else [],
+        "options": None if options.data is None else {},
         "codes": pairs("--codes", options.codes),
         "language_column": options.language_column,
         "subset": options.subset,

@@ -13,7 +13,8 @@ from typing import Any
 from jaxmoo.config.field_text import check_texts
 from jaxmoo.config.schema import MISSING, Range, setting
 from jaxmoo.config.several_sources import check_entry, with_entry
-from jaxmoo.errors import did_you_mean
+from jaxmoo.errors import ConfigError, did_you_mean
+from jaxmoo.registry import check_options, imported, is_path
 
 __all__ = [
     "ColumnsConfig",
@@ -92,15 +93,17 @@ class DataConfig:
         None,
         "Where the examples come from: `chatterbot` (built in), a file pattern such as "
         "`data/{language}.jsonl` (also .json, .parquet, .csv, and those of text as .gz or .zst), a "
-        "directory of such files, or the id of a data set on a Hugging Face hub. Either this or "
-        "`data.sources` must be given.",
+        "directory of such files, the id of a data set on a Hugging Face hub, or "
+        "`package.module:object`, one of your own: a function or class of `options`, or a source. "
+        "Either this or `data.sources` must be given.",
     )
+    options: dict[str, Any] = setting({}, "Options of a source of your own, such as `{seed: 7}`.")
     sources: list[dict[str, Any]] = setting(
         [],
         "Several sources instead of one: mappings with `source` and, where they differ from those "
-        "below, `columns`, `prompt`, `completion`, `system`, `codes`, `language_column`, `subset`, "
-        "`split`. `weight`, of all of them or of none, is a source's share of a language's "
-        "training examples; without, every example counts alike.",
+        "below, `options`, `columns`, `prompt`, `completion`, `system`, `codes`, "
+        "`language_column`, `subset`, `split`. `weight`, of all of them or of none, is a source's "
+        "share of a language's training examples; without, every example counts alike.",
     )
     held_out_source: Any = setting(
         None,
@@ -340,8 +343,29 @@ def _check_sources(data: DataConfig) -> list[str]:
                 "data.held_out_source names no source, and of data.sources there are several."
             )
     for name, one in zip(names, every, strict=False):
-        problems += _check_shape(name, one)
+        problems += _check_shape(name, one) + _check_own(name, one)
+    if data.options and not any(is_path(str(one.source)) for one in every):
+        problems.append(
+            "data.options are those of a source of your own, package.module:object; "
+            f"{data.named} takes none."
+        )
     return problems
+
+
+def _check_own(name: str, data: DataConfig) -> list[str]:
+    """What is wrong with what one source is imported from, if it is, before it is made."""
+    path = str(data.source)
+    if not is_path(path):
+        return []
+    try:
+        found = imported(path, "data source")
+        if callable(found):
+            check_options(found, "data source", path, data.options)
+        elif data.options:
+            return [f"{name}.options cannot change the ready-made data source {path!r}."]
+    except ConfigError as error:
+        return [f"{name}.source: {error}"]
+    return []
 
 
 def _check_shape(name: str, data: DataConfig) -> list[str]:

@@ -16,6 +16,7 @@ D = TypeVar("D")
 # What a source of several may have of its own, and what a value has to be.
 SOURCE_KEYS: Mapping[str, str] = {
     "source": "text",
+    "options": "options",
     "weight": "number",
     "columns": "mapping",
     "prompt": "texts",
@@ -39,7 +40,8 @@ def check_entry(name: str, entry: Mapping[str, Any], columns: list[str]) -> list
     Example:
       >>> check_entry("data.sources[0]", {"sorce": "a.jsonl"}, [])
       ["data.sources[0].sorce is not a setting. Did you mean 'source'? A source has the keys \
-source, weight, columns, prompt, completion, system, codes, language_column, subset, split."]
+source, options, weight, columns, prompt, completion, system, codes, language_column, subset, \
+split."]
     """
     problems = []
     for key, value in entry.items():
@@ -65,6 +67,7 @@ _WORDS = {
     "texts": "text, or a mapping of texts by language",
     "mapping": "a mapping to text",
     "number": "a number above 0",
+    "options": "a mapping",
 }
 
 
@@ -72,6 +75,8 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "number":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and 0 < value < math.inf
+    if kind == "options":
+        return isinstance(value, Mapping)
     if isinstance(value, str) and value:
         return kind in ("text", "texts")
     texts = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())

@@ -6,7 +6,12 @@ from jaxmoo.data.example import Example
 from jaxmoo.data.load import RunData, load_data, make_batches
 from jaxmoo.data.mixture import shares
 from jaxmoo.data.sources.reading import load_examples
-from jaxmoo.data.sources.records import Origin, RecordStream, SequenceStream
+from jaxmoo.data.sources.records import (
+    MissingLanguageError,
+    Origin,
+    RecordStream,
+    SequenceStream,
+)
 from jaxmoo.data.sources.source import Source, open_source
 from jaxmoo.data.split import deduplicate, split_examples
 from jaxmoo.data.table import text_table
@@ -17,6 +22,7 @@ __all__ = [
     "Example",
     "LanguageBatches",
     "LanguageReport",
+    "MissingLanguageError",
     "Origin",
     "RecordStream",
     "RunData",

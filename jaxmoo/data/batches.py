@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmoo.data.mixture import Mixture
 from jaxmoo.data.packing import ShuffledRows, StreamedRows
+from jaxmoo.data.readers import Readers
 from jaxmoo.data.streaming import ExampleStream
 from jaxmoo.data.token_table import TokenTable
 from jaxmoo.data.tokenization.tokenize import Tokenized
@@ -19,11 +20,27 @@ from jaxmoo.errors import ConfigError, DataError, did_you_mean
 
 
 class _Step(NamedTuple):
-    """What a step is made of: its batch, tokens per language, and where streams are."""
+    """What a step is made of, as far as this process reads it: see `batch`, `tokens`, `state`."""
 
     batch: dict[str, np.ndarray]
     tokens: np.ndarray
     state: dict[str, Any]
+
+
+class Counts(NamedTuple):
+    """Numbers of a step's batch; of a language that others read 0.
+
+    Attributes:
+      tokens: that are not padding, per language of the step: int [k].
+      epochs: passes over each language's rows so far; over streams whole ones: [K].
+      malformed: records of each language left out so far: int [K] of streams, else [0].
+      unread: 1 for languages whose rows could not be read: int [K] of streams, else [0].
+    """
+
+    tokens: np.ndarray
+    epochs: np.ndarray
+    malformed: np.ndarray
+    unread: np.ndarray
 
 
 class LanguageBatches:
@@ -37,7 +54,9 @@ class LanguageBatches:
 
     A language that is streamed (:class:`~jaxmoo.data.streaming.ExampleStream`) is shuffled piece by
     piece instead. Its batches are a function of seed and step, too, but found by reading on:
-    :meth:`state` tells where, and :meth:`seek` goes there.
+    :meth:`state` tells where, and :meth:`seek` goes there. With `readers`, each process reads the
+    streams of its own rows only; what is of all languages, :meth:`whole` and :meth:`state`, all
+    processes have to ask for together.
 
     A row holds one example, padded on the right, or with `packing` as many as fit (see
     :func:`~jaxmoo.data.packing.plan_rows`). With `mixture`, a step has k of the K languages.
@@ -53,6 +72,7 @@ class LanguageBatches:
       packing: put several examples of a language into one row.
       per_step: k, languages per step; all of them by default.
       shares: per language its share of the steps' places; equal by default.
+      readers: which process reads which stream; by default each reads all.
 
     Raises:
       ConfigError: a size is not positive, a language is unknown, or k or a share makes no sense.
@@ -79,6 +99,7 @@ class LanguageBatches:
         packing: bool = False,
         per_step: int | None = None,
         shares: Mapping[str, float] | None = None,
+        readers: Readers | None = None,
     ):
         for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
             if size < 1:
@@ -94,6 +115,7 @@ class LanguageBatches:
         self.sequence_length = sequence_length
         self.pad_id = pad_id
         self.packing = packing
+        self.readers = readers
         self.mixture = None
         if per_step is not None and per_step != len(self.languages):
             weights = [1.0 if shares is None else shares[language] for language in languages]
@@ -116,7 +138,8 @@ class LanguageBatches:
 
         Args:
           step: from 0.
-          only: bool [k, B], the rows that are needed; the others are left empty. By default all.
+          only: bool [k, B], the rows that are needed; the others are left empty. By default all
+            those of languages that this process reads.
 
         Returns:
           The arrays that :func:`batch_spec` lists, with k = K unless languages are sampled.
@@ -126,6 +149,30 @@ class LanguageBatches:
         """
         return self._at(step, only).batch
 
+    def whole(self, step: int) -> dict[str, np.ndarray]:
+        """Return the batch of one step with the rows of all languages, whoever reads them.
+
+        Args:
+          step: from 0.
+
+        Raises:
+          DataError: a process cannot read its rows, or those that read one language have not read
+            the same.
+        """
+        if self.readers is None:
+            return self._at(step).batch
+        batch = self.readers.all_do(lambda: self._at(step)).batch
+        number = {language: k for k, language in enumerate(self.languages)}
+        mine = {
+            language: {name: array[number[language]] for name, array in batch.items()}
+            for language in self.languages
+            if language in self.readers.mine
+        }
+        found = self.readers.rows(mine)
+        return {
+            name: np.stack([found[language][name] for language in self.languages]) for name in batch
+        }
+
     def tokens(self, step: int, only: np.ndarray | None = None) -> np.ndarray:
         """Count the tokens of a step that are not padding, in all rows.
 
@@ -134,9 +181,24 @@ class LanguageBatches:
           only: as for the batch, if that is wanted, too; does not change what is counted.
 
         Returns:
-          int [k], per language of the step.
+          int [k], per language of the step; 0 of one that others read.
         """
         return self._at(step, only).tokens
+
+    def counts(self, step: int, only: np.ndarray | None = None) -> Counts:
+        """Return what a reader of metrics wants to know of a step's batch and those before it.
+
+        Args:
+          step: from 0.
+          only: as for the batch.
+        """
+        tokens, malformed = self.tokens(step, only), list(self.malformed().values())
+        return Counts(
+            tokens,
+            np.array(list(self.epochs(step + 1).values())),
+            np.array(malformed, np.int64),
+            np.zeros(len(malformed), np.int64),
+        )
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what finds the batch of a step again besides its number, as JSON holds it.
@@ -147,7 +209,9 @@ class LanguageBatches:
         Returns:
           Per language that is streamed a place in its stream.
         """
-        return self._at(step).state
+        if self.readers is None:
+            return self._at(step).state
+        return self.readers.told(self.readers.all_do(lambda: self._at(step)).state)
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -186,10 +250,14 @@ class LanguageBatches:
             marks = {
                 language: self.rows[language].mark(first)
                 for language, first in zip(self.languages, firsts, strict=True)
+                if self._reads(language)
             }
             state = {language: mark for language, mark in marks.items() if mark is not None}
             last = self._last = step, which, _Step(*self._batch(step, only), state)
         return last[2]
+
+    def _reads(self, language: str) -> bool:
+        return self.readers is None or language in self.readers.mine
 
     def _taken(self, step: int) -> np.ndarray:
         """In how many of the steps before one each language took part, int [K]."""
@@ -219,6 +287,8 @@ class LanguageBatches:
         tokens = np.zeros(len(taking_part), np.int64)
         for k, number in enumerate(taking_part):
             language = self.languages[number]
+            if not self._reads(language):
+                continue
             for b in range(self.batch_size):
                 index = int(before[number]) * self.batch_size + b
                 tokens[k] += self.rows[language].size(index)

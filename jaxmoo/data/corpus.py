@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxmoo.config.data_section import DataConfig, check_data
-from jaxmoo.data.language import LanguageReport, TokenizedLanguage, read_streams, read_whole
+from jaxmoo.data.language import (
+    LanguageReport,
+    TokenizedLanguage,
+    open_streams,
+    read_beginning,
+    read_whole,
+)
+from jaxmoo.data.readers import Readers
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.sources.source import Source, origins_of
 from jaxmoo.data.split import Share, alone
@@ -38,6 +46,7 @@ class Corpus:
       special_tokens: what was made of texts that spell special tokens: ``text`` or ``tokens``.
       sources: where the examples come from.
       weights: shares of the sources in an epoch; None where every example occurs once.
+      readers: which process reads which stream; None where each reads all that is asked for.
     """
 
     train: Mapping[str, Sequence[Tokenized] | ExampleStream]
@@ -47,6 +56,7 @@ class Corpus:
     special_tokens: str = "text"
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
+    readers: Readers | None = None
 
     def at_hand(self) -> dict[str, Sequence[Tokenized]]:
         """Return training examples per language: all of them, or of a stream its first piece."""
@@ -135,6 +145,7 @@ def load_corpus(
     source: Source | None = None,
     say: Callable[[str], None] = print,
     peers: Peers | None = None,
+    reads: Collection[str] | None = None,
 ) -> Corpus:
     """Read, deduplicate, split and tokenise the examples of a run.
 
@@ -156,6 +167,8 @@ def load_corpus(
       source: where the records come from, if not from ``data.source``.
       say: called with lines about progress, and malformed records of a stream that come later.
       peers: the processes that load the same corpus, all of them; by default those of the run.
+      reads: the languages of whose rows this process makes some. Then streams are divided among
+        the processes: each reads these alone. By default each reads all.
 
     Returns:
       The tokenised examples and the report; of streams, about the records read so far.
@@ -168,14 +181,43 @@ def load_corpus(
     if problems := check_data(data):
         raise ConfigError("\n".join(problems))
     _check_sizes(data, tokenizer)
+    peers = all_peers() if peers is None else peers
     if not data.streaming:
-        return _in_memory(data, tokenizer, source, say, all_peers() if peers is None else peers)
-    parts: dict[str, Kept] = {}
-    streams: dict[str, ExampleStream] = {}
+        return _in_memory(data, tokenizer, source, say, peers)
+    return _streamed(data, tokenizer, source, say, peers, reads)
+
+
+def _streamed(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source | None,
+    say: Callable[[str], None],
+    peers: Peers,
+    reads: Collection[str] | None,
+) -> Corpus:
+    """A corpus that is read while training goes on."""
+    readers = None
+    # Drawn languages are others in every step, and to know where they are takes reading them.
+    if reads is not None and peers.count > 1 and not data.samples:
+        readers = Readers([*data.seen, *data.unseen], reads, peers)
+    read_here = None if readers is None else {*readers.mine, *readers.first}
     complaints: list[str] = []
-    for one, stream in read_streams(data, tokenizer, source, complaints, say):
-        parts[one.language], streams[one.language] = one.kept(data), stream
-    return _corpus(data, parts, complaints, streams)
+
+    def opened() -> dict[str, ExampleStream]:
+        return open_streams(data, tokenizer, source, say, read_here)
+
+    streams = opened() if readers is None else readers.all_do(opened)
+
+    def read(language: str, complaints: list[str]) -> Kept:
+        return read_beginning(streams[language], data, complaints).kept(data)
+
+    if readers is None:
+        parts = {language: read(language, complaints) for language in streams}
+    else:
+        parts, complaints = readers.beginnings(read)
+    for language, part in parts.items():
+        streams[language].scanned(part.about["records"] + part.about["skipped"])
+    return dataclasses.replace(_corpus(data, parts, complaints, streams), readers=readers)
 
 
 def _in_memory(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxmoo.data.division import divide
 from jaxmoo.data.example import Example, normalise
 from jaxmoo.data.lengths import fits_tokens
 from jaxmoo.data.mixture import in_shares
-from jaxmoo.data.sources.records import Malformed
+from jaxmoo.data.sources.records import Malformed, Unopened
 from jaxmoo.data.sources.source import Source, open_source
 from jaxmoo.data.split import Share
 from jaxmoo.data.streaming import ExampleStream, Place
@@ -29,7 +30,7 @@ from jaxmoo.runtime.watching import watched
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["LanguageReport", "TokenizedLanguage", "read_streams", "read_whole"]
+__all__ = ["LanguageReport", "TokenizedLanguage", "open_streams", "read_beginning", "read_whole"]
 
 _MANY = 2000  # examples, from which on progress is shown
 
@@ -194,48 +195,71 @@ def read_whole(
             yield TokenizedLanguage(language, parts, tokens, counts)
 
 
-def read_streams(
+def open_streams(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     source: Source | None,
-    complaints: list[str],
     say: Callable[[str], None],
-) -> Iterator[tuple[TokenizedLanguage, ExampleStream]]:
-    """Yield languages read up to where enough held-out examples were found, and their streams.
+    reads: Collection[str] | None = None,
+) -> dict[str, ExampleStream]:
+    """Return the streams of all languages.
 
     Args:
       data: the settings.
       tokenizer: a fast tokenizer with a chat template.
       source: where the records come from, if not from ``data.source``.
-      complaints: takes what is wrong with each record left out.
-      say: called with lines about malformed records that come later.
+      say: called with lines about malformed records that are found later.
+      reads: the languages that this process reads; others are opened only if they are read after
+        all. By default all.
 
     Raises:
-      ConfigError, DataError: the data cannot be used as asked, or has too few examples.
+      ConfigError, DataError: the source cannot be opened.
     """
     source = open_source(data) if source is None else source
-    opened = {language: source.open(language) for language in (*data.seen, *data.unseen)}
-    for language, records in opened.items():
-        stream = ExampleStream(language, records, data, tokenizer, column=source.column, say=say)
-        scan = _Scan(stream, data)
-        train = scan.train if language in data.seen else []
-        found = {"train": train, "held_out": scan.held_out}
-        complaints += scan.complaints
-        counts = {
-            "records": scan.records,
-            "skipped": len(scan.complaints),
-            "filtered": scan.filtered,
-            "duplicates": scan.duplicates,
-            "leaked": 0,
-            "reserve": scan.reserve + len(scan.train) - len(train),
-        }
-        tokenized = TokenizedLanguage(
-            language,
-            {use: [example for example, _ in part] for use, part in found.items()},
-            {use: TokenTable.of(tokens for _, tokens in part) for use, part in found.items()},
-            counts,
-        )
-        yield tokenized, stream
+    opened = {
+        language: source.open(language)
+        if reads is None or language in reads
+        else Unopened(functools.partial(source.open, language))
+        for language in (*data.seen, *data.unseen)
+    }
+    return {
+        language: ExampleStream(language, records, data, tokenizer, column=source.column, say=say)
+        for language, records in opened.items()
+    }
+
+
+def read_beginning(
+    stream: ExampleStream, data: DataConfig, complaints: list[str]
+) -> TokenizedLanguage:
+    """Read a stream up to where enough held-out examples were found.
+
+    Args:
+      stream: of a language.
+      data: the settings.
+      complaints: takes what is wrong with each record left out.
+
+    Raises:
+      DataError: the data cannot be used as asked, or has too few examples.
+    """
+    language = stream.language
+    scan = _Scan(stream, data)
+    train = scan.train if language in data.seen else []
+    found = {"train": train, "held_out": scan.held_out}
+    complaints += scan.complaints
+    counts = {
+        "records": scan.records,
+        "skipped": len(scan.complaints),
+        "filtered": scan.filtered,
+        "duplicates": scan.duplicates,
+        "leaked": 0,
+        "reserve": scan.reserve + len(scan.train) - len(train),
+    }
+    return TokenizedLanguage(
+        language,
+        {use: [example for example, _ in part] for use, part in found.items()},
+        {use: TokenTable.of(tokens for _, tokens in part) for use, part in found.items()},
+        counts,
+    )
 
 
 class _Scan:
@@ -270,7 +294,6 @@ class _Scan:
                 break
         self.held_out = list(found.values())[:wanted]
         self.reserve = len(found) - len(self.held_out)
-        stream.scanned(self.records + len(self.complaints))
 
 
 def _usable(use: str, divided: TokenizedLanguage, data: DataConfig) -> TokenTable:

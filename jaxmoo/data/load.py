@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ def load_data(
     say: Callable[[str], None] = print,
     *,
     source: Source | None = None,
+    reads: Collection[str] | None = None,
 ) -> RunData:
     """Read, split and tokenise the examples of a run, or open them; no weights are read.
 
@@ -54,13 +55,14 @@ def load_data(
       model: the model's directory, for its tokenizer.
       say: called with the corpus's table, and with what is wrong with records of a stream.
       source: where the records come from, if not from ``data.source``.
+      reads: see :func:`~jaxmoo.data.corpus.load_corpus`.
 
     Raises:
       ConfigError, DataError, CheckpointError, DownloadError: the data cannot be used as asked.
     """
     data = config.data
     tokenizer, date = chat_tokenizer(model, data)
-    corpus = load_corpus(data, tokenizer, source=source, say=say)
+    corpus = load_corpus(data, tokenizer, source=source, say=say, reads=reads)
     say(corpus.table())
     for note in notes(_kept(corpus), "data.sequence_length"):
         say(f"Note: {note}")
@@ -103,6 +105,7 @@ def make_batches(config: Config, corpus: Corpus, pad_id: int) -> LanguageBatches
         packing=data.packing,
         per_step=data.languages_per_step,
         shares=_shares(config, corpus),
+        readers=corpus.readers,
     )
 
 

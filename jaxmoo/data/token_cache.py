@@ -28,6 +28,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.sources.records import Origin
 from jaxmoo.data.token_table import TokenTable
@@ -83,6 +85,26 @@ class Kept(NamedTuple):
 
     tables: Mapping[str, TokenTable]
     about: Any
+
+    def packed(self) -> tuple[dict[str, np.ndarray], Any]:
+        """Return all of it as arrays by name, and what JSON holds."""
+        arrays = {
+            f"{use}/{name}": array
+            for use, table in self.tables.items()
+            for name, array in table.arrays.items()
+        }
+        words = {use: table.words for use, table in self.tables.items()}
+        return arrays, {"about": self.about, "words": words}
+
+    @classmethod
+    def unpacked(cls, arrays: Mapping[str, np.ndarray], facts: Any) -> Kept:
+        """Return the part that :meth:`packed` has made this of."""
+        tables = {}
+        for use, words in facts["words"].items():
+            prefix = f"{use}/"
+            own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            tables[use] = TokenTable(own, words)
+        return cls(tables, facts["about"])
 
 
 def cache_key(
@@ -401,13 +423,7 @@ class TokenCache:
 
     def _open(self, directory: Path, language: str) -> Kept:
         arrays, about = map_arrays(directory / _file(language))
-        facts = json.loads(about)
-        tables = {}
-        for use, words in facts["words"].items():
-            prefix = f"{use}/"
-            own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-            tables[use] = TokenTable(own, words)
-        return Kept(tables, facts["about"])
+        return Kept.unpacked(arrays, json.loads(about))
 
     def _clean(self) -> None:
         """Remove what nobody has used for long, and the oldest of what is too much."""
@@ -440,13 +456,8 @@ def _file(language: str) -> str:
 
 
 def _write(file: Path, part: Kept) -> None:
-    arrays = {
-        f"{use}/{name}": array
-        for use, table in part.tables.items()
-        for name, array in table.arrays.items()
-    }
-    words = {use: table.words for use, table in part.tables.items()}
-    write_arrays(file, arrays, json.dumps({"about": part.about, "words": words}))
+    arrays, facts = part.packed()
+    write_arrays(file, arrays, json.dumps(facts))
 
 
 def _discard(path: Path) -> None:

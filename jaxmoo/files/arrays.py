@@ -1,4 +1,4 @@
-"""Arrays in a file, read as far as they are looked at."""
+"""Arrays as bytes, or in a file that is read as far as it is looked at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-__all__ = ["map_arrays", "write_arrays"]
+__all__ = ["map_arrays", "packed", "unpacked", "write_arrays"]
 
 _DTYPES = {"BOOL": "?", "U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
 
@@ -25,10 +25,7 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], about: str = "") 
     Raises:
       OSError: they cannot be written.
     """
-    content = safetensors.numpy.save(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"about": about}
-    )
-    file.write_bytes(content)
+    file.write_bytes(packed(arrays, about))
 
 
 def map_arrays(file: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -52,7 +49,32 @@ def map_arrays(file: Path) -> tuple[dict[str, np.ndarray], str]:
       [1, 3] numbers
     """
     # As plain arrays: a `memmap` takes ten times as long to cut.
-    content = np.asarray(np.memmap(file, np.uint8, mode="r"))
+    return _cut(np.asarray(np.memmap(file, np.uint8, mode="r")))
+
+
+def packed(arrays: Mapping[str, np.ndarray], about: str = "") -> bytes:
+    """Return what :func:`write_arrays` writes.
+
+    Args:
+      arrays: as there.
+      about: as there.
+
+    Example:
+      >>> arrays, about = unpacked(packed({"odd": np.array([1, 3], np.int32)}, "numbers"))
+      >>> arrays["odd"].tolist(), about
+      ([1, 3], 'numbers')
+    """
+    return safetensors.numpy.save(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"about": about}
+    )
+
+
+def unpacked(content: bytes) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays, read-only, and the text that :func:`packed` has made bytes of."""
+    return _cut(np.frombuffer(content, np.uint8))
+
+
+def _cut(content: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:start].tobytes())
     about = header.pop("__metadata__")["about"]

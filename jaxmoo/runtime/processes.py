@@ -187,10 +187,24 @@ class Agreement:
         """
         if not self._several:
             return mine
-        sent = self._sent
-        rows = np.tile(np.array(mine, np.int32), (len(jax.devices()), 1))
-        self._sent = self._largest(place(rows, self._each))
+        sent, self._sent = self._sent, self.largest(np.array(mine, np.int32))
         return (0,) * len(mine) if sent is None else tuple(map(int, np.asarray(sent)))
+
+    def largest(self, mine: np.ndarray) -> Any:
+        """Return the largest of each number over all processes, to be read later.
+
+        Like :meth:`exchange` it is queued behind what the devices have to do.
+
+        Args:
+          mine: integers below 2**31, this process's, of any shape.
+
+        Returns:
+          An array of that shape that every process can read.
+        """
+        if not self._several:
+            return mine
+        rows = np.broadcast_to(mine.astype(np.int32), (len(jax.devices()), *mine.shape))
+        return self._largest(place(rows, self._each))
 
 
 def check_same(**texts: str) -> None:

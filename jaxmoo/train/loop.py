@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmoo import mesh
 from jaxmoo.config.interval import parse_interval
+from jaxmoo.data.batches import Counts
+from jaxmoo.errors import DataError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runtime.processes import place
@@ -20,6 +24,7 @@ from jaxmoo.train.evaluation import Selection, evaluate, stored_scores
 from jaxmoo.train.job import Job
 from jaxmoo.train.reporter import Reporter, StepDone
 from jaxmoo.train.resume import about
+from jaxmoo.train.setup import step_spec
 from jaxmoo.train.step import TrainState
 
 __all__ = ["Loop"]
@@ -45,6 +50,7 @@ class Loop:
         self._state, self._done = state, done
         settings = job.config.train
         self._selection = Selection(job.config)
+        self._unread: DataError | None = None  # why this process cannot read its rows
         self._told: int | None = None  # the step whose scores are in the metrics
         self._steps_between = parse_interval(settings.checkpoint_every).steps
         every = settings.evaluate_every
@@ -120,7 +126,7 @@ class Loop:
         self, reporter: Reporter, weights: dict[str, Condition], begun: int
     ) -> None:
         """Say so when steps have not changed any weight."""
-        if unchanged(weights, self._examined()):
+        if self._done > begun and unchanged(weights, self._examined()):
             reporter.message(
                 f"Note: no weight has changed in steps {begun + 1} to {self._done}. What an update "
                 "adds is zero or less than model.param_dtype resolves: look at "
@@ -152,13 +158,12 @@ class Loop:
     def _step(self, reporter: Reporter) -> None:
         job, setup = self._job, self._job.setup
         with job.clock.part("data"):
-            batch = setup.batches.batch(self._done, self._rows)
-            tokens = setup.batches.tokens(self._done, self._rows)
+            batch, counts = self._read()
             placed = place(batch, mesh.batch_sharding(setup.device_mesh))
         begun = time.perf_counter()
         self._state, metrics = setup.step(self._state, setup.frozen, placed)
         self._done += 1
-        reporter.step(StepDone(self._done, tokens, metrics, begun))
+        reporter.step(StepDone(self._done, counts, metrics, begun, self._unread))
         try:
             job.point(self._done)
         except InterruptedRunError:
@@ -171,6 +176,27 @@ class Loop:
             reporter.flush()
             self._save()
         self._evaluate(reporter)
+
+    def _read(self) -> tuple[dict[str, np.ndarray], Any]:
+        """This process's rows of the next step, and what is counted of them.
+
+        Where processes read different streams and one of them cannot, it goes on with empty rows
+        until all know, which is before the state is saved: they end alike, and do not wait for it.
+        """
+        batches, step = self._job.setup.batches, self._done
+        if batches.readers is None:
+            return batches.batch(step, self._rows), batches.counts(step, self._rows)
+        if self._unread is None:
+            try:
+                batch, counts = batches.batch(step, self._rows), batches.counts(step, self._rows)
+                return batch, self._job.agreement.largest(np.stack(counts))
+            except DataError as error:
+                self._unread = error
+        spec = step_spec(self._job.config.data)
+        empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
+        counts = Counts(*np.zeros((4, len(batches.languages)), np.int64))
+        counts.unread[:] = [language in batches.readers.mine for language in batches.languages]
+        return empty, self._job.agreement.largest(np.stack(counts))
 
     def _save(self) -> None:
         if self._checkpoints.latest() != self._done:

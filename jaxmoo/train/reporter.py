@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxmoo.config import schema
-from jaxmoo.errors import JaxmooError
+from jaxmoo.data.batches import Counts
+from jaxmoo.errors import DataError, JaxmooError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.gram_log import write_grams
 from jaxmoo.runtime.processes import is_first
@@ -37,15 +38,18 @@ class StepDone(NamedTuple):
 
     Attributes:
       step: its number, from 1.
-      tokens: per language of the step how many it was trained on, padding left out.
+      counts: of its batch; see :class:`jaxmoo.data.batches.Counts`. Where processes read different
+        languages, one array [4, K] that all of them can read.
       metrics: what it measures; see :func:`jaxmoo.train.step.make_train_step`.
       begun: when it was sent, by ``time.perf_counter``.
+      unread: why this process could not read its rows; None if it could.
     """
 
     step: int
-    tokens: np.ndarray
+    counts: Counts | jax.Array
     metrics: Mapping[str, jax.Array]
     begun: float
+    unread: DataError | None = None
 
 
 class Reporter:
@@ -99,6 +103,7 @@ class Reporter:
 
         Raises:
           NonFiniteLossError: a number is not finite that has to be.
+          DataError: a process could not read its rows of the step before.
         """
         self.flush()
         # The devices compute it, too: sent now, it is there before the step that is sent next.
@@ -110,10 +115,13 @@ class Reporter:
 
         Raises:
           NonFiniteLossError: a number is not finite that has to be.
+          DataError: a process could not read its rows of that step.
         """
         if self._pending is None:
             return
         done, self._pending = self._pending, None
+        counts = Counts(*jax.device_get(done.counts))
+        self._check_read(done, counts.unread)
         recorded = self._metrics is not None and self._records_grams(done.step)
         # The largest of them by far is fetched only when it is wanted.
         left = () if recorded else ("gram",)
@@ -126,7 +134,7 @@ class Reporter:
         self._check_finite(done.step, measured)
         self._tell_of_zero(done.step, measured)
         if self._metrics is not None:
-            row = self._row(done, measured, now - began)
+            row = self._row(done, counts, measured, now - began)
             self._progress.update(row)
             self._metrics.write(row)
         if recorded:
@@ -150,14 +158,17 @@ class Reporter:
             self._progress.message(text)
 
     def _row(
-        self, done: StepDone, measured: Mapping[str, np.ndarray], seconds: float
+        self,
+        done: StepDone,
+        counts: Counts,
+        measured: Mapping[str, np.ndarray],
+        seconds: float,
     ) -> dict[str, Any]:
         config, part = self._job.config, self._job.setup.gradients.partition
         batches, seen = self._job.setup.batches, config.data.seen
         here = batches.in_step(done.step - 1)
         number = [seen.index(code) for code in here]
-        counts = done.tokens
-        tokens = int(counts.sum())
+        tokens = int(counts.tokens.sum())
         cosine = np.full((len(seen), len(seen)), np.nan, np.float32)
         cosine[np.ix_(number, number)] = measured["cosine"][np.ix_(number, number)]
 
@@ -169,10 +180,10 @@ class Reporter:
             "time": _now(),
             "loss": by_language(measured["loss"]),
             "mean_loss": measured["loss"][number].mean(),
-            "epochs": batches.epochs(done.step),
+            "epochs": dict(zip(seen, map(float, counts.epochs), strict=True)),
             "learning_rate": float(measured["learning_rate"]),
             "tokens": tokens,
-            "language_tokens": dict(zip(here, counts, strict=True)),
+            "language_tokens": dict(zip(here, counts.tokens, strict=True)),
             "step_seconds": seconds,
             "grad_norm": measured["grad_norm"],
             "conflict_share": measured["conflict"].mean(),
@@ -186,7 +197,11 @@ class Reporter:
             **({"gram_error": measured["gram_error"].mean()} if "gram_error" in measured else {}),
             "language_norm": by_language(measured["language_norm"]),
             "language_conflict": by_language(measured["language_conflict"]),
-            **({"malformed": malformed} if (malformed := batches.malformed()) else {}),
+            **(
+                {"malformed": dict(zip(seen, counts.malformed, strict=True))}
+                if len(counts.malformed)
+                else {}
+            ),
             "skipped": dict(zip(seen, measured["skipped"], strict=True)),
             "seconds": self._seconds(),
             "goodput": self._job.clock.goodput(),
@@ -225,6 +240,17 @@ class Reporter:
         if not measured["language_norm"].any():
             which = "so are those of all languages: look at model.trainable and the data."
         self.message(f"Note: the resolved gradient of step {step} is zero; {which}")
+
+    def _check_read(self, done: StepDone, unread: np.ndarray) -> None:
+        """Stop the run, in all processes, when one could not read its rows."""
+        if not unread.any():
+            return
+        seen = self._job.config.data.seen
+        lacking = ", ".join(code for code, one in zip(seen, unread, strict=True) if one)
+        raise done.unread or DataError(
+            f"The process that reads {lacking} cannot go on after step {done.step - 1}; its own "
+            "output says why."
+        )
 
     def _check_finite(self, step: int, measured: Mapping[str, np.ndarray]) -> None:
         """Stop the run when languages whose numbers are not finite may not be left out."""

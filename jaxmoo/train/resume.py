@@ -24,9 +24,9 @@ __all__ = ["about", "batch_digest", "check_data", "resume"]
 
 
 def batch_digest(batches: LanguageBatches, step: int) -> str:
-    """Return a fingerprint of the batch of a step."""
+    """Return a fingerprint of the batch of a step; all processes call this."""
     digest = hashlib.sha256()
-    for name, array in sorted(batches.batch(step).items()):
+    for name, array in sorted(batches.whole(step).items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

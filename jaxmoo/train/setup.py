@@ -221,7 +221,9 @@ def prepare(
     shapes = split_model(config, Decoder.abstract(architecture, segments=segments))[1]
     adapters = given_adapters(config, shapes, shardings)
     parts = Kept() if kept is None else kept
-    loaded = _data(config, source, say, kept)
+    rows = mesh.local_rows(device_mesh, data.step_languages, data.batch_size)
+    reads = [code for code, mine in zip(data.seen, rows, strict=False) if mine.any()]
+    loaded = _data(config, source, say, kept, reads)
     weights = parts.part(
         "weights",
         weights_key(config),
@@ -255,12 +257,14 @@ def prepare(
         state = state._replace(resolver=seeded(state.resolver, config.seed))
         step = functools.partial(step, rate=np.float32(config.optimizer.learning_rate))
     # About as many rows as a training step has.
-    rows = data.batch_size * len(data.seen)
+    batch_size = data.batch_size * len(data.seen)
     pad_id = loaded.batches.pad_id
     evaluator = parts.part(
         "evaluators",
-        (weights_key(config), rows, pad_id),
-        lambda: Evaluator(lambda tree: merge(*tree), device_mesh, batch_size=rows, pad_id=pad_id),
+        (weights_key(config), batch_size, pad_id),
+        lambda: Evaluator(
+            lambda tree: merge(*tree), device_mesh, batch_size=batch_size, pad_id=pad_id
+        ),
     )
     return Setup(
         source=source,
@@ -305,10 +309,16 @@ def _tell_of_sketches(config: Config, say: Callable[[str], None]) -> None:
         )
 
 
-def _data(config: Config, source: Path, say: Callable[[str], None], kept: Kept | None) -> RunData:
+def _data(
+    config: Config,
+    source: Path,
+    say: Callable[[str], None],
+    kept: Kept | None,
+    reads: Sequence[str],
+) -> RunData:
     """The run's data; tokenised now, or for an earlier run."""
     if kept is None or config.data.streaming:
-        return load_data(config, source, say)
+        return load_data(config, source, say, reads=reads)
     loaded = kept.part("corpus", corpus_key(config), lambda: load_data(config, source, say))
     batches = make_batches(config, loaded.corpus, loaded.batches.pad_id)
     return dataclasses.replace(loaded, batches=batches)

@@ -74,3 +74,9 @@ def test_a_run_that_changes_no_weight_says_so(write_config, tmp_path, capsys):
     assert said.err.count("Note: ") == 2
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(row)["grad_norm"] == 0 for row in rows if "loss" in json.loads(row))
+    # One that was stopped between its last step and the evaluation of that trains no more.
+    for file in ("results.json", "evaluation/step_00000002.json"):
+        (tmp_path / "run" / file).unlink()
+    assert main(["--config", str(config), *QUICK]) == 0
+    said = capsys.readouterr()
+    assert "Resuming from the checkpoint of step 2" in said.out and "Note: " not in said.err

@@ -25,8 +25,11 @@ from safetensors.numpy import load_file
 
 from devices import ROOT
 from jaxmoo.commands.train import main
+from jaxmoo.data import LanguageBatches
+from jaxmoo.data.readers import Readers
 from jaxmoo.files.bundled import config_names
 from jaxmoo.runs.checkpoint import read_about
+from jaxmoo.runtime.peers import Peers
 from jaxmoo.train.metrics import read_metrics
 from train.test_run import largest_difference, weights
 
@@ -70,6 +73,39 @@ for worker in $workers; do
   (cd "$HOSTS/$worker" && exec bash -c "$command" | tee -a "$HOSTS/$worker.log") &
 done
 wait
+"""
+# A source of one's own: files, of which it notes in which process how many records are read.
+COUNTED = """
+import jax
+
+from jaxmoo.config import DataConfig
+from jaxmoo.data import open_source
+
+
+class Counted:
+    column = None
+
+    def __init__(self, source, notes):
+        self.files, self.notes = open_source(DataConfig(source=source, streaming=True)), notes
+
+    def open(self, language):
+        process = f"{jax.process_index()} of {jax.process_count()}"
+        return Noted(self.files.open(language), f"{self.notes}/{language} in {process}")
+
+
+class Noted:
+    def __init__(self, records, note):
+        self.records, self.note = records, note
+        self.position, self.seek = records.position, records.seek
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        record = next(self.records)
+        with open(self.note, "a") as file:
+            file.write(".")
+        return record
 """
 # Stands in for the package where the recipe is tried and not the run: says how it was called, and
 # does what a file beside it says.
@@ -124,8 +160,13 @@ def kept(run: Path, step: int) -> list[np.ndarray]:
 
 @pytest.mark.slow
 def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
-    write_config, compiled, tmp_path
+    write_config, compiled, tmp_path, monkeypatch
 ):
+    monkeypatch.syspath_prepend(tmp_path)
+    compiled = compiled | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    (tmp_path / "counted_files.py").write_text(COUNTED)
+    notes = tmp_path / "read"
+    notes.mkdir()
     for language in ("es", "fr", "de"):
         pairs = [(f"{language} {i}?", f"{i} {language} " * (1 + i % 4)) for i in range(30)]
         lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
@@ -136,7 +177,8 @@ def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
         optimizer={"learning_rate": 1e-2, "warmup_steps": 1},
         # Its check must not ask for devices: the processes meet only afterwards.
         resolve__weighting="famo",
-        data__source=str(tmp_path / "{language}.jsonl"),
+        data__source="counted_files:Counted",
+        data__options={"source": str(tmp_path / "{language}.jsonl"), "notes": str(notes)},
         data__streaming=True,
         data__shuffle_buffer=8,
         data__packing=True,
@@ -225,6 +267,60 @@ def test_stopped_under_slurm_or_killed_and_finished_as_a_jobset_is_the_same_run(
     assert largest_difference(weights(killed), weights(one)) < 1e-4
     for a, b in zip(losses(killed), losses(one), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+    # Each process has read its own language alone; the first one counts what the other has.
+    assert sorted(file.name for file in notes.iterdir() if "of 2" in file.name) == [
+        "de in 0 of 2",  # which is only evaluated
+        "es in 0 of 2",
+        "fr in 1 of 2",
+    ]
+    counted = [
+        [
+            (row["language_tokens"], row["epochs"], row["malformed"])
+            for row in read_metrics(run)
+            if "loss" in row
+        ]
+        for run in (killed, one)
+    ]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.slow
+def test_records_that_one_process_cannot_read_end_all_of_them_alike(
+    write_config, tmp_path, monkeypatch, capsys
+):
+    """As if each language were read by a process of its own."""
+
+    class Divided(LanguageBatches):
+        def __init__(self, examples, languages, *arguments, **options):
+            options["readers"] = Readers(languages, languages, Peers())
+            super().__init__(examples, languages, *arguments, **options)
+
+    monkeypatch.setattr("jaxmoo.data.load.LanguageBatches", Divided)
+    for language in ("es", "fr"):
+        lines = [
+            json.dumps({"prompt": f"{i}?", "completion": f"{language} {i}"}) for i in range(40)
+        ]
+        (tmp_path / f"{language}.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "fr.jsonl").open("a") as file:
+        file.write("\n{no json")
+    config = write_config(
+        model__trainable=r"^layers\.3\.",
+        data__source=str(tmp_path / "{language}.jsonl"),
+        data__streaming=True,
+        data__shuffle_buffer=8,
+        data__seen=["es", "fr"],
+        data__unseen=[],
+        data__max_held_out=2,
+        train={"steps": 1000, "checkpoint_every": 5},
+        report=False,
+        tensorboard=False,
+    )
+    assert main(["--config", str(config)]) == 2
+    assert "fr.jsonl:41: expected one JSON object per line" in capsys.readouterr().err
+    # What is saved and written down is of the steps before.
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) % 5 and max(saved) < len(steps)
 
 
 def container() -> tuple[list[str], dict[str, str]]:

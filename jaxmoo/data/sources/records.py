@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,28 @@ class SequenceStream(Iterator[Record]):
         """Go to the record behind so many."""
         self._number = position or 0
         self._rows = itertools.islice(self._all, self._number, None)
+
+
+class Unopened(Iterator[Record]):
+    """A stream that is opened when something is first asked of it.
+
+    Args:
+      opened: opens it.
+    """
+
+    def __init__(self, opened: Callable[[], RecordStream]) -> None:
+        self._stream = functools.cache(opened)
+
+    def __next__(self) -> Record:
+        return next(self._stream())
+
+    def position(self) -> Position:
+        """Return where the next record is."""
+        return self._stream().position()
+
+    def seek(self, position: Position) -> None:
+        """Go to where the next record was."""
+        self._stream().seek(position)
 
 
 class Origin(NamedTuple):

@@ -13,6 +13,7 @@ from jaxmoo.config.data_section import DataConfig
 from jaxmoo.data.example import listed
 from jaxmoo.data.sources.chatterbot import BUILT_IN, Chatterbot
 from jaxmoo.data.sources.files import KINDS, STREAMED, is_damage, is_data, kind_of, open_file
+from jaxmoo.data.sources.own import OwnSource, origin_of
 from jaxmoo.data.sources.records import (
     MissingLanguageError,
     Origin,
@@ -23,6 +24,7 @@ from jaxmoo.data.sources.records import (
 from jaxmoo.errors import ConfigError, DataError, did_you_mean
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import typed_path
+from jaxmoo.registry import is_path
 
 __all__ = [
     "FilesSource",
@@ -38,8 +40,8 @@ __all__ = [
 class Source(Protocol):
     """Opens the records of every language.
 
-    One that also has a method ``origin(language)``, which returns an `Origin`, has its tokens kept
-    (``data.cache``).
+    One that also has a method ``origin(language)``, which returns an `Origin` (or None), has its
+    tokens kept (``data.cache``) under a digest of that and of the file in which it is defined.
 
     Attributes:
       column: the column that names a record's language, where every stream has the records of all
@@ -231,15 +233,19 @@ def open_source(data: DataConfig) -> Source:
           ``.parquet``, ``.csv``, and those of text compressed, ``.jsonl.gz``, ``.csv.zst``);
         - a directory of files named by language, such as ``en.jsonl``;
         - one such file of all languages, told apart by ``data.language_column``;
-        - the id of a hub dataset, ``"owner/name"``.
+        - the id of a hub dataset, ``"owner/name"``;
+        - ``"package.module:object"``, a source of one's own, made with ``data.options``.
 
     Raises:
-      ConfigError: the source need not or cannot be streamed, or settings contradict each other.
+      ConfigError: one's own cannot be made or is none; the source need not or cannot be streamed,
+        or settings contradict each other.
       DataError: it is nothing of these.
     """
     source = data.source
     if source is None:
         raise ConfigError("data.source is missing (Where the examples come from).")
+    if is_path(source):
+        return OwnSource(data)
     path = typed_path(source)
     if source == BUILT_IN:
         if data.streaming:
@@ -260,7 +266,7 @@ def open_source(data: DataConfig) -> Source:
     raise DataError(
         f"Unknown data source {source!r}.{did_you_mean(source, built_in)} Expected "
         f"{''.join(f'{name!r}, ' for name in built_in)}a path such as 'data/{{language}}.jsonl', a "
-        "directory, or a hub dataset 'owner/name'."
+        "directory, a hub dataset 'owner/name', or your own 'package.module:object'."
     )
 
 
@@ -285,15 +291,22 @@ def origins_of(
     opened += [] if own is None else [open_source(one) for one in own.each]
     found: dict[str, list[Origin]] = {language: [] for language in languages}
     for one in opened:
-        origin = getattr(one, "origin", None)
-        if origin is None:
-            return None
         for language in languages:
             try:
-                found[language].append(origin(language))
+                what = _origin(one, language)
             except MissingLanguageError:  # that one of several has it is seen to by reading them
-                found[language].append(Origin(name="none"))
+                what = Origin(name="none")
+            if what is None:
+                return None
+            found[language].append(what)
     return found
+
+
+def _origin(source: Any, language: str) -> Origin | None:
+    """What decides a language's records; None where nobody says."""
+    if type(source).__module__.startswith("jaxmoo."):  # whose code is part of every key
+        return source.origin(language)
+    return origin_of(source, language, type(source))
 
 
 def missing_language(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
+import sys
 
 import pytest
 
@@ -224,14 +227,20 @@ def test_hub_datasets_without_the_language_say_what_there_is(hub_dataset):
 
 
 @pytest.fixture
-def page(tokenizer, tmp_path):
-    """What the code of docs/data.md makes, run as it stands there."""
+def page(tokenizer, tmp_path, monkeypatch):
+    """What the code of docs/data.md makes, run as it stands there, and prints what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_sources", raising=False)
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 300}))
     data = settings("sums", sequence_length=64)
     found = {"config": Config(model=ModelConfig(source=str(tmp_path / "model")), data=data)}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S):
-        exec(code, found)
+    text = (ROOT / "docs" / "data.md").read_text()
+    for code, shown in re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", text, re.S):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, found)
+        assert not shown or printed.getvalue() == shown
     return found
 
 
