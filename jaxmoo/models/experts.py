@@ -112,7 +112,7 @@ class Experts(nnx.Module):
         x_NRD = bins.put(x_TD)
 
         def product(name: str, x_NRI: jax.Array) -> jax.Array:
-            kernel_EIO = self.experts[name].kernel[...].astype(self.dtype)
+            kernel_EIO = self.experts[name].matrix().astype(self.dtype)
             return jnp.einsum("nri,nio->nro", x_NRI, _of_bins(kernel_EIO, bins.expert_N))
 
         h_NRF = self.act_fn(product("gate_proj", x_NRD)) * product("up_proj", x_NRD)
