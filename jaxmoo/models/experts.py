@@ -3,8 +3,9 @@
 No token is dropped, whatever the router chooses. Rows, one for each token and expert that it reads,
 are put in order by expert and laid out in *bins* of equal size, each of which holds rows of one
 expert alone; one batch of products then serves all bins. An expert's last bin may be partly empty,
-so the products of up to 2 M rows are formed for M. Every bin needs its expert's kernel at hand, so
-up to twice the experts' kernels are copied for them, one projection at a time.
+so more rows are multiplied than there are: of M up to 2.11 M where an expert's share M / E is 64 or
+more, up to 2.9 M where it is less. Every bin needs its expert's kernel at hand, so up to twice the
+experts' kernels are copied for them. No copy is a residual of the backward pass.
 
 An expert that no token reads has a gradient of exactly zero.
 
