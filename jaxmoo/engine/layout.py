@@ -147,12 +147,13 @@ class Layout:
           labels: block number of each section, or None when it is frozen.
           dtype: dtype in which matrices are gathered, or None for their own. Vectors keep theirs:
             they are scales and biases, whose bytes do not matter. So do the codes of quantised
-            matrices, which are integers, and arrays called ``scales``, of their blocks.
+            matrices, which are integers, and the scales of their blocks.
         """
         shape = tuple(array.shape)
         layers, shape = (shape[0], shape[1:]) if stacked else (None, shape)
-        rounded = jnp.issubdtype(array.dtype, jnp.floating) and not path.endswith(".scales")
-        own = dtype is None or len(shape) < 2 or not rounded
+        exact = not jnp.issubdtype(array.dtype, jnp.floating)
+        exact |= labels is None and path.endswith(".kernel.scales")
+        own = dtype is None or len(shape) < 2 or exact
         return cls(
             path=path,
             shape=shape,

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxmoo.errors import CheckpointError
+from jaxmoo.errors import CheckpointError, ConfigError
 from jaxmoo.files.at_hand import copy_file
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import typed_path
@@ -98,12 +98,15 @@ def save_model(
       tokenizer: the directory with the tokenizer, where it is not ``source``.
       merge_onto: for a model with a quantised base, whose adapters are merged one matrix at a time,
         as they are written: into those of ``source`` ("base"), or into what the quantised ones
-        stand for ("quantized").
+        stand for ("quantized"), which is also what None does.
 
     Raises:
+      ConfigError: ``merge_onto`` is something else.
       CheckpointError: when ``path`` is not empty, ``source`` is not a directory of this model,
         the disk is too small, or a value does not fit the dtype of the files.
     """
+    if merge_onto not in ("base", "quantized", None):
+        raise ConfigError(f"merge_onto must be 'base', 'quantized' or None, found {merge_onto!r}.")
     path, source = typed_path(path), typed_path(source)
     first_process(lambda: check_target(path))
     if load_config(source) != model.config:

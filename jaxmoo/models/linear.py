@@ -48,3 +48,9 @@ class Linear(nnx.Module):
         if isinstance(self.kernel, QuantizedKernel):
             return self.kernel.times(x, self.platform)
         return product(x, self.kernel[...].astype(self.dtype), self.platform)
+
+    def matrix(self) -> jax.Array:
+        """The kernel, or in float32 what it stands for if it is quantised."""
+        if isinstance(self.kernel, QuantizedKernel):
+            return self.kernel.matrix(self.platform)
+        return self.kernel[...]

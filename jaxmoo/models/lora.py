@@ -203,8 +203,8 @@ class AdaptedLinear(Linear):
         if self.lora_magnitude_vector is None:
             return super().__call__(x) + change
         y = self.times_kernel(x) + change
-        a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
-        norms = jax.lax.stop_gradient(_column_norms(self.kernel[...], a, b, self.scale))
+        a, b = jax.lax.stop_gradient((self.lora_A.kernel[...], self.lora_B.kernel[...]))
+        norms = _column_norms(jax.lax.stop_gradient(self.matrix()), a, b, self.scale)
         # Not rounded by itself to bfloat16, which has no number between 1 and 1.0078.
         y = (y * (self.lora_magnitude_vector[...] / norms)).astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

@@ -42,9 +42,9 @@ class QuantizedKernel(nnx.Module):
         *stack, blocks, rows, size_out = self.codes.shape
         return (*stack, blocks * rows * _per_code(self.codes), size_out)
 
-    def __getitem__(self, index: Any) -> jax.Array:
-        """The kernel in float32, or a part of it."""
-        return dequantize(*self.parts)[index]
+    def matrix(self, platform: str) -> jax.Array:
+        """The kernel in float32; ``platform`` is the kind of devices."""
+        return dequantize(*self.parts, platform)
 
     def times(self, x: jax.Array, platform: str) -> jax.Array:
         """Return ``x @ kernel`` in the dtype of x."""

@@ -42,7 +42,7 @@ class RunDirectory:
         tensorboard/     the same as TensorBoard events
         checkpoints/     by step
         evaluation/      held-out scores and sample replies by step
-        results.json     held-out scores before and after, and their means
+        results.json     held-out scores before and after, their means, and what was exported
         compiled/        programs, so that a resumed run need not compile them again
         profile/         what devices and host did in a few steps, if asked
         report/          plots and a page that shows them
@@ -235,6 +235,23 @@ class RunDirectory:
         if not isinstance(steps, int):
             raise _damaged(self.results, f"steps is {steps!r}")
         return steps
+
+    def exported(self, step: int) -> dict[str, str | None]:
+        """Return what is recorded of exports after so many steps.
+
+        Returns:
+          The names of the directories that hold the model of that step, each with what adapters on
+          a quantised base were merged onto (``lora.merge_onto``); None where there is nothing to
+          say, or nothing was recorded.
+        """
+        if self.exported_step() != step:
+            return {}
+        either = dict.fromkeys((self.export.name, self.adapter.name))
+        found = _read(self.results).get("exported", either)
+        texts = (str, type(None))
+        if not isinstance(found, dict) or not all(isinstance(x, texts) for x in found.values()):
+            raise _damaged(self.results, f"exported is {found!r}")
+        return found
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def check_exports(config: Config, directory: RunDirectory) -> None:
         _check_own(path)
 
 
-def export(job: Job, params: Any, step: int) -> None:
+def export(job: Job, params: Any, step: int) -> dict[str, str | None]:
     """Write the model, unless it is there already, whole.
 
     Args:
@@ -46,22 +46,34 @@ def export(job: Job, params: Any, step: int) -> None:
       params: the trained parameters.
       step: the steps that they have behind them.
 
+    Returns:
+      What is to be recorded; see :meth:`~jaxmoo.runs.directory.RunDirectory.exported`.
+
     Raises:
       CheckpointError: the model that is there is damaged, or it cannot be written.
       ConfigError: another's files are in the way.
     """
     directory, config = job.directory, job.config
-    recorded = directory.exported_step() == step
+    recorded = directory.exported(step)
+    made = dict(recorded)
     ending = job.setup.ending
     stop = () if ending is None else (ending,)
     for path in exports(config, directory):
-        there = recorded and path.is_dir() and any(path.iterdir()) and not is_unfinished(path)
-        if from_first(there):
+        onto = config.lora.merge_onto if config.lora.quantize_base else None
+        if path == directory.adapter:
+            onto = None
+        before = recorded.get(path.name, onto)
+        there = path.is_dir() and any(path.iterdir()) and not is_unfinished(path)
+        if from_first(there and path.name in recorded and before in (onto, None)):
             first_process(lambda path=path: _check_whole(path))
             continue
-        if is_first() and recorded:
-            job.say(f"{path} is gone, or empty: the model is exported again.")
+        if is_first() and path.name in recorded:
+            why = f"is merged onto {before}, and lora.merge_onto is now {onto}"
+            job.say(f"{path} {why if there else 'is gone, or empty'}: the model is exported again.")
+        made[path.name] = onto
         first_process(lambda path=path: _remove(path))
+        # If this is interrupted, nothing is to say of another model that it was exported there.
+        first_process(lambda: directory.results.unlink(missing_ok=True))
         model = job.setup.merge(params, job.setup.frozen)
         card = run_card(directory, config, step)
         if path == directory.adapter:
@@ -86,6 +98,7 @@ def export(job: Job, params: Any, step: int) -> None:
             job.say(f"Exported to {path} (Hugging Face format).")
             if ending is None:
                 job.say(NO_ENDING)
+    return made
 
 
 def exports(config: Config, directory: RunDirectory) -> tuple[Path, ...]:

@@ -227,7 +227,7 @@ def _finish(
     with job.stop.at_once():
         if is_first() and config.report:
             _report(job, step, before, after, replies)
-        export(job, params, step)
+        results["exported"] = export(job, params, step)
         job.point(step)
         if is_first():
             directory.write_results(results)

@@ -106,6 +106,28 @@ def test_what_is_written_for_cpus_computes_what_it_is_timed_beside(monkeypatch):
     assert "| Gram by slices | 8 x 6e+01, float32 |" in script.report([row])
 
 
+def test_quantising_is_timed_and_compared(monkeypatch):
+    script = module("quantized")
+    row = script.seconds("nf4", "bfloat16", 128, 1)
+    assert row["ns per weight"] > 0
+    weights = script.random(64, 128, "float32")
+    ours = script.ours(weights)
+    assert np.abs(ours.values - weights).max() < 0.16 * ours.scales.max()  # half of the widest gap
+    found = script.differing(ours, ours)
+    assert found == {"codes": 0, "scales": 0, "values": 0, "weights": 64 * 128}
+    assert not script.differs(found)
+    for other in (
+        ours._replace(codes=ours.codes ^ 1),
+        ours._replace(scales=ours.scales * 2),
+        ours._replace(values=ours.values + 1),
+    ):
+        assert script.differs(script.differing(ours, other))
+    assert not script.differs({"codes": 2, "scales": 0, "values": 2, "weights": 4096**2})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SystemExit, match="pip install bitsandbytes"):
+        script.theirs(weights)
+
+
 def test_simulated_intervals_hold_or_not(monkeypatch):
     script = module("intervals")
     small = {"SIZES": (16,), "DESIGNS": ((3, 8, 20), (3, 8, 30)), "RESAMPLES": 50, "MANY": 999}

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
+from jaxmoo.engine.layout import Layout
 from jaxmoo.kernels.quantized import dequantize
 from jaxmoo.models import (
     Decoder,
@@ -148,8 +149,47 @@ def test_the_update_is_that_of_stacked_gradients_on_any_mesh(axis, eight_devices
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_on_a_quantised_base_the_update_is_that_on_what_it_stands_for(one, kind):
-    """Gathered in bfloat16, as here everything is, scales would be off by 1 part in 256."""
     assert difference(one, kind) < 1e-5
+
+
+@pytest.mark.slow
+def test_scales_are_exact_whatever_matrices_are_gathered_in(one):
+    """Gathering in bfloat16 changes nothing if all else is numbers of bfloat16.
+
+    Scales are those that it would round most, all the same way.
+    """
+    graph, params, frozen = quantized_parts("nf4")[:3]
+
+    def value(path, x):
+        if path[-2:] == ("kernel", "scales"):
+            return 2 ** jnp.round(jnp.log2(x)) * (1 + 0.49 / 128)
+        narrow = jnp.issubdtype(x.dtype, jnp.floating)
+        return (2 * x).astype(jnp.bfloat16).astype(x.dtype) if narrow else x
+
+    params, frozen = (
+        nnx.from_flat_state([(p, v.replace(value(p, v[...]))) for p, v in nnx.to_flat_state(x)])
+        for x in (params, frozen)
+    )
+    engine = engine_of(graph, params, frozen, one, aggregator="mean", dtype=jnp.bfloat16)
+    losses = jax.jit(engine)(params, batch(), engine.init(), frozen)[0]
+    model = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, frozen)))
+    expected = jax.jit(jax.vmap(lambda b: language_loss(model, b)))(batch())
+    np.testing.assert_allclose(losses, expected, rtol=3e-6)
+
+
+def test_only_what_is_frozen_keeps_its_dtype_by_its_name():
+    """A trainable matrix of the user's may be called so, too."""
+    array = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    found = {
+        (path, labels is None): Layout.of(
+            path, array, stacked=False, pieces=1, labels=labels, dtype=jnp.bfloat16
+        ).gathered_dtype
+        for path in ("up_proj.kernel.scales", "up_proj.scales")
+        for labels in (None, np.zeros(1, int))
+    }
+    assert [key for key, dtype in found.items() if dtype == jnp.float32] == [
+        ("up_proj.kernel.scales", True)
+    ]
 
 
 @pytest.mark.slow

@@ -154,3 +154,10 @@ def test_what_cannot_be_quantised_is_refused_before_it_is_read(tmp_path):
     tiny_models.save("llama", tmp_path)
     with pytest.raises(ConfigError, match=r"q_proj: .* 48 is no multiple of 64\. Use int8"):
         load_model(tmp_path, quantize="nf4")
+
+
+def test_what_adapters_can_be_merged_onto_is_said(saved, tmp_path):
+    model = load_model(saved, quantize="nf4")
+    with pytest.raises(ConfigError, match="must be 'base', 'quantized' or None, found 'bse'"):
+        save_model(model, tmp_path / "out", source=saved, merge_onto="bse")
+    assert not (tmp_path / "out").exists()

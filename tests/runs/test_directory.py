@@ -71,11 +71,12 @@ def test_a_run_may_become_longer_until_its_learning_rate_falls(write_config, tmp
 def test_of_200_damages_to_results_and_scores_none_is_a_traceback(tmp_path):
     run = RunDirectory(tmp_path)
     run.store_scores(3, {"ja": LanguageScore(2.5, 1.0, 10, 30, 2)})
-    run.write_results({"steps": 3, "after": {"ja": LanguageScore(2.5, 1.0, 10, 30, 2).to_dict()}})
+    after = {"ja": LanguageScore(2.5, 1.0, 10, 30, 2).to_dict()}
+    run.write_results({"steps": 3, "after": after, "exported": {"export": "base"}})
     chance, refused = random.Random(0), 0
     others = [[], 3, None, {"ja": []}, {"ja": {"nll": "2"}}]
     scores = next(run.evaluation.iterdir())
-    for file, read in ((scores, lambda: run.scores(3)), (run.results, run.exported_step)):
+    for file, read in ((scores, lambda: run.scores(3)), (run.results, lambda: run.exported(3))):
         good = file.read_bytes()
         for content in damages(good, chance, lambda: chance.choice(others)):
             file.write_bytes(content)
@@ -89,3 +90,12 @@ def test_of_200_damages_to_results_and_scores_none_is_a_traceback(tmp_path):
     (tmp_path / "results.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
         run.exported_step()
+
+
+def test_what_was_exported_is_that_of_one_step_and_of_older_runs_taken_as_it_is(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.exported(3) == {}
+    run.write_results({"steps": 3, "exported": {"export": "quantized"}})
+    assert (run.exported(3), run.exported(2)) == ({"export": "quantized"}, {})
+    run.write_results({"steps": 3})
+    assert run.exported(3) == {"export": None, "adapter": None}

@@ -24,7 +24,10 @@ from jaxmoo.models import Decoder, DecoderConfig, merge_adapters
 from jaxmoo.models.lora import adapters, initial_adapters
 from jaxmoo.models.quantization import count_parameters, is_quantized
 from jaxmoo.runs.checkpoint import STATE
+from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.trained_parameters import run_segments, split_model
+from jaxmoo.train.export import export
+from jaxmoo.train.job import Job
 from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.planning import abstract_step
 from jaxmoo.train.setup import prepare
@@ -177,6 +180,48 @@ def test_a_run_on_a_quantised_base(write_config, tiny_model, tmp_path, capsys):
     merge_adapters(model)
     kernel = model.layers["2"].mlp.down_proj.kernel[1]
     np.testing.assert_allclose(coarse["model.layers.3.mlp.down_proj.weight"], kernel.T, atol=1e-6)
+
+
+def test_an_export_that_is_not_what_the_settings_ask_for_is_made_anew(
+    write_config, tiny_model, tmp_path
+):
+    """Of a finished run: merged onto another base, or left from an earlier step."""
+    config_file, said = run_config(write_config, quantize_base="int8", export="merged"), []
+    run = RunDirectory(tmp_path / "run")
+    setup = prepare(load_config(config_file), lambda _: None)
+
+    def exported(step, *overrides, params=setup.state.params):
+        said.clear()
+        config = load_config(config_file, overrides)
+        job = Job(config, setup, run, None, None, None, said.append)
+        run.write_results({"steps": step, "exported": export(job, params, step)})
+        return load_file(run.export / WEIGHTS)["model.layers.0.mlp.up_proj.weight"]
+
+    base = exported(4)
+    assert np.array_equal(base, exported(4)) and not said
+    coarse = exported(4, "lora.merge_onto=quantized")
+    assert "is merged onto base, and lora.merge_onto is now quantized" in said[0]
+    assert not np.array_equal(base, coarse)
+    exported(4, "lora.merge_onto=quantized")
+    assert not said
+    # Interrupted between the new export and its record, it is not taken for the old one.
+    export(
+        Job(load_config(config_file), setup, run, None, None, None, said.append),
+        setup.state.params,
+        4,
+    )
+    assert np.array_equal(exported(4, "lora.merge_onto=quantized"), coarse)
+
+    # After two more steps adapters alone are exported; what lies in export/ is that of step 4.
+    exported(6, "lora.export=adapter")
+    changed = jax.tree.map(lambda x: x + 1, setup.state.params)
+    exported(6, params=changed)
+    later = load_file(run.export / WEIGHTS)["model.layers.3.mlp.down_proj.weight"]
+    exported(6, "lora.export=adapter")
+    exported(6)
+    assert not said  # it is still there, and that of step 6
+    before = load_file(tiny_model / WEIGHTS)["model.layers.3.mlp.down_proj.weight"]
+    assert np.abs(later - before).max() > 1
 
 
 def test_new_adapters_change_nothing_and_are_spread_as_pefts(config_file):
