@@ -203,7 +203,7 @@ class AdaptedLinear(Linear):
         if self.lora_magnitude_vector is None:
             return super().__call__(x) + change
         y = self.times_kernel(x) + change
-        a, b = jax.lax.stop_gradient((self.lora_A.kernel[...], self.lora_B.kernel[...]))
+        a, b = jax.lax.stop_gradient((self.lora_A.matrix(), self.lora_B.matrix()))
         norms = _column_norms(jax.lax.stop_gradient(self.matrix()), a, b, self.scale)
         # Not rounded by itself to bfloat16, which has no number between 1 and 1.0078.
         y = (y * (self.lora_magnitude_vector[...] / norms)).astype(self.dtype)
@@ -348,7 +348,7 @@ def adapted_kernel(linear: Linear) -> AdaptedKernel:
     """
     kernel, a, b, scale, m = linear.kernel, None, None, None, None
     if isinstance(linear, AdaptedLinear):
-        a, b = linear.lora_A.kernel[...], linear.lora_B.kernel[...]
+        a, b = linear.lora_A.matrix(), linear.lora_B.matrix()
         scale, m = linear.scale, linear.lora_magnitude_vector
     return AdaptedKernel(
         kernel.parts if isinstance(kernel, QuantizedKernel) else kernel.get_value(),
