@@ -509,26 +509,33 @@ def quickstart(options: argparse.Namespace, folder: Path) -> bool:
                 return False
         names = {one.relative_to(output).parts[0] for one in output.rglob("*") if one.is_file()}
         print(f"in the bucket: {', '.join(sorted(names))}")
-        found, expected = result(output), result(disk)
-        found["metrics"], expected["metrics"] = (
-            [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(one)]
-            for one in (output, disk)
-        )
-        found["report"], expected["report"] = (
-            {file.name for file in RunDirectory(one).report.iterdir()} for one in (output, disk)
-        )
-    for name in expected:
-        print(f"{name}: {'equal' if found[name] == expected[name] else 'DIFFERENT'}")
-    return found == expected
+        return same_results(output, disk)
 
 
 # What is not the same in two equal runs.
 TIMES = {"time", "step_seconds", "tokens_per_second", "seconds", "goodput"}
 
 
+def same_results(output: Path, disk: Path) -> bool:
+    """Tell, and say of what, whether all that two runs have made is equal, but for times."""
+    found, expected = result(output), result(disk)
+    found["metrics"], expected["metrics"] = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(one)]
+        for one in (output, disk)
+    )
+    found["report"], expected["report"] = (
+        {file.name for file in RunDirectory(one).report.iterdir()} for one in (output, disk)
+    )
+    for name in expected:
+        print(f"{name}: {'equal' if found[name] == expected[name] else 'DIFFERENT'}")
+    return found == expected
+
+
 def write_inputs(config: Path, files: Path) -> None:
     """Write the model and the examples of the quick start as files of one directory."""
     settings = load_config(config)
+    whole, files = files, files.with_suffix(".partial")
+    shutil.rmtree(files, ignore_errors=True)
     for folder in ("model", "data"):
         (files / folder).mkdir(parents=True)
     for file in resolve_source(settings.model.source).iterdir():
@@ -538,6 +545,7 @@ def write_inputs(config: Path, files: Path) -> None:
     for language in (*settings.data.seen, *settings.data.unseen):
         records = [json.dumps(values) for _, values in source.open(language) if values is not None]
         (files / "data" / f"{language}.jsonl").write_text("\n".join(records))
+    files.rename(whole)
 
 
 def last_step(metrics: Path) -> int:

@@ -209,3 +209,31 @@ def test_bad_trees_are_refused():
         blocks.partition("layer", decoder_tree(), stacked="^blocks")
     with pytest.raises(ConfigError, match="scalar"):
         blocks.partition("layer", {"layers": np.zeros(())}, stacked="^layers")
+
+
+def test_experts_of_a_list_are_blocks_and_are_not_cut():
+    """Alone, or where the layers are stacked."""
+    experts = [{"up": np.zeros((4, 8)), "down": np.zeros((8, 4))}, {"up": np.zeros((4, 8))}]
+    names = ("layers.0", "layers.0.mlp.experts.0", "layers.0.mlp.experts.1")
+    part = blocks.partition(
+        "expert", {"layers": [{"mlp": {"gate": np.zeros(4), "experts": experts}}]}
+    )
+    assert (part.names, part.sizes, part.sparse) == (names, (4, 64, 32), (False, True, True))
+    experts = [np.zeros((2, 8, 4)), np.zeros((2, 8, 4))]
+    part = blocks.partition("expert", {"layers": {"0": {"experts": experts}}}, stacked=STACKED)
+    assert part.names == tuple(f"layers.{n}.experts.{e}" for n in range(2) for e in range(2))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"scale": np.zeros(())}, r"expected mlp\.experts\.scale to stack .*found a scalar"),
+        (
+            {"down": np.zeros((3, 2)), "up": np.zeros((2, 3))},
+            r"mlp\.experts\.down has 3 experts .*, but mlp\.experts\.up has 2",
+        ),
+    ],
+)
+def test_what_stacks_no_experts_below_that_name_is_refused(experts, message):
+    with pytest.raises(ConfigError, match=message):
+        blocks.partition("expert", {"mlp": {"experts": experts}})

@@ -32,9 +32,9 @@ from jaxmoo.config.training import Config
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
 from jaxmoo.errors import ConfigError, DataError
-from jaxmoo.models import Decoder, target_mask, token_nll
+from jaxmoo.models import Decoder, summed_loss, target_mask
 from jaxmoo.models.paths import STACKED
-from jaxmoo.runs.trained_parameters import trained_filter
+from jaxmoo.runs.trained_parameters import router_coef, trained_filter
 from jaxmoo.runtime.processes import place
 from jaxmoo.train.gradient_source import block_rule
 
@@ -245,7 +245,8 @@ def measure_grams(
     )
 
     def loss(params: Any, frozen: Any, one: Any) -> jax.Array:
-        return token_nll(nnx.merge(graph, params, frozen), one).sum()
+        decoder = nnx.merge(graph, params, frozen)
+        return summed_loss(decoder, one, router_coef=router_coef(config, decoder.config))
 
     engine = resolved_value_and_grad(
         loss,

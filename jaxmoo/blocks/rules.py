@@ -35,10 +35,18 @@ def _module_of(path: str) -> str:
     return ".".join(parts[: max(depth, _layer_depth(parts))])
 
 
-def _experts_of(path: str) -> str:
-    """The beginning of a path up to the experts; empty where it is none of theirs."""
+def _experts_of(path: str) -> tuple[str, bool]:
+    """The beginning of a path up to the experts, and whether they are stacked.
+
+    Where they are not, it goes up to the expert's number. It is empty where the path is no
+    expert's.
+    """
     parts = path.split(".")
-    return ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts[:-1] else ""
+    if "experts" not in parts[:-1]:
+        return "", False
+    depth = parts.index("experts") + 1
+    stacked = not parts[depth].isdigit()
+    return ".".join(parts[: depth + (not stacked)]), stacked
 
 
 def by(fn: Callable[[str], Hashable], spec: str = "by") -> Blocks:
@@ -76,9 +84,13 @@ def module() -> Blocks:
 def expert() -> Blocks:
     """One block per expert of a layer's mixture; the rest of the layer is one, as in `layer`.
 
-    What lies below a component ``experts`` of its path stacks the experts along its first axis. An
-    objective whose gradient of an expert is exactly zero, such as a language that sends it no
-    token, is absent from that block.
+    Below a component ``experts`` of its path an array stacks the experts along its first axis; or
+    the next component is an expert's number. An objective whose gradient of an expert is exactly
+    zero, such as a language that sends it no token, is absent from that block.
+
+    Raises:
+      ConfigError: on use, there are no experts, or arrays of the same mixture stack different
+        numbers of them.
 
     Example:
       >>> import numpy as np
@@ -89,23 +101,37 @@ def expert() -> Blocks:
     """
 
     def label(pieces: Sequence[Piece]) -> Sequence[Hashable]:
-        if not any(_experts_of(piece.path) for piece in pieces):
+        if not any(_experts_of(piece.path)[0] for piece in pieces):
             raise ConfigError(
                 "expert blocks: expected parameters below a component 'experts' of their path, "
                 f"found none among {', '.join(piece.path for piece in pieces[:3])}, ... What is "
                 "trained has no experts; use layer blocks."
             )
-        of_experts = (_experts_of(piece.path) for piece in pieces)
-        return [
-            f"{above}.{piece.part}" if above else _layer_of(piece.path)
-            for piece, above in zip(pieces, of_experts, strict=True)
-        ]
+        labels, first = [], {}
+        for piece in pieces:
+            above, stacked = _experts_of(piece.path)
+            labels.append(f"{above}.{piece.part}" if stacked else above or _layer_of(piece.path))
+            other = first.setdefault(above, piece)
+            if stacked and piece.parts != other.parts:
+                raise ConfigError(
+                    f"expert blocks: {other.path} has {other.parts} experts along its first axis, "
+                    f"but {piece.path} has {piece.parts}. Stack as many in all arrays below "
+                    f"{above!r}."
+                )
+        return labels
 
     def parts(path: str, shape: tuple[int, ...], itemsize: int) -> int:
         del itemsize
-        return shape[0] if _experts_of(path) else 1
+        if not _experts_of(path)[1]:
+            return 1
+        if not shape:
+            raise ConfigError(
+                f"expert blocks: expected {path} to stack experts along its first axis, found a "
+                "scalar. Give it one value for each expert, or keep it elsewhere."
+            )
+        return shape[0]
 
-    return Blocks("expert", label, parts, lambda piece: bool(_experts_of(piece.path)))
+    return Blocks("expert", label, parts, lambda piece: bool(_experts_of(piece.path)[0]))
 
 
 def leaf() -> Blocks:

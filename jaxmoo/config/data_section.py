@@ -321,7 +321,9 @@ def _check_sources(data: DataConfig) -> list[str]:
     problems = [f"{name} names no source." for name in entries if not entries[name].get("source")]
     if isinstance(data.held_out_source, dict):
         entries["data.held_out_source"] = data.held_out_source
-    elif data.held_out_source is not None and not isinstance(data.held_out_source, str):
+    elif isinstance(data.held_out_source, str):
+        entries["data.held_out_source"] = {"source": data.held_out_source}
+    elif data.held_out_source is not None:
         problems.append(
             f"data.held_out_source must be text or a mapping, found {data.held_out_source!r}."
         )
@@ -342,14 +344,17 @@ def _check_sources(data: DataConfig) -> list[str]:
             problems.append(
                 "data.held_out_source names no source, and of data.sources there are several."
             )
-    for name, one in zip(names, every, strict=False):
+    for name, one in zip(names, every, strict=True):
         problems += _check_shape(name, one) + _check_own(name, one)
+        if entries.get(name, {}).get("options") and not is_path(str(one.source)):
+            problems.append(_no_options(f"{name}.options", str(one.source)))
     if data.options and not any(is_path(str(one.source)) for one in every):
-        problems.append(
-            "data.options are those of a source of your own, package.module:object; "
-            f"{data.named} takes none."
-        )
+        problems.append(_no_options("data.options", data.named))
     return problems
+
+
+def _no_options(name: str, source: str) -> str:
+    return f"{name} are those of a source of your own, package.module:object; {source} takes none."
 
 
 def _check_own(name: str, data: DataConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """A GGUF file becomes a Hugging Face directory.
 
-Quantised tensors are dequantised to float32. The format: https://github.com/ggml-org/ggml,
-docs/gguf.md.
+Quantised tensors are dequantised to float32. The format: docs/gguf.md of
+https://github.com/ggml-org/ggml.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from jaxmoo.models.lora import LoRA, add_adapters, initial_adapters, merge_adapt
 from jaxmoo.models.loss import (
     language_loss,
     router_loss,
+    summed_loss,
     target_mask,
     token_nll,
     token_nll_and_router_loss,
@@ -37,6 +38,7 @@ __all__ = [
     "rope_tables",
     "router_loss",
     "segments_for",
+    "summed_loss",
     "target_mask",
     "token_nll",
     "token_nll_and_router_loss",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxmoo.engine import vocabulary
 from jaxmoo.engine.block import sum_over_examples
+from jaxmoo.errors import ConfigError
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.experts import Load
 
@@ -16,6 +17,7 @@ __all__ = [
     "front_nll",
     "language_loss",
     "router_loss",
+    "summed_loss",
     "target_mask",
     "token_nll",
     "token_nll_and_router_loss",
@@ -82,11 +84,47 @@ def token_nll_and_router_loss(
       :func:`jaxmoo.resolved_value_and_grad`, the scalars are the loss of all its tokens.
 
     Raises:
-      ConfigError: when S exceeds the model's longest sequence.
+      ConfigError: when S exceeds the model's longest sequence, or no layer has experts.
     """
     counted = jax.lax.cummax(target_mask(batch).astype(jnp.int32), axis=1, reverse=True) > 0
     nll, loads = _nll_and_loads(model, batch, chunk, counted)
     return nll, router_loss(loads)
+
+
+def summed_loss(
+    model: Decoder,
+    batch: Mapping[str, jax.Array],
+    *,
+    router_coef: float = 0.0,
+    scale_B: jax.Array | None = None,
+) -> jax.Array:
+    """Sum up what training minimises, for :func:`jaxmoo.resolved_value_and_grad`.
+
+    Divided by the language's target tokens it is `language_loss`.
+
+    Args:
+      model: the decoder.
+      batch: see `token_nll`; the examples that this device holds.
+      router_coef: see `language_loss`.
+      scale_B: what each row's losses are multiplied by, the same for all rows of a language;
+        by default 1.
+
+    Returns:
+      A scalar in nats, this device's part of the sum.
+
+    Raises:
+      ConfigError: as `token_nll_and_router_loss`, where there is a coefficient.
+    """
+    if router_coef == 0:
+        nll, router = token_nll(model, batch), None
+    else:
+        nll, router = token_nll_and_router_loss(model, batch)
+        # Divided by the language's target tokens, as the sum is.
+        router = router_coef * sum_over_examples(target_mask(batch).sum()) * router
+    if scale_B is not None:
+        nll = nll * scale_B[:, None]
+        router = None if router is None else router * scale_B[0]
+    return nll.sum() if router is None else nll.sum() + router
 
 
 def router_loss(loads: Sequence[Load]) -> jax.Array:
@@ -105,7 +143,15 @@ def router_loss(loads: Sequence[Load]) -> jax.Array:
 
     Returns:
       A scalar; within :func:`jaxmoo.resolved_value_and_grad` this device's part of it.
+
+    Raises:
+      ConfigError: there are no loads.
     """
+    if not loads:
+        raise ConfigError(
+            "A router's loss was asked for of a model none of whose layers has experts. Set its "
+            "coefficient to 0."
+        )
     chosen_E = jnp.concatenate([load.chosen_E for load in loads]).sum(0)
     probability_E = jnp.concatenate([load.probability_E for load in loads]).sum(0)
     tokens = jnp.concatenate([load.tokens for load in loads]).sum()

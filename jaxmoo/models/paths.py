@@ -192,15 +192,17 @@ def trainable_filter(pattern: str) -> Callable[[tuple[Any, ...], Any], bool]:
         names = logical_paths(path, leaf.shape)
         matches = [bool(regex.search(name)) for name in names]
         if any(matches) and not all(matches):
+            size = leaf.shape[1] if _EXPERTS in path else 1  # one behind the other, of a layer
+            layers = [matches[i : i + size] for i in range(0, len(matches), size)]
+            apart = [layer for layer in layers if any(layer) and not all(layer)]
+            if apart:
+                found = f"{sum(apart[0])} of the {size} experts of a layer"
+                remedy = "the experts of a layer are trained together, or not at all"
+            else:
+                found = f"{sum(map(any, layers))} of the {len(layers)} layers"
+                remedy = "build the model with segments=segments_for(config, pattern)"
             raise ConfigError(
-                f"{pattern!r} matches {sum(matches)} of the {len(names)} "
-                f"{'experts' if _EXPERTS in path else 'layers'} stacked in "
-                f"{'.'.join(map(str, path))}; "
-                + (
-                    "the experts of a layer are trained together, or not at all"
-                    if _EXPERTS in path
-                    else "build the model with segments=segments_for(config, pattern)"
-                )
+                f"{pattern!r} matches {found} stacked in {'.'.join(map(str, path))}; {remedy}"
             )
         return all(matches)
 

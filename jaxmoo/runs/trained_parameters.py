@@ -21,12 +21,14 @@ from jaxmoo.models.lora import (
     add_adapters,
     initial_adapters,
 )
+from jaxmoo.models.paths import compile_regex, parameter_paths
 from jaxmoo.models.quantization import quantize_base
 
 __all__ = [
     "begun_model",
     "check_model",
     "given_adapters",
+    "router_coef",
     "run_segments",
     "split_model",
     "trained_filter",
@@ -64,8 +66,9 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
       architecture: the model's sizes.
 
     Raises:
-      ConfigError: rows are longer than the model reads, adapters are larger than what they adapt,
-        of projections that the model does not have, or cannot be exported.
+      ConfigError: rows are longer than the model reads, experts are asked for where there are none
+        or none is trained, adapters are larger than what they adapt, of projections that the model
+        does not have, or cannot be exported.
     """
     length, longest = config.data.sequence_length, architecture.max_position_embeddings
     if length > longest:
@@ -73,16 +76,13 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
             f"data.sequence_length is {length}, but {config.model.source} reads at most {longest} "
             "tokens."
         )
-    trains_experts = architecture.num_experts > 0 and config.lora.rank is None
-    if config.resolve.blocks == "expert" and not trains_experts:
-        why = "has no experts" if not architecture.num_experts else "has experts, but adapters none"
+    if config.resolve.blocks == "expert":
+        _check_trained_experts(config, architecture)
+    coef = router_coef(config, architecture)
+    if coef and not _has_experts(architecture):
         raise ConfigError(
-            f"resolve.blocks is 'expert': {config.model.source} {why}. Use 'layer' blocks."
-        )
-    if config.train.router_aux_loss_coef and not architecture.num_experts:
-        raise ConfigError(
-            f"train.router_aux_loss_coef is {config.train.router_aux_loss_coef:g}, but "
-            f"{config.model.source} has no experts. Leave it out."
+            f"train.router_aux_loss_coef is {coef:g} (by default that of the model), but "
+            f"{config.model.source} has no experts. Set it to 0."
         )
     largest = max(architecture.hidden_size, architecture.intermediate_size)
     lora = config.lora
@@ -97,12 +97,40 @@ def check_model(config: Config, architecture: DecoderConfig) -> None:
     _check_projections(config, architecture)
 
 
+def router_coef(config: Config, architecture: DecoderConfig) -> float:
+    """Return how much of the router's loss is added to every language's."""
+    coef = config.train.router_aux_loss_coef
+    return architecture.router_aux_loss_coef if coef is None else coef
+
+
+def _has_experts(architecture: DecoderConfig) -> bool:
+    return any(map(architecture.has_experts, range(architecture.num_hidden_layers)))
+
+
+def _check_trained_experts(config: Config, architecture: DecoderConfig) -> None:
+    pattern = config.model.trainable
+    if not _has_experts(architecture):
+        why = "has no experts"
+    elif config.lora.rank is not None:
+        why = "has experts, but adapters none"
+    elif not any(
+        ".experts." in path and compile_regex(pattern).search(path)
+        for path in parameter_paths(architecture)
+    ):
+        why = f"has experts, but model.trainable ({pattern!r}) matches none of them"
+    else:
+        return
+    raise ConfigError(
+        f"resolve.blocks is 'expert': {config.model.source} {why}. Use 'layer' blocks."
+    )
+
+
 def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     lora, source = config.lora, config.model.source
     every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
     inside = sorted(named & _OF_AN_MLP)
-    if inside and architecture.num_experts:
+    if inside and _has_experts(architecture):
         raise ConfigError(
             f"lora: {source} has experts, whose {', '.join(inside)} get no adapters. Adapt "
             f"{', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)} (the default adapts "

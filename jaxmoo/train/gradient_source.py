@@ -18,16 +18,10 @@ from jaxmoo.aggregators import track_gradients
 from jaxmoo.blocks import Blocks, Partition, path_string
 from jaxmoo.config import Config, ResolveConfig, SamplingConfig
 from jaxmoo.engine import ResolvedGradients, resolved_value_and_grad
-from jaxmoo.engine.block import sum_over_examples
 from jaxmoo.errors import ConfigError
-from jaxmoo.models import (
-    Decoder,
-    language_loss,
-    target_mask,
-    token_nll,
-    token_nll_and_router_loss,
-)
+from jaxmoo.models import Decoder, language_loss, summed_loss, target_mask
 from jaxmoo.models.paths import STACKED
+from jaxmoo.runs.trained_parameters import router_coef
 from jaxmoo.stacked import stacked_value_and_grad
 from jaxmoo.transform import resolve_conflicts
 from jaxmoo.weighting import Weighting, initial_weights
@@ -199,13 +193,8 @@ def _backward(
 
     def summed(params: Any, frozen: Any, batch: Any) -> jax.Array:
         decoder = merge(params, frozen)
-        coef = _router_coef(config, decoder)
-        if coef == 0:
-            return _scaled(batch, token_nll(decoder, batch)).sum()
-        nll, router = token_nll_and_router_loss(decoder, batch)
-        # Divided by the language's target tokens, as the sum is.
-        router = coef * sum_over_examples(target_mask(batch).sum()) * router
-        return _scaled(batch, nll).sum() + router * _scale(batch)
+        coef = router_coef(config, decoder.config)
+        return summed_loss(decoder, batch, router_coef=coef, scale_B=batch.get(SCALE))
 
     engine = resolved_value_and_grad(
         summed,
@@ -235,22 +224,6 @@ def engine_source(engine: ResolvedGradients) -> GradientSource:
 
 
 SCALE = "loss_scale"
-
-
-def _router_coef(config: Config, model: Decoder) -> float:
-    """How much of the router's loss is added to every language's."""
-    coef = config.train.router_aux_loss_coef
-    return model.config.router_aux_loss_coef if coef is None else coef
-
-
-def _scale(batch: Any) -> jax.Array | float:
-    """What a language's loss is multiplied by, the same for all of its rows."""
-    return batch[SCALE][0] if SCALE in batch else 1.0
-
-
-def _scaled(batch: Any, nll: jax.Array) -> jax.Array:
-    """Losses [B, S], times each row's scale where a batch has one."""
-    return nll * batch[SCALE][:, None] if SCALE in batch else nll
 
 
 def token_mean(source: GradientSource) -> GradientSource:
@@ -404,8 +377,9 @@ def _stacked(
     def compute(params: Any, frozen: Any, batch: Any, state: Any) -> tuple[jax.Array, Any, Any]:
         def loss(params: Any, one: Any) -> jax.Array:
             decoder = merge(params, frozen)
-            coef = _router_coef(config, decoder)
-            return language_loss(decoder, one, router_coef=coef) * _scale(one)
+            coef = router_coef(config, decoder.config)
+            scale = one[SCALE][0] if SCALE in one else 1.0
+            return language_loss(decoder, one, router_coef=coef) * scale
 
         value_and_grad = stacked_value_and_grad(loss)
         losses, gradients = value_and_grad(params, batch)

@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 from jaxmoo import mesh
 from jaxmoo.config.interval import parse_interval
 from jaxmoo.data.batches import Counts
-from jaxmoo.errors import DataError
 from jaxmoo.evaluate import LanguageScore
 from jaxmoo.runs.checkpoint import Checkpoints
 from jaxmoo.runtime.processes import place
@@ -50,7 +49,7 @@ class Loop:
         self._state, self._done = state, done
         settings = job.config.train
         self._selection = Selection(job.config)
-        self._unread: DataError | None = None  # why this process cannot read its rows
+        self._unread: Exception | None = None  # why this process cannot read its rows
         self._told: int | None = None  # the step whose scores are in the metrics
         self._steps_between = parse_interval(settings.checkpoint_every).steps
         every = settings.evaluate_every
@@ -190,7 +189,9 @@ class Loop:
             try:
                 batch, counts = batches.batch(step, self._rows), batches.counts(step, self._rows)
                 return batch, self._job.agreement.largest(np.stack(counts))
-            except DataError as error:
+            except InterruptedRunError:
+                raise
+            except Exception as error:  # of a network, or a source of the user's, any
                 self._unread = error
         spec = step_spec(self._job.config.data)
         empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}

@@ -27,8 +27,7 @@ REST = "batch and diagnostics"
 
 # What makes each of them smaller.
 _REMEDIES = {
-    PARAMETERS: "use more devices, model.param_dtype=bfloat16, or, with adapters, "
-    "lora.quantize_base=nf4",
+    PARAMETERS: "use more devices, or model.param_dtype=bfloat16",
     OPTIMISER: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
     GRADIENT: "use more devices, or train fewer parameters (model.trainable, lora.rank)",
     OBJECTIVES: "use smaller blocks (resolve.blocks=module, or more resolve.vocabulary_slices)",
@@ -40,6 +39,7 @@ _REMEDIES = {
     OTHER: "use more train.microbatches, or a smaller data.batch_size or data.sequence_length",
     REST: "use a smaller data.batch_size",
 }
+_QUANTIZED = ", or, with adapters, lora.quantize_base=nf4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,12 @@ class Plan:
         if self.total <= device_memory:
             return f"Fits: {needed} of {there} per device."
         kind, size = max(self.memory.items(), key=lambda item: item[1])
+        total, read = self.parameters
+        # Models with experts are not quantised.
+        more = _QUANTIZED if kind == PARAMETERS and read == total else ""
         return (
             f"Does not fit: {needed} needed, {there} there. The largest part is {kind} "
-            f"({format_size(size)}): {_REMEDIES[kind]}."
+            f"({format_size(size)}): {_REMEDIES[kind]}{more}."
         )
 
     def table(self, against: Plan | None = None) -> str:

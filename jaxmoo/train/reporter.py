@@ -49,7 +49,7 @@ class StepDone(NamedTuple):
     counts: Counts | jax.Array
     metrics: Mapping[str, jax.Array]
     begun: float
-    unread: DataError | None = None
+    unread: Exception | None = None
 
 
 class Reporter:

@@ -40,7 +40,7 @@ from jaxmoo.train.metrics import read_metrics
 from jaxmoo.train.replies import Replies, SampleReplies, side_by_side
 from jaxmoo.train.reporter import NonFiniteLossError
 from jaxmoo.train.resume import batch_digest, resume
-from jaxmoo.train.setup import Setup, prepare
+from jaxmoo.train.setup import Setup, prepare, step_spec
 from jaxmoo.train.trackers import check_packages, trackers_of
 
 __all__ = ["InterruptedRunError", "NonFiniteLossError", "train"]
@@ -200,7 +200,9 @@ def _late(config: Config, setup: Setup) -> str:
     engine = setup.gradients.engine
     if engine is None:
         return ""
-    kept = engine.kept_bytes(engine.usage(setup.state.params, setup.batches.batch(0), setup.frozen))
+    spec = step_spec(config.data).items()
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec}
+    kept = engine.kept_bytes(engine.usage(setup.state.params, batch, setup.frozen))
     if not kept:
         return ""
     return (

@@ -16,7 +16,7 @@ from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_config as load_model_config
 from jaxmoo.hf import load_model
-from jaxmoo.models import language_loss, segments_for
+from jaxmoo.models import Decoder, DecoderConfig, language_loss, segments_for
 from jaxmoo.models.lora import adapters
 from jaxmoo.runs.trained_parameters import begun_model, trained_filter
 
@@ -117,6 +117,35 @@ def measure(config):
 @pytest.fixture(scope="module")
 def measured(finished_run):
     return measure(load_config(finished_run / "config.yaml"))
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_are_those_that_the_run_minimises(write_config):
+    """With the router's loss."""
+    coef = 3.0
+    config = load_config(write_config(train__router_aux_loss_coef=coef, model__trainable=r"gate\."))
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
+    architecture = DecoderConfig(**sizes, **heads, **experts, max_position_embeddings=16)
+    model = Decoder(architecture, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 16, (4, 2, 8)), "loss_mask": np.ones((4, 2, 8), bool)}
+    graph, params, frozen = nnx.split(model, trained_filter(config), ...)
+
+    @jax.jit
+    def by_themselves(params, batch):
+        def loss(params, one):
+            return language_loss(nnx.merge(graph, params, frozen), one, router_coef=coef)
+
+        return stacked_value_and_grad(loss)(params, batch)
+
+    losses, gradients = by_themselves(params, jax.tree.map(jnp.asarray, batch))
+    (gradients,) = (np.asarray(x, np.float64).reshape(4, -1) for x in jax.tree.leaves(gradients))
+    found = measure_grams(model, config, batch, blocks="whole")
+    assert found.losses.ravel() == pytest.approx(np.asarray(losses), rel=1e-5)
+    expected = gradients[:2] @ gradients[:2].T
+    np.testing.assert_allclose(found.within[0, 0], expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 @pytest.mark.slow

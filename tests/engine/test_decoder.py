@@ -12,15 +12,7 @@ from flax import nnx
 
 from jaxmoo import mesh, resolve_conflicts, resolved_value_and_grad, stacked_value_and_grad
 from jaxmoo.blocks import choose
-from jaxmoo.engine.block import sum_over_examples
-from jaxmoo.models import (
-    Decoder,
-    DecoderConfig,
-    language_loss,
-    target_mask,
-    token_nll,
-    token_nll_and_router_loss,
-)
+from jaxmoo.models import Decoder, DecoderConfig, language_loss, summed_loss, target_mask
 from jaxmoo.models.attention import cudnn, plain
 from jaxmoo.models.families import LayerKind
 from jaxmoo.models.rope import Rope
@@ -128,12 +120,8 @@ def found(case, device_mesh, implementation="xla"):
     graph, params = graph_of(tied, remat, implementation), params_of(tied)
 
     def loss(p, b):
-        model = nnx.merge(graph, p)
-        coef = model.config.router_aux_loss_coef
-        if coef == 0:
-            return token_nll(model, b).sum()
-        nll, router = token_nll_and_router_loss(model, b)
-        return nll.sum() + coef * sum_over_examples(target_mask(b).sum()) * router
+        coef = config(tied).router_aux_loss_coef
+        return summed_loss(nnx.merge(graph, p), b, router_coef=coef)
 
     engine = resolved_value_and_grad(
         loss,
@@ -226,6 +214,7 @@ def test_over_a_tensor_axis_every_device_attends_with_its_heads(eight_devices):
         ("untied, sliced, one at a time", "data"),
         ("gemma", "data"),
         ("experts", "data"),
+        ("experts", "tensor"),
         ("cohere", "tensor"),
     ],
 )

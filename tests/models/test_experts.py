@@ -12,21 +12,22 @@ from flax import nnx
 
 import tiny_models
 from closeness import relative_error
+from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_model
-from jaxmoo.models import DecoderConfig, language_loss, token_nll_and_router_loss
+from jaxmoo.models import DecoderConfig, language_loss, router_loss, token_nll_and_router_loss
 from jaxmoo.models.experts import Experts
 from models.test_oracle import by_our_paths
 from tiny_models import by_logical_path, tokens_and_mask
 
-D, E, K = 6, 5, 2
+D, E, F, K = 6, 5, 4, 2
 
 
 @pytest.fixture(scope="module")
 def mixture():
-    """``(router [D, E], tokens [T, D]) -> what is found, and the gradients of its sum``."""
-    sizes = {"vocab_size": 8, "hidden_size": D, "intermediate_size": 4, "num_hidden_layers": 1}
+    """A graph, a state, and ``(router [D, E], tokens [T, D]) -> (found, gradients of its sum)``."""
+    sizes = {"vocab_size": 8, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
-    experts = {"num_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": 4}
+    experts = {"num_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": F}
     config = DecoderConfig(**sizes, **heads, **experts, max_position_embeddings=64)
     kw = {"platform": "cpu", "dtype": jnp.float32, "param_dtype": jnp.float32}
     graph, state = nnx.split(Experts(config, rngs=nnx.Rngs(0), **kw))
@@ -42,7 +43,7 @@ def mixture():
         (_, y), gradients = jax.value_and_grad(total, has_aux=True)(state)
         return y, gradients
 
-    return state, run
+    return graph, state, run
 
 
 def by_hand(state, router, x):
@@ -67,7 +68,7 @@ def by_hand(state, router, x):
 @pytest.mark.parametrize("draw", ["random", "all the same", "two kinds"])
 def test_no_token_is_dropped_whatever_the_router_chooses(draw, mixture):
     """And an expert that is chosen by none has a gradient of exactly zero."""
-    state, run = mixture
+    _, state, run = mixture
     rng = np.random.default_rng(0)
     x, router = rng.normal(size=(13, D)), rng.normal(size=(D, E))
     if draw != "random":
@@ -80,6 +81,23 @@ def test_no_token_is_dropped_whatever_the_router_chooses(draw, mixture):
     for kernels in jax.tree.leaves(gradients["experts"]):
         for e in range(E):
             assert (np.abs(kernels[e]).max() > 0) == (e in chosen)
+
+
+def test_copies_of_kernels_are_not_kept_for_the_backward_pass(mixture):
+    """A bin's copy is as large as its expert's kernel, and there are more bins than experts."""
+    graph, state, _ = mixture
+    x = jax.ShapeDtypeStruct((1, 20, D), jnp.float32)
+    kept = jax.eval_shape(
+        lambda state, x: jax.vjp(lambda s, x: nnx.merge(graph, s)(x), state, x)[1], state, x
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    kernels = [shape[0] for shape in shapes if shape[1:] in {(D, F), (F, D)}]
+    assert kernels == [E] * 3
+
+
+def test_without_experts_there_is_no_routers_loss():
+    with pytest.raises(ConfigError, match="none of whose layers has experts"):
+        router_loss([])
 
 
 def test_the_routers_loss_is_that_of_transformers(tmp_path: Path):

@@ -83,3 +83,17 @@ def test_a_filter_on_other_segments_is_refused_rather_than_guessing(config):
     model = Decoder.abstract(config, segments=(0,))
     with pytest.raises(ConfigError, match=r"matches 1 of the 4 layers stacked in layers\.0"):
         nnx.split(model, trainable_filter(r"layers\.3\."), ...)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"layers\.1\.", r"matches 1 of the 3 layers stacked in layers\.0.*segments_for"),
+        (r"experts\.[01]\.", r"matches 2 of the 4 experts of a layer .* trained together"),
+        (r"layers\.[01]\.|experts\.3\.", r"matches 1 of the 4 experts of a layer"),
+    ],
+)
+def test_layers_and_experts_that_match_in_part_have_remedies_of_their_own(pattern, message):
+    path = ("layers", "0", "mlp", "experts", "up_proj", "kernel")
+    with pytest.raises(ConfigError, match=message):
+        trainable_filter(pattern)(path, np.zeros((3, 4, 2, 2)))

@@ -15,6 +15,7 @@ import yaml
 from devices import run_python
 from jaxmoo.config import load_config
 from jaxmoo.models import DecoderConfig
+from jaxmoo.train.plan_table import Plan
 from jaxmoo.train.planning import abstract_step, plan, shape_of
 from jaxmoo.train.setup import prepare
 
@@ -109,6 +110,13 @@ def test_stacked_gradients_are_the_largest_part_and_the_advice_says_so(config_fi
     advice = found.advice(found.total - 1)
     assert advice.startswith("Does not fit")
     assert "resolve.engine=backward" in advice
+
+
+def test_models_with_experts_are_not_advised_to_be_quantised():
+    dense = Plan({"fsdp": 1}, 1, {"parameters": 9}, 9, {}, 0, {}, 0, parameters=(4, 4))
+    assert "lora.quantize_base=nf4" in dense.advice(8)
+    experts = dataclasses.replace(dense, parameters=(4, 3))
+    assert experts.advice(8).endswith("use more devices, or model.param_dtype=bfloat16.")
 
 
 def test_the_plan_is_of_the_step_that_the_trainer_runs(write_config):

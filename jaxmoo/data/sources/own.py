@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jaxmoo.config.data_section import DataConfig
@@ -41,7 +44,8 @@ class OwnSource:
             made = found(**data.options)
         _check_source(self._path, made)
         self.column: str | None = made.column
-        self._source, self._made_by = made, (found, type(made))
+        # The object may come from elsewhere: what is named there says how it is made.
+        self._source, self._made_by = made, (sys.modules[self._path.partition(":")[0]], found)
 
     def open(self, language: str) -> RecordStream:
         """Return a new stream of a language's records, or of all languages'."""
@@ -86,7 +90,14 @@ class _Checked(Iterator[Record]):
 
     def position(self) -> Position:
         """Return where the next record is."""
-        return self._records.position()
+        position = self._records.position()
+        try:
+            return json.loads(json.dumps(position))  # as a resumed run will get it
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"Data source {self._path!r}: expected position() to return what JSON holds (a "
+                f"number, a text, a list or mapping of such), found {shown(position)}."
+            ) from None
 
     def seek(self, position: Position) -> None:
         """Go to where the next record was."""
@@ -102,22 +113,51 @@ def origin_of(source: Any, language: str, *made_by: Any) -> Origin | None:
       made_by: the functions and classes that it comes from.
 
     Returns:
-      None if the source does not say, or one of these was not defined in a file.
+      None if the source does not say, or code of its was not read from a file as it is now.
+
+    Raises:
+      ConfigError: it says it in another form.
     """
     find = getattr(source, "origin", None)
     found = None if find is None else find(language)
-    code = [_file_of(one) for one in made_by]
-    if found is None or None in code:
+    if found is None:
         return None
-    return Origin((*found.files, *filter(None, code)), found.name)
+    if not isinstance(found, Origin) or isinstance(found.files, str | Path):
+        raise ConfigError(
+            f"Data source {type(source).__name__}: expected origin({language!r}) to return a "
+            f"jaxmoo.data.Origin of a list of files and a name, or None, found {shown(found)}."
+        )
+    modules = {name: None for one in (*made_by, source) for name in _modules_of(one)}
+    code = [file for name in modules if (file := _unchanged_file(name)) is not None]
+    if len(code) < len(modules):
+        return None
+    return Origin((*map(typed_path, found.files), *code), found.name)
 
 
-def _file_of(thing: Any) -> Path | None:
-    """The file in which a function, a class or an object's class is defined."""
-    module = getattr(thing, "__module__", None) or type(thing).__module__
-    file = getattr(sys.modules.get(module), "__file__", None)
-    path = None if file is None else typed_path(file)
-    return path if path is not None and path.is_file() else None
+def _modules_of(thing: Any) -> list[str]:
+    """The modules in which a function, or a class or object with all it inherits, is defined."""
+    if isinstance(thing, ModuleType):
+        return [thing.__name__]
+    if inspect.isfunction(thing):
+        return [thing.__module__]
+    kind = thing if isinstance(thing, type) else type(thing)
+    names = (one.__module__ for one in kind.__mro__)
+    return [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+
+
+# Files of code, as they were when first asked for: what was imported is no other.
+_files: weakref.WeakKeyDictionary[ModuleType, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _unchanged_file(module: str) -> Path | None:
+    """The file of a module; None if it has none, or it was changed since it was imported."""
+    found = sys.modules.get(module)
+    path = None if found is None or found.__file__ is None else typed_path(found.__file__)
+    if found is None or path is None or not path.is_file():
+        return None
+    stat = path.stat()
+    now = (stat.st_mtime_ns, stat.st_size)
+    return path if _files.setdefault(found, now) == now else None
 
 
 def _check_source(path: str, source: Any) -> None:

@@ -67,6 +67,11 @@ class SequenceStream(Iterator[Record]):
     def __init__(
         self, name: str, rows: Iterable[Mapping[str, Any] | DataError | None], kind: str = "row"
     ) -> None:
+        if isinstance(rows, Iterator):
+            raise ConfigError(
+                f"{name}: expected records that can be gone through again, such as a list, found "
+                f"{type(rows).__name__}, which can be read once."
+            )
         self._name, self._all, self._kind = name, rows, kind
         self.seek(None)
 

@@ -306,7 +306,7 @@ def _origin(source: Any, language: str) -> Origin | None:
     """What decides a language's records; None where nobody says."""
     if type(source).__module__.startswith("jaxmoo."):  # whose code is part of every key
         return source.origin(language)
-    return origin_of(source, language, type(source))
+    return origin_of(source, language)
 
 
 def missing_language(

@@ -12,12 +12,14 @@ from data.peers import as_processes
 from data.tables import load_corpus, load_examples, settings
 from jaxmoo.commands.data import main
 from jaxmoo.config.data_section import check_data
-from jaxmoo.data import corpus
+from jaxmoo.data import SequenceStream, corpus
 from jaxmoo.data.example import Example
 from jaxmoo.data.sources.source import open_source
+from jaxmoo.data.streaming import Place
 from jaxmoo.errors import ConfigError, DataError
 
 MODULE = '''
+import functools
 import jaxmoo.data
 from pathlib import Path
 
@@ -58,6 +60,7 @@ def ten(**options):
 
 
 made = Counting(5)
+kept = functools.partial(Kept, 20)
 number = 7
 
 
@@ -194,8 +197,17 @@ def test_it_may_be_one_of_several_and_hold_out_examples(module, tokenizer):
         "own_sums:Counting", tokenizer, held_out_source=held_out, sequence_length=64
     )
     assert found.report["en"].train == 40 and len(found.held_out["en"]) == 40
-    [problem] = check_data(settings(None, sources=[{"source": "own_sums:ten", "options": 3}]))
-    assert problem == "data.sources[0].options must be a mapping, found 3."
+    for entry, complaint in (
+        ({"source": "own_sums:ten", "options": 3}, "options must be a mapping, found 3."),
+        (
+            {"source": "en.jsonl", "options": {"count": 3}},
+            "options are those of a source of your own, package.module:object; en.jsonl takes "
+            "none.",
+        ),
+    ):
+        assert check_data(settings(None, sources=[entry])) == [f"data.sources[0].{complaint}"]
+    [problem] = check_data(settings("own_sums:ten", held_out_source="own_suns:ten"))
+    assert problem.startswith("data.held_out_source.source: Data source 'own_suns:ten': there is")
 
 
 def test_tokens_are_kept_under_all_that_it_names_and_its_code(module, tokenizer, tmp_path):
@@ -218,9 +230,15 @@ def test_tokens_are_kept_under_all_that_it_names_and_its_code(module, tokenizer,
     changed(module, "\n# another\n")
     assert load() == (1, 5), "the file in which it is written"
     assert load() == (0, 5)
+    module.write_text(module.read_text() + "\n# not what was imported\n")
+    assert load() == load() == (1, 5)
+    changed(module, "")
+    assert load("kept") == (1, 6) and load("kept") == (0, 6), "a function of another module"
+    changed(module.with_name("own_sums.py"), "kept = functools.partial(Kept, 30)\n")
+    assert load("kept") == (1, 7), "the file in which it is named"
     # Those that do not say what decides their records are read every time.
     for name in ("Counting", "Unsure", "ten"):
-        assert load(name) == load(name) == (1, 5)
+        assert load(name) == load(name) == (1, 7)
 
 
 def test_the_code_of_one_that_is_passed_in_python_counts_as_well(module, tokenizer, tmp_path):
@@ -261,6 +279,32 @@ def test_the_command_for_data_shows_it(module, write_config, capsys):
     assert "--- fa: " in shown and re.search(r"fa \d+ \+ \d+\?", shown)
     assert main(["--config", str(config), "data.options.cuont=3"]) == 2
     assert "Did you mean 'count'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        ("origin", "expected origin.'en'. to return a jaxmoo.data.Origin .* found 'a.txt'"),
+        ("position", "expected position.. to return what JSON holds .* found b'here'"),
+    ],
+)
+def test_what_it_tells_is_looked_at(module, tokenizer, tmp_path, monkeypatch, method, complaint):
+    import own_sums
+
+    if method == "origin":
+        monkeypatch.setattr(own_sums.Kept, "origin", lambda self, language: "a.txt")
+        more = {"cache": str(tmp_path / "kept")}
+    else:
+        monkeypatch.setattr(SequenceStream, "position", lambda self: b"here")
+        more = {"streaming": True, "max_held_out": 1, "shuffle_buffer": 8}
+    with pytest.raises(ConfigError, match=complaint):
+        found = load_corpus("own_sums:Kept", tokenizer, sequence_length=64, **more)
+        found.train["en"].read(Place())
+
+
+def test_a_stream_is_not_made_of_what_can_be_read_once():
+    with pytest.raises(ConfigError, match=r"that can be gone through again, .* found generator"):
+        SequenceStream("sums", ({"prompt": str(n), "completion": ""} for n in range(3)))
 
 
 def test_an_error_of_its_own_names_it(module, tokenizer):
