@@ -5,6 +5,7 @@ Nothing here reads a gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,26 +112,20 @@ def solve_blocks(
     new_state = []
     for group, group_state in zip(groups, state, strict=True):
         method, mine = group.aggregator, np.asarray(group.blocks)
-
-        def solve(*arguments: Any, method: Aggregator = method) -> Any:
-            *block, active = arguments
-            return solve_block(
+        solve = jax.vmap(
+            functools.partial(
+                solve_block,
                 method,
-                *block,
                 active=active,
                 preference=preference,
                 key=key,
                 match_norm=match_norm,
             )
-
-        each = active.ndim == 2
+        )
+        of_each = {"active": active[mine]} if active.ndim == 2 else {}  # instead of that of all
         with solving_on(platform):
-            found, group_state = jax.vmap(solve, (0, 0, 0, 0, 0 if each else None))(
-                gram[mine],
-                products[method.cross_gram][mine],
-                group_state,
-                numbers[mine],
-                active[mine] if each else active,
+            found, group_state = solve(
+                gram[mine], products[method.cross_gram][mine], group_state, numbers[mine], **of_each
             )
         solved = _put(solved, found, group)
         if not method.unit_scale:

@@ -107,14 +107,13 @@ class CallBlocks(NamedTuple):
                 theirs = kinds[:, candidates]
                 certain = ((theirs == number) | (theirs == -1)).all()
                 members.append(None if certain else jnp.asarray(theirs == number)[layer])
-        sparse = np.append(np.asarray(rules.sparse, bool), False)
-        sparse = sparse[numbers] if any(rules.sparse) else np.zeros(())
+        sparse = np.array([*rules.sparse, False])[numbers] if any(rules.sparse) else np.False_
         indices = BlockIndices(
             tuple(jnp.asarray(0 if u.layer is None else u.layer, jnp.int32) for u in uses),
             tuple(jnp.asarray(t)[layer] for t in local),
             jnp.asarray(numbers.astype(np.int32))[layer],
             tuple(members),
-            jnp.asarray(sparse)[layer] if sparse.any() else None,
+            jnp.asarray(sparse)[layer] if np.any(sparse) else None,
         )
         return cls(indices, tuple(groups), m, topology.objectives, device_local)
 
