@@ -4,7 +4,6 @@
     python benchmarks/reliability.py kill --trials 20 --bucket --signals SIGKILL
     python benchmarks/reliability.py soak --steps 2000
     python benchmarks/reliability.py processes
-    python benchmarks/reliability.py quickstart --steps 4 --folder FOLDER
 
 A real run: ``scripts/train.py`` on a Llama of two layers with random weights, the tokenizer of
 SmolLM2 and the built-in corpus, with evaluations, checkpoints and the export. ``kill`` makes an
@@ -13,10 +12,8 @@ processes at a random moment between start and end (of CPU time), waits for all 
 and runs the command again. It counts as passed when the exit codes are those documented, the run
 goes on from a checkpoint that was complete, and weights, held-out scores and losses equal the
 unbroken run's bit for bit. ``processes`` trains the very model and languages of the quick start for
-a few steps, in two processes of one device and in one process of two, and compares. ``quickstart``
-trains them for a few steps with model, data and output in a bucket, stopped by SIGTERM when its
-first checkpoint is there and finished by the same command, and compares it with the same run on the
-disk. The exit code is 1 when something fails.
+a few steps, in two processes of one device and in one process of two, and compares. The exit code
+is 1 when something fails.
 
 With ``--bucket`` the runs' output is in a bucket of an S3 server (moto) on the loopback, and every
 process has a scratch directory of its own.
@@ -52,8 +49,6 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxmoo.config import load_config
-from jaxmoo.data import open_source
 from jaxmoo.files.digests import DIGESTS
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf import resolve_source, save_model
@@ -464,90 +459,6 @@ def quickstart_config(folder: Path) -> Path:
     return Path(shutil.copy(ROOT / "configs" / "quickstart.yaml", folder))
 
 
-def quickstart(options: argparse.Namespace, folder: Path) -> bool:
-    """Compare the quick start from and to a bucket with that on the disk; tell whether equal."""
-    config = quickstart_config(folder)
-    files = folder / "inputs"
-    if not files.exists():
-        write_inputs(config, files)
-    overrides = [f"train.steps={options.steps}", f"data.max_held_out={options.held_out}"]
-    overrides += ["optimizer.warmup_steps=1", "train.checkpoint_every=2"]
-
-    def run(place: Path, output: Path) -> Run:
-        source = [f"model.source={place}/model", f"data.source={place}/data/{{language}}.jsonl"]
-        return Run(config, output, 1, *source, *overrides)
-
-    disk = folder / "disk"
-    if not (disk / "results.json").exists():
-        begun, [[code], [text]] = time.monotonic(), run(files, disk).wait()
-        print(f"disk: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
-        if code:
-            print(text[-3000:])
-            return False
-    with s3_server(options.server) as bucket:
-        output = bucket / "run"
-        parts = ["finished"]  # one that was begun is finished
-        if not RunDirectory(output).steps():
-            parts.insert(0, "stopped")
-            for file in filter(Path.is_file, files.rglob("*")):
-                (bucket / file.relative_to(files).as_posix()).write_bytes(file.read_bytes())
-        for part in parts:
-            begun, going = time.monotonic(), run(bucket, output)
-            while part == "stopped" and not RunDirectory(output).steps():
-                time.sleep(2)
-                if going.processes[0][0].poll() is not None:
-                    break
-            if part == "stopped":
-                going.processes[0][0].send_signal(signal.SIGTERM)
-            [code], [text] = going.wait()
-            lines = re.findall(r"(?:Stopped by SIGTERM|Resuming from).*", text)
-            print(
-                f"{part}: exit code {code}, {time.monotonic() - begun:.0f} s: {lines}", flush=True
-            )
-            if code != (143 if part == "stopped" else 0):
-                print(text[-3000:])
-                return False
-        names = {one.relative_to(output).parts[0] for one in output.rglob("*") if one.is_file()}
-        print(f"in the bucket: {', '.join(sorted(names))}")
-        return same_results(output, disk)
-
-
-# What is not the same in two equal runs.
-TIMES = {"time", "step_seconds", "tokens_per_second", "seconds", "goodput"}
-
-
-def same_results(output: Path, disk: Path) -> bool:
-    """Tell, and say of what, whether all that two runs have made is equal, but for times."""
-    found, expected = result(output), result(disk)
-    found["metrics"], expected["metrics"] = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(one)]
-        for one in (output, disk)
-    )
-    found["report"], expected["report"] = (
-        {file.name for file in RunDirectory(one).report.iterdir()} for one in (output, disk)
-    )
-    for name in expected:
-        print(f"{name}: {'equal' if found[name] == expected[name] else 'DIFFERENT'}")
-    return found == expected
-
-
-def write_inputs(config: Path, files: Path) -> None:
-    """Write the model and the examples of the quick start as files of one directory."""
-    settings = load_config(config)
-    whole, files = files, files.with_suffix(".partial")
-    shutil.rmtree(files, ignore_errors=True)
-    for folder in ("model", "data"):
-        (files / folder).mkdir(parents=True)
-    for file in resolve_source(settings.model.source).iterdir():
-        if file.is_file() and file.name != DIGESTS:
-            shutil.copyfile(file, files / "model" / file.name)
-    source = open_source(settings.data)
-    for language in (*settings.data.seen, *settings.data.unseen):
-        records = [json.dumps(values) for _, values in source.open(language) if values is not None]
-        (files / "data" / f"{language}.jsonl").write_text("\n".join(records))
-    files.rename(whole)
-
-
 def last_step(metrics: Path) -> int:
     """The step of the last complete row of a file that is being written; 0 without any."""
     if not metrics.exists():
@@ -581,11 +492,7 @@ def main() -> int:
     comparing = commands.add_parser("processes", help="two processes beside one, the real model")
     comparing.add_argument("--steps", type=int, default=3)
     comparing.add_argument("--held-out", type=int, default=8, help="examples per language")
-    starting = commands.add_parser("quickstart", help="the real model from and to a bucket")
-    starting.add_argument("--steps", type=int, default=4)
-    starting.add_argument("--held-out", type=int, default=8, help="examples per language")
-    starting.add_argument("--server", help="address of an S3 server, which keeps what it has")
-    for command in (killing, soaking, comparing, starting):
+    for command in (killing, soaking, comparing):
         command.add_argument("--folder", type=Path, help="keep everything there, and go on there")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -593,7 +500,7 @@ def main() -> int:
         folder = folder.absolute()
         if options.command in ("kill", "soak") and not (folder / "model").exists():
             make_model(folder / "model")
-        known = {"kill": kill, "soak": soak, "processes": processes, "quickstart": quickstart}
+        known = {"kill": kill, "soak": soak, "processes": processes}
         passed = known[options.command](options, folder)
     return 0 if passed else 1
 

@@ -81,7 +81,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
     sub = add("from-gguf", "GGUF file -> Hugging Face directory, in float32")
     sub.add_argument(
-        "file", type=typed_path, help="a GGUF file of the Llama, Qwen2 or Qwen3 architecture"
+        "file",
+        type=typed_path,
+        help="a GGUF file of the Llama, Qwen2, Qwen3, SmolLM3 or Granite architecture",
     )
     sub.add_argument("out", type=typed_path, help="directory to make")
 

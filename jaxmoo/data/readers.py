@@ -41,7 +41,7 @@ class Readers:
     def __init__(self, languages: Sequence[str], mine: Collection[str], peers: Peers) -> None:
         self.mine, self._languages, self._peers = frozenset(mine), list(languages), peers
         self.all_do = peers.all_do
-        told = [json.loads(one) for one in peers.exchange(json.dumps(sorted(mine)).encode())]
+        told = peers.tell(sorted(mine))
         self.first = []
         for place, language in enumerate(languages):
             # One that is only evaluated is read by whoever's turn it is.

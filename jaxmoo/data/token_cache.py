@@ -164,7 +164,7 @@ def _contents(files: Sequence[Path], peers: Peers) -> dict[str, str]:
         return found
 
     mine = sorted(by_name)[peers.number :: peers.count]
-    told = _told(peers, peers.all_do(lambda: read(mine)))
+    told = peers.tell(peers.all_do(lambda: read(mine)))
     known = {file: digest for one in told for file, digest in one.items()}
     # Where hosts have other names for the files, what others have read does not help.
     return known | peers.all_do(lambda: read([name for name in by_name if name not in known]))
@@ -267,7 +267,7 @@ class TokenCache:
             own.touch()
         peers.exchange(b"")
         seen = [n for n, token in enumerate(told) if (self._root / f".here-{token}").exists()]
-        every = _told(peers, seen)
+        every = peers.tell(seen)
         own.unlink(missing_ok=True)
         if peers.number not in seen:
             return [peers.number]
@@ -403,7 +403,7 @@ class TokenCache:
 
     def _exchange(self, told: Any) -> list[Any]:
         """What the processes of the team tell, in their order."""
-        every = _told(self._peers, told)
+        every = self._peers.tell(told)
         return [every[number] for number in self._team]
 
     def _name(self) -> None:
@@ -444,11 +444,6 @@ class TokenCache:
             size += _size(path)
             if age > _MOST_SECONDS or size > MOST_BYTES:
                 _discard(path)
-
-
-def _told(peers: Peers, what: Any) -> list[Any]:
-    """What all processes tell each other, as JSON holds it."""
-    return [json.loads(one) for one in peers.exchange(json.dumps(what).encode())]
 
 
 def _file(language: str) -> str:

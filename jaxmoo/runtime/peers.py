@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -32,8 +33,8 @@ class Peers:
 
     Example:
       >>> alone = Peers()
-      >>> alone.exchange(b"this"), alone.union({b"a"}), alone.all_do(lambda: 7)
-      ([b'this'], {b'a'}, 7)
+      >>> alone.exchange(b"this"), alone.tell([1]), alone.union({b"a"}), alone.all_do(lambda: 7)
+      ([b'this'], [[1]], {b'a'}, 7)
     """
 
     def __init__(
@@ -43,6 +44,14 @@ class Peers:
         exchange: Callable[[bytes], list[bytes]] = lambda told: [told],
     ) -> None:
         self.number, self.count, self.exchange = number, count, exchange
+
+    def tell(self, what: Any) -> list[Any]:
+        """Return what all processes tell each other.
+
+        Args:
+          what: what this one tells, as JSON holds it.
+        """
+        return [json.loads(one) for one in self.exchange(json.dumps(what).encode())]
 
     def all_do(self, work: Callable[[], T]) -> T:
         """Do a part of some work; wait until all have done theirs.
