@@ -35,7 +35,7 @@ from jaxmoo.errors import ConfigError, did_you_mean
 from jaxmoo.files.atomic import replace_text
 from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.hf import load_model, load_tokenizer, resolve_source
+from jaxmoo.hf import load_tokenizer, resolve_source
 from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
@@ -43,7 +43,7 @@ from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
 from jaxmoo.runs.provenance import versions
-from jaxmoo.runs.trained_parameters import begun_model, run_segments
+from jaxmoo.runs.trained_parameters import begun_model, load_base
 from jaxmoo.runtime.processes import check_same, is_first, said_by_first
 
 __all__ = ["MEASURES", "Request", "analyze"]
@@ -253,15 +253,8 @@ def _models(request: Request, inputs: _Inputs, device_mesh: Mesh) -> Iterator[tu
     def shardings(state: nnx.State) -> Any:
         return mesh.parameter_shardings(device_mesh, state, stacked=STACKED)
 
-    segments = run_segments(config, load_model_config(source))
     dtype = jax.numpy.dtype(config.model.param_dtype)
-    base = load_model(
-        source,
-        segments=segments,
-        param_dtype=dtype,
-        shardings=shardings,
-        quantize=config.lora.quantize_base,
-    )
+    base = load_base(config, source, shardings=shardings, param_dtype=dtype)
     yield BASE, begun_model(config, base, shardings)
     for step in inputs.steps:
         opened = open_model(

@@ -60,7 +60,7 @@ from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.fingerprint import fingerprint
 from jaxmoo.runs.provenance import check_base, check_settings
 from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
-from jaxmoo.runs.trained_parameters import run_segments, split_model
+from jaxmoo.runs.trained_parameters import load_base, split_model
 
 __all__ = [
     "Opened",
@@ -381,15 +381,8 @@ def _open_run(
         )
     source = resolve_source(base or config.model.source)
     say(f"Step {step} of {run.path}, on the weights of {base or config.model.source}.")
-    architecture = load_config(source)
-    segments = run_segments(config, architecture)
-    model = load_model(
-        source,
-        segments=segments,
-        param_dtype=None,
-        shardings=shardings,
-        quantize=config.lora.quantize_base,
-    )
+    model = load_base(config, source, shardings=shardings, param_dtype=None)
+    architecture = model.config
     graph, trained, frozen = split_model(config, model)
     like, within = trained, "params"
     if config.optimizer.ema is not None:

@@ -26,7 +26,16 @@ from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.product import product
 from jaxmoo.platforms import like_tpu
 
-__all__ = ["BLOCK", "KINDS", "NF4", "dequantize", "quantize", "quantized_product", "quantized_spec"]
+__all__ = [
+    "BLOCK",
+    "KINDS",
+    "NF4",
+    "dequantize",
+    "matrix_shape",
+    "quantize",
+    "quantized_product",
+    "quantized_spec",
+]
 
 KINDS = ("int8", "nf4")
 BLOCK = 64  # weights that share a scale in nf4
@@ -83,6 +92,20 @@ def quantized_spec(
         jax.ShapeDtypeStruct((*stack, blocks, rows, size_out), dtype),
         jax.ShapeDtypeStruct((*stack, blocks, size_out), jnp.float32),
     )
+
+
+def matrix_shape(codes: Any) -> tuple[int, ...]:
+    """Shape of the matrix, or the stack of them, that codes stand for.
+
+    Args:
+      codes: anything with a shape and dtype; see :func:`quantized_spec`.
+
+    Example:
+      >>> matrix_shape(quantized_spec((128, 8), "nf4")[0])
+      (128, 8)
+    """
+    *stack, blocks, rows, size_out = codes.shape
+    return (*stack, blocks * rows * (2 if codes.dtype == jnp.uint8 else 1), size_out)
 
 
 def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ from jaxmoo.models.loss import (
     summed_loss,
     target_mask,
     token_nll,
-    token_nll_and_router_loss,
 )
 from jaxmoo.models.paths import (
     logical_paths,
@@ -41,6 +40,5 @@ __all__ = [
     "summed_loss",
     "target_mask",
     "token_nll",
-    "token_nll_and_router_loss",
     "trainable_filter",
 ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoo.dtypes import at_least_float32
-from jaxmoo.kernels.quantized import dequantize
+from jaxmoo.kernels.quantized import dequantize, matrix_shape
 
 __all__ = ["AdaptedKernel"]
 
@@ -43,9 +43,7 @@ class AdaptedKernel:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the merged kernel, or of the stack of them."""
-        if not isinstance(self.kernel, tuple):
-            return self.kernel.shape
-        return jax.eval_shape(dequantize, *self.kernel).shape
+        return matrix_shape(self.kernel[0]) if isinstance(self.kernel, tuple) else self.kernel.shape
 
     def merged(self) -> jax.Array:
         """The kernels that compute the same, on the devices where they lie."""

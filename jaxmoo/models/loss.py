@@ -20,7 +20,6 @@ __all__ = [
     "summed_loss",
     "target_mask",
     "token_nll",
-    "token_nll_and_router_loss",
 ]
 
 
@@ -64,31 +63,7 @@ def token_nll(
     Raises:
       ConfigError: when S exceeds the model's longest sequence.
     """
-    return _nll_and_loads(model, batch, chunk, None)[0]
-
-
-def token_nll_and_router_loss(
-    model: Decoder, batch: Mapping[str, jax.Array], *, chunk: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Compute `token_nll`, and this device's part of the language's `router_loss`.
-
-    The tokens that count are those up to a row's last target: all that its targets depend on.
-
-    Args:
-      model: the decoder, with experts.
-      batch: see `token_nll`.
-      chunk: see `token_nll`.
-
-    Returns:
-      float32 [B, S] and a scalar. Added up over the devices that hold a language's examples, within
-      :func:`jaxmoo.resolved_value_and_grad`, the scalars are the loss of all its tokens.
-
-    Raises:
-      ConfigError: when S exceeds the model's longest sequence, or no layer has experts.
-    """
-    counted = jax.lax.cummax(target_mask(batch).astype(jnp.int32), axis=1, reverse=True) > 0
-    nll, loads = _nll_and_loads(model, batch, chunk, counted)
-    return nll, router_loss(loads)
+    return _nll_and_router_loss(model, batch, 0.0, chunk)[0]
 
 
 def summed_loss(
@@ -113,12 +88,11 @@ def summed_loss(
       A scalar in nats, this device's part of the sum.
 
     Raises:
-      ConfigError: as `token_nll_and_router_loss`, where there is a coefficient.
+      ConfigError: when S exceeds the model's longest sequence, or there is a coefficient and no
+        layer has experts.
     """
-    if router_coef == 0:
-        nll, router = token_nll(model, batch), None
-    else:
-        nll, router = token_nll_and_router_loss(model, batch)
+    nll, router = _nll_and_router_loss(model, batch, router_coef)
+    if router is not None:
         # Divided by the language's target tokens, as the sum is.
         router = router_coef * sum_over_examples(target_mask(batch).sum()) * router
     if scale_B is not None:
@@ -160,9 +134,16 @@ def router_loss(loads: Sequence[Load]) -> jax.Array:
     return len(chosen_E) * jnp.vdot(chosen_E / tokens, probability_E / tokens)
 
 
-def _nll_and_loads(
-    model: Decoder, batch: Mapping[str, jax.Array], chunk: int | None, counted: jax.Array | None
-) -> tuple[jax.Array, list[Load]]:
+def _nll_and_router_loss(
+    model: Decoder, batch: Mapping[str, jax.Array], coef: float, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`token_nll`, and unless its coefficient is 0 this device's part of the `router_loss`.
+
+    The tokens that count are those up to a row's last target: all that its targets depend on.
+    """
+    counted = None
+    if coef != 0:
+        counted = jax.lax.cummax(target_mask(batch).astype(jnp.int32), axis=1, reverse=True) > 0
     tokens = batch["tokens"]
     h_BSD, residuals, loads = model.hidden_and_loads(
         tokens,
@@ -172,7 +153,8 @@ def _nll_and_loads(
     )
     targets = jnp.where(target_mask(batch), tokens, -1)[:, 1:]
     nll = front_nll(model, h_BSD[:, :-1], targets, chunk, residuals)
-    return jnp.pad(nll, ((0, 0), (1, 0))), loads
+    nll = jnp.pad(nll, ((0, 0), (1, 0)))
+    return nll, None if counted is None else router_loss(loads)
 
 
 def front_nll(
@@ -232,10 +214,10 @@ def language_loss(
 
     Returns:
       float32 scalar in nats; 0 when the batch has no target.
+
+    Raises:
+      ConfigError: as `summed_loss`.
     """
-    if router_coef == 0:
-        nll, router = token_nll(model, batch, chunk=chunk), None
-    else:
-        nll, router = token_nll_and_router_loss(model, batch, chunk=chunk)
+    nll, router = _nll_and_router_loss(model, batch, router_coef, chunk)
     loss = nll.sum() / jnp.maximum(target_mask(batch).sum(), 1)
     return loss if router is None else loss + router_coef * router

@@ -23,7 +23,7 @@ from jaxmoo.models.paths import named_leaves
 from jaxmoo.models.quantized_kernel import QuantizedKernel, parameters_in
 from jaxmoo.projections import PROJECTIONS
 
-__all__ = ["count_parameters", "is_quantized", "projections", "quantize_base"]
+__all__ = ["count_parameters", "projections", "quantize_base"]
 
 
 def quantize_base(model: Decoder, kind: str) -> None:
@@ -62,15 +62,6 @@ def quantize_base(model: Decoder, kind: str) -> None:
                 linear.kernel = _quantized(linear.kernel.get_value(), kind)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
-
-
-def is_quantized(model: Decoder) -> bool:
-    """Whether kernels of a decoder are held in few bits."""
-    return any(
-        isinstance(linear.kernel, QuantizedKernel)
-        for first in model.layers
-        for _, _, linear in projections(model, first)
-    )
 
 
 def projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmoo.kernels.quantized import dequantize, quantized_product
+from jaxmoo.kernels.quantized import dequantize, matrix_shape, quantized_product
 
 __all__ = ["QuantizedKernel", "is_quantized_part", "parameters_in"]
 
@@ -39,8 +39,7 @@ class QuantizedKernel(nnx.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the kernel."""
-        *stack, blocks, rows, size_out = self.codes.shape
-        return (*stack, blocks * rows * _per_code(self.codes), size_out)
+        return matrix_shape(self.codes)
 
     def matrix(self, platform: str) -> jax.Array:
         """The kernel in float32; ``platform`` is the kind of devices."""
@@ -65,8 +64,4 @@ def parameters_in(path: Sequence[Any], leaf: Any) -> int:
     """
     if not is_quantized_part(path):
         return math.prod(leaf.shape)
-    return 0 if path[-1] == "scales" else math.prod(leaf.shape) * _per_code(leaf)
-
-
-def _per_code(codes: Any) -> int:
-    return 2 if codes.dtype == jnp.uint8 else 1
+    return 0 if path[-1] == "scales" else math.prod(matrix_shape(leaf))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -11,6 +12,7 @@ from jaxmoo.config import Config, lora_of
 from jaxmoo.errors import ConfigError
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter import load_adapter
+from jaxmoo.hf.load import load_config, load_model
 from jaxmoo.models import Decoder, DecoderConfig, segments_for, trainable_filter
 from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import (
@@ -28,6 +30,7 @@ __all__ = [
     "begun_model",
     "check_model",
     "given_adapters",
+    "load_base",
     "router_coef",
     "run_segments",
     "split_model",
@@ -164,12 +167,38 @@ def trained_filter(config: Config) -> Callable[[Any, Any], bool]:
     return trainable_filter(config.model.trainable if config.lora.rank is None else ADAPTERS)
 
 
+def load_base(
+    config: Config, source: Path, *, shardings: Callable[[Any], Any], **options: Any
+) -> Decoder:
+    """Load the model that a run trains, or that its adapters are on, before any training.
+
+    Args:
+      config: the run's settings.
+      source: the model's Hugging Face directory.
+      shardings: ``state -> pytree of shardings``.
+      **options: the others of :func:`jaxmoo.hf.load_model`.
+
+    Returns:
+      The decoder, with the segments of :func:`run_segments`, and quantised if it is to be.
+
+    Raises:
+      CheckpointError, ConfigError: as :func:`jaxmoo.hf.load_model` and :func:`run_segments`.
+    """
+    return load_model(
+        source,
+        segments=run_segments(config, load_config(source)),
+        shardings=shardings,
+        quantize=config.lora.quantize_base,
+        **options,
+    )
+
+
 def begun_model(config: Config, decoder: Decoder, shardings: Callable[[Any], Any]) -> Decoder:
     """Return the model that a run begins with: with the first adapters, if it trains adapters.
 
     Args:
       config: the run's settings.
-      decoder: the base model, built with :func:`run_segments`; it may be changed.
+      decoder: the base model, from :func:`load_base`; it may be changed.
       shardings: ``state -> pytree of shardings`` of the adapters.
 
     Raises:

@@ -13,7 +13,6 @@ from jaxmoo.hf import save_adapter, save_model
 from jaxmoo.hf.directory import first_process, is_unfinished, remove_directory, written_files
 from jaxmoo.hf.generation import left_to_callers
 from jaxmoo.models import merge_adapters
-from jaxmoo.models.quantization import is_quantized
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.run_card import adapter_card, loadable_name, run_card
 from jaxmoo.runtime.processes import from_first, is_first
@@ -83,8 +82,7 @@ def export(job: Job, params: Any, step: int) -> dict[str, str | None]:
             if note := left_to_callers(job.setup.source, stop):
                 job.say(f"Note: {note}")
         else:
-            quantized = is_quantized(model)
-            if not quantized:
+            if onto is None:
                 merge_adapters(model)
             save_model(
                 model,
@@ -93,7 +91,7 @@ def export(job: Job, params: Any, step: int) -> dict[str, str | None]:
                 card=card,
                 chat_template=read_template(config.data.chat_template),
                 stop=stop,
-                merge_onto=config.lora.merge_onto if quantized else None,
+                merge_onto=onto,
             )
             job.say(f"Exported to {path} (Hugging Face format).")
             if ending is None:

@@ -24,7 +24,7 @@ from jaxmoo.data.tokenization.tokenizer import ending_token
 from jaxmoo.errors import ConfigError
 from jaxmoo.evaluate import Evaluator
 from jaxmoo.hf import load_config as load_model_config
-from jaxmoo.hf import load_model, resolve_source
+from jaxmoo.hf import resolve_source
 from jaxmoo.models import Decoder, DecoderConfig
 from jaxmoo.models.attention import choose_attention
 from jaxmoo.models.lora import initial_adapters
@@ -32,7 +32,13 @@ from jaxmoo.models.paths import STACKED
 from jaxmoo.platforms import platform_of
 from jaxmoo.resolver_state import seeded
 from jaxmoo.runs.fingerprint import fingerprint
-from jaxmoo.runs.trained_parameters import check_model, given_adapters, run_segments, split_model
+from jaxmoo.runs.trained_parameters import (
+    check_model,
+    given_adapters,
+    load_base,
+    run_segments,
+    split_model,
+)
 from jaxmoo.runtime.compiled import compiler_options, distrust_on_cpus
 from jaxmoo.runtime.memory import check_host_memory
 from jaxmoo.sketched import is_small, sketch_size
@@ -349,16 +355,15 @@ def _weights(
     shardings: Callable[[Any], Any],
 ) -> _Weights:
     model = config.model
-    decoder = load_model(
+    decoder = load_base(
+        config,
         source,
-        segments=run_segments(config, load_model_config(source)),
+        shardings=shardings,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
         attention=attention,
         platform=platform,
-        shardings=shardings,
-        quantize=config.lora.quantize_base,
     )
     graph, params, frozen = split_model(config, decoder)
     trained = {} if config.lora.rank is not None else params

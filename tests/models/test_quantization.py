@@ -9,9 +9,9 @@ from flax import nnx
 
 from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, LoRA, add_adapters, token_nll, trainable_filter
-from jaxmoo.models.lora import ADAPTERS
+from jaxmoo.models.lora import ADAPTERS, quantized_kernels
 from jaxmoo.models.presets import preset
-from jaxmoo.models.quantization import count_parameters, is_quantized, quantize_base
+from jaxmoo.models.quantization import count_parameters, quantize_base
 from jaxmoo.train.throughput import model_flops
 
 CONFIG = DecoderConfig(
@@ -32,7 +32,7 @@ def parts(kind, remat="full", **lora):
     model = Decoder.abstract(CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=remat)
     if kind is not None:
         quantize_base(model, kind)
-    assert is_quantized(model) == (kind is not None)
+    assert any(quantized_kernels(model)) == (kind is not None)
     add_adapters(model, LoRA(2, 4, **lora), layers=range(16))
     return nnx.split(model, trainable_filter(ADAPTERS), ...)
 
