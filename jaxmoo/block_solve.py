@@ -122,7 +122,8 @@ def solve_blocks(
                 match_norm=match_norm,
             )
         )
-        of_each = {"active": active[mine]} if active.ndim == 2 else {}  # instead of that of all
+        # Instead of that of all blocks.
+        of_each: dict[str, Any] = {"active": active[mine]} if active.ndim == 2 else {}
         with solving_on(platform):
             found, group_state = solve(
                 gram[mine], products[method.cross_gram][mine], group_state, numbers[mine], **of_each
