@@ -90,7 +90,8 @@ class LoRA:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: no projection is called 'query'. A layer has q_proj, k_proj,
-      v_proj, o_proj, gate_proj, up_proj, down_proj; embeddings and the head get no adapters.
+      v_proj, o_proj, gate_proj, up_proj, down_proj; embeddings, the head and routers get no
+      adapters.
     """
 
     rank: int
@@ -124,7 +125,8 @@ class LoRA:
             if name not in PROJECTIONS:
                 raise ConfigError(
                     f"no projection is called {name!r}.{did_you_mean(name, PROJECTIONS)} A layer "
-                    f"has {', '.join(PROJECTIONS)}; embeddings and the head get no adapters."
+                    f"has {', '.join(PROJECTIONS)}; embeddings, the head and routers get no "
+                    "adapters."
                 )
             if name not in self.targets:
                 raise ConfigError(
@@ -295,6 +297,8 @@ def adapted_layers(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
 def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
     """Put adapters on a decoder's projections; their leaves are shapes only.
 
+    In a model with experts, layers with one MLP instead get them on attention alone.
+
     Args:
       model: the decoder, changed in place. Each of its segments must lie within the layers to be
         adapted or outside of them; see `jaxmoo.models.segments_for`.
@@ -324,7 +328,9 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
             )
         if chosen:
             for parent, path, linear in projections(model, str(first)):
-                if path[-1] not in lora.targets:
+                # Where there are experts, PEFT means them by the names of an MLP's projections.
+                others = model.config.num_experts and path[-2] == "mlp"
+                if others or path[-1] not in lora.targets:
                     continue
                 if lora.dora and "experts" in path:
                     raise ConfigError(NO_DORA)

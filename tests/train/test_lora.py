@@ -300,7 +300,7 @@ def nbytes(tree):
         ("lora.rank=0", "lora.rank"),
         ("lora.alpha=0", "lora.alpha"),
         ("lora.targets=[q_proj, qproj]", "no projection is called 'qproj'. Did you mean 'q_proj'"),
-        ("lora.targets=[lm_head]", "embeddings and the head get no adapters"),
+        ("lora.targets=[lm_head]", "embeddings, the head and routers get no adapters"),
         ("lora.targets=[]", "no projections to adapt"),
         ("lora.rank=null", "lora.alpha, lora.targets, lora.export have no effect without"),
         ("model.trainable=layernorm", "lora.rank: 'layernorm' matches part of layer 0"),
