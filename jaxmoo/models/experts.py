@@ -92,10 +92,8 @@ class Experts(nnx.Module):
           What it finds, [B, S, D], and the load.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        logits_TE = self.gate(x_TD)
-        wide = at_least_float32(logits_TE.dtype)
-        probability_TE = jax.nn.softmax(logits_TE.astype(wide))
-        weight_Tk, chosen_Tk = jax.lax.top_k(probability_TE, self.per_token)
+        probability_TE, weight_Tk, chosen_Tk = self._route(x_TD)
+        wide = probability_TE.dtype
         if self.normalised:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdims=True)
         found_TkD = self._found(x_TD, chosen_Tk)
@@ -106,6 +104,30 @@ class Experts(nnx.Module):
         chosen_E = chosen_E.at[chosen_Tk].add(counted_T[:, None])
         load = Load(chosen_E, counted_T @ probability_TE, counted_T.sum())
         return y_TD.reshape(x_BSD.shape), load
+
+    def count_active(self, x_BSD: jax.Array, counted_BS: jax.Array) -> jax.Array:
+        """In how many counted tokens each expert's neurons' gates are above 0, int32 [B, E F].
+
+        In a token that does not read the expert none of them is active.
+        """
+        rows, length, width = x_BSD.shape
+        x_TD = x_BSD.reshape(-1, width)
+        _, _, chosen_Tk = self._route(x_TD)
+        count = self.gate.kernel.shape[-1]
+        bins = _Bins.of(chosen_Tk, count)
+        active_TkF = bins.take(self.experts["gate_proj"](bins.put(x_TD), bins.expert_N)) > 0
+        row_T = jnp.repeat(jnp.arange(rows), length)
+        found_BEF = jnp.zeros((rows, count, active_TkF.shape[-1]), jnp.int32)
+        active_TkF &= counted_BS.reshape(-1, 1, 1)
+        found_BEF = found_BEF.at[row_T[:, None], chosen_Tk].add(active_TkF.astype(jnp.int32))
+        return found_BEF.reshape(rows, -1)
+
+    def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The router's probabilities, and of the k likeliest experts these and their numbers."""
+        logits_TE = self.gate(x_TD)
+        wide = at_least_float32(logits_TE.dtype)
+        probability_TE = jax.nn.softmax(logits_TE.astype(wide))
+        return probability_TE, *jax.lax.top_k(probability_TE, self.per_token)
 
     def _found(self, x_TD: jax.Array, chosen_Tk: jax.Array) -> jax.Array:
         """What every token's experts make of it, [T, k, D]."""
