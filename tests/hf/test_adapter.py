@@ -411,6 +411,7 @@ def test_what_we_write_of_some_layers_experts_is_read_again_by_peft_and_here(
         np.testing.assert_array_equal(again[path], value, path)
 
 
+@pytest.mark.slow
 def test_adapters_of_single_experts_are_read_as_peft_reads_them(tmp_path: Path):
     """As it wrote them of linear maps, before transformers 5; Mixtral has names of its own."""
     import torch

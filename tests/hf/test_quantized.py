@@ -190,7 +190,7 @@ def test_devices_hold_pieces_of_experts(mixture, eight_devices):
     assert found == (1, 1, 1, 32, 128)  # of (1, 4, 1, 32, 128)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_experts_are_quantised_one_by_one_and_merged_as_they_are_written(mixture, kind, tmp_path):
     """What training saw is what is merged, and the base that was read is the one merged onto."""
     model = check_experts(mixture, kind)
