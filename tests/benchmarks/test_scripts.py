@@ -251,9 +251,9 @@ def test_the_script_of_the_studies_runs_and_goes_on(tmp_path):
         rows = [{"page": f"{i}", "prompt": f"{code} {i}", "task": f"t{i}"} for i in range(40)]
         (tmp_path / f"{code}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model.source": tmp_path / "model", "model.trainable": r"^layers\.2\.", "model.remat": "none",
+        "model.source": tmp_path / "model", "model.trainable": r"^layers\.2\.",
+        "model.remat": "none", "resolve.engine": "stacked", "data.chat_template": "null",
         "data.source": tmp_path / "{language}.jsonl", "data.sequence_length": 64,
-        "data.chat_template": "null", "resolve.engine": "stacked",
     }  # fmt: skip
     environment = {
         **os.environ, "PYTHON": sys.executable, "STUDIES": "capacity", "JOBS": "1",
