@@ -41,8 +41,42 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-VARIANTS = ("llama", "llama3_rope", "qwen2", "qwen3", "smollm3", "granite")
-LLAMA3 = tiny_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+# Names and what they have of their own.
+SQUARE = {"head_dim": 16}  # all heads together as wide as the model
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama3_rope": {
+        "rope_parameters": tiny_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+    },
+    "qwen2": SQUARE,
+    "qwen3": {},
+    # The fourth layer is the one without rotary positions.
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "granite": {},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    # The sixth layer is the one without a window.
+    "gemma3_text": {"num_hidden_layers": 6, "layer_types": None, "query_pre_attn_scalar": 24},
+    "olmo2": SQUARE,
+    "olmo3": SQUARE | {"num_hidden_layers": 4, "layer_types": None},
+    "cohere": SQUARE,
+    "cohere2": SQUARE | {"num_hidden_layers": 4, "layer_types": None},
+    "phi3": SQUARE
+    | {
+        "original_max_position_embeddings": 48,
+        "rope_parameters": tiny_models.VARIANTS["phi3"]["rope_parameters"]
+        | {
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        },
+    },
+    "mixtral": {"sliding_window": None},
+    "qwen3_moe": {
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 32,
+    },
+}
 TEXT = (
     "The cat's 12345 hats, l'\u00e9t\u00e9 na\u00efve; 你好 <|im_start|>user\nI'll\n\n go<|im_end|>"
 )
@@ -93,14 +127,13 @@ def source(tmp_path_factory):
             import torch
 
             path = tmp_path_factory.mktemp(variant) / "model"
-            own = {
-                "llama3_rope": {"rope_parameters": LLAMA3},
-                "qwen2": {"head_dim": 16},
-                # The fourth layer is the one without rotary positions.
-                "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
-            }
-            settings = SIZES | own.get(variant, {})
-            tiny_models.save(variant, path, dtype=getattr(torch, dtype), **settings)
+            settings = SIZES | VARIANTS.get(variant, {})
+            model = tiny_models.make(variant, **settings)
+            if variant.startswith("gemma"):  # norms of few bits, as published: see below
+                for name, parameter in model.named_parameters():
+                    if "norm" in name:
+                        parameter.data = parameter.data.bfloat16().float()
+            model.to(getattr(torch, dtype)).save_pretrained(path)
             pre = {"qwen2": "qwen2", "qwen3": "qwen2", "llama3_rope": "llama-bpe"}
             tokenizer(pre.get(variant, "smollm")).save_pretrained(path)
             made[variant, dtype] = path
