@@ -56,13 +56,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 24},
     # The sixth layer is the one without a window.
     "gemma3_text": {"num_hidden_layers": 6, "layer_types": None, "query_pre_attn_scalar": 24},
-    "olmo2": SQUARE,
+    "olmo2": SQUARE | {"seed": 3},
     "olmo3": SQUARE | {"num_hidden_layers": 4, "layer_types": None},
-    "cohere": SQUARE,
+    "cohere": SQUARE | {"seed": 4},
     "cohere2": SQUARE | {"num_hidden_layers": 4, "layer_types": None},
     "phi3": SQUARE
     | {
-        "original_max_position_embeddings": 48,
+        "original_max_position_embeddings": 8,
         "rope_parameters": tiny_models.VARIANTS["phi3"]["rope_parameters"]
         | {
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
