@@ -182,14 +182,7 @@ def _check_fixed(
         supported |= {"rope.dimension_count": head_dim, "attention.sliding_window": 0}
     supported["expert_count"] = 0
     header.require({key: value for key, value in supported.items() if key not in read})
-    pattern = header.get("attention.sliding_window_pattern", architecture.period)
-    layers = range(1, header.size("block_count") + 1 if isinstance(pattern, list) else 1)
-    usual = [bool(architecture.period) and i % architecture.period != 0 for i in layers]
-    if pattern not in (architecture.period, usual):
-        raise CheckpointError(
-            f"GGUF files of the {name} architecture with windows in other layers than all but "
-            f"every {architecture.period}th cannot be converted"
-        )
+    _check_pattern(header, architecture.period)
     if architecture.square and heads * head_dim != hidden:
         raise CheckpointError(
             f"GGUF files of the {name} architecture cannot hold heads of width {head_dim}: for "
@@ -198,6 +191,16 @@ def _check_fixed(
     if architecture.tied is not None and tied != architecture.tied:
         must = "must be" if architecture.tied else "cannot be"
         raise CheckpointError(f"the head of a {name} model {must} its embedding")
+
+
+def _check_pattern(header: Fields, period: int) -> None:
+    """Raise unless the layers with a window are those of an architecture's period."""
+    name = "attention.sliding_window_pattern"
+    found = header.get(name, period)
+    layers = range(1, len(found) + 1) if isinstance(found, list) else ()
+    usual = [i % period != 0 for i in layers] if period else [False for _ in layers]
+    if found not in (period, usual):
+        header.require({name: period})
 
 
 def _rope(

@@ -52,7 +52,7 @@ _RULES = {
     "smollm": _Rules(split=None),
     "llama-bpe": _Rules(split=_WORDS % "{1,3}", ignore_merges=True, begins=True),
     "qwen2": _Rules(split=_WORDS % "", normalise=True),
-    "dbrx": _Rules(split=_WORDS % "{1,3}"),  # OLMo 2, Phi-4
+    "dbrx": _Rules(split=_WORDS % "{1,3}"),  # OLMo 2
     "command-r": _Rules(split=None, normalise=True, begins=True),
 }
 

@@ -27,7 +27,7 @@ from jaxmoo.models import Decoder, DecoderConfig
 from small_runs import CHATML
 
 # Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 330,
     "hidden_size": 64,
     "intermediate_size": 96,
