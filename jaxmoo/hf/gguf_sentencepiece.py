@@ -25,11 +25,10 @@ from jaxmoo.hf.gguf_fields import Fields
 
 __all__ = ["is_sentencepiece", "pieces", "sentencepiece", "sentencepiece_fields"]
 
-_SPACE = "\u2581"  # for a space
+_SPACE = "\u2581"  # stands for a space
 _OWN = TokenType.USER_DEFINED
+_LONGEST = 1000  # characters of a token
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-Merges = list[tuple[str, str]]
 
 
 def sentencepiece(
@@ -48,6 +47,9 @@ def sentencepiece(
     tokens, scores = list(vocabulary), fields.numbers("scores")
     if len(scores) != len(tokens):
         raise CheckpointError(f"the tokenizer has {len(tokens)} tokens, but {len(scores)} scores")
+    longest = max(tokens, key=len)
+    if len(longest) > _LONGEST:  # whose halves would take long to try
+        raise CheckpointError(f"the tokenizer has a token of {len(longest)} characters")
     joined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.NORMAL]
     joined.sort(key=lambda token: -scores[vocabulary[token]])  # which keeps the order of equals
     spaces = [token for token in tokens if kinds[vocabulary[token]] == _OWN and _is_spaces(token)]
@@ -86,7 +88,7 @@ def pieces(tokens: Sequence[str], kinds: Sequence[int]) -> list[str]:
     ]
 
 
-def _pairs(token: str, vocabulary: Mapping[str, int]) -> Merges:
+def _pairs(token: str, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, those of the earliest tokens first."""
     halves = ((token[:i], token[i:]) for i in range(1, len(token)))
     found = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]

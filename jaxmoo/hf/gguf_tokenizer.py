@@ -92,10 +92,8 @@ def gguf_tokenizer(
         raise CheckpointError(f"the tokenizer has the token {shown(twice)} twice")
     try:
         if model == "llama":
-            tokenizer, begins = (
-                sentencepiece(fields.under("tokenizer.ggml."), vocabulary, kinds),
-                True,
-            )
+            tokenizer = sentencepiece(fields.under("tokenizer.ggml."), vocabulary, kinds)
+            begins = True
         else:
             tokenizer = _byte_level(_RULES[pre], vocabulary, _merges(fields, vocabulary))
             begins = _RULES[pre].begins

@@ -235,6 +235,7 @@ def test_text_is_split_as_the_models_are_used_to(tmp_path: Path, pre, pieces):
 U32, F32, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
 LIST = gguf.GGUFValueType.ARRAY
 NAN, INFINITE = float("nan"), float("inf")
+SCORES = {"tokenizer.ggml.model": ("llama", TEXT), "tokenizer.ggml.scores": ([0.0] * 4, LIST)}
 
 
 @pytest.mark.parametrize(
@@ -292,6 +293,13 @@ NAN, INFINITE = float("nan"), float("inf")
             {"tokenizer.chat_template": (["a"], LIST)},
             r"chat_template' must be a text, found \['a'\]",
         ),
+        ({"tokenizer.ggml.model": ("llama", TEXT)}, "scores' is missing"),
+        (SCORES | {"tokenizer.ggml.scores": ([0.0], LIST)}, "has 4 tokens, but 1 scores"),
+        (SCORES | {"tokenizer.ggml.scores": ([NAN] * 4, LIST)}, "scores' must be a list of finite"),
+        (
+            SCORES | {"tokenizer.ggml.tokens": (["a", "b", "c", "d" * 1001], LIST)},
+            "has a token of 1001 characters",
+        ),
         ({"general.architecture": (["llama"], LIST)}, "architecture' must be a text, found"),
     ],
     ids=str,
@@ -332,7 +340,10 @@ def test_the_tensors_are_those_of_a_whole_model(tmp_path: Path, extra, message):
         ({}, None),
         ({"attention.sliding_window_pattern": [True, True, True, False]}, None),
         ({"attention.sliding_window_pattern": 4}, None),
-        ({"attention.sliding_window_pattern": [True, False, True, False]}, "pattern=.* cannot be conv"),
+        (
+            {"attention.sliding_window_pattern": [True, False, True, False]},
+            "pattern=.* cannot be conv",
+        ),
         ({"attention.sliding_window_pattern": 2}, "pattern=2 cannot be converted"),
         ({"rope.scaling.yarn_attn_factor": 1.3}, "yarn_attn_factor=1.3 cannot be converted"),
         ({"rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast=8.0 cannot be converted"),

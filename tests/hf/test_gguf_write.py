@@ -137,7 +137,9 @@ def sentencepiece(prefix: bool):
 
     space = "\u2581"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    joined = f"{space}t he the {space}the at {space}hat {space}c {space}cat ha had th {space}h".split()
+    joined = (
+        f"{space}t he the {space}the at {space}hat {space}c {space}cat ha had th {space}h".split()
+    )
     characters = sorted({character for token in joined for character in token})
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *joined]
     tokens += [space * 2, space * 3]
