@@ -117,7 +117,12 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
         config = {
             "output": str(tmp_path / "run"),
             "report_samples": 0,
-            "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
+            # Nothing is computed twice: that is tried elsewhere, and takes long to compile.
+            "model": {
+                "source": str(tiny_model),
+                "trainable": r"^layers\.[23]\.",
+                "remat": "none",
+            },
             "data": {
                 "source": conversations,
                 "seen": ["it", "pt", "es", "fa"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jaxmoo import mesh
 from jaxmoo.analysis.parallel import Sentence
 from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
-from jaxmoo.models.probe import layer_statistics
+from jaxmoo.models.probe import LayerStatistics, layer_statistics
 from jaxmoo.runtime.processes import place
 
 __all__ = ["Representations", "represent"]
@@ -63,10 +64,7 @@ def represent(
     batch_size = -(-batch_size // grid.size) * grid.size
     graph, state = nnx.split(model)
     state = jax.device_put(state, mesh.parameter_shardings(grid, state, stacked=STACKED))
-    run = jax.jit(
-        lambda state, ids, mask: layer_statistics(nnx.merge(graph, state), ids, mask),
-        out_shardings=NamedSharding(grid, P()),
-    )
+    run = _program(graph, grid)
     rows = [
         (sentence, k, n)
         for k, language in enumerate(languages)
@@ -97,3 +95,11 @@ def represent(
                 tokens[n % 2, k] += mask[i].sum()
             bar.update(len(batch))
     return Representations(pooled, active, tokens)
+
+
+@functools.lru_cache(maxsize=4)  # compiled once for all checkpoints of a run
+def _program(graph: nnx.GraphDef[Decoder], grid: Mesh) -> Callable[..., LayerStatistics]:
+    return jax.jit(
+        lambda state, ids, mask: layer_statistics(nnx.merge(graph, state), ids, mask),
+        out_shardings=NamedSharding(grid, P()),
+    )

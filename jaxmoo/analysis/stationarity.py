@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoo import mesh
 from jaxmoo.aggregators.solvers import min_norm
 from jaxmoo.analysis.conflict import cosines
+from jaxmoo.blocks import Blocks
 from jaxmoo.config.training import Config
 from jaxmoo.data.tokenization.tokenize import Tokenized
 from jaxmoo.engine import resolved_value_and_grad
@@ -243,10 +244,56 @@ def measure_grams(
         jax.device_put(tree, mesh.parameter_shardings(grid, tree, stacked=STACKED))
         for tree in (params, frozen)
     )
+    leaves, trees = jax.tree.flatten((params, frozen))
+    program = _program(
+        graph,
+        trees,
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves),
+        objectives,
+        block_rule(config, params, grid),
+        router_coef(config, model.config),
+        grid,
+    )
+    losses, grams = jax.device_get(
+        program.run(params, frozen, place(dict(batch), mesh.batch_sharding(grid)))
+    )
+    k = objectives // 2
+    grams = np.asarray(grams, np.float64)
+    across = grams[:, :k, k:]
+    return PairedGrams(
+        blocks=program.blocks,
+        losses=np.asarray(losses, np.float64).reshape(2, k),
+        within=np.stack([grams[:, :k, :k], grams[:, k:, k:]]),
+        across=(across + across.swapaxes(1, 2)) / 2,
+    )
+
+
+class _Program(NamedTuple):
+    """What measures a model, and all others alike.
+
+    Attributes:
+      run: ``(params, frozen, batch) -> (losses [K], Gram matrices [B, K, K])``.
+      blocks: names of the B blocks.
+    """
+
+    run: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
+    blocks: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4)  # compiled once for all checkpoints of a run
+def _program(
+    graph: nnx.GraphDef[Decoder],
+    trees: Any,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    objectives: int,
+    blocks: str | Blocks,
+    coef: float,
+    grid: Mesh,
+) -> _Program:
+    params, frozen = jax.tree.unflatten(trees, leaves)
 
     def loss(params: Any, frozen: Any, one: Any) -> jax.Array:
-        decoder = nnx.merge(graph, params, frozen)
-        return summed_loss(decoder, one, router_coef=router_coef(config, decoder.config))
+        return summed_loss(nnx.merge(graph, params, frozen), one, router_coef=coef)
 
     engine = resolved_value_and_grad(
         loss,
@@ -254,7 +301,7 @@ def measure_grams(
         frozen=frozen,
         num_objectives=objectives,
         aggregator="mean",
-        blocks=block_rule(config, params, grid),
+        blocks=blocks,
         weight_fn=lambda one: target_mask(one).sum(),
         stacked=STACKED,
         mesh=grid,
@@ -266,15 +313,4 @@ def measure_grams(
         assert state.gram is not None
         return losses, state.gram
 
-    losses, grams = jax.device_get(
-        run(params, frozen, place(dict(batch), mesh.batch_sharding(grid)))
-    )
-    k = objectives // 2
-    grams = np.asarray(grams, np.float64)
-    across = grams[:, :k, k:]
-    return PairedGrams(
-        blocks=engine.partition.names,
-        losses=np.asarray(losses, np.float64).reshape(2, k),
-        within=np.stack([grams[:, :k, :k], grams[:, k:, k:]]),
-        across=(across + across.swapaxes(1, 2)) / 2,
-    )
+    return _Program(run, engine.partition.names)

@@ -185,6 +185,7 @@ def test_processes_side_by_side(write_study, tmp_path, capsys):
     rates = [1e-3, 3e-2]
     file = write_study(
         tmp_path,
+        arms={name: [f"resolve.aggregator={name}"] for name in ("mean", "unit_mean")},
         tuning_seeds=[7],
         learning_rates=rates,
         seeds=[1],
@@ -195,7 +196,7 @@ def test_processes_side_by_side(write_study, tmp_path, capsys):
     rows = {(row["arm"], row["seed"], row["learning_rate"]): row for row in rows_of(file)}
     assert len(rows) == 7  # with the model before training
     assert all(set(row["languages"]) == {"en", "tr"} for row in rows.values())  # not the skipped
-    for arm in ("mean", "mgda"):
+    for arm in ("mean", "unit_mean"):
         tuned = {rate: rows[arm, 7, rate]["languages"]["en"]["tune"]["nll"] for rate in rates}
         best = min(tuned, key=tuned.__getitem__)
         assert (arm, 1, best) in rows
@@ -401,7 +402,8 @@ def test_the_configs_of_the_project_are_sound(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for file in sorted((ROOT / "configs" / "study").glob("*.yaml")):
         assert main(["--config", str(file), "--print-config"]) == 0
-        assert main(["--config", str(file), "output=nowhere", "seeds=[1]", "--dry-run"]) == 0
+        one = ["seeds=[1]", "tuning_seeds=[]", "learning_rates=[1e-4]"]  # of each arm
+        assert main(["--config", str(file), "output=nowhere", *one, "--dry-run"]) == 0
         assert re.search(r"\d+ runs, 0 done", capsys.readouterr().out)
 
 

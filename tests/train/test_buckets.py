@@ -16,7 +16,12 @@ from jaxmoo.convert.models import to_hf
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.runs.directory import RunDirectory
 
-QUIET = {"data__seen": ["it", "pt"], "data__unseen": [], "data__max_held_out": 2}
+QUIET = {
+    "data__seen": ["it", "pt"],
+    "data__unseen": [],
+    "data__max_held_out": 2,
+    "resolve__aggregator": "mean",
+}
 
 
 @pytest.fixture

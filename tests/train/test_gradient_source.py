@@ -33,8 +33,9 @@ SEEN = ["en", "fa", "zh", "ja"]
 
 @functools.cache
 def model():
-    graph = nnx.graphdef(Decoder.abstract(ARCHITECTURE))
-    state = jax.jit(lambda: nnx.state(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0))))()
+    quick = {"remat": "none"}  # to compile
+    graph = nnx.graphdef(Decoder.abstract(ARCHITECTURE, **quick))
+    state = jax.jit(lambda: nnx.state(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0), **quick)))()
     return graph, *nnx.split_state(state, nnx.Param, ...)
 
 

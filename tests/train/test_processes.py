@@ -311,6 +311,7 @@ def test_records_that_one_process_cannot_read_end_all_of_them_alike(
         data__seen=["es", "fr"],
         data__unseen=[],
         data__max_held_out=2,
+        resolve__aggregator="mean",
         train={"steps": 1000, "checkpoint_every": 5},
         report=False,
         tensorboard=False,

@@ -28,10 +28,13 @@ from jaxmoo.convert.models import to_hf
 from jaxmoo.errors import CheckpointError
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.train import read_metrics, train
+from jaxmoo.train.export import check_exports
 from small_runs import CHATML, save_config
 
 # The date is read, but not shown.
 CLOCK = "{% set today = strftime_now('%Y-%m-%d') %}" + CHATML
+
+NEW_TOKENS = 12  # of a reply
 
 # As little as makes a run.
 QUIET = {"report": False, "tensorboard": False}
@@ -68,7 +71,11 @@ def finished(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, path / "base")
     settings = {
         "output": str(path / "run"),
-        "model": {"source": str(path / "base"), "trainable": r"^layers\.[23]\."},
+        "model": {
+            "source": str(path / "base"),
+            "trainable": r"^layers\.[23]\.",
+            "remat": "none",
+        },
         "data": {"source": "chatterbot", "batch_size": 2, "sequence_length": 96},
         "optimizer": {"decay": "constant"},
     }
@@ -76,6 +83,14 @@ def finished(tiny_model, tmp_path_factory):
     said: list[str] = []
     train(load_config(config), said.append)
     return Finished(path / "base", config, path / "run", said)
+
+
+@pytest.fixture(scope="module")
+def longer(finished, tmp_path_factory):
+    """The same run after another step, for which it was started again."""
+    path = tmp_path_factory.mktemp("longer") / "run"
+    assert main([*finished.copied(path), "train.steps=2"]) == 0
+    return path
 
 
 def weights(run):
@@ -112,7 +127,7 @@ def _check_samples(run, base):
         return_tensors="pt",
         return_dict=True,
     )
-    found = model.generate(**given, max_new_tokens=64, do_sample=False)[0]
+    found = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
     reply = tokenizer.decode(found[given["input_ids"].shape[1] :], skip_special_tokens=True)
     assert one.reply == reply
 
@@ -123,12 +138,13 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     run = tmp_path / "run"
     command = [
         "scripts/train.py", "--config", "configs/quickstart.yaml", f"output={run}",
-        "data.seen=[en, es]", "data.unseen=[de]", "data.batch_size=2", "data.max_held_out=2",
+        "data.seen=[en, es]", "data.unseen=[de]", "data.batch_size=1", "data.max_held_out=1",
         "data.sequence_length=64", "train.steps=2",
         "optimizer.warmup_steps=1", "optimizer.learning_rate=1e-4",
     ]  # fmt: skip
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("jaxmoo.train.replies._NEW_TOKENS", NEW_TOKENS)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(command[0], run_name="__main__")
     assert not ended.value.code
@@ -289,7 +305,7 @@ def flip(file, place):
 
 @pytest.mark.slow
 def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
-    finished, tmp_path, capsys, monkeypatch
+    finished, longer, tmp_path, capsys, monkeypatch
 ):
     command, export = finished.copied(tmp_path / "run"), tmp_path / "run" / "export"
     first = (export / "model.safetensors").read_bytes()
@@ -324,16 +340,16 @@ def test_a_finished_runs_export_is_checked_and_made_anew_when_it_is_gone(
         assert name in captured.err and "Move that directory away" in captured.err
         assert "Training" not in captured.out
         (export / name).unlink() if old is None else (export / name).write_text(old)
-    assert main([*command, "train.steps=2"]) == 0
-    assert (export / "model.safetensors").read_bytes() != first
+    check_exports(load_config(command[1], ["train.steps=2"]), RunDirectory(tmp_path / "run"))
+    assert (longer / "export" / "model.safetensors").read_bytes() != first
 
 
 @pytest.mark.slow
 def test_the_checkpoint_before_a_damaged_one_is_used_and_gives_the_same_weights(
-    finished, tmp_path, capsys
+    finished, longer, tmp_path, capsys
 ):
-    command = [*finished.copied(tmp_path / "run"), "train.steps=2"]
-    assert main(command) == 0
+    shutil.copytree(longer, tmp_path / "run")
+    command = ["--config", str(finished.config), f"output={tmp_path / 'run'}", "train.steps=2"]
     good, checkpoints = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     shutil.rmtree(tmp_path / "run" / "export")
     files = [path for path in (checkpoints / "2" / "state").rglob("*") if path.is_file()]
@@ -434,7 +450,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     languages_per_step, write_config, tmp_path, capsys
 ):
     changes = {"train__steps": 8, "optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0}
-    config = write_config(**SHORT | changes)
+    config = write_config(**SHORT | changes, resolve__aggregator="mean")
     overrides = ["train.checkpoint_every=1", f"data.languages_per_step={languages_per_step}"]
     assert main(["--config", str(config), *overrides]) == 1
     message = capsys.readouterr().err

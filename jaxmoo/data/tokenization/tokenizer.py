@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import re
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ _ASKED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"
 # Some templates want a system message.
 _PROBES = (_ASKED, [{"role": "system", "content": "."}, *_ASKED])
 _CLOCK = "strftime_now"
+# The clock is asked for a format that stands there, or whether there is one.
+_WRITTEN = re.compile(rf"{_CLOCK}\s*(?:\(\s*(['\"])([^'\"\\]*)\1\s*\)|is\s+defined\b)")
 _SIGN = "\ue000"
 
 
@@ -126,11 +130,21 @@ def at_date(template: str, date: datetime.date) -> str:
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
     known = {one: midnight.strftime(one) for one in directives}
     steps = {"%%": _SIGN, **{one: text for one, text in known.items() if text != one}, _SIGN: "%"}
-    replaced = "".join(f"|replace({a!r}, {b!r})" for a, b in steps.items())
+    # A format that the template spells out, as nearly all do, is looked up: it is written for every
+    # rendering of every example.
+    formats = {found[2] for found in _WRITTEN.finditer(template) if found[1]}
+    texts = {
+        form: functools.reduce(lambda text, step: text.replace(*step), steps.items(), form)
+        for form in sorted(formats)
+    }
+    value = f"{texts!r}[format]"
+    if _CLOCK in _WRITTEN.sub("", template):
+        replaced = "".join(f"|replace({a!r}, {b!r})" for a, b in steps.items())
+        value = f"{value} if format in {texts!r} else format{replaced}"
     # Before the first line, so that lines keep their numbers; on a line of its own where the
     # template begins with white space, which Jinja treats by what stands before it.
     space = "\n" if template[:1].isspace() else ""
-    macro = f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
+    macro = f"{{% macro {_CLOCK}(format) %}}{{{{ {value} }}}}{{% endmacro %}}"
     return f"{macro}{space}{template}"
 
 
