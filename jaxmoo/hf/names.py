@@ -168,8 +168,8 @@ def templates(family: str) -> tuple[str, ...]:
       family: a key of `jaxmoo.models.families.FAMILIES`.
 
     Example:
-      >>> templates("phi3")[1:3]
-      ('model.layers.{i}.input_layernorm.weight', 'model.layers.{i}.self_attn.o_proj.weight')
+      >>> templates("phi3")[-2:]
+      ('model.layers.{i}.self_attn.qkv_proj.weight', 'model.layers.{i}.mlp.gate_up_proj.weight')
     """
     names, to_hf = FAMILIES[family].names, _tables(family)[0]
     prefix = f"{names.prefix}layers.{{i}}."
