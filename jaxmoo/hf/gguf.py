@@ -134,6 +134,7 @@ def gguf_config(
     tokens = fields.texts("tokenizer.ggml.tokens")
     _check_fixed(architecture, header, heads, head_dim, tied)
     epsilon, its_field = architecture.epsilon
+    theta = header.number("rope.freq_base", 10000.0)
     config = {
         "architectures": [architecture.transformers],
         "model_type": architecture.family,
@@ -147,6 +148,8 @@ def gguf_config(
         "hidden_act": "silu",
         "max_position_embeddings": header.size("context_length"),
         epsilon: shortest(header.number(its_field)),
+        "rope_theta": theta,
+        "rope_parameters": None,  # below
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
@@ -165,7 +168,6 @@ def gguf_config(
     if architecture.partial:  # which Phi-3 alone is; llama.cpp gives its models no window
         config["sliding_window"] = header.get("attention.sliding_window", 0) or None
         config["partial_rotary_factor"] = rotated / head_dim
-    theta = header.number("rope.freq_base", 10000.0)
     return config | _rope(
         architecture, config, theta, read_scaling(header, factors, theta, rotated)
     )
