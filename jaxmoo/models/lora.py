@@ -61,8 +61,8 @@ _MOST_ALPHA = 1e30  # kernels are float32
 ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
 NO_DORA = (
-    "adapters of experts cannot be weight-decomposed (DoRA), by peft neither. Adapt attention "
-    "alone (q_proj, k_proj, v_proj, o_proj), or do without."
+    "adapters of experts cannot be weight-decomposed (DoRA), which PEFT cannot do either. Adapt "
+    "attention alone (q_proj, k_proj, v_proj, o_proj), or do without DoRA."
 )
 
 

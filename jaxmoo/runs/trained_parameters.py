@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,23 +131,25 @@ def _check_trained_experts(config: Config, architecture: DecoderConfig) -> None:
     )
 
 
-def _every(targets: Collection[str]) -> bool:
-    return ALL_LINEAR in targets or set(targets) == set(PROJECTIONS)
-
-
 def _adapts_experts(config: Config, architecture: DecoderConfig) -> bool:
-    targets = config.lora.targets
-    return bool(_every(targets) or _OF_AN_MLP & set(targets)) and any(
+    return not {ALL_LINEAR, *_OF_AN_MLP}.isdisjoint(config.lora.targets) and any(
         map(architecture.has_experts, adapted_layers(architecture, config.model.trainable))
     )
 
 
 def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     lora, source = config.lora, config.model.source
-    every = _every(lora.targets)
+    every = ALL_LINEAR in lora.targets or set(lora.targets) == set(PROJECTIONS)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
-    if lora.dora and _adapts_experts(config, architecture):
+    of_experts = _adapts_experts(config, architecture)
+    if lora.dora and of_experts:
         raise ConfigError(f"lora.dora: {source} has experts, and {NO_DORA}")
+    if architecture.num_experts and not of_experts and _OF_AN_MLP.issuperset(lora.targets):
+        raise ConfigError(
+            f"lora.targets: in {source}, {', '.join(lora.targets)} are projections of experts, and "
+            "the layers that model.trainable chooses have no experts. Choose other layers, or adapt "
+            "attention (q_proj, k_proj, v_proj, o_proj)."
+        )
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
     if not config.export or lora.export == "merged":

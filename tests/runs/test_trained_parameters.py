@@ -56,6 +56,23 @@ def test_what_only_experts_have_is_refused_elsewhere(model, settings, message):
         check_model(config, preset(model))
 
 
+def test_layers_without_experts_have_no_mlp_to_adapt():
+    architecture = dataclasses.replace(preset(EXPERTS), dense_layers=(0,))
+    config = Config(
+        output="nowhere",
+        model=ModelConfig(source=EXPERTS, trainable=r"^layers\.0\."),
+        data=DataConfig(source="nowhere", seen=["en"]),
+        train=TrainConfig(steps=1),
+        lora=LoraConfig(rank=4, targets=["up_proj"]),
+    )
+    with pytest.raises(
+        ConfigError, match=r"up_proj are projections of experts, .* have no experts"
+    ):
+        check_model(config, architecture)
+    both = dataclasses.replace(config, lora=LoraConfig(rank=4, targets=["q_proj", "up_proj"]))
+    check_model(both, architecture)
+
+
 @pytest.mark.parametrize(
     ("resolve", "coef", "message"),
     [
