@@ -20,20 +20,12 @@ from jaxmoo.errors import CheckpointError
 from jaxmoo.files.at_hand import at_hand
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.adapter_config import CONFIG_FILE, check_kind, lora_of_file, settings_of
+from jaxmoo.hf.adapter_names import GATE_UP, Place, peft_tensor, place_of
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
-from jaxmoo.hf.expert_adapter import (
-    GATE_UP,
-    Columns,
-    Place,
-    columns_of,
-    place_of,
-    single_tensors,
-    stack_experts,
-)
+from jaxmoo.hf.expert_adapter import Columns, columns_of, single_tensors, stack_experts
 from jaxmoo.hf.fused_adapter import fuse_adapters
 from jaxmoo.hf.load import read_json
-from jaxmoo.hf.names import HFTensor, hf_tensor
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
 from jaxmoo.hf.weights import DTYPES
 from jaxmoo.models.decoder import Decoder
@@ -176,9 +168,10 @@ def _described(path: Path) -> tuple[Adapters, _Contents]:
         names = list(handle.keys())
         places = {name: place for name in names if (place := place_of(name, config))}
         if not places or len(places) < len(names):
+            other = next((name for name in names if name not in places), "no tensors")
             raise CheckpointError(
                 f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such "
-                f"as {peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
+                f"as {peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}; found {other}"
             )
         own = settings_of(config, path, places.values())
         fused = [name for name, place in places.items() if place.projection == GATE_UP]
@@ -274,29 +267,12 @@ def _singly(found: dict[str, np.ndarray], contents: _Contents) -> dict[str, np.n
     result: dict[str, np.ndarray] = {}
     for name, value in found.items():
         place = contents.places[name]
-        if place.stacked:
+        if place.is_stack:
             rank = contents.ranks[name]
             result |= single_tensors(name, value, place, rank, contents.columns)
         else:
             result[place.tensor()] = value
     return result
-
-
-def peft_tensor(path: str) -> HFTensor:
-    """Find the tensor that holds an adapter, by the adapter's logical path.
-
-    Example:
-      >>> peft_tensor("layers.25.mlp.up_proj.lora_A.kernel")
-      HFTensor(name='base_model.model.model.layers.25.mlp.up_proj.lora_A.weight', transposed=True,
-               rows=None)
-    """
-    projection, _, rest = path.partition(".lora_")
-    adapted = hf_tensor(f"{projection}.kernel")
-    module, weight = adapted.name.rsplit(".", 1)
-    name = f"base_model.model.{module}.lora_"
-    if rest == "magnitude_vector":
-        return adapted._replace(name=f"{name}{rest}", transposed=False)
-    return adapted._replace(name=f"{name}{rest.removesuffix('.kernel')}.{weight}")
 
 
 def _logical(state: nnx.State) -> list[str]:
@@ -323,7 +299,8 @@ def _check_like(lora: LoRA, theirs: LoRA, path: Path) -> None:
                 f"the adapters in {path} were trained with a scale of {theirs.scale_of(name):g} on "
                 f"{name}, this run's would be {lora.scale_of(name):g}: set "
                 f"lora.alpha={theirs.alpha_of(name):.9g} and "
-                f"lora.rslora={str(theirs.rslora).lower()}"
+                f"lora.rslora={str(theirs.rslora).lower()}; or, where other projections have "
+                "another alpha, lora.alpha_pattern"
             )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoo.errors import CheckpointError, ConfigError, shown
-from jaxmoo.hf.expert_adapter import GATE_UP, Columns, Place
+from jaxmoo.hf.adapter_names import GATE_UP, Place
+from jaxmoo.hf.expert_adapter import Columns
 from jaxmoo.models.lora import LoRA
 
 __all__ = ["CONFIG_FILE", "check_kind", "lora_of_file", "settings_of"]
