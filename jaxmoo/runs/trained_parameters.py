@@ -147,8 +147,8 @@ def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     if architecture.num_experts and not of_experts and _OF_AN_MLP.issuperset(lora.targets):
         raise ConfigError(
             f"lora.targets: in {source}, {', '.join(lora.targets)} are projections of experts, and "
-            "the layers that model.trainable chooses have no experts. Choose other layers, or adapt "
-            "attention (q_proj, k_proj, v_proj, o_proj)."
+            "the layers that model.trainable chooses have no experts. Choose other layers, or "
+            "adapt attention (q_proj, k_proj, v_proj, o_proj)."
         )
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")

@@ -65,9 +65,7 @@ def test_layers_without_experts_have_no_mlp_to_adapt():
         train=TrainConfig(steps=1),
         lora=LoraConfig(rank=4, targets=["up_proj"]),
     )
-    with pytest.raises(
-        ConfigError, match=r"up_proj are projections of experts, .* have no experts"
-    ):
+    with pytest.raises(ConfigError, match=r"up_proj are projections of experts.* no experts"):
         check_model(config, architecture)
     both = dataclasses.replace(config, lora=LoraConfig(rank=4, targets=["q_proj", "up_proj"]))
     check_model(both, architecture)
