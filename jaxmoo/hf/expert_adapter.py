@@ -7,7 +7,7 @@ an expert lie E apart. PEFT wraps the second array's adapter around the first's,
 therefore have a ``base_layer`` in their names, if both are adapted.
 
 The adapter of gate_up_proj is that of a fused matrix: ours of gate and up, with an A each, become
-one whose rank is theirs together. PEFT makes the same of adapters from transformers 4, where each
+one whose rank is theirs together. PEFT does the same with adapters from transformers 4, where each
 projection of each expert was a linear map. Such files are read, too.
 """
 
@@ -54,7 +54,8 @@ def stack_experts(
         return dict(settings), list(tensors)
     stacks = {stack: [x for x in parts if x in adapted] for stack, parts in STACKS.items()}
     stacks = {stack: mine for stack, mine in stacks.items() if mine}
-    layers, scales = sorted({layer for layer, *_ in modules}), {}
+    layers = sorted({layer for layer, *_ in modules})
+    scales: dict[str, tuple[int, float]] = {}
     for depth, (stack, mine) in enumerate(reversed(stacks.items())):
         rank, alpha, ratios = together([adapted[part] for part in mine], settings["use_rslora"])
         scales[stack] = rank, alpha
@@ -75,11 +76,10 @@ def stack_experts(
 def _of_stacks(
     settings: Mapping[str, Any], scales: Mapping[str, tuple[int, float]], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """The settings with stacks in place of an MLP's projections; `scales` are rank and alpha."""
+    """The settings with stacks, of these ranks and alphas, in place of an MLP's projections."""
     result = dict(settings)
-    for at, (pattern, general) in enumerate(
-        (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    ):
+    patterns = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    for at, (pattern, general) in enumerate(patterns):
         others = {key: x for key, x in settings[pattern].items() if key not in _OF_AN_MLP}
         own = {stack: scale[at] for stack, scale in scales.items()}
         result[pattern] = others | {k: x for k, x in own.items() if x != settings[general]}

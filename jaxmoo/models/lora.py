@@ -43,6 +43,7 @@ from jaxmoo.projections import PROJECTIONS
 __all__ = [
     "ADAPTERS",
     "ALL_LINEAR",
+    "NO_DORA",
     "PROJECTIONS",
     "AdaptedLinear",
     "LoRA",
