@@ -87,10 +87,9 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def diagonal(matrix: jax.Array) -> jax.Array:
-    """Diagonal of a matrix, [K]."""
-    if in_kernel():
-        return jnp.sum(jnp.where(_on_diagonal(matrix.shape[0]), matrix, 0.0), axis=1)
-    return jnp.diagonal(matrix)
+    """Diagonals of matrices, [..., K] of [..., K, K]."""
+    # A sum of which one term counts: as a gather, it would be a kernel of its own.
+    return jnp.sum(jnp.where(_on_diagonal(matrix.shape[-1]), matrix, 0), axis=-1)
 
 
 def diagonal_matrix(vector: jax.Array) -> jax.Array:

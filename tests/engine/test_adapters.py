@@ -97,7 +97,7 @@ def oracle(kind=None):
     if kind is not None:
         frozen = quantized_parts(kind)[-1]
     resolver = resolve_conflicts(
-        aggregator="cagrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
+        aggregator="fairgrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
     )
 
     @jax.jit
@@ -115,7 +115,7 @@ def oracle(kind=None):
 def difference(device_mesh, kind=None, remat="full", **options):
     """Largest relative difference of the engine's update, losses and weights from the oracle's."""
     graph, params, frozen = parts() if kind is None else quantized_parts(kind, remat)[:3]
-    options = {"aggregator": "cagrad", "blocks": "layer"} | options
+    options = {"aggregator": "fairgrad", "blocks": "layer"} | options
     engine = engine_of(graph, params, frozen, device_mesh, **options)
     params, frozen = (
         jax.device_put(tree, mesh.parameter_shardings(device_mesh, tree, stacked=STACKED))
@@ -225,7 +225,7 @@ def test_adapters_are_blocks_of_their_own_resolved_inside_the_pass(one, remat):
         "leaf": None,
     }
     for rule, names in blocks.items():
-        engine = engine_of(graph, params, frozen, one, aggregator="mgda", blocks=rule)
+        engine = engine_of(graph, params, frozen, one, aggregator="mean", blocks=rule)
         usage = engine.usage(params, batch(), frozen)
         assert engine.deferred(usage) == frozenset()
         assert names is None or list(engine.partition.names) == names

@@ -211,7 +211,7 @@ def test_a_loss_that_jax_has_traced_is_the_same_before_within_and_after_any_engi
         return np.asarray([loss(params, one) for one in batch])
 
     np.testing.assert_allclose(outside(), expected, rtol=1e-6)
-    for aggregator in ("mean", "mgda"):
+    for aggregator in ("mean", "fairgrad"):
         engine = resolved_value_and_grad(
             loss, params, num_objectives=2, aggregator=aggregator, blocks="layer",
             stacked=r"^layers\.",

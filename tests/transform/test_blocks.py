@@ -44,7 +44,10 @@ def resolve_by_hand(part, tree, aggregate):
 
 def dealt(part, methods):
     """The methods in turn, one for each block."""
-    return {f"^{re.escape(name)}$": methods[i % len(methods)] for i, name in enumerate(part.names)}
+    return {
+        f"^({'|'.join(map(re.escape, part.names[i :: len(methods)]))})$": method
+        for i, method in enumerate(methods[: len(part)])
+    }
 
 
 @functools.cache
