@@ -1,5 +1,7 @@
 """Sketches keep inner products, to within what their size promises, and add up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jaxmoo.kernels.sketch import draws, sketch_sections
 def matrix(key, n, m):
     """The map by its definition, [m, n]: rows of signed and rolled entries, added up."""
     h = m // 2
-    (drawn,) = jax.device_get(draws(key[None], [n], [1], h))
+    (drawn,) = jax.device_get(jax.jit(lambda key: draws(key[None], [n], [1], h))(key))
     found = np.zeros((m, n))
     for i in range(n):
         row, column = divmod(i, h)
@@ -20,9 +22,10 @@ def matrix(key, n, m):
     return found
 
 
-def sketch(x, keys, m, **options):
+@functools.partial(jax.jit, static_argnums=2, static_argnames="platform")
+def sketch(x, keys, m, platform=None):
     """Of one array [K, S, n]."""
-    return sketch_sections([x], keys, m, **options)[0]
+    return sketch_sections([x], keys, m, platform=platform)[0]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "interpret", None])
@@ -93,7 +96,7 @@ def test_draws_do_not_depend_on_what_else_is_sketched():
     """A call of the engine sees a few arrays of those that a whole tree has."""
     x, y = jnp.ones((2, 3, 100)), jnp.ones((2, 2, 1000))
     keys = jax.random.split(jax.random.key(0), 5)
-    both = sketch_sections([x, y], keys, 16)
+    both = jax.jit(lambda keys: sketch_sections([x, y], keys, 16))(keys)
     np.testing.assert_array_equal(both[0], sketch(x, keys[:3], 16))
     np.testing.assert_array_equal(both[1], sketch(y, keys[3:], 16))
 
