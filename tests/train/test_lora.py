@@ -261,7 +261,7 @@ def test_the_plan_counts_adapters_and_no_gradients_of_what_they_adapt(config_fil
         head_dim=8,
         max_position_embeddings=96,
     )
-    overrides = ["model.trainable=.*", "model.remat=full"]
+    overrides = ["model.trainable=.*"]
     ordinary = abstract_step(load_config(config_file, overrides), sizes)
     step = abstract_step(load_config(config_file, [*overrides, "lora.quantize_base=int8"]), sizes)
     # In 8 bits and a scale per column; embedding and norms are as before.
