@@ -39,6 +39,7 @@ from jaxmoo.hf import load_tokenizer, resolve_source
 from jaxmoo.hf.directory import first_process
 from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
+from jaxmoo.models.probe import neurons_per_layer
 from jaxmoo.report.page import page, table
 from jaxmoo.runs.directory import RunDirectory
 from jaxmoo.runs.gram_log import GramLog, read_grams
@@ -167,8 +168,10 @@ def _choose(
         lacking |= dict.fromkeys(_OF_TEXT, "needs parallel sentences: --parallel")
     elif not run.steps():
         lacking |= dict.fromkeys(_OF_TEXT, lacking["stationarity"])
-    elif load_model_config(resolve_source(request.base or config.model.source)).num_experts:
-        lacking["neurons"] = "they are those of one MLP per layer, and the model has experts"
+    elif not neurons_per_layer(
+        load_model_config(resolve_source(request.base or config.model.source))
+    ):
+        lacking["neurons"] = "of the model's layers some have experts, and others one MLP"
     if not request.singles:
         lacking["interference"] = (
             "needs runs on single languages with the settings of this one (data.seen=[xx]): "

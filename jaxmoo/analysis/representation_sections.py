@@ -16,14 +16,15 @@ from jaxmoo.report.page import table
 
 __all__ = ["neurons_section", "separability_section"]
 
-_NEURONS = """<p>A neuron of an MLP is active in a token where its gate is positive. The entropy of
-its activation probabilities over languages, normalised to sum 1, is low when it serves few
-languages (language activation probability entropy, LAPE; Tang et al. 2024,
-<em>Language-Specific Neurons</em>). In the base model, of the neurons that are active in some
-language more often than 95 % of all probabilities (here above {probability:.3f}), the 1 % of all
-neurons with the lowest entropy are taken (here {entropy:.3f} nats and less); a neuron is specific
-to every language in which it passes the first threshold. Other models are compared at these
-thresholds of the base model: at their own, their numbers would be the same by construction.</p>
+_NEURONS = """<p>A neuron of an MLP is active in a token where its gate is positive; of an expert,
+only in tokens that read it. The entropy of its activation probabilities over languages, normalised
+to sum 1, is low when it serves few languages (language activation probability entropy, LAPE; Tang
+et al. 2024, <em>Language-Specific Neurons</em>). In the base model, of the neurons that are active
+in some language more often than 95 % of all probabilities (here above {probability:.3f}), the 1 %
+of all neurons with the lowest entropy are taken (here {entropy:.3f} nats and less); a neuron is
+specific to every language in which it passes the first threshold. Other models are compared at
+these thresholds of the base model: at their own, their numbers would be the same by
+construction.</p>
 <p class="limits">Limits: probabilities come from {tokens} tokens per language, far fewer than in
 the paper, and from one kind of text. Of the base model's neurons, halves of the sentences agree on
 {agreement:.0%} (intersection over union): numbers that change by less than such noise mean nothing.

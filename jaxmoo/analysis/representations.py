@@ -17,7 +17,7 @@ from jaxmoo import mesh
 from jaxmoo.analysis.parallel import Sentence
 from jaxmoo.models import Decoder
 from jaxmoo.models.paths import STACKED
-from jaxmoo.models.probe import LayerStatistics, layer_statistics
+from jaxmoo.models.probe import LayerStatistics, layer_statistics, neurons_per_layer
 from jaxmoo.runtime.processes import place
 
 __all__ = ["Representations", "represent"]
@@ -56,7 +56,7 @@ def represent(
     """
     languages, count = list(sentences), len(next(iter(sentences.values())))
     config = model.config
-    layers, width = config.num_hidden_layers, 0 if config.num_experts else config.intermediate_size
+    layers, width = config.num_hidden_layers, neurons_per_layer(config)
     pooled = np.zeros((layers + 1, len(languages), count, config.hidden_size), np.float32)
     active = np.zeros((2, len(languages), layers, width), np.int64)
     tokens = np.zeros((2, len(languages)), np.int64)

@@ -83,7 +83,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument(
         "file",
         type=typed_path,
-        help="a GGUF file of the Llama, Qwen2, Qwen3, SmolLM3 or Granite architecture",
+        help="a GGUF file of one of the architectures in docs/conversion.md",
     )
     sub.add_argument("out", type=typed_path, help="directory to make")
 

@@ -30,7 +30,8 @@ class LoraConfig:
     alpha: float = setting(16.0, "Adapters are scaled by `alpha / rank`.", within=Range(above=0))
     targets: list[str] = setting(
         list(PROJECTIONS),
-        "Projections of those layers that get adapters; by default, or as `[all-linear]`, all.",
+        "Projections of those layers that get adapters; by default, or as `[all-linear]`, all. "
+        "`gate_proj`, `up_proj` and `down_proj` of a mixture are those of every expert.",
     )
     rslora: bool = setting(
         False, "Scale adapters by `alpha / sqrt(rank)` instead (rank-stabilised LoRA)."

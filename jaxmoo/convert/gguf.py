@@ -12,6 +12,7 @@ from jaxmoo.errors import CheckpointError
 from jaxmoo.files.buckets import is_bucket
 from jaxmoo.files.outputs import check_writable, typed_path
 from jaxmoo.hf.generation import stop_tokens
+from jaxmoo.hf.gguf_architectures import longest_text
 from jaxmoo.hf.gguf_write import save_gguf
 from jaxmoo.hf.tokenizer import check_tokenizer, load_tokenizer
 
@@ -61,10 +62,11 @@ def to_gguf(
     ending = ending_token(tokenizer)
     if ending is None:
         say(NO_ENDING)
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
+    longest = longest_text(config)
+    if longest < config.max_position_embeddings:
         say(
-            f"Note: GGUF files of this architecture have no sliding window ({config.sliding_window}"
-            " tokens), so that is the longest text that the file says the model reads."
+            f"Note: GGUF files of this architecture have no sliding window ({longest} tokens), so "
+            "that is the longest text that the file says the model reads."
         )
     save_gguf(
         opened.model,

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,21 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from jaxmoo.errors import CheckpointError, ConfigError, shown
+from jaxmoo.errors import CheckpointError
 from jaxmoo.files.at_hand import at_hand
 from jaxmoo.files.outputs import typed_path
+from jaxmoo.hf.adapter_config import CONFIG_FILE, check_kind, lora_of_file, settings_of
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
+from jaxmoo.hf.expert_adapter import (
+    GATE_UP,
+    Columns,
+    Place,
+    columns_of,
+    place_of,
+    single_tensors,
+    stack_experts,
+)
 from jaxmoo.hf.fused_adapter import fuse_adapters
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.names import HFTensor, hf_tensor
@@ -29,35 +39,11 @@ from jaxmoo.hf.weights import DTYPES
 from jaxmoo.models.decoder import Decoder
 from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import ADAPTERS, LoRA, adapters
-from jaxmoo.models.paths import logical_paths, named_leaves, trainable_filter
+from jaxmoo.models.paths import logical_paths, named_leaves, stacked_axes, trainable_filter
 
 __all__ = ["Adapters", "describe_adapter", "is_adapter", "load_adapter", "save_adapter"]
 
-_PLACE = re.compile(
-    r"base_model\.model\.model\.layers\.([0-9]{1,6})\.(\w+\.(\w+))"
-    r"\.lora_(?:([AB])\.weight|magnitude_vector)"
-)
-_CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
-
-# What makes an adapter compute something else than ours, where it is set.
-_OTHER_KINDS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-# Ways of starting that leave the base model as it is; others change it.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
@@ -79,7 +65,7 @@ def save_adapter(
       CheckpointError: when the model has no adapters, or is part of a larger one, ``path`` is not
         empty or the disk is full.
     """
-    adapted = {name: linear for _, name, linear in adapters(model)}
+    adapted = {path[-1]: linear for _, path, linear in adapters(model)}
     if not adapted:
         raise CheckpointError("the model has no adapters to save")
     family = model.config.family
@@ -121,12 +107,13 @@ def save_adapter(
     def write(directory: Path, tensors: Sequence[Tensor]) -> None:
         check_space(directory, sum(tensor.nbytes for tensor in tensors))
         write_file(directory / _WEIGHTS_FILE, tensors)
-        (directory / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if card is not None:
             card.write(directory)
 
     tensors = state_tensors(state, lambda _: np.float32, peft_tensor)
     config, tensors = fuse_adapters(config, tensors, adapted, model.config)
+    config, tensors = stack_experts(config, tensors, adapted)
     write_directory(typed_path(path), tensors, write)
 
 
@@ -151,11 +138,13 @@ class Adapters(NamedTuple):
 
 def is_adapter(path: Path) -> bool:
     """Whether a directory holds adapters in PEFT format, and no model of its own."""
-    return (path / _CONFIG_FILE).is_file() and not any(path.glob("model*.safetensors"))
+    return (path / CONFIG_FILE).is_file() and not any(path.glob("model*.safetensors"))
 
 
 def describe_adapter(path: Path) -> Adapters:
-    """Tell which adapters are in a directory that the ``peft`` library wrote; reads no weights.
+    """Tell which adapters are in a directory that the ``peft`` library wrote.
+
+    Of weights, only the B of experts' gate and up are read: which of the two has which columns.
 
     Args:
       path: the directory.
@@ -163,21 +152,49 @@ def describe_adapter(path: Path) -> Adapters:
     Raises:
       CheckpointError: when files are missing or damaged, or the adapters are of another kind.
     """
-    path = typed_path(path)
-    config = read_json(path / _CONFIG_FILE)
-    _check_kind(config, path)
+    return _described(typed_path(path))[0]
+
+
+class _Contents(NamedTuple):
+    """How the tensors of a directory are to be read.
+
+    Attributes:
+      places: what each belongs to, by its name.
+      ranks: of each, by its name.
+      columns: of the projections in experts' gate_up_proj.
+    """
+
+    places: dict[str, Place]
+    ranks: dict[str, int]
+    columns: Columns
+
+
+def _described(path: Path) -> tuple[Adapters, _Contents]:
+    config = read_json(path / CONFIG_FILE)
+    check_kind(config, path)
     with _opened(path) as handle:
         names = list(handle.keys())
-    found = [match for name in names if (match := _PLACE.fullmatch(name))]
-    if not found or len(found) < len(names):
-        raise CheckpointError(
-            f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such as "
-            f"{peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
-        )
-    lora = _lora(config, path, {f"model.layers.{match[1]}.{match[2]}" for match in found})
+        places = {name: place for name in names if (place := place_of(name, config))}
+        if not places or len(places) < len(names):
+            raise CheckpointError(
+                f"{path / _WEIGHTS_FILE}: expected adapters on projections of layers alone, such "
+                f"as {peft_tensor('layers.0.mlp.up_proj.lora_A.kernel').name}"
+            )
+        own = settings_of(config, path, places.values())
+        fused = [name for name, place in places.items() if place.projection == GATE_UP]
+        columns: Columns = {}
+        if fused:
+            each = ((name, handle.get_tensor(name)) for name in fused if places[name].kind == "B")
+            columns = columns_of(each, own[GATE_UP][0])
+    lora = lora_of_file(config, path, own, columns)
     base = config.get("base_model_name_or_path")
-    layers = tuple(sorted({int(match[1]) for match in found}))
-    return Adapters(base if isinstance(base, str) and base else None, lora, layers)
+    found = Adapters(
+        base if isinstance(base, str) and base else None,
+        lora,
+        tuple(sorted({place.layer for place in places.values()})),
+    )
+    ranks = {name: own[place.projection][0] for name, place in places.items()}
+    return found, _Contents(places, ranks, columns)
 
 
 @contextlib.contextmanager
@@ -213,8 +230,9 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
         rank or scale, or on other projections.
     """
     path = typed_path(path)
-    _check_like(lora, describe_adapter(path).lora, path)
-    found = read_unchanged(lambda: _read_tensors(path), path)
+    described, contents = _described(path)
+    _check_like(lora, described.lora, path)
+    found = _singly(read_unchanged(lambda: _read_tensors(path), path), contents)
     _check_tensors(found, abstract, path / _WEIGHTS_FILE)
     leaves, tree = jax.tree.flatten(abstract)
     places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
@@ -222,6 +240,7 @@ def load_adapter(path: Path, abstract: nnx.State, lora: LoRA, shardings: Any = N
     for (leaf_path, leaf), place in zip(named_leaves(abstract), places, strict=True):
         names = [peft_tensor(name).name for name in logical_paths(leaf_path, leaf.shape)]
         value = np.stack([found[name].T for name in names]).astype(leaf.dtype)
+        value = value.reshape(leaf.shape)
         arrays.append(
             jax.make_array_from_callback(leaf.shape, place, value.__getitem__)
             if place is not None
@@ -250,6 +269,19 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def _singly(found: dict[str, np.ndarray], contents: _Contents) -> dict[str, np.ndarray]:
+    """The tensors by our names, those of experts one by one."""
+    result: dict[str, np.ndarray] = {}
+    for name, value in found.items():
+        place = contents.places[name]
+        if place.stacked:
+            rank = contents.ranks[name]
+            result |= single_tensors(name, value, place, rank, contents.columns)
+        else:
+            result[place.tensor()] = value
+    return result
+
+
 def peft_tensor(path: str) -> HFTensor:
     """Find the tensor that holds an adapter, by the adapter's logical path.
 
@@ -269,82 +301,6 @@ def peft_tensor(path: str) -> HFTensor:
 
 def _logical(state: nnx.State) -> list[str]:
     return [name for path, leaf in named_leaves(state) for name in logical_paths(path, leaf.shape)]
-
-
-def _check_kind(config: dict[str, Any], path: Path) -> None:
-    """Raise unless adapters compute what ours can."""
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {shown(config.get('peft_type'))}, expected 'LORA'")
-    problems += [f"{name} is set" for name in _OTHER_KINDS if config.get(name)]
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {shown(config['bias'])}, expected 'none'")
-    start = config.get("init_lora_weights")
-    if start not in _STARTS:
-        problems.append(f"init_lora_weights={shown(start)} changes the base model")
-    if problems:
-        raise CheckpointError(
-            f"the adapters in {path} are of a kind that is not supported: {'; '.join(problems)}"
-        )
-    for name in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(name, False), bool):
-            raise CheckpointError(
-                f"{path / _CONFIG_FILE}: {name} must be true or false, found {shown(config[name])}"
-            )
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise CheckpointError(
-                f"{path / _CONFIG_FILE}: {name} must be an object, found {shown(config[name])}"
-            )
-
-
-def _lora(config: dict[str, Any], path: Path, modules: Iterable[str]) -> LoRA:
-    """The kind of adapters on modules such as ``model.layers.0.mlp.up_proj``."""
-    given: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    patterns: dict[str, Any] = {}
-    try:
-        LoRA(**given)  # type and range of both
-        for name, general in given.items():
-            own = _by_projection(config.get(f"{name}_pattern") or {}, general, modules)
-            patterns[f"{name}_pattern"] = {k: v for k, v in own.items() if v != general}
-        return LoRA(
-            **given,
-            **patterns,
-            targets=tuple(sorted({module.rpartition(".")[2] for module in modules})),
-            rslora=config.get("use_rslora", False),
-            dora=config.get("use_dora", False),
-        )
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the adapters in {path} have rank {shown(given['rank'])} and alpha "
-            f"{shown(given['alpha'])}: {error}"
-        ) from error
-
-
-def _by_projection(pattern: dict[str, Any], general: Any, modules: Iterable[str]) -> dict[str, Any]:
-    """What a pattern of PEFT's says of every projection.
-
-    Its keys are regular expressions, of which the first that matches the end of a module's name
-    counts.
-
-    Raises:
-      ConfigError: it is no expression, or sets layers apart.
-    """
-    found: dict[str, Any] = {}
-    for module in sorted(modules):
-        try:
-            keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
-            key = next(keys, None)
-        except re.error as error:
-            raise ConfigError(f"a pattern of theirs is no regular expression: {error}.") from error
-        value = general if key is None else pattern[key]
-        name = module.rpartition(".")[2]
-        if found.setdefault(name, value) != value:
-            raise ConfigError(
-                f"adapters of {name} have {shown(found[name])} in one layer and {shown(value)} in "
-                "another, but here all layers' have the same."
-            )
-    return found
 
 
 def _check_like(lora: LoRA, theirs: LoRA, path: Path) -> None:
@@ -376,7 +332,8 @@ def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path
     expected = {}
     for leaf_path, leaf in named_leaves(abstract):
         for name in logical_paths(leaf_path, leaf.shape):
-            expected[peft_tensor(name).name] = leaf.shape[:0:-1]  # transposed, without layers
+            # Transposed, without layers and experts.
+            expected[peft_tensor(name).name] = leaf.shape[stacked_axes(leaf_path) :][::-1]
     problems = [
         f"{name}: expected shape {list(shape)}, found {list(found[name].shape)}"
         for name, shape in expected.items()
@@ -387,7 +344,7 @@ def _check_tensors(found: dict[str, np.ndarray], abstract: nnx.State, file: Path
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         layers = sorted({int(n) for name in found for n in re.findall(r"\.layers\.(\d+)\.", name)})
-        targets = sorted({match[3] for name in found if (match := _PLACE.fullmatch(name))})
+        targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in found})
         raise CheckpointError(
             f"the adapters in {file} are not those of this run:\n  "
             + "\n  ".join(problems[:10])

@@ -18,7 +18,7 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import AdaptedLinear
 
-__all__ = ["fuse_adapters"]
+__all__ = ["below", "blocks", "fuse_adapters", "together"]
 
 
 def fuse_adapters(
@@ -51,11 +51,9 @@ def fuse_adapters(
                 f"weight-decomposed adapters (DoRA) of {_last(whole)}, which {config.family} "
                 "keeps in one matrix, cannot be written as adapters. Merge them instead."
             )
-        linears = [adapted[_last(part)] for part in mine]
-        rank = sum(linear.rank for linear in linears)
-        # All scaled like the first; what another's scale is beyond that goes into its B.
-        scale = linears[0].scale
-        alpha = round(scale * (rank**0.5 if settings["use_rslora"] else rank), 9)
+        rank, alpha, ratios = together(
+            [adapted[_last(part)] for part in mine], settings["use_rslora"]
+        )
         for name, value in (("rank_pattern", rank), ("alpha_pattern", alpha)):
             kept = {k: v for k, v in settings[name].items() if k not in map(_last, mine)}
             settings[name] = {**kept, _last(whole): value}
@@ -67,40 +65,69 @@ def fuse_adapters(
                 [found.pop(f"{start}.{part}.lora_{kind}.weight") for part in mine] for kind in "AB"
             )
             rows = [hf_tensor(f"layers.0.{part}.kernel", config).rows for part in parts]
-            height = max(sum(x) for x in rows if x is not None)
-            places = [rows[parts.index(part)] for part in mine]
-            ratios = [linear.scale / scale for linear in linears]
-            for kind, tensor in (("A", _below(a)), ("B", _blocks(b, places, ratios, height))):
+            heights = {part: x[1] for part, x in zip(parts, rows, strict=True) if x is not None}
+            for kind, tensor in (("A", below(a)), ("B", blocks(b, mine, heights, ratios))):
                 name = f"{start}.{whole}.lora_{kind}.weight"
                 found[name] = tensor._replace(name=name)
     return settings, list(found.values())
 
 
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]
+def together(linears: Sequence[AdaptedLinear], rslora: bool) -> tuple[int, float, Sequence[float]]:
+    """Rank and alpha of one adapter in the place of several.
+
+    All are scaled like the first; what another's scale is beyond that goes into its B.
+
+    Args:
+      linears: the adapted projections.
+      rslora: whether scales are by the root of the rank.
+
+    Returns:
+      Rank, alpha, and by what the B of each is to be multiplied.
+    """
+    rank, scale = sum(linear.rank for linear in linears), linears[0].scale
+    alpha = round(scale * (rank**0.5 if rslora else rank), 9)
+    whole = int(alpha) if alpha == int(alpha) else alpha
+    return rank, whole, [linear.scale / scale for linear in linears]
 
 
-def _below(parts: Sequence[Tensor]) -> Tensor:
+def below(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [n, in], one below the other."""
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     return Tensor(
         "", shape, parts[0].dtype, lambda: np.concatenate([part.read() for part in parts])
     )
 
 
-def _blocks(
-    parts: Sequence[Tensor], places: Sequence[Any], ratios: Sequence[float], height: int
+def blocks(
+    parts: Sequence[Tensor],
+    mine: Sequence[str],
+    heights: Mapping[str, int],
+    ratios: Sequence[float],
 ) -> Tensor:
-    shape = (height, sum(part.shape[1] for part in parts))
+    """Matrices [out, r] in the rows and columns that are their own.
+
+    Args:
+      parts: the matrices.
+      mine: of which projection each is.
+      heights: of all projections in the whole, in their order.
+      ratios: by what each matrix is multiplied.
+    """
+    shape = (sum(heights.values()), sum(part.shape[1] for part in parts))
+    ends = dict(zip(heights, np.cumsum(list(heights.values())).tolist(), strict=True))
 
     def read() -> np.ndarray:
         whole, column = np.zeros(shape, parts[0].dtype), 0
-        for part, (first, count), ratio in zip(parts, places, ratios, strict=True):
+        for part, name, ratio in zip(parts, mine, ratios, strict=True):
             width = part.shape[1]
             value = part.read()
             if ratio != 1:
                 value = value * np.asarray(ratio, value.dtype)
-            whole[first : first + count, column : column + width] = value
+            whole[ends[name] - heights[name] : ends[name], column : column + width] = value
             column += width
         return whole
 
     return Tensor("", shape, parts[0].dtype, read)
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]

@@ -6,86 +6,40 @@ https://github.com/ggml-org/ggml.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from jaxmoo.errors import CheckpointError, JaxmooError, did_you_mean, shown
 from jaxmoo.files.outputs import typed_path
 from jaxmoo.hf.directory import check_target, new_directory
+from jaxmoo.hf.gguf_architectures import ARCHITECTURES, Architecture, relaid
 from jaxmoo.hf.gguf_fields import Fields, open_gguf
+from jaxmoo.hf.gguf_rope import FACTORS, read_scaling, shortest
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer
 from jaxmoo.hf.load import check_tensors
+from jaxmoo.hf.names import numbered
 from jaxmoo.hf.save import Tensor, write_weights
 from jaxmoo.hf.tokenizer import load_tokenizer
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import rope_frequencies
 
-__all__ = [
-    "GRANITE_SCALES",
-    "INTERLEAVED",
-    "LAYER_PARTS",
-    "PREFIXES",
-    "ROPE_FACTORS",
-    "convert_gguf",
-    "gguf_config",
-    "stretched",
-]
-
-# GGUF's names of tensors and parts of tensors' names, and Hugging Face's.
-PREFIXES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-LAYER_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    # Every fourth layer without rotary positions, which no field says.
-    "smollm3": "SmolLM3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-}
-# Architectures of which llama.cpp interleaves the two halves of every query and key head.
-INTERLEAVED = ("llama", "smollm3", "granite")
-# Granite's multipliers, by their names in a config.json and in GGUF files.
-GRANITE_SCALES = {
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "attention_multiplier": "attention.scale",
-    "logits_scaling": "logit_scale",
-}
-# Llama 3's stretched rotary frequencies: GGUF files hold what each is divided by.
-ROPE_FACTORS = "rope_freqs.weight"
+__all__ = ["convert_gguf", "gguf_config"]
 
 
 def convert_gguf(file: Path, path: Path) -> None:
     """Convert a GGUF file of an architecture that is known into a Hugging Face directory.
 
     Args:
-      file: the GGUF file, of Llama, Qwen2, Qwen3, SmolLM3 or Granite; its tensors may be of any
-        type that the ``gguf`` package dequantises, among them F32, F16, BF16, Q4_0 to Q8_0 and the
+      file: the GGUF file, of an architecture in `ARCHITECTURES`; its tensors may be of any type
+        that the ``gguf`` package dequantises, among them F32, F16, BF16, Q4_0 to Q8_0 and the
         K-quants.
       path: the directory to make: config, float32 weights, tokenizer with its chat template and
         generation config. It appears only when all is written, and can be loaded.
@@ -120,79 +74,82 @@ def convert_gguf(file: Path, path: Path) -> None:
 def _read(file: Path) -> tuple[dict[str, Any], list[Tensor], tuple[Any, dict[str, Any]]]:
     """Contents of ``config.json``, tensors, and tokenizer with its config; all is checked."""
     fields, found = open_gguf(file)
-    architecture = fields.text("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"the architecture {shown(architecture)}, which the file has, cannot be converted."
-            f"{did_you_mean(architecture, _ARCHITECTURES)} Supported: "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
+    architecture = _architecture(fields)
     stored = {tensor.name: tensor for tensor in found}
-    factors = stored.pop(ROPE_FACTORS, None)
-    config = gguf_config(architecture, fields, tied="output.weight" not in stored)
-    if factors is not None:
-        config |= stretched(config, np.array(factors.data, np.float32))
+    factors = {name: _factors(stored.pop(name)) for name in FACTORS if name in stored}
+    tied = "output.weight" not in stored
+    config = gguf_config(architecture, fields, tied=tied, factors=factors)
     decoder = DecoderConfig.from_hf(config)
     tokenizer = gguf_tokenizer(fields, decoder.max_position_embeddings)
-    tensors = [_tensor(tensor, config, file) for tensor in stored.values()]
+    tensors = [
+        tensor for one in stored.values() for tensor in _tensors(one, architecture, decoder, file)
+    ]
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     check_tensors(shapes, nnx.state(Decoder.abstract(decoder)), decoder, file)
     return config, tensors, tokenizer
 
 
-def gguf_config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, Any]:
+def _architecture(fields: Fields) -> Architecture:
+    name = fields.text("general.architecture")
+    header = fields.under(f"{name}.")
+    for known in ARCHITECTURES:
+        if known.name == name and (known.sign is None or header.get(known.sign, 0)):
+            return known
+    names = list(dict.fromkeys(known.name for known in ARCHITECTURES))
+    raise CheckpointError(
+        f"the architecture {shown(name)}, which the file has, cannot be converted."
+        f"{did_you_mean(name, names)} Supported: {', '.join(names)}"
+    )
+
+
+def _factors(tensor: Any) -> np.ndarray:
+    if tensor.tensor_type != GGMLQuantizationType.F32:
+        raise CheckpointError(f"tensor {tensor.name!r} is of type {tensor.tensor_type.name}")
+    return np.array(tensor.data, np.float32)
+
+
+def gguf_config(
+    architecture: Architecture,
+    fields: Fields,
+    *,
+    tied: bool,
+    factors: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
     """Return what ``config.json`` says of the model of a header.
 
     Args:
-      architecture: GGUF's name of it.
+      architecture: of the file.
       fields: of the header.
       tied: whether the head is the embedding.
+      factors: tensors that say how rotary frequencies are stretched.
 
     Raises:
       CheckpointError: a field is missing, of another type or out of range, or asks for what cannot
         be converted.
     """
-
-    def key(name: str) -> str:
-        return f"{architecture}.{name}"
-
-    heads, hidden = fields.size(key("attention.head_count")), fields.size(key("embedding_length"))
-    theta = fields.number(key("rope.freq_base"), 10000.0)
-    head_dim = fields.size(key("attention.key_length"), hidden // heads)
+    header = fields.under(f"{architecture.name}.")
+    heads, hidden = header.size("attention.head_count"), header.size("embedding_length")
+    head_dim = header.size("attention.key_length", hidden // heads)
+    rotated = header.size("rope.dimension_count", head_dim)
     tokens = fields.texts("tokenizer.ggml.tokens")
-    for name, supported in {
-        "rope.scaling.type": "none",
-        "rope.scaling.factor": 1.0,
-        "rope.scale_linear": 1.0,
-        "rope.dimension_count": head_dim,
-        "attention.value_length": head_dim,
-        "attention.sliding_window": 0,
-        "expert_count": 0,
-    }.items():
-        found = fields.get(key(name), supported)
-        if found != supported:
-            raise CheckpointError(
-                f"GGUF files with {key(name)}={shown(found)} cannot be converted "
-                f"(only {supported!r})"
-            )
-    scales = GRANITE_SCALES if architecture == "granite" else {}
-    return {
-        **{ours: _shortest(fields.number(key(theirs))) for ours, theirs in scales.items()},
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
+    _check_fixed(architecture, header, heads, head_dim, tied)
+    epsilon, its_field = architecture.epsilon
+    theta = header.number("rope.freq_base", 10000.0)
+    config = {
+        "architectures": [architecture.transformers],
+        "model_type": architecture.family,
         "vocab_size": len(tokens),
         "hidden_size": hidden,
-        "intermediate_size": fields.size(key("feed_forward_length")),
-        "num_hidden_layers": fields.size(key("block_count")),
+        "intermediate_size": header.size("feed_forward_length"),
+        "num_hidden_layers": header.size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.size(key("attention.head_count_kv"), heads),
+        "num_key_value_heads": header.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": fields.size(key("context_length")),
-        "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
-        # Both spellings: transformers 4 reads the first and ignores the second.
+        "max_position_embeddings": header.size("context_length"),
+        epsilon: shortest(header.number(its_field)),
         "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": None,  # below
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
@@ -201,79 +158,108 @@ def gguf_config(architecture: str, fields: Fields, *, tied: bool) -> dict[str, A
         "pad_token_id": fields.token("tokenizer.ggml.padding_token_id", tokens, None),
         "torch_dtype": "float32",
     }
+    defaults = architecture.defaults
+    for name, key in architecture.sizes.items():
+        config[name] = header.size(key, *([defaults[name]] if name in defaults else []))
+    for name, key in architecture.numbers.items():
+        found = header.number(key, *([defaults[name]] if name in defaults else []))
+        config[name] = shortest(found)
+    config |= architecture.implied(config)
+    if architecture.partial:  # which Phi-3 alone is; llama.cpp gives its models no window
+        config["sliding_window"] = header.get("attention.sliding_window", 0) or None
+        config["partial_rotary_factor"] = rotated / head_dim
+    return config | _rope(
+        architecture, config, theta, read_scaling(header, factors, theta, rotated)
+    )
 
 
-def stretched(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """Return the settings of Llama 3's stretched rotary frequencies, in both spellings.
-
-    Args:
-      config: the other settings.
-      factors: what each frequency is divided by.
-
-    Raises:
-      CheckpointError: these are not the factors of Llama 3's rule.
-    """
-    if not factors.size:
-        raise CheckpointError(f"{ROPE_FACTORS} is empty")
-    # Of the four numbers of Llama 3's rule all its models share three.
-    scaling = {
-        "rope_type": "llama3",
-        "factor": _shortest(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    parameters = {**scaling, "rope_theta": config["rope_theta"]}
-    settings = {"rope_scaling": scaling, "rope_parameters": parameters}
-    slowed = DecoderConfig.from_hf(config | settings)
-    plain = dataclasses.replace(slowed, rope_scaling=None)
-    expected = rope_frequencies(plain) / rope_frequencies(slowed)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+def _check_fixed(
+    architecture: Architecture, header: Fields, heads: int, head_dim: int, tied: bool
+) -> None:
+    """Raise where a file says what its architecture has otherwise."""
+    hidden, name = header.size("embedding_length"), architecture.name
+    supported = {"attention.value_length": head_dim}
+    read = {*architecture.sizes.values(), *architecture.numbers.values()}
+    if not architecture.partial:
+        supported |= {"rope.dimension_count": head_dim, "attention.sliding_window": 0}
+    supported["expert_count"] = 0
+    header.require({key: value for key, value in supported.items() if key not in read})
+    _check_pattern(header, architecture.period)
+    if architecture.square and heads * head_dim != hidden:
         raise CheckpointError(
-            f"{ROPE_FACTORS} does not hold Llama 3's factors; other stretched rotary frequencies "
-            "cannot be converted"
+            f"GGUF files of the {name} architecture cannot hold heads of width {head_dim}: for "
+            f"llama.cpp, {heads} of them are hidden_size={hidden}"
         )
-    return settings
+    if architecture.tied is not None and tied != architecture.tied:
+        must = "must be" if architecture.tied else "cannot be"
+        raise CheckpointError(f"the head of a {name} model {must} its embedding")
 
 
-def _shortest(value: float) -> float:
-    """Undo the widening of a float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _check_pattern(header: Fields, period: int) -> None:
+    """Raise unless the layers with a window are those of an architecture's period."""
+    name = "attention.sliding_window_pattern"
+    found = header.get(name, period)
+    layers = range(1, len(found) + 1) if isinstance(found, list) else ()
+    usual = [i % period != 0 for i in layers] if period else [False for _ in layers]
+    if found not in (period, usual):
+        header.require({name: period})
 
 
-def _tensor(tensor: Any, config: dict[str, Any], file: Path) -> Tensor:
-    """A tensor of the GGUF file under its Hugging Face name."""
-    match = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", tensor.name)
-    assert match is not None  # it fits any text
-    layer, part, leaf = match.groups()
-    known = PREFIXES if layer is None else LAYER_PARTS
-    if part not in known or leaf not in (".weight", ".bias"):
+def _rope(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    theta: float,
+    scaling: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Rotary settings in both spellings: transformers 4 reads the first and ignores the second."""
+    main = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    if architecture.partial:
+        main["partial_rotary_factor"] = config["partial_rotary_factor"]
+    found: dict[str, Any] = {"rope_theta": theta, "rope_parameters": main}
+    if architecture.apart:
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", theta)}
+        found["rope_parameters"] = {"full_attention": main, "sliding_attention": local}
+    if scaling is not None:
+        found["rope_scaling"] = scaling
+        if scaling["rope_type"] == "longrope":  # where its models look for it
+            original = "original_max_position_embeddings"
+            found[original] = scaling[original]
+    return found
+
+
+def _tensors(
+    tensor: Any, architecture: Architecture, config: DecoderConfig, file: Path
+) -> list[Tensor]:
+    """A tensor of the GGUF file under its Hugging Face name, or those of all experts."""
+    match = re.match(r"blk\.(\d+)\.", tensor.name)
+    key = tensor.name if match is None else "blk.{i}." + tensor.name[match.end() :]
+    name = architecture.tensors.get(key)
+    if name is None:
         raise CheckpointError(
-            f"tensor {tensor.name!r} is not part of the {config['model_type']} architecture"
+            f"tensor {tensor.name!r} is not part of the {architecture.name} architecture"
         )
-    prefix = known[part] if layer is None else f"model.layers.{layer}.{known[part]}"
-    heads = None
-    if config["model_type"] in INTERLEAVED and layer is not None:
-        heads = {
-            "attn_q": config["num_attention_heads"],
-            "attn_k": config["num_key_value_heads"],
-        }.get(part)
+    if match is not None:
+        name = numbered(name, {"{i}": match[1]})
     kind = tensor.tensor_type
-
-    def read() -> np.ndarray:
-        with np.errstate(all="ignore"):
-            value = dequantize(tensor.data, kind).astype(np.float32, copy=False)
-        if not np.isfinite(value).all():
-            raise CheckpointError(
-                f"{file} is damaged: tensor {tensor.name!r} holds values that are not finite"
-            )
-        if heads is None:
-            return value
-        return value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError as error:
         raise CheckpointError(f"tensor {tensor.name!r} is of type {kind.name}: {error}") from error
     shape = tuple(map(int, tensor.shape[::-1]))
-    return Tensor(f"{prefix}{leaf}", shape, np.dtype(np.float32), read)
+
+    def read(data: Any) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            value = dequantize(data, kind).astype(np.float32, copy=False)
+        if not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{file} is damaged: tensor {tensor.name!r} holds values that are not finite"
+            )
+        return relaid(value, key, architecture, config, back=True)
+
+    f32 = np.dtype(np.float32)
+    if "{e}" not in name:
+        return [Tensor(name, shape, f32, lambda: read(tensor.data))]
+    return [
+        Tensor(numbered(name, {"{e}": str(e)}), shape[1:], f32, lambda e=e: read(tensor.data[e]))
+        for e in range(shape[0])
+    ]

@@ -25,13 +25,29 @@ class Fields:
 
     Args:
       contents: values by name.
+      prefix: what all names that are asked for begin with beside what is given.
     """
 
-    def __init__(self, contents: Mapping[str, Any]):
+    def __init__(self, contents: Mapping[str, Any], prefix: str = ""):
         self._contents = contents
+        self._prefix = prefix
 
     def __contains__(self, name: str) -> bool:
-        return name in self._contents
+        return self._prefix + name in self._contents
+
+    def under(self, prefix: str) -> Fields:
+        """The fields whose names begin so, by the rest of their names."""
+        return Fields(self._contents, self._prefix + prefix)
+
+    def require(self, supported: Mapping[str, Any]) -> None:
+        """Raise unless fields are absent or have these values."""
+        for name, value in supported.items():
+            found = self.get(name, value)
+            if found != value:
+                raise CheckpointError(
+                    f"GGUF files with {self._prefix}{name}={shown(found)} cannot be converted "
+                    f"(only {value!r})"
+                )
 
     def get(self, name: str, default: Any = _ABSENT) -> Any:
         """A value of any type.
@@ -39,6 +55,7 @@ class Fields:
         Raises:
           CheckpointError: there is no such field; this is so of all the methods below.
         """
+        name = self._prefix + name
         if name not in self._contents and default is _ABSENT:
             raise CheckpointError(f"the field {name!r} is missing")
         return self._contents.get(name, default)
@@ -51,8 +68,7 @@ class Fields:
     def number(self, name: str, default: Any = _ABSENT) -> float:
         """A finite number."""
         found = self.get(name, default)
-        fits = _is_integer(found) or (isinstance(found, float) and math.isfinite(found))
-        return float(self._checked(name, found, "a finite number", fits))
+        return float(self._checked(name, found, "a finite number", _is_number(found)))
 
     def flag(self, name: str, default: Any = _ABSENT) -> bool:
         """True or false."""
@@ -80,6 +96,10 @@ class Fields:
         fits = _is_integer(found) and 0 <= found < len(tokens)
         return self._checked(name, found, f"a token's number, below {len(tokens)}", fits)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers, at least one."""
+        return [float(x) for x in self._list(name, "finite numbers", _is_number)]
+
     def _list(self, name: str, kind: str, is_one: Any) -> list[Any]:
         found = self.get(name)
         fits = isinstance(found, list) and bool(found) and all(map(is_one, found))
@@ -87,12 +107,18 @@ class Fields:
 
     def _checked(self, name: str, found: Any, expected: str, fits: bool) -> Any:
         if not fits:
-            raise CheckpointError(f"the field {name!r} must be {expected}, found {shown(found)}")
+            raise CheckpointError(
+                f"the field {self._prefix + name!r} must be {expected}, found {shown(found)}"
+            )
         return found
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def open_gguf(file: Path) -> tuple[Fields, list[Any]]:

@@ -12,6 +12,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxmoo.errors import CheckpointError, did_you_mean, shown
 from jaxmoo.hf.gguf_fields import Fields
+from jaxmoo.hf.gguf_sentencepiece import (
+    is_sentencepiece,
+    pieces,
+    sentencepiece,
+    sentencepiece_fields,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,6 +52,8 @@ _RULES = {
     "smollm": _Rules(split=None),
     "llama-bpe": _Rules(split=_WORDS % "{1,3}", ignore_merges=True, begins=True),
     "qwen2": _Rules(split=_WORDS % "", normalise=True),
+    "dbrx": _Rules(split=_WORDS % "{1,3}"),  # OLMo 2
+    "command-r": _Rules(split=None, normalise=True, begins=True),
 }
 
 
@@ -66,22 +74,30 @@ def gguf_tokenizer(
         go together.
     """
     model, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre", "")
-    if model != "gpt2" or pre not in _RULES:
+    if model != "llama" and (model != "gpt2" or pre not in _RULES):
         raise CheckpointError(
             f"tokenizer {shown(model)} with pre-tokenizer {shown(pre)} cannot be converted."
-            f"{did_you_mean(pre, _RULES)} Supported: 'gpt2' with "
+            f"{did_you_mean(pre, _RULES)} Supported: 'llama', and 'gpt2' with "
             f"{', '.join(map(repr, _RULES))}"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
+    kinds = fields.integers("tokenizer.ggml.token_type")
+    if len(kinds) != len(tokens):
+        raise CheckpointError(f"the tokenizer has {len(tokens)} tokens, but {len(kinds)} types")
+    if model == "llama":
+        tokens = pieces(tokens, kinds)
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges, kinds = _merges(fields, vocabulary), fields.integers("tokenizer.ggml.token_type")
     if len(vocabulary) < len(tokens):
         twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
         raise CheckpointError(f"the tokenizer has the token {shown(twice)} twice")
-    if len(kinds) != len(tokens):
-        raise CheckpointError(f"the tokenizer has {len(tokens)} tokens, but {len(kinds)} types")
     try:
-        return _built(fields, _RULES[pre], vocabulary, merges, kinds, context_length)
+        if model == "llama":
+            tokenizer = sentencepiece(fields.under("tokenizer.ggml."), vocabulary, kinds)
+            begins = True
+        else:
+            tokenizer = _byte_level(_RULES[pre], vocabulary, _merges(fields, vocabulary))
+            begins = _RULES[pre].begins
+        return _finished(tokenizer, fields, tokens, kinds, begins, context_length)
     except CheckpointError:
         raise
     # The library raises bare Exception on what it cannot use.
@@ -102,15 +118,9 @@ def _merges(fields: Fields, vocabulary: dict[str, int]) -> list[tuple[str, str]]
     return merges
 
 
-def _built(
-    fields: Fields,
-    rules: _Rules,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    kinds: list[int],
-    context_length: int,
-) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    tokens = list(vocabulary)
+def _byte_level(
+    rules: _Rules, vocabulary: dict[str, int], merges: list[tuple[str, str]]
+) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignore_merges)
     )
@@ -124,8 +134,21 @@ def _built(
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.split is None)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _finished(
+    tokenizer: tokenizers.Tokenizer,
+    fields: Fields,
+    tokens: list[str],
+    kinds: list[int],
+    begins: bool,
+    context_length: int,
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Add special tokens; `begins`: whether one begins a text where the file does not say."""
     pairs = list(zip(tokens, kinds, strict=True))
-    tokenizer.add_special_tokens([token for token, kind in pairs if kind == TokenType.CONTROL])
+    special = (TokenType.CONTROL, TokenType.UNKNOWN)
+    tokenizer.add_special_tokens([token for token, kind in pairs if kind in special])
     tokenizer.add_tokens(
         [
             tokenizers.AddedToken(token, normalized=False)
@@ -144,7 +167,7 @@ def _built(
         number = fields.token(f"tokenizer.ggml.{key}_token_id", tokens, None)
         if number is not None:
             config[f"{name}_token"] = tokens[number]
-    if fields.flag("tokenizer.ggml.add_bos_token", rules.begins):
+    if fields.flag("tokenizer.ggml.add_bos_token", begins):
         number = fields.token("tokenizer.ggml.bos_token_id", tokens)
         assert number is not None
         first = tokens[number]
@@ -157,6 +180,11 @@ def _built(
         config["chat_template"] = fields.text("tokenizer.chat_template")
     return tokenizer, config
 
+
+_ELSEWHERE = (
+    "llama.cpp's own convert_hf_to_gguf.py knows more: give it a Hugging Face directory (`jaxmoo "
+    "convert to-hf`)"
+)
 
 # What tells ways of splitting apart: numbers, apostrophes, white space, other scripts, signs.
 _PROBE = (
@@ -173,7 +201,8 @@ def tokenizer_fields(
     """Return the fields of a GGUF file from which the same tokenizer is built.
 
     Args:
-      tokenizer: a byte-level BPE tokenizer whose splitting llama.cpp knows, with its chat template.
+      tokenizer: one of byte-level BPE whose splitting llama.cpp knows, or of SentencePiece's BPE;
+        with its chat template.
       vocab_size: rows of the model's table; those beyond the tokens are named ``[PAD7]``.
       stop: tokens that end a reply beside its end token; llama.cpp has room for one, and knows the
         usual ones by their names.
@@ -186,17 +215,22 @@ def tokenizer_fields(
     """
     backend = tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
-    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+    if content["model"].get("type") != "BPE":
         raise CheckpointError(
-            "only byte-level BPE tokenizers can be written into a GGUF file. For those of "
-            "SentencePiece, give a Hugging Face directory (`jaxmoo convert to-hf`) to llama.cpp's "
-            "own convert_hf_to_gguf.py, which reads tokenizer.model"
+            "only tokenizers of byte-level BPE and of SentencePiece's BPE can be written into GGUF "
+            f"files. {_ELSEWHERE}"
         )
     added = backend.get_added_tokens_decoder()
+    for token in added.values():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise CheckpointError(
+                f"the token {shown(token.content)} takes in the spaces beside it (lstrip, rstrip) "
+                "or is a word by itself (single_word), which GGUF files cannot say. Where texts "
+                "have no spaces there, set these to false in tokenizer.json and try again."
+            )
     names = {number: text for text, number in backend.get_vocab(with_added_tokens=True).items()}
     tokens = [names.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     kinds = [int(_kind(number, names, added)) for number in range(vocab_size)]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     u32, text, each = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY
     ends = list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *stop) if t is not None))
     if not ends:
@@ -211,19 +245,25 @@ def tokenizer_fields(
         "unknown": tokenizer.unk_token_id,
     }
     begins = special["bos"] is not None and backend.encode("a").ids[:1] == [special["bos"]]
-    fields: dict[str, tuple[Any, ...]] = {
-        "tokenizer.ggml.model": ("gpt2", text),
-        "tokenizer.ggml.tokens": (tokens, each, text),
-        "tokenizer.ggml.token_type": (kinds, each, GGUFValueType.INT32),
-        "tokenizer.ggml.merges": (merges, each, text),
+    if is_sentencepiece(content):
+        made = sentencepiece_fields(content, tokens, kinds)
+        ways = [{"add_space_prefix": (first, GGUFValueType.BOOL)} for first in (False, True)]
+    else:
+        merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+        made = {"model": ("gpt2", text), "merges": (merges, each, text)}
+        ways = [{"pre": (pre, text)} for pre in _RULES]
+    made |= {
+        "tokens": (tokens, each, text),
+        "token_type": (kinds, each, GGUFValueType.INT32),
         **{
-            f"tokenizer.ggml.{name}_token_id": (int(number), u32)
+            f"{name}_token_id": (int(number), u32)
             for name, number in special.items()
             if isinstance(number, int)
         },
-        "tokenizer.ggml.add_bos_token": (begins, GGUFValueType.BOOL),
+        "add_bos_token": (begins, GGUFValueType.BOOL),
     }
-    fields["tokenizer.ggml.pre"] = (_splitting(backend, fields), text)
+    fields = {f"tokenizer.ggml.{name}": value for name, value in made.items()}
+    fields |= _way(backend, fields, ways)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -240,25 +280,37 @@ def _kind(number: int, names: Mapping[int, str], added: Mapping[int, Any]) -> To
     return TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
 
 
-def _splitting(backend: tokenizers.Tokenizer, fields: Mapping[str, tuple[Any, ...]]) -> str:
-    """The name of the rules by which a tokenizer splits text, found by trying all on a text."""
+def _way(
+    backend: tokenizers.Tokenizer,
+    fields: Mapping[str, tuple[Any, ...]],
+    ways: Sequence[Mapping[str, tuple[Any, ...]]],
+) -> dict[str, tuple[Any, ...]]:
+    """The fields that say how a tokenizer splits text, found by trying all on a text."""
     plain = {name: value for name, (value, *_) in fields.items()}
     wanted = _split(backend)
-    for pre in _RULES:
-        built, _ = gguf_tokenizer(Fields(plain | {"tokenizer.ggml.pre": pre}), 1)
-        if _split(built) == wanted:
-            return pre
+    for way in ways:
+        more = {f"tokenizer.ggml.{name}": value for name, value in way.items()}
+        tried = Fields(plain | {name: value for name, (value, *_) in more.items()})
+        if _split(gguf_tokenizer(tried, 1)[0]) == wanted:
+            return more
+    known = [f"{name}={value}" for way in ways for name, (value, *_) in way.items()]
     raise CheckpointError(
         "the tokenizer splits text in a way that has no name here: known are "
-        f"{', '.join(_RULES)}. llama.cpp's own convert_hf_to_gguf.py knows more: give it a Hugging "
-        "Face directory (`jaxmoo convert to-hf`)"
+        f"{', '.join(known)}. {_ELSEWHERE}"
     )
 
 
-def _split(backend: tokenizers.Tokenizer) -> tuple[list[str], list[int]]:
-    """The pieces of a text, and its tokens."""
-    text, split = _PROBE, backend.pre_tokenizer
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    pieces = [] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
-    return pieces, backend.encode(_PROBE).ids
+def _split(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
+    """What tells tokenizers apart: the pieces of a text, and its tokens, alone and among others."""
+    split, model = backend.pre_tokenizer, backend.model
+    parts = []
+    if split is not None and not getattr(model, "byte_fallback", False):
+        text = _PROBE
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        parts = [piece for piece, _ in split.pre_tokenize_str(text)]
+    added = sorted(backend.get_added_tokens_decoder().values(), key=lambda x: not x.special)[:1]
+    spaces = "a".join(" " * n for n in range(1, 65))
+    texts = (_PROBE, spaces, *(f"{x.content}a b{x.content} {_PROBE}{x.content}" for x in added))
+    ids = [backend.encode(text).ids for text in texts]
+    return parts, ids, bool(getattr(model, "ignore_merges", False))

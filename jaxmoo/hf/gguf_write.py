@@ -19,23 +19,24 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from jaxmoo.errors import CheckpointError, ConfigError, JaxmooError
-from jaxmoo.hf.gguf import (
-    GRANITE_SCALES,
-    INTERLEAVED,
-    LAYER_PARTS,
-    PREFIXES,
-    ROPE_FACTORS,
-    gguf_config,
-    stretched,
+from jaxmoo.hf.gguf import gguf_config
+from jaxmoo.hf.gguf_architectures import (
+    ARCHITECTURES,
+    Architecture,
+    longest_text,
+    main_rope,
+    of_family,
+    relaid,
+    settings,
 )
 from jaxmoo.hf.gguf_fields import Fields
+from jaxmoo.hf.gguf_rope import plain_yarn, scaling_fields
 from jaxmoo.hf.gguf_tokenizer import gguf_tokenizer, tokenizer_fields
 from jaxmoo.hf.load import progress
+from jaxmoo.hf.names import template
 from jaxmoo.hf.save import Tensor, check_space, model_tensors
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.layers import rope_frequencies
-from jaxmoo.models.rope import Llama3Rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,11 +52,12 @@ KINDS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (_Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (_Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_OWN = ("smollm3", "granite")  # whose architecture is called as the family
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *_OWN)
 _OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Of the layout of quantised types; llama.cpp has known no other since 2023.
 _QUANTISATION_VERSION = 2
+
+# In float32 whatever the type of the file, as llama.cpp wants it.
+_ROUTER = "blk.{i}.ffn_gate_inp.weight"
 
 _U32, _F32, _TEXT = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
 
@@ -81,11 +83,11 @@ def save_gguf(
 ) -> None:
     """Write a model, its tokenizer and its chat template as one GGUF file.
 
-    Vectors (norms and biases) are float32, as llama.cpp wants them. The file appears when all of
-    it is written; tensors are gathered, converted and written one at a time.
+    Vectors (norms and biases) and routers are float32, as llama.cpp wants them. The file appears
+    when all of it is written; tensors are gathered, converted and written one at a time.
 
     Args:
-      model: the decoder, of the Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Granite architecture.
+      model: the decoder, of a family in `ARCHITECTURES`, or Mistral.
       path: the file to make.
       tokenizer: its tokenizer, with the chat template.
       dtypes: dtype of each Hugging Face tensor, which is written from it.
@@ -99,162 +101,154 @@ def save_gguf(
       CheckpointError: the format cannot hold the model or its tokenizer, the disk is too small, or
         a value does not fit the kind.
     """
-    _check_family(model.config)
+    config, architecture = model.config, of_family(model.config.family)
+    if architecture is None:
+        families = ", ".join(known.family for known in ARCHITECTURES)
+        raise CheckpointError(
+            f"GGUF files are written of {families} and mistral models; this is a {config.family} "
+            "model. Export a Hugging Face directory instead."
+        )
     kind = kind or _OF_DTYPE.get(dtypes["model.embed_tokens.weight"], "f32")
     if kind not in KINDS:
         raise ConfigError(f"GGUF files are written in {', '.join(KINDS)}, found {kind!r}.")
-    config = model.config
-    architecture = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
-    architecture = config.family if config.family in _OWN else architecture
-    fields = _fields(config, architecture, kind, name)
+    scaling, factors = scaling_fields(main_rope(config), config.rotary_width, architecture)
+    fields = _fields(config, architecture, kind, name, scaling)
     fields |= tokenizer_fields(tokenizer, config.vocab_size, stop)
-    tensors = [
-        _stored(tensor, config, architecture, KINDS[kind][0])
-        for tensor in model_tensors(model, dtypes.__getitem__)
-    ]
-    factors = None if config.rope_scaling is None else _rope_factors(config, architecture)
-    if factors is not None:
-        tensors.insert(0, _Stored(ROPE_FACTORS, factors.shape, _Kind.F32, lambda: factors))
     _check(config, architecture, fields, factors)
-    _write(path, architecture, fields, tensors)
-
-
-def _check_family(config: DecoderConfig) -> None:
-    """Raise unless GGUF files are written of such models."""
-    scaling = config.rope_scaling
-    other_rope = scaling is not None and not isinstance(scaling, Llama3Rope)
-    # Of SmolLM3 the layers that differ are always the same.
-    differ = config.layer_kinds and config.family != "smollm3"
-    if config.family not in _FAMILIES or differ or other_rope:
-        raise CheckpointError(
-            f"GGUF files are written of {', '.join(_FAMILIES)} models whose layers are alike and "
-            "whose rotary frequencies are plain or stretched as Llama 3's; this is a "
-            f"{config.family} model with others. Export a Hugging Face directory instead."
-        )
+    tensors = [
+        _Stored(key, value.shape, _Kind.F32, lambda value=value: value)
+        for key, value in factors.items()
+    ]
+    found: dict[str, list[Tensor]] = {}  # by the names in the file; of experts, all
+    for tensor in model_tensors(model, dtypes.__getitem__):
+        found.setdefault(_name(tensor.name, architecture), []).append(tensor)
+    tensors += [
+        _stored(key, parts, config, architecture, KINDS[kind][0]) for key, parts in found.items()
+    ]
+    _write(path, architecture.name, fields, tensors)
 
 
 def _fields(
-    config: DecoderConfig, architecture: str, kind: str, name: str
+    config: DecoderConfig,
+    architecture: Architecture,
+    kind: str,
+    name: str,
+    scaling: Mapping[str, Any],
 ) -> dict[str, tuple[Any, ...]]:
     """Fields of the header but for the tokenizer's: values with their types."""
-    # Up to the window's length, a model with one is the same as without.
-    context = min(config.max_position_embeddings, config.sliding_window or 2**31)
-    sizes = {
+    known = settings(config)
+    epsilon, its_field = architecture.epsilon
+    numbers = {
         "block_count": config.num_hidden_layers,
-        "context_length": context,
+        "context_length": longest_text(config),
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotary_width,
         "vocab_size": config.vocab_size,
+        its_field: float(known[epsilon]),
+        "rope.freq_base": float(known["rope_theta"]),
+        **{key: known[name] for name, key in architecture.sizes.items() if known[name]},
+        **{key: float(known[name]) for name, key in architecture.numbers.items() if known[name]},
+        **scaling,
     }
-    numbers = {
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": _theta(config),
-    }
-    if architecture == "granite":
-        found = {**dataclasses.asdict(config), "logits_scaling": 1 / config.logit_scale}
-        numbers |= {theirs: found[ours] for ours, theirs in GRANITE_SCALES.items()}
+    types = {int: _U32, float: _F32, str: _TEXT}
     return {
         "general.type": ("model", _TEXT),
         "general.name": (name, _TEXT),
         "general.file_type": (int(KINDS[kind][1]), _U32),
         "general.quantization_version": (_QUANTISATION_VERSION, _U32),
-        **{f"{architecture}.{key}": (size, _U32) for key, size in sizes.items()},
-        **{f"{architecture}.{key}": (float(x), _F32) for key, x in numbers.items()},
+        **{
+            f"{architecture.name}.{key}": (value, types[type(value)])
+            for key, value in numbers.items()
+        },
     }
-
-
-def _theta(config: DecoderConfig) -> float:
-    ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
-    return ropes[0].theta if ropes else config.rope_theta
-
-
-def _rope_factors(config: DecoderConfig, architecture: str) -> np.ndarray:
-    """What each rotary frequency is divided by, which llama.cpp reads for one architecture."""
-    if architecture != "llama":
-        raise CheckpointError(
-            f"GGUF files of the {architecture} architecture cannot hold stretched rotary "
-            f"frequencies ({config.rope_scaling})"
-        )
-    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    return (plain / rope_frequencies(config)).astype(np.float32)
 
 
 def _check(
     config: DecoderConfig,
-    architecture: str,
+    architecture: Architecture,
     fields: Mapping[str, tuple[Any, ...]],
-    factors: np.ndarray | None,
+    factors: Mapping[str, np.ndarray],
 ) -> None:
     """Raise unless the fields say all that there is to say about the model."""
-    wide = config.num_attention_heads * config.head_dim
-    if architecture == "qwen2" and wide != config.hidden_size:
-        raise CheckpointError(
-            f"GGUF files of the qwen2 architecture cannot hold heads of width {config.head_dim}: "
-            f"for llama.cpp, {config.num_attention_heads} of them are "
-            f"hidden_size={config.hidden_size}"
-        )
     found = Fields({key: value for key, (value, *_) in fields.items()})
     try:
-        read = gguf_config(architecture, found, tied=config.tie_word_embeddings)
-        if factors is not None:
-            read |= stretched(read, factors)
-        same = DecoderConfig.from_hf(read)
+        tied = config.tie_word_embeddings
+        same = DecoderConfig.from_hf(gguf_config(architecture, found, tied=tied, factors=factors))
         gguf_tokenizer(found, same.max_position_embeddings)
     except JaxmooError as error:
         raise CheckpointError(f"a GGUF file cannot hold this model: {error}") from error
-    # A family is known by the names of its tensors, which are looked up one by one.
-    expected = dataclasses.replace(
-        config,
-        family=same.family,
-        max_position_embeddings=same.max_position_embeddings,
-        sliding_window=None,
-    )
+    expected = _canonical(config)
+    # A family is known by the names of its tensors, which are looked up one by one. A router's
+    # loss is a matter of training.
+    ignored = {"family", "router_aux_loss_coef"}
+    if "sliding_window" not in architecture.sizes:
+        ignored |= {"sliding_window", "max_position_embeddings"}
     differing = [
-        f"{field.name}={getattr(config, field.name)}"
-        for field in dataclasses.fields(config)
-        if getattr(same, field.name) != getattr(expected, field.name)
+        f"{name}={getattr(config, name)}"
+        for name, value in _canonical(same).items()
+        if name not in ignored and value != expected[name]
     ]
     if differing:
         raise CheckpointError(
-            f"GGUF files of the {architecture} architecture cannot hold a model with "
-            f"{', '.join(differing)}. llama.cpp's own convert_hf_to_gguf.py knows more of them: "
-            "give it a Hugging Face directory (`jaxmoo convert to-hf`)."
+            f"GGUF files of the {architecture.name} architecture cannot hold a model with "
+            f"{', '.join(differing)}. Export a Hugging Face directory instead."
         )
 
 
-_FROM_HF = {theirs: ours for ours, theirs in PREFIXES.items()}
-_FROM_HF |= {theirs: ours for ours, theirs in LAYER_PARTS.items()}
+def _canonical(config: DecoderConfig) -> dict[str, Any]:
+    """A config's fields, those that mean the same being the same; numbers as in a file, float32."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(np.float32(value))
+        if isinstance(value, tuple | list):
+            return [plain(one) for one in value]
+        if dataclasses.is_dataclass(value):
+            value = plain_yarn(value)
+            return {
+                "": type(value),
+                **{
+                    each.name: plain(getattr(value, each.name))
+                    for each in dataclasses.fields(value)
+                },
+            }
+        return value
+
+    return plain(config)
+
+
+def _name(name: str, architecture: Architecture) -> str:
+    """A tensor's name in GGUF files."""
+    key, numbers = template(name)
+    for theirs, ours in architecture.tensors.items():
+        if ours == key:
+            return theirs.replace("{i}", numbers.get("{i}", ""))
+    raise CheckpointError(f"GGUF files of {architecture.name} models have no tensor {name!r}")
 
 
 def _stored(
-    tensor: Tensor, config: DecoderConfig, architecture: str, kind: GGMLQuantizationType
+    name: str,
+    parts: Sequence[Tensor],
+    config: DecoderConfig,
+    architecture: Architecture,
+    kind: GGMLQuantizationType,
 ) -> _Stored:
-    """A tensor under its name in GGUF files, in the layout and type that it has there."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)(\.\w+)", tensor.name)
-    part = None if match is None else _FROM_HF.get(match[2])
-    if match is None or part is None:
-        raise CheckpointError(f"GGUF files of {architecture} models have no tensor {tensor.name!r}")
-    name = f"{part}{match[3]}" if match[1] is None else f"blk.{match[1]}.{part}{match[3]}"
-    heads = None
-    if architecture in INTERLEAVED:
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        heads = heads.get(part)
-    if len(tensor.shape) == 1:
+    """A tensor, or one of the tensors of all experts, in the layout and type of the file."""
+    key = re.sub(r"^blk\.\d+\.", "blk.{i}.", name)
+    shape = parts[0].shape if len(parts) == 1 else (len(parts), *parts[0].shape)
+    if len(shape) == 1 or key == _ROUTER:
         kind = _Kind.F32
-    elif tensor.shape[-1] % GGML_QUANT_SIZES[kind][0]:
+    elif shape[-1] % GGML_QUANT_SIZES[kind][0]:
         kind = _Kind.F16
 
-    def read() -> np.ndarray:
+    def read_one(tensor: Tensor) -> np.ndarray:
         value = np.asarray(tensor.read()).astype(np.float32)
-        if heads is not None:
-            # llama.cpp turns pairs of neighbours, Hugging Face pairs of halves.
-            halves = value.reshape(heads, 2, -1, value.shape[-1])
-            value = halves.swapaxes(1, 2).reshape(value.shape)
+        value = relaid(value, key, architecture, config, back=False)
         with np.errstate(over="ignore"):
             found = quantize(np.ascontiguousarray(value), kind)
         if kind == _Kind.F16 and np.isinf(found).any() and not np.isinf(value).any():
@@ -263,7 +257,10 @@ def _stored(
             )
         return found
 
-    return _Stored(name, tensor.shape, kind, read)
+    def read() -> np.ndarray:
+        return read_one(parts[0]) if len(parts) == 1 else np.stack([read_one(x) for x in parts])
+
+    return _Stored(name, shape, kind, read)
 
 
 def _write(

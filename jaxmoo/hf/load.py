@@ -382,7 +382,7 @@ def _read_parameter(
             leaf = leaves[0]
             values = [_place(weights, mine, leaf.shape[1:], leaf.dtype, pieces[0])]
         else:
-            values = _place_quantized(weights, mine[0], leaves, pieces)
+            values = _place_quantized(weights, mine, leaves, pieces)
         # Waiting keeps the host from reading ahead of the device, with all layers in its memory.
         stacks = [
             _set_layer(placement)(stack, value, layer).block_until_ready()
@@ -394,25 +394,36 @@ def _read_parameter(
 
 def _place_quantized(
     weights: Weights,
-    tensor: HFTensor,
+    tensors: Sequence[HFTensor],
     stacks: Sequence[jax.ShapeDtypeStruct],
     placements: Sequence[Any],
 ) -> list[jax.Array]:
-    """Put codes and scales of a kernel on their devices, made of what these hold of it."""
-    (blocks, rows, _), scales = stacks[0].shape[1:], stacks[1].shape[1:]
+    """Put codes and scales of a kernel, or of those of all experts, on their devices.
+
+    They are made of what these hold of it.
+    """
+    *experts, blocks, rows, width = stacks[0].shape[1:]
     kind, inputs = ("nf4", 2 * rows) if stacks[0].dtype == jnp.uint8 else ("int8", rows)
 
     @functools.cache
-    def piece(first: int, end: int, columns: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def piece(
+        tensor: HFTensor, first: int, end: int, columns: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         index = (slice(*columns), slice(first * inputs, end * inputs))
         return quantized(weights.read(tensor.name, _within(tensor, index)).T, kind)
 
-    def read(part: int, index: Any) -> np.ndarray:
+    def one(tensor: HFTensor, part: int, index: Any) -> np.ndarray:
         first, end, _ = index[0].indices(blocks)
-        found = piece(first, end, index[-1].indices(scales[-1])[:2])[part]
+        found = piece(tensor, first, end, index[-1].indices(width)[:2])[part]
         return found[:, index[1]] if part == 0 else found
 
-    whole = tuple(slice(None) for _ in range(3))
+    def read(part: int, index: Any) -> np.ndarray:
+        if not experts:
+            return one(tensors[0], part, index)
+        chosen, *rest = index
+        return np.stack([one(tensor, part, rest) for tensor in tensors[chosen]])
+
+    whole = tuple(slice(None) for _ in range(len(experts) + 3))
     return [
         jnp.asarray(read(part, whole))
         if placement is None

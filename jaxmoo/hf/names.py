@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxmoo.errors import CheckpointError
 from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.families import FAMILIES
 
-__all__ = ["HFTensor", "constant_tensors", "hf_tensor", "logical_path"]
+__all__ = [
+    "HFTensor",
+    "constant_tensors",
+    "hf_tensor",
+    "logical_path",
+    "numbered",
+    "template",
+    "templates",
+]
 
 
 class HFTensor(NamedTuple):
@@ -104,20 +113,20 @@ def hf_tensor(path: str, config: DecoderConfig | None = None) -> HFTensor:
       HFTensor(name='model.layers.25.mlp.up_proj.weight', transposed=True, rows=None)
     """
     family = "llama" if config is None else config.family
-    template, numbers = _template(path)
+    key, numbers = template(path)
     to_hf, _ = _tables(family)
-    if template not in to_hf:
+    if key not in to_hf:
         raise CheckpointError(f"parameter {path!r} has no Hugging Face name")
-    tensor = to_hf[template]
+    tensor = to_hf[key]
     if config is not None:
-        module = template.removeprefix("layers.{i}.").rpartition(".")[0]
+        module = key.removeprefix("layers.{i}.").rpartition(".")[0]
         for whole, parts in FAMILIES[family].names.fused.items():
             if module in parts:
                 sizes = [_rows(part, config) for part in parts]
                 at = parts.index(module)
                 name = tensor.name.replace(module, whole)
                 tensor = HFTensor(name, tensor.transposed, (sum(sizes[:at]), sizes[at]))
-    return tensor._replace(name=_numbered(tensor.name, numbers))
+    return tensor._replace(name=numbered(tensor.name, numbers))
 
 
 def _rows(module: str, config: DecoderConfig) -> int:
@@ -146,9 +155,27 @@ def logical_path(name: str, family: str = "llama") -> str | None:
       >>> logical_path("model.vision.patch_embed.weight") is None
       True
     """
-    template, numbers = _template(name)
-    path = _tables(family)[1].get(template)
-    return None if path is None else _numbered(path, numbers)
+    key, numbers = template(name)
+    path = _tables(family)[1].get(key)
+    return None if path is None else numbered(path, numbers)
+
+
+@functools.cache
+def templates(family: str) -> tuple[str, ...]:
+    """Names of all tensors that files of a family may have, with placeholders for numbers.
+
+    Args:
+      family: a key of `jaxmoo.models.families.FAMILIES`.
+
+    Example:
+      >>> templates("phi3")[-2:]
+      ('model.layers.{i}.self_attn.qkv_proj.weight', 'model.layers.{i}.mlp.gate_up_proj.weight')
+    """
+    names, to_hf = FAMILIES[family].names, _tables(family)[0]
+    prefix = f"{names.prefix}layers.{{i}}."
+    parts = tuple(f"layers.{{i}}.{part}." for fused in names.fused.values() for part in fused)
+    own = [tensor.name for path, tensor in to_hf.items() if not path.startswith(parts or " ")]
+    return (*own, *(f"{prefix}{whole}.weight" for whole in names.fused))
 
 
 def constant_tensors(config: DecoderConfig) -> dict[str, float]:
@@ -167,8 +194,13 @@ _NUMBERS = {
 }
 
 
-def _template(name: str) -> tuple[str, dict[str, str]]:
-    """Replace the layer's and the expert's number by placeholders; return what these stand for."""
+def template(name: str) -> tuple[str, dict[str, str]]:
+    """Replace the layer's and the expert's number by placeholders; return what these stand for.
+
+    Example:
+      >>> template("layers.3.mlp.up_proj.kernel")
+      ('layers.{i}.mlp.up_proj.kernel', {'{i}': '3'})
+    """
     numbers = {}
     for placeholder, number in _NUMBERS.items():
         match = number.search(name)
@@ -178,7 +210,8 @@ def _template(name: str) -> tuple[str, dict[str, str]]:
     return name, numbers
 
 
-def _numbered(name: str, numbers: dict[str, str]) -> str:
+def numbered(name: str, numbers: Mapping[str, str]) -> str:
+    """Put numbers back into a name: the inverse of `template`."""
     for placeholder, number in numbers.items():
         name = name.replace(placeholder, number)
     return name

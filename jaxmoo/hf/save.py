@@ -423,7 +423,7 @@ def _state_tensor(
         # A copy: JAX keeps what it has brought to the host for as long as the array itself lives.
         if isinstance(leaf, AdaptedKernel):
             kernel = None if original is None else original.read(name, _rows(rows)).T
-            array = _merged(leaf, place[0], kernel)
+            array = _merged(leaf, place, kernel)
         else:
             array = _tensor(leaf, place, transposed)
         if array.is_fully_addressable:
@@ -449,14 +449,11 @@ def _rows(rows: tuple[int, int] | None) -> tuple[slice, ...]:
 
 
 @jax.jit
-def _merged(adapted: AdaptedKernel, layer: jax.Array, kernel: Any) -> jax.Array:
+def _merged(adapted: AdaptedKernel, place: tuple[jax.Array, ...], kernel: Any) -> jax.Array:
     """One kernel of a stack with what adapters add, in float32 and the layout of the file."""
     if kernel is not None:
         adapted = dataclasses.replace(adapted, kernel=None)
-    one = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if jnp.ndim(x) else x,
-        adapted,
-    )
+    one = jax.tree.map(lambda x: _within(x, place) if jnp.ndim(x) else x, adapted)
     if kernel is not None:
         one = dataclasses.replace(one, kernel=kernel)
     return dataclasses.replace(one, dtype=jnp.dtype(jnp.float32)).value().T
@@ -465,6 +462,11 @@ def _merged(adapted: AdaptedKernel, layer: jax.Array, kernel: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="transposed")
 def _tensor(leaf: jax.Array, place: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
     """A parameter, or one of a stack, in the layout of the file."""
-    for number in place:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    leaf = _within(leaf, place)
     return leaf.T if transposed else jnp.copy(leaf)
+
+
+def _within(stack: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
+    for number in place:
+        stack = jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+    return stack

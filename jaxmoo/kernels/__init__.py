@@ -6,7 +6,7 @@ first two pay.
 ``contraction`` is what any compiler takes. The other modules choose between them:
 
 - ``reductions``: the two passes over the gradients, Gram matrices and weighted sums;
-- ``product``: activations times weights;
+- ``product``: activations times weights; ``bin_product``: rows in bins, each times its own weights;
 - ``cross_entropy``: the loss over a large vocabulary, chunk by chunk;
 - ``launch``, ``linear``: solvers of small problems as one kernel, on GPUs and TPUs.
 

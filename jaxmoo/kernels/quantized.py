@@ -196,7 +196,7 @@ def _normal_floats(codes: jax.Array, platform: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def quantized_product(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str
+    x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str, of: jax.Array | None = None
 ) -> jax.Array:
     """Multiply the last axis of activations by a quantised matrix, which gets no gradient.
 
@@ -204,26 +204,34 @@ def quantized_product(
     call that it is part of.
 
     Args:
-      x: [..., in].
-      codes: [blocks, rows, out]; see :func:`quantized_spec`.
-      scales: [blocks, out].
+      x: [..., in]; of a stack of matrices, rows in bins, [N, R, in].
+      codes: [blocks, rows, out], or a stack of them; see :func:`quantized_spec`.
+      scales: [blocks, out], or a stack of them.
       platform: the kind of devices; see :func:`jaxmoo.kernels.product.product`.
+      of: int [N], the matrix of the stack that each bin is for; None: there is one matrix.
 
     Returns:
       [..., out], as `product` makes it of the matrix in the dtype of ``x``.
     """
-    return product(x, dequantize(codes, scales, platform).astype(x.dtype), platform)
+    return _times(x, codes, scales, platform, of)
 
 
-def _forward(x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str) -> Any:
-    return quantized_product(x, codes, scales, platform), (codes, scales)
+def _times(x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str, of: Any) -> jax.Array:
+    if of is None:
+        return product(x, dequantize(codes, scales, platform).astype(x.dtype), platform)
+    kernels = dequantize(codes[of], scales[of], platform).astype(x.dtype)
+    return jnp.einsum("nri,nio->nro", x, kernels)
 
 
-def _backward(platform: str, quantized: Any, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    codes, scales = quantized
-    kernel = dequantize(codes, scales, platform).astype(ct.dtype)
-    x = jnp.zeros((*ct.shape[:-1], kernel.shape[0]), ct.dtype)  # the product is linear in it
-    return *jax.vjp(lambda x: product(x, kernel, platform), x)[1](ct), None, None
+def _forward(x: jax.Array, codes: jax.Array, scales: jax.Array, platform: str, of: Any) -> Any:
+    return _times(x, codes, scales, platform, of), (codes, scales, of)
+
+
+def _backward(platform: str, quantized: Any, ct: jax.Array) -> tuple[Any, ...]:
+    codes, scales, of = quantized
+    x = jnp.zeros((*ct.shape[:-1], matrix_shape(codes)[-2]), ct.dtype)  # the product is linear
+    _, times = jax.vjp(lambda x: _times(x, codes, scales, platform, of), x)
+    return *times(ct), None, None, None
 
 
 quantized_product.defvjp(_forward, _backward)

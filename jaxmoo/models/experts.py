@@ -69,7 +69,7 @@ class Experts(nnx.Module):
         self.dtype = kw["dtype"]
         self.act_fn = jax.nn.silu
         self.gate = linear(config.hidden_size, count, stack=stack)
-        # Storage only: which rows meet which kernel is decided here.
+        # Each is the maps of all experts: which rows meet which is decided here.
         stack = (*stack, count)
         self.experts = nnx.Dict(
             gate_proj=linear(*sizes, stack=stack),
@@ -92,10 +92,8 @@ class Experts(nnx.Module):
           What it finds, [B, S, D], and the load.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        logits_TE = self.gate(x_TD)
-        wide = at_least_float32(logits_TE.dtype)
-        probability_TE = jax.nn.softmax(logits_TE.astype(wide))
-        weight_Tk, chosen_Tk = jax.lax.top_k(probability_TE, self.per_token)
+        probability_TE, weight_Tk, chosen_Tk = self._route(x_TD)
+        wide = probability_TE.dtype
         if self.normalised:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdims=True)
         found_TkD = self._found(x_TD, chosen_Tk)
@@ -107,17 +105,40 @@ class Experts(nnx.Module):
         load = Load(chosen_E, counted_T @ probability_TE, counted_T.sum())
         return y_TD.reshape(x_BSD.shape), load
 
+    def count_active(self, x_BSD: jax.Array, counted_BS: jax.Array) -> jax.Array:
+        """In how many counted tokens each expert's neurons' gates are above 0, int32 [B, E F].
+
+        In a token that does not read the expert none of them is active.
+        """
+        rows, length, width = x_BSD.shape
+        x_TD = x_BSD.reshape(-1, width)
+        _, _, chosen_Tk = self._route(x_TD)
+        count = self.gate.kernel.shape[-1]
+        bins = _Bins.of(chosen_Tk, count)
+        active_TkF = bins.take(self.experts["gate_proj"](bins.put(x_TD), bins.expert_N)) > 0
+        row_T = jnp.repeat(jnp.arange(rows), length)
+        found_BEF = jnp.zeros((rows, count, active_TkF.shape[-1]), jnp.int32)
+        active_TkF &= counted_BS.reshape(-1, 1, 1)
+        found_BEF = found_BEF.at[row_T[:, None], chosen_Tk].add(active_TkF.astype(jnp.int32))
+        return found_BEF.reshape(rows, -1)
+
+    def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The router's probabilities, and of the k likeliest experts these and their numbers."""
+        logits_TE = self.gate(x_TD)
+        wide = at_least_float32(logits_TE.dtype)
+        probability_TE = jax.nn.softmax(logits_TE.astype(wide))
+        return probability_TE, *jax.lax.top_k(probability_TE, self.per_token)
+
     def _found(self, x_TD: jax.Array, chosen_Tk: jax.Array) -> jax.Array:
         """What every token's experts make of it, [T, k, D]."""
         bins = _Bins.of(chosen_Tk, self.gate.kernel.shape[-1])
         x_NRD = bins.put(x_TD)
 
-        def product(name: str, x_NRI: jax.Array) -> jax.Array:
-            kernel_EIO = self.experts[name].matrix().astype(self.dtype)
-            return _product(x_NRI, kernel_EIO, bins.expert_N)
-
-        h_NRF = self.act_fn(product("gate_proj", x_NRD)) * product("up_proj", x_NRD)
-        return bins.take(product("down_proj", h_NRF))
+        gate, up, down = (
+            partial(self.experts[name], of=bins.expert_N)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        return bins.take(down(self.act_fn(gate(x_NRD)) * up(x_NRD)))
 
 
 class _Bins(NamedTuple):
@@ -163,33 +184,3 @@ class _Bins(NamedTuple):
     def take(self, x_NRD: jax.Array) -> jax.Array:
         """Rows of bins by token, [T, k, D]."""
         return x_NRD.reshape(-1, x_NRD.shape[-1]).at[self.slot_Tk].get(unique_indices=True)
-
-
-@jax.custom_vjp
-def _product(x_NRI: jax.Array, kernel_EIO: jax.Array, expert_N: jax.Array) -> jax.Array:
-    """Rows of every bin times its expert's kernel, [N, R, O].
-
-    The copies of kernels are made anew for the backward pass, in which they would otherwise be kept
-    of all layers. Gradients of an expert's bins are added up by a product. Adding them one by one
-    to where they belong would be in another order every time on a GPU.
-    """
-    return jnp.einsum("nri,nio->nro", x_NRI, kernel_EIO[expert_N])
-
-
-def _forward(
-    x_NRI: jax.Array, kernel_EIO: jax.Array, expert_N: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _product(x_NRI, kernel_EIO, expert_N), (x_NRI, kernel_EIO, expert_N)
-
-
-def _backward(
-    residuals: tuple[jax.Array, ...], ct_NRO: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x_NRI, kernel_EIO, expert_N = residuals
-    ct_x_NRI = jnp.einsum("nro,nio->nri", ct_NRO, kernel_EIO[expert_N])
-    is_of_EN = (expert_N == jnp.arange(len(kernel_EIO))[:, None]).astype(ct_NRO.dtype)
-    ct_NIO = jnp.einsum("nri,nro->nio", x_NRI, ct_NRO)
-    return ct_x_NRI, jnp.einsum("en,nio->eio", is_of_EN, ct_NIO), None
-
-
-_product.defvjp(_forward, _backward)

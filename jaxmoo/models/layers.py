@@ -276,12 +276,13 @@ class MLP(nnx.Module):
             return self.down_proj(self.act_fn(self.up_proj(x_BSD)))
         return self.down_proj(self.act_fn(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
 
-    def active(self, x_BSD: jax.Array) -> jax.Array:
-        """Which neurons' activations are above 0, bool [B, S, F]."""
+    def count_active(self, x_BSD: jax.Array, counted_BS: jax.Array) -> jax.Array:
+        """In how many counted tokens each neuron's activation is above 0, int32 [B, F]."""
         gate = self.up_proj if self.gate_proj is None else self.gate_proj
         before = gate(x_BSD)
         # The others have the sign of what they are given.
-        return (self.act_fn(before) if isinstance(self.act_fn, XIELU) else before) > 0
+        active = (self.act_fn(before) if isinstance(self.act_fn, XIELU) else before) > 0
+        return (active & counted_BS[..., None]).sum(1, dtype=jnp.int32)
 
 
 # Where a layer has norms, by their names: before and after attention, before and after the MLP.

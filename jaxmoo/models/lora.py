@@ -4,8 +4,8 @@ An adapted projection computes ``x W + b + s (x A) B`` with W and b frozen and a
 ``alpha / rank``, or ``alpha / sqrt(rank)`` if it is rank-stabilised. A [in, r] and B [r, out] are
 leaves like all others, stacked by layers and named after Hugging Face's PEFT:
 ``layers.3.self_attn.q_proj.lora_A.kernel``. What works on parameters by their paths (blocks, the
-engine, shardings, checkpoints) therefore works on adapters. Of a model with experts, attention
-alone is adapted.
+engine, shardings, checkpoints) therefore works on adapters. Every expert of a mixture has adapters
+of its own, stacked as its kernels are: A [E, in, r] and B [E, r, out].
 
 With weight decomposition (DoRA), ``x (W + s A B) m / norm + b``, where m [out] is trained, too
 (``lora_magnitude_vector``), and norm [out] is that of the columns of ``W + s A B``, which passes no
@@ -60,6 +60,11 @@ _MOST_ALPHA = 1e30  # kernels are float32
 
 ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
+NO_DORA = (
+    "adapters of experts cannot be weight-decomposed (DoRA), by peft neither. Adapt attention "
+    "alone (q_proj, k_proj, v_proj, o_proj), or do without."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -85,7 +90,8 @@ class LoRA:
       Traceback (most recent call last):
       ...
       jaxmoo.errors.ConfigError: no projection is called 'query'. A layer has q_proj, k_proj,
-      v_proj, o_proj, gate_proj, up_proj, down_proj; embeddings and the head get no adapters.
+      v_proj, o_proj, gate_proj, up_proj, down_proj; embeddings, the head and routers get no
+      adapters.
     """
 
     rank: int
@@ -119,7 +125,8 @@ class LoRA:
             if name not in PROJECTIONS:
                 raise ConfigError(
                     f"no projection is called {name!r}.{did_you_mean(name, PROJECTIONS)} A layer "
-                    f"has {', '.join(PROJECTIONS)}; embeddings and the head get no adapters."
+                    f"has {', '.join(PROJECTIONS)}; embeddings, the head and routers get no "
+                    "adapters."
                 )
             if name not in self.targets:
                 raise ConfigError(
@@ -197,11 +204,11 @@ class AdaptedLinear(Linear):
         """Factor of the product of A and B."""
         return _scale(self.alpha, self.rank, self.rslora)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map the last axis by the kernel and add what the adapter says: ``[..., out]``."""
-        change = self.scale * self.lora_B(self.lora_A(x))
+    def __call__(self, x: jax.Array, of: jax.Array | None = None) -> jax.Array:
+        """Map the last axis by the kernel and add what the adapter says; see `Linear`."""
+        change = self.scale * self.lora_B(self.lora_A(x, of), of)
         if self.lora_magnitude_vector is None:
-            return super().__call__(x) + change
+            return super().__call__(x, of) + change
         y = self.times_kernel(x) + change
         a, b = jax.lax.stop_gradient((self.lora_A.matrix(), self.lora_B.matrix()))
         norms = _column_norms(jax.lax.stop_gradient(self.matrix()), a, b, self.scale)
@@ -290,6 +297,8 @@ def adapted_layers(config: DecoderConfig, pattern: str) -> tuple[int, ...]:
 def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
     """Put adapters on a decoder's projections; their leaves are shapes only.
 
+    In a model with experts, layers with one MLP instead get them on attention alone.
+
     Args:
       model: the decoder, changed in place. Each of its segments must lie within the layers to be
         adapted or outside of them; see `jaxmoo.models.segments_for`.
@@ -297,7 +306,7 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
       layers: numbers of the layers to adapt.
 
     Raises:
-      ConfigError: a segment holds both kinds of layers.
+      ConfigError: a segment holds both kinds of layers, or experts' kernels are to be decomposed.
 
     Example:
       >>> config = DecoderConfig(
@@ -318,9 +327,14 @@ def add_adapters(model: Decoder, lora: LoRA, layers: Sequence[int]) -> None:
                 "adapted; build the model with segments=segments_for(config, pattern)"
             )
         if chosen:
-            for parent, name, linear in projections(model, str(first)):
-                if name in lora.targets:
-                    setattr(parent, name, AdaptedLinear(linear, lora, name))
+            for parent, path, linear in projections(model, str(first)):
+                # Where there are experts, PEFT means them by the names of an MLP's projections.
+                others = model.config.num_experts and path[-2] == "mlp"
+                if others or path[-1] not in lora.targets:
+                    continue
+                if lora.dora and "experts" in path:
+                    raise ConfigError(NO_DORA)
+                setattr(parent, path[-1], AdaptedLinear(linear, lora, path[-1]))
 
 
 def merge_adapters(model: Decoder) -> None:
@@ -332,8 +346,8 @@ def merge_adapters(model: Decoder) -> None:
     Args:
       model: the decoder, changed in place; its arrays are not.
     """
-    for parent, name, adapted in adapters(model):
-        setattr(parent, name, adapted.merged())
+    for parent, path, adapted in adapters(model):
+        setattr(parent, path[-1], adapted.merged())
     for first in model.layers:
         for _, _, linear in projections(model, first):
             if isinstance(linear.kernel, QuantizedKernel):
@@ -362,19 +376,18 @@ def adapted_kernel(linear: Linear) -> AdaptedKernel:
 
 def quantized_kernels(model: Decoder) -> Iterator[tuple[tuple[str, ...], AdaptedKernel]]:
     """Yield a decoder's quantised kernels with their adapters, each by its projection's path."""
-    for first, layer in model.layers.items():
-        for parent, name, linear in projections(model, first):
-            if isinstance(linear.kernel, QuantizedKernel):
-                module = "self_attn" if parent is layer.self_attn else "mlp"
-                yield ("layers", first, module, name), adapted_kernel(linear)
-
-
-def adapters(model: Decoder) -> Iterator[tuple[nnx.Module, str, AdaptedLinear]]:
-    """Yield a decoder's adapted projections, each with its parent and name."""
     for first in model.layers:
-        for parent, name, linear in projections(model, first):
+        for _, path, linear in projections(model, first):
+            if isinstance(linear.kernel, QuantizedKernel):
+                yield path, adapted_kernel(linear)
+
+
+def adapters(model: Decoder) -> Iterator[tuple[nnx.Module, tuple[str, ...], AdaptedLinear]]:
+    """Yield a decoder's adapted projections, each with its parent and path; see `projections`."""
+    for first in model.layers:
+        for parent, path, linear in projections(model, first):
             if isinstance(linear, AdaptedLinear):
-                yield parent, name, linear
+                yield parent, path, linear
 
 
 def initial_adapters(abstract: Any, seed: int, shardings: Any = None, *, frozen: Any = None) -> Any:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.decoder import Decoder
-from jaxmoo.models.experts import Experts
 from jaxmoo.models.layers import DecoderLayer, Place
 from jaxmoo.models.loop import over_layers
 
-__all__ = ["LayerStatistics", "layer_statistics"]
+__all__ = ["LayerStatistics", "layer_statistics", "neurons_per_layer"]
 
 
 class LayerStatistics(NamedTuple):
@@ -23,6 +23,17 @@ class LayerStatistics(NamedTuple):
 
     pooled_LBD: jax.Array  # float32 [L + 1, B, D]: mean residual stream after 0 ... L layers
     active_LBF: jax.Array  # int32 [L, B, F]: in how many tokens the neuron's gate is positive
+
+
+def neurons_per_layer(config: DecoderConfig) -> int:
+    """How many neurons a layer's MLP has, or its experts have together.
+
+    Returns:
+      The number; 0 where it is not the same in all layers, of which some have experts.
+    """
+    if not config.num_experts:
+        return config.intermediate_size
+    return 0 if config.dense_layers else config.num_experts * config.moe_intermediate_size
 
 
 def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> LayerStatistics:
@@ -36,8 +47,8 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
     Returns:
       The residual stream averaged over the tokens that count, before the first layer and after
       each (without the final norm), and the number of these tokens in which a neuron is active:
-      the MLP's activation is above 0, for SiLU where the gate is. Of a model with experts, no
-      neurons.
+      the MLP's activation is above 0, for SiLU where the gate is. Of experts, all neurons of one
+      come before those of the next.
 
     Example:
       >>> from flax import nnx
@@ -59,17 +70,19 @@ def layer_statistics(model: Decoder, tokens: jax.Array, mask: jax.Array) -> Laye
             "bsd,bs->bd", h_BSD.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST
         )
 
+    width = neurons_per_layer(model.config)
+
     def active(layer: DecoderLayer, x_BSD: jax.Array) -> jax.Array:
-        if model.config.num_experts or isinstance(layer.mlp, Experts):
-            return jnp.zeros((*mask.shape, 0), bool)
-        return layer.mlp.active(x_BSD) & mask[..., None]
+        if width == 0:
+            return jnp.zeros((len(mask), 0), jnp.int32)
+        return layer.mlp.count_active(x_BSD, mask)
 
     def body(layer: DecoderLayer, place: Place, h_BSD: jax.Array) -> tuple[jax.Array, Any]:
         out = layer.attend(h_BSD, place)
         h_BSD, x_BSD = layer.before_mlp(h_BSD, out)
-        gates = active(layer, x_BSD)
+        gates_BF = active(layer, x_BSD)
         h_BSD = layer.after_mlp(h_BSD, layer.mlp(x_BSD))
-        return h_BSD, (pool(h_BSD), gates.sum(1, dtype=jnp.int32))
+        return h_BSD, (pool(h_BSD), gates_BF)
 
     h_BSD = model.embed(tokens)
     _, left = over_layers(model, jnp.arange(tokens.shape[-1]), body, h_BSD)

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxmoo.errors import ConfigError
 from jaxmoo.kernels.quantized import quantize, quantized_spec
 from jaxmoo.models.decoder import Decoder
+from jaxmoo.models.experts import Experts
 from jaxmoo.models.linear import Linear
 from jaxmoo.models.paths import named_leaves
 from jaxmoo.models.quantized_kernel import QuantizedKernel, parameters_in
@@ -36,8 +37,7 @@ def quantize_base(model: Decoder, kind: str) -> None:
       kind: one of :data:`jaxmoo.kernels.quantized.KINDS`.
 
     Raises:
-      ConfigError: there is no such kind, it cannot hold one of the kernels, or the model has
-        experts.
+      ConfigError: there is no such kind, or it cannot hold one of the kernels.
 
     Example:
       >>> from jaxmoo.models import DecoderConfig
@@ -52,27 +52,34 @@ def quantize_base(model: Decoder, kind: str) -> None:
       [('layers.0.mlp.up_proj.kernel.codes', (2, 1, 32, 128)),
        ('layers.0.mlp.up_proj.kernel.scales', (2, 1, 128))]
     """
-    if model.config.num_experts:
-        raise ConfigError("the matrices of experts cannot be held in few bits.")
     for first in model.layers:
-        for _, name, linear in projections(model, first):
+        for _, path, linear in projections(model, first):
             if isinstance(linear.kernel, QuantizedKernel):
                 continue
             try:
                 linear.kernel = _quantized(linear.kernel.get_value(), kind)
             except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from None
+                raise ConfigError(f"{path[-1]}: {error}") from None
 
 
-def projections(model: Decoder, segment: str) -> Iterator[tuple[nnx.Module, str, Linear]]:
-    """Yield a segment's projections that may be adapted, each with its parent and name."""
+def projections(
+    model: Decoder, segment: str
+) -> Iterator[tuple[nnx.Module, tuple[str, ...], Linear]]:
+    """Yield a segment's projections that may be adapted, each with its parent and path.
+
+    Those of experts are stacked once more, by their experts. The last part of the path, which is
+    that of the model's state, is a projection's name in its parent.
+    """
     layer = model.layers[segment]
-    # By the names of an MLP's projections PEFT means the experts, in layers without experts too.
-    mlp = () if model.config.num_experts else (layer.mlp,)
-    for parent in (layer.self_attn, *mlp):
+    parents: dict[tuple[str, ...], nnx.Module] = {("self_attn",): layer.self_attn}
+    if isinstance(layer.mlp, Experts):
+        parents["mlp", "experts"] = layer.mlp.experts
+    else:
+        parents["mlp",] = layer.mlp
+    for path, parent in parents.items():
         for name in PROJECTIONS:
             if isinstance(linear := getattr(parent, name, None), Linear):
-                yield parent, name, linear
+                yield parent, ("layers", segment, *path, name), linear
 
 
 def count_parameters(state: Any) -> int:
@@ -84,6 +91,8 @@ def _quantized(kernel: Any, kind: str) -> QuantizedKernel:
     """Quantise a stack of kernels, or the shape of one."""
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return QuantizedKernel(*quantized_spec(kernel.shape, kind), kernel.dtype)
-    layers = [quantize(one, kind) for one in np.asarray(kernel)]
-    codes, scales = (jnp.stack(parts) for parts in zip(*layers, strict=True))
+    *stack, size_in, size_out = kernel.shape
+    each = [quantize(one, kind) for one in np.asarray(kernel).reshape(-1, size_in, size_out)]
+    parts = (np.stack(part) for part in zip(*each, strict=True))
+    codes, scales = (jnp.asarray(x.reshape(*stack, *x.shape[1:])) for x in parts)
     return QuantizedKernel(codes, scales, kernel.dtype)

@@ -45,9 +45,15 @@ class QuantizedKernel(nnx.Module):
         """The kernel in float32; ``platform`` is the kind of devices."""
         return dequantize(*self.parts, platform)
 
-    def times(self, x: jax.Array, platform: str) -> jax.Array:
-        """Return ``x @ kernel`` in the dtype of x."""
-        return quantized_product(x, *self.parts, platform)
+    def times(self, x: jax.Array, platform: str, of: jax.Array | None = None) -> jax.Array:
+        """Return ``x @ kernel`` in the dtype of x.
+
+        Args:
+          x: activations; for a stack of kernels rows in bins, [N, R, in].
+          platform: the kind of devices.
+          of: int [N], which kernel of a stack each bin is for.
+        """
+        return quantized_product(x, *self.parts, platform, of)
 
 
 def is_quantized_part(path: Sequence[Any]) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "Rope",
     "YarnRope",
     "angle_tables",
+    "attention_factor",
     "frequencies",
     "read_rope",
     "rotated_share",
@@ -323,7 +324,8 @@ def _yarn_ramp(theta: float, scaling: YarnRope, width: int) -> np.ndarray:
     return np.clip(ramp, 0, 1).astype(np.float32)
 
 
-def _attention_factor(scaling: RopeScaling | None) -> float:
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """By how much cosines and sines are multiplied."""
     if isinstance(scaling, LongRope):
         return scaling.attention_factor
     if not isinstance(scaling, YarnRope):
@@ -363,7 +365,7 @@ def angle_tables(
         speeds = jnp.where(long[..., None], slow, speeds)
     angles = jnp.asarray(positions[..., None], jnp.float32) * speeds
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    factor = _attention_factor(scaling)
+    factor = attention_factor(scaling)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 

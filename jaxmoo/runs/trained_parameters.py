@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import (
     ADAPTERS,
     ALL_LINEAR,
+    NO_DORA,
     PROJECTIONS,
     adapted_layers,
     add_adapters,
@@ -115,7 +116,9 @@ def _check_trained_experts(config: Config, architecture: DecoderConfig) -> None:
     if not _has_experts(architecture):
         why = "has no experts"
     elif config.lora.rank is not None:
-        why = "has experts, but adapters none"
+        if _adapts_experts(config, architecture):
+            return
+        why = "has experts, but lora.targets or model.trainable leave them without adapters"
     elif not any(
         ".experts." in path and compile_regex(pattern).search(path)
         for path in parameter_paths(architecture)
@@ -128,17 +131,23 @@ def _check_trained_experts(config: Config, architecture: DecoderConfig) -> None:
     )
 
 
+def _every(targets: Collection[str]) -> bool:
+    return ALL_LINEAR in targets or set(targets) == set(PROJECTIONS)
+
+
+def _adapts_experts(config: Config, architecture: DecoderConfig) -> bool:
+    targets = config.lora.targets
+    return bool(_every(targets) or _OF_AN_MLP & set(targets)) and any(
+        map(architecture.has_experts, adapted_layers(architecture, config.model.trainable))
+    )
+
+
 def _check_projections(config: Config, architecture: DecoderConfig) -> None:
     lora, source = config.lora, config.model.source
-    every = {ALL_LINEAR} & set(lora.targets) or set(lora.targets) == set(PROJECTIONS)
+    every = _every(lora.targets)
     named = {*([] if every else lora.targets), *lora.rank_pattern, *lora.alpha_pattern}
-    inside = sorted(named & _OF_AN_MLP)
-    if inside and _has_experts(architecture):
-        raise ConfigError(
-            f"lora: {source} has experts, whose {', '.join(inside)} get no adapters. Adapt "
-            f"{', '.join(p for p in PROJECTIONS if p not in _OF_AN_MLP)} (the default adapts "
-            "these), or train the experts themselves, without lora.rank."
-        )
+    if lora.dora and _adapts_experts(config, architecture):
+        raise ConfigError(f"lora.dora: {source} has experts, and {NO_DORA}")
     if "gate_proj" in named and not architecture.gated_mlp:
         raise ConfigError(f"lora: the layers of {source} have no gate_proj. Leave it out.")
     if not config.export or lora.export == "merged":

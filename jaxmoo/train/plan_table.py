@@ -84,9 +84,7 @@ class Plan:
         if self.total <= device_memory:
             return f"Fits: {needed} of {there} per device."
         kind, size = max(self.memory.items(), key=lambda item: item[1])
-        total, read = self.parameters
-        # Models with experts are not quantised.
-        more = _QUANTIZED if kind == PARAMETERS and read == total else ""
+        more = _QUANTIZED if kind == PARAMETERS else ""
         return (
             f"Does not fit: {needed} needed, {there} there. The largest part is {kind} "
             f"({format_size(size)}): {_REMEDIES[kind]}{more}."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from jaxmoo.analysis.parallel import Sentence
 from jaxmoo.analysis.representations import represent
 from jaxmoo.errors import DataError
 from jaxmoo.hf import load_model
+from jaxmoo.models.probe import layer_statistics
 
 if TYPE_CHECKING:  # seconds of importing, which collecting does without
     import torch
@@ -143,6 +146,31 @@ def test_statistics_are_those_of_transformers(measured):
     np.testing.assert_allclose(counted, active, atol=0.02)
     np.testing.assert_allclose(found.pooled[:3], pooled, atol=1e-4)
     assert found.tokens.sum() == sum(row.mask.sum() for rows in text.values() for row in rows)
+
+
+def test_neurons_of_experts_are_active_in_tokens_that_read_the_expert(tmp_path):
+    """As transformers routes tokens, and by its weights; in the tokens that count."""
+    import torch
+
+    oracle = tiny_models.save("qwen3_moe", tmp_path, mlp_only_layers=[])
+    model, (tokens, mask) = load_model(tmp_path), tiny_models.tokens_and_mask(VOCABULARY, (3, 12))
+    width = oracle.config.moe_intermediate_size
+    expected = np.zeros((3, 3, 4, width), int)  # [layers, rows, E, F]
+
+    def count(module, inputs, number):
+        hidden, chosen, _ = inputs
+        gates = torch.einsum("td,efd->tef", hidden, module.gate_up_proj[:, :width])
+        read = torch.nn.functional.one_hot(chosen, 4).sum(1).bool()
+        active = (gates > 0) & read[..., None] & torch.tensor(mask).reshape(-1, 1, 1)
+        expected[number] = active.reshape(3, 12, 4, width).sum(1).numpy()
+
+    for number, layer in enumerate(oracle.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(functools.partial(count, number=number))
+    with torch.no_grad():
+        oracle(torch.tensor(tokens).long())
+    found = jax.jit(lambda x: layer_statistics(model, x, jnp.asarray(mask)))(tokens).active_LBF
+    assert expected.sum() > 0.1 * mask.sum() * 3 * 2 * width
+    np.testing.assert_array_equal(found, expected.reshape(3, 3, -1))
 
 
 def test_lape_is_the_direct_computation(measured):

@@ -44,13 +44,23 @@ CONFIG = DecoderConfig(
 )
 # Blocks of nf4 fill its inputs.
 WIDE = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=64, head_dim=32)
+# So many that a language reaches some of them alone.
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2}
+CONFIGS = {
+    None: CONFIG,
+    "nf4": WIDE,
+    "int8": WIDE,
+    "experts": dataclasses.replace(CONFIG, moe_intermediate_size=12, **EXPERTS),
+    "experts, int8": dataclasses.replace(CONFIG, moe_intermediate_size=12, **EXPERTS),
+}
+LORA = LoRA(2, 4, ("k_proj", "o_proj", "up_proj"), dora=True, rank_pattern={"up_proj": 3})
+OF_EXPERTS = LoRA(2, 4, ("o_proj", "gate_proj", "down_proj"), rank_pattern={"down_proj": 3})
 
 
-def parts(remat="full", config=CONFIG):
-    """A decoder with adapters and magnitudes, B not zero, so that A learns too."""
-    model = Decoder.abstract(config, remat=remat)
-    lora = LoRA(2, 4, ("k_proj", "o_proj", "up_proj"), dora=True, rank_pattern={"up_proj": 3})
-    add_adapters(model, lora, layers=[0, 1])
+def parts(remat="full", kind=None):
+    """A decoder with adapters, B not zero, so that A learns too; and magnitudes without experts."""
+    model = Decoder.abstract(CONFIGS[kind], remat=remat)
+    add_adapters(model, OF_EXPERTS if model.config.num_experts else LORA, layers=[0, 1])
     graph, *states = nnx.split(model, trainable_filter(ADAPTERS), ...)
     rng = np.random.default_rng(0)
     return graph, *jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), states)
@@ -59,13 +69,13 @@ def parts(remat="full", config=CONFIG):
 @functools.cache
 def quantized_parts(kind, remat="full"):
     """The same on a quantised base, and the frozen part of an ordinary model that equals it."""
-    graph, params, frozen = parts(remat, WIDE)
+    graph, params, frozen = parts(remat, kind)
     model = nnx.merge(graph, params, frozen)
-    quantize_base(model, kind)
+    quantize_base(model, kind.removeprefix("experts, "))
     graph, params, quantized = nnx.split(model, trainable_filter(ADAPTERS), ...)
     kernels = {path: adapted.kernel for path, adapted in quantized_kernels(model)}
     for path, variable in nnx.to_flat_state(frozen):
-        if path[-1] == "kernel":
+        if path[-1] == "kernel" and path[:-1] in kernels:
             variable.set_value(dequantize(*kernels[path[:-1]]))
     return graph, params, quantized, frozen
 
@@ -90,14 +100,21 @@ def engine_of(graph, params, frozen, device_mesh, **options):
     )
 
 
+def quantized(kind):
+    return kind is not None and kind != "experts"
+
+
 @functools.cache
-def oracle(kind=None):
-    """Losses, update and weights from stacked gradients, of the model without quantised kernels."""
-    graph, params, frozen = parts(config=CONFIG if kind is None else WIDE)
-    if kind is not None:
+def oracle(kind=None, blocks="layer"):
+    """Losses, update and weights from stacked gradients, of the model without quantised kernels.
+
+    Also the shares of experts that languages do not reach.
+    """
+    graph, params, frozen = parts(kind=kind)
+    if quantized(kind):
         frozen = quantized_parts(kind)[-1]
     resolver = resolve_conflicts(
-        aggregator="fairgrad", blocks="layer", stacked=STACKED, num_objectives=LANGUAGES
+        aggregator="fairgrad", blocks=blocks, stacked=STACKED, num_objectives=LANGUAGES
     )
 
     @jax.jit
@@ -107,14 +124,20 @@ def oracle(kind=None):
         )(params, batch)
         active = jnp.ones(LANGUAGES, bool)
         update, state = resolver.update(stacked, resolver.init(params), active=active)
-        return losses, update, state.weights
+        missed = [  # [K, layers, E, in, out]
+            (gradient == 0).all((-2, -1)).mean()
+            for gradient in jax.tree.leaves(stacked)
+            if gradient.ndim == 5
+        ]
+        return (losses, update, state.weights), missed
 
     return jax.device_get(step(params, frozen, batch()))
 
 
 def difference(device_mesh, kind=None, remat="full", **options):
     """Largest relative difference of the engine's update, losses and weights from the oracle's."""
-    graph, params, frozen = parts() if kind is None else quantized_parts(kind, remat)[:3]
+    made = quantized_parts(kind, remat) if quantized(kind) else parts(kind=kind)
+    graph, params, frozen = made[:3]
     options = {"aggregator": "fairgrad", "blocks": "layer"} | options
     engine = engine_of(graph, params, frozen, device_mesh, **options)
     params, frozen = (
@@ -123,7 +146,10 @@ def difference(device_mesh, kind=None, remat="full", **options):
     )
     data = jax.device_put(batch(), mesh.batch_sharding(device_mesh))
     losses, update, state = jax.jit(engine)(params, data, engine.init(), frozen)
-    found, expected = jax.device_get((losses, update, state.weights)), oracle(kind)
+    found, expected = (
+        jax.device_get((losses, update, state.weights)),
+        oracle(kind, options["blocks"])[0],
+    )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
@@ -150,6 +176,31 @@ def test_the_update_is_that_of_stacked_gradients_on_any_mesh(axis, eight_devices
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_on_a_quantised_base_the_update_is_that_on_what_it_stands_for(one, kind):
     assert difference(one, kind) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [
+        ("experts", "expert"),
+        pytest.param("experts", "layer", marks=pytest.mark.slow),
+        pytest.param("experts, int8", "expert", marks=pytest.mark.slow),
+    ],
+)
+def test_so_it_is_of_experts_some_of_which_a_language_does_not_reach(one, kind, blocks):
+    missed = oracle(kind, blocks)[1]
+    assert len(missed) == 4 and all(0.05 < share < 0.5 for share in missed)
+    assert difference(one, kind, blocks=blocks) < 1e-5
+
+
+def four_by_two(kind, blocks):
+    """The difference on 4 x 2 devices."""
+    return difference(mesh.make_mesh(LANGUAGES, language=4, fsdp=2), kind, blocks=blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "blocks"), [("experts", "expert"), ("experts", "layer")])
+def test_so_it_is_of_experts_on_eight_devices(kind, blocks, eight_devices):
+    assert eight_devices("engine.test_adapters", "four_by_two", kind, blocks) < 1e-5
 
 
 @pytest.mark.slow

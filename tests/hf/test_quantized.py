@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +150,71 @@ def test_adapters_are_merged_into_what_is_asked_for_as_they_are_written(saved, o
         after = load_model(tmp_path / "out")(tokens)
         for logits in (model(tokens), after):
             np.testing.assert_allclose(logits, before, atol=1e-5 * np.abs(before).max())
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Three layers, of which the second has no experts."""
+    path = tmp_path_factory.mktemp("mixture")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 128}
+    tiny_models.save("qwen3_moe", path, **sizes, num_attention_heads=8, head_dim=8)
+    return path
+
+
+def check_experts(path, kind, shardings=None):
+    """Every expert's kernels are the quantised ones of the file's; return the model."""
+    model, weights = load_model(path, quantize=kind, shardings=shardings), Weights(path)
+    kernels = dict(quantized_kernels(model))
+    assert len(kernels) == 3 * PROJECTIONS  # in segments of one layer
+    for place in [place for place in kernels if "experts" in place]:
+        codes, scales = kernels[place].kernel
+        for expert in range(4):
+            name = f"model.layers.{place[1]}.mlp.experts.{expert}.{place[-1]}.weight"
+            expected = quantize(weights.read(name).T, kind)
+            np.testing.assert_array_equal(codes[0, expert], expected[0])
+            np.testing.assert_array_equal(scales[0, expert], expected[1])
+    return model
+
+
+def experts_on_mesh(path, kind):
+    """Shape of what one of four devices holds of an expert's codes."""
+    grid = mesh.make_mesh(2, language=2, fsdp=2, devices=jax.devices()[:4])
+    place = functools.partial(mesh.parameter_shardings, grid, stacked=r"^layers\.")
+    codes = check_experts(path, kind, place).layers["0"].mlp.experts.up_proj.kernel.codes[...]
+    return codes.sharding.shard_shape(codes.shape)
+
+
+@pytest.mark.slow
+def test_devices_hold_pieces_of_experts(mixture, eight_devices):
+    found = eight_devices("hf.test_quantized", "experts_on_mesh", mixture, "nf4")
+    assert found == (1, 1, 1, 32, 128)  # of (1, 4, 1, 32, 128)
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_experts_are_quantised_one_by_one_and_merged_as_they_are_written(mixture, kind, tmp_path):
+    """What training saw is what is merged, and the base that was read is the one merged onto."""
+    model = check_experts(mixture, kind)
+    lora = LoRA(2, 4, ("q_proj", "gate_proj", "down_proj"))
+    add_adapters(model, lora, range(3))
+    graph, shapes, frozen = nnx.split(model, trainable_filter(ADAPTERS), ...)
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes)
+    model, ordinary = nnx.merge(graph, values, frozen), load_model(mixture)
+    for onto in ("quantized", "base"):
+        save_model(model, tmp_path / onto, source=mixture, merge_onto=onto)
+    tokens = jnp.arange(20).reshape(2, 10)
+    logits = jax.jit(lambda state: nnx.merge(*nnx.split(model)[:1], state)(tokens))
+    before = logits(nnx.state(model))
+    after = load_model(tmp_path / "quantized")
+    again = jax.jit(lambda state: nnx.merge(*nnx.split(after)[:1], state)(tokens))
+    np.testing.assert_allclose(again(nnx.state(after)), before, atol=1e-5 * np.abs(before).max())
+    add_adapters(ordinary, lora, range(3))
+    graph, _, frozen = nnx.split(ordinary, trainable_filter(ADAPTERS), ...)
+    ordinary = nnx.merge(graph, values, frozen)
+    merge_adapters(ordinary)
+    written = dict(named_leaves(nnx.state(load_model(tmp_path / "base"))))
+    for path, leaf in named_leaves(nnx.state(ordinary)):
+        np.testing.assert_allclose(written[path], leaf, rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
 def test_what_cannot_be_quantised_is_refused_before_it_is_read(tmp_path):

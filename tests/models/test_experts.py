@@ -14,7 +14,14 @@ import tiny_models
 from closeness import relative_error
 from jaxmoo.errors import ConfigError
 from jaxmoo.hf import load_model
-from jaxmoo.models import DecoderConfig, language_loss, router_loss
+from jaxmoo.models import (
+    Decoder,
+    DecoderConfig,
+    LoRA,
+    add_adapters,
+    language_loss,
+    router_loss,
+)
 from jaxmoo.models.experts import Experts
 from models.test_oracle import by_our_paths
 from tiny_models import by_logical_path, tokens_and_mask
@@ -93,6 +100,37 @@ def test_copies_of_kernels_are_not_kept_for_the_backward_pass(mixture):
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
     kernels = [shape[0] for shape in shapes if shape[1:] in {(D, F), (F, D)}]
     assert kernels == [E] * 3
+
+
+def test_adapters_of_experts_form_no_matrix_of_the_kernels_size():
+    """A gradient of theirs takes what one of the tokens alone takes, and matrices of their rank."""
+    sizes = {"hidden_size": 128, "intermediate_size": 8, "moe_intermediate_size": 128}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
+    some = {"num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+    config = DecoderConfig(vocab_size=8, num_hidden_layers=1, **sizes, **heads, **some)
+    needed = []
+    for lora in (None, LoRA(2, 4)):
+        model = Decoder.abstract(config)
+        if lora is not None:
+            add_adapters(model, lora, [0])
+        graph, adapters, frozen = nnx.split(model.layers["0"].mlp, _is_adapter, ...)
+        args = [
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+            for state in (adapters, frozen)
+        ]
+        tokens = jax.ShapeDtypeStruct((1, 16, 128), jnp.float32)
+
+        def loss(adapters, frozen, x, graph=graph):
+            return (nnx.merge(graph, adapters, frozen)(x) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 2))).lower(*args, tokens).compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
+    kernels, ranks = 8 * 128 * 128 * 4, 8 * 3 * 2 * (2 * 128) * 4
+    assert needed[0] > kernels and needed[1] - needed[0] < 4 * ranks < kernels / 2
+
+
+def _is_adapter(path, _):
+    return any("lora" in str(part) for part in path)
 
 
 def test_without_experts_there_is_no_routers_loss():

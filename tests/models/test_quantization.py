@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxmoo.errors import ConfigError
 from jaxmoo.models import Decoder, DecoderConfig, LoRA, add_adapters, token_nll, trainable_filter
 from jaxmoo.models.lora import ADAPTERS, quantized_kernels
-from jaxmoo.models.presets import preset
 from jaxmoo.models.quantization import count_parameters, quantize_base
 from jaxmoo.train.throughput import model_flops
 
@@ -82,9 +80,3 @@ def test_matrices_are_formed_as_their_devices_want(dora):
         traced = jax.make_jaxpr(lambda s, x, graph=graph: nnx.merge(graph, s)(x))(one, x)
         text[platform] = str(traced)
     assert "gather" in text["cpu"] and "gather" not in text["tpu"]
-
-
-def test_experts_are_refused():
-    """Their matrices would stay as they are, and with them most of the memory."""
-    with pytest.raises(ConfigError, match="experts cannot be held in few bits"):
-        quantize_base(Decoder.abstract(preset("Qwen3-30B-A3B")), "nf4")

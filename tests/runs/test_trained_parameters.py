@@ -20,13 +20,16 @@ DENSE, EXPERTS = "SmolLM2-135M", "Qwen3-30B-A3B"
         (DENSE, {"resolve": ResolveConfig(blocks="expert")}, "'expert': .* has no experts"),
         (
             EXPERTS,
-            {"resolve": ResolveConfig(blocks="expert"), "lora": LoraConfig(rank=4)},
-            "has experts, but adapters none",
+            {
+                "resolve": ResolveConfig(blocks="expert"),
+                "lora": LoraConfig(rank=4, targets=["q_proj"]),
+            },
+            "lora.targets or model.trainable leave them without adapters. Use 'layer' blocks",
         ),
         (
             EXPERTS,
-            {"lora": LoraConfig(rank=4, targets=["q_proj", "up_proj"])},
-            "has experts, whose up_proj get no adapters. Adapt q_proj, k_proj, v_proj, o_proj",
+            {"lora": LoraConfig(rank=4, targets=["q_proj", "up_proj"], dora=True)},
+            r"lora.dora: .* experts cannot be weight-decomposed \(DoRA\).* Adapt attention alone",
         ),
         (
             EXPERTS,
@@ -78,12 +81,13 @@ def test_a_model_none_of_whose_layers_has_experts_has_none(resolve, coef, messag
         check_model(config, architecture)
 
 
-def test_adapters_of_all_projections_are_those_of_attention_beside_experts():
+def test_adapters_of_all_projections_are_those_of_experts_too():
     config = Config(
         output="nowhere",
         model=ModelConfig(source=EXPERTS),
         data=DataConfig(source="nowhere", seen=["en"]),
         train=TrainConfig(steps=1),
+        resolve=ResolveConfig(blocks="expert"),
         lora=LoraConfig(rank=4, targets=["all-linear"]),
     )
     check_model(config, preset(EXPERTS))

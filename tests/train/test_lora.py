@@ -165,7 +165,7 @@ def test_a_run_on_a_quantised_base(write_config, tiny_model, tmp_path, capsys):
         kernel = getattr(getattr(segment, module), projection).kernel[int(layer) - 2]
         np.testing.assert_allclose(kernel.T, after[name], atol=1e-6)
     model = open_model(run, merge=False).model
-    assert [name for _, name, _ in adapters(model)] == ["q_proj", "v_proj", "down_proj"]
+    assert [path[-1] for _, path, _ in adapters(model)] == ["q_proj", "v_proj", "down_proj"]
     assert any(quantized_kernels(model))
 
     # Resumed from step 2 it ends with the same adapters, and is merged into what these saw.
@@ -300,7 +300,7 @@ def nbytes(tree):
         ("lora.rank=0", "lora.rank"),
         ("lora.alpha=0", "lora.alpha"),
         ("lora.targets=[q_proj, qproj]", "no projection is called 'qproj'. Did you mean 'q_proj'"),
-        ("lora.targets=[lm_head]", "embeddings and the head get no adapters"),
+        ("lora.targets=[lm_head]", "embeddings, the head and routers get no adapters"),
         ("lora.targets=[]", "no projections to adapt"),
         ("lora.rank=null", "lora.alpha, lora.targets, lora.export have no effect without"),
         ("model.trainable=layernorm", "lora.rank: 'layernorm' matches part of layer 0"),
