@@ -75,6 +75,11 @@ class Architecture:
     period: int = 0
     apart: bool = False
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Fields of `sizes` and `numbers`."""
+        return (*self.sizes.values(), *self.numbers.values())
+
     @functools.cached_property
     def tensors(self) -> Mapping[str, str]:
         """Hugging Face's names of tensors by GGUF's, with ``{i}`` and ``{e}`` for numbers.
@@ -264,11 +269,14 @@ def relaid(
     """A tensor of Hugging Face's, in float32, as a GGUF file holds it.
 
     Args:
-      value: the tensor.
+      value: the tensor, float32; a matrix is [out, in].
       name: GGUF's name of it, with ``{i}`` for the layer.
       architecture: of the file.
       config: of the model.
       back: the other way round.
+
+    Returns:
+      An array of the same shape.
     """
     if architecture.offset and name.endswith("norm.weight"):
         return value - np.float32(1) if back else value + np.float32(1)

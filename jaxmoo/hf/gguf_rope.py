@@ -40,7 +40,7 @@ def read_scaling(
 
     Args:
       header: the architecture's fields.
-      factors: tensors of the names in `FACTORS`.
+      factors: tensors of the names in `FACTORS`, float32 [width / 2].
       theta: base of the frequencies.
       width: entries of a head that are rotated.
 
@@ -49,16 +49,19 @@ def read_scaling(
     """
     header.require({"rope.scale_linear": 1.0})
     kind = header.text(_TYPE, "none")
-    if factors.keys() & {_SHORT, _LONG}:
-        return _long(header, factors)
-    if kind in ("linear", "yarn"):
+    if kind in ("linear", "yarn") and not factors:
         scaling: dict[str, Any] = {"rope_type": kind, "factor": shortest(header.number(_FACTOR))}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = header.size(_ORIGINAL)
             _check_yarn(header, scaling["factor"])
         return scaling
-    header.require({_TYPE: "none", _FACTOR: 1.0})
-    return _llama3(factors[_FREQUENCIES], theta, width) if _FREQUENCIES in factors else None
+    long = bool(factors.keys() & {_SHORT, _LONG})
+    # Older files have its factors without saying its name.
+    named = "longrope" if long and kind == "longrope" else "none"
+    header.require({_FACTOR: 1.0, _TYPE: named})
+    if long:
+        return _long(header, factors)
+    return _llama3(factors[_FREQUENCIES], theta, width) if factors else None
 
 
 def _check_yarn(header: Fields, factor: float) -> None:
@@ -88,7 +91,7 @@ def _long(header: Fields, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any]:
-    if factors.shape != (width // 2,):
+    if not factors.size or factors.shape != (width // 2,):
         raise CheckpointError(
             f"{_FREQUENCIES} has the shape {list(factors.shape)}, expected {[width // 2]}"
         )
@@ -123,6 +126,9 @@ def scaling_fields(
       rope: of layers without a window.
       width: entries of a head that are rotated.
       architecture: of the file.
+
+    Returns:
+      Values of fields, and tensors, float32 [width / 2], by name.
 
     Raises:
       CheckpointError: llama.cpp does not read such a stretching in this architecture.

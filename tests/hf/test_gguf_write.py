@@ -377,7 +377,7 @@ YARN |= {"original_max_position_embeddings": 24, "attention_factor": 2.0}
 @pytest.mark.parametrize(
     ("family", "own", "message"),
     [
-        ("apertus", {}, "are written of .*; this is a apertus model"),
+        ("apertus", {}, "are written of .*; this one is apertus"),
         ("llama", {"rope_parameters": YARN}, "with rope_scaling=YarnRope"),
         ("qwen2", {}, "cannot hold heads of width 24: .*, 4 of them are hidden_size=64"),
         ("qwen3", {"rope_parameters": tiny_models.LLAMA3_ROPE}, "cannot hold stretched rotary"),
