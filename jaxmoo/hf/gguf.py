@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def gguf_config(
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "bos_token_id": fields.token("tokenizer.ggml.bos_token_id", tokens, None),
-        "eos_token_id": fields.token("tokenizer.ggml.eos_token_id", tokens),
+        "eos_token_id": _ends(fields, tokens),
         "pad_token_id": fields.token("tokenizer.ggml.padding_token_id", tokens, None),
         "torch_dtype": "float32",
     }
@@ -178,6 +178,14 @@ def gguf_config(
     return config | _rope(
         architecture, config, theta, read_scaling(header, factors, theta, rotated)
     )
+
+
+def _ends(fields: Fields, tokens: Sequence[str]) -> int | list[int]:
+    """The token that ends a text, and one that ends a reply, where it is another."""
+    text = fields.token("tokenizer.ggml.eos_token_id", tokens)
+    reply = fields.token("tokenizer.ggml.eot_token_id", tokens, text)
+    assert text is not None and reply is not None
+    return text if reply == text else [text, reply]
 
 
 def _check_fixed(

@@ -20,6 +20,7 @@ import tiny_models
 from jaxmoo.commands.convert import _KINDS, main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_tokenizer
+from jaxmoo.hf.generation import stop_tokens
 from jaxmoo.hf.gguf import convert_gguf
 from jaxmoo.hf.gguf_tokenizer import _WORDS
 from jaxmoo.hf.gguf_write import KINDS, save_gguf
@@ -365,9 +366,12 @@ def test_a_window_becomes_the_longest_text(source, tmp_path, capsys):
 def test_what_ends_a_reply_is_in_the_file(source, tmp_path):
     model = shutil.copytree(source("llama"), tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-    fields = gguf.GGUFReader(export(model, tmp_path / "a.gguf")).fields
+    file = export(model, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(file).fields
     ends = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
     assert ends == {"eos": 2, "eot": 5}
+    convert_gguf(file, tmp_path / "back")
+    assert stop_tokens(tmp_path / "back") == [2, 5]
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
