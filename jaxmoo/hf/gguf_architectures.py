@@ -84,7 +84,8 @@ class Architecture:
     def tensors(self) -> Mapping[str, str]:
         """Hugging Face's names of tensors by GGUF's, with ``{i}`` and ``{e}`` for numbers.
 
-        Of several experts' tensors, files hold one.
+        The experts of a layer are one tensor in GGUF files, so ``{e}`` is in Hugging Face's names
+        alone.
         """
         kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == self.name)
         names = get_tensor_name_map(kind, 1)
@@ -157,7 +158,7 @@ _COHERE = Architecture(
 )
 _EXPERTS = {"num_experts_per_tok": "expert_used_count"}
 
-# Those of a name without a sign come last.
+# The first that fits a file is taken: of one name, that without a sign comes last.
 ARCHITECTURES = (
     Architecture(
         "llama",

@@ -142,14 +142,14 @@ def scaling_fields(
         factors = {_SHORT: scaling.short_factor, _LONG: scaling.long_factor}
         fields = {
             _ORIGINAL: scaling.original_max_position_embeddings,
-            _ATTENTION: scaling.attention_factor,
+            _ATTENTION: float(scaling.attention_factor),
         }
         return fields, {name: np.asarray(x, np.float32) for name, x in factors.items()}
     if isinstance(scaling, LinearRope):
-        return {_TYPE: "linear", _FACTOR: scaling.factor}, {}
+        return {_TYPE: "linear", _FACTOR: float(scaling.factor)}, {}
     if isinstance(scaling, YarnRope):
         original = scaling.original_max_position_embeddings
-        return {_TYPE: "yarn", _FACTOR: scaling.factor, _ORIGINAL: original}, {}
+        return {_TYPE: "yarn", _FACTOR: float(scaling.factor), _ORIGINAL: original}, {}
     raise CheckpointError(
         f"GGUF files of the {architecture.name} architecture cannot hold stretched rotary "
         f"frequencies ({shown(scaling)})"

@@ -22,9 +22,12 @@ from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_tokenizer
 from jaxmoo.hf.generation import stop_tokens
 from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.gguf_architectures import of_family
+from jaxmoo.hf.gguf_rope import scaling_fields
 from jaxmoo.hf.gguf_tokenizer import _WORDS
 from jaxmoo.hf.gguf_write import KINDS, save_gguf
 from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.models.rope import LinearRope, Rope, YarnRope
 from small_runs import CHATML
 
 # Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
@@ -372,6 +375,15 @@ def test_what_ends_a_reply_is_in_the_file(source, tmp_path):
     assert ends == {"eos": 2, "eot": 5}
     convert_gguf(file, tmp_path / "back")
     assert stop_tokens(tmp_path / "back") == [2, 5]
+
+
+@pytest.mark.parametrize("scaling", [LinearRope(8), YarnRope(8, 4096)])
+def test_factors_are_floating_point_whatever_a_config_has(scaling):
+    """llama.cpp reads no others."""
+    architecture = of_family("qwen3")
+    assert architecture is not None
+    fields, _ = scaling_fields(Rope(1e6, scaling), 64, architecture)
+    assert isinstance(fields["rope.scaling.factor"], float)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
