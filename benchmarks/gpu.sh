@@ -75,12 +75,12 @@ if [[ $smoke ]]; then
 END
   planned=$tiny
   platform=(--platform cpu) precision=(--dtype float32)
-  languages=2 rounds=1 large_tokens=16 remat=none
+  languages=2 rounds=1 large_tokens=16
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 else
   planned=Llama-3.1-8B
   platform=(--platform gpu) precision=(--dtype bfloat16)
-  languages=8 rounds=5 large_tokens=1024 remat=dots
+  languages=8 rounds=5 large_tokens=1024
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 fi
 common=("${precision[@]}" --languages "$languages")
@@ -104,7 +104,7 @@ fi
 step() { # SECTION, MODEL, TOKENS PER EXAMPLE, EXAMPLES, FLAGS...
   local name=$1
   section "$name" 100 benchmarks/step.py "${platform[@]}" "${common[@]}" --model "$2" \
-    --remat "$remat" --sequence-length "$3" --batch-size "$4" --rounds "$rounds" "${@:5}" \
+    --remat dots --sequence-length "$3" --batch-size "$4" --rounds "$rounds" "${@:5}" \
     --json "$out/step-$name.json"
 }
 

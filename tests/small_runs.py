@@ -117,12 +117,7 @@ def write_config(tiny_model, conversations, tmp_path) -> Callable[..., Path]:
         config = {
             "output": str(tmp_path / "run"),
             "report_samples": 0,
-            # Nothing is computed twice: that is tried elsewhere, and takes long to compile.
-            "model": {
-                "source": str(tiny_model),
-                "trainable": r"^layers\.[23]\.",
-                "remat": "none",
-            },
+            "model": {"source": str(tiny_model), "trainable": r"^layers\.[23]\."},
             "data": {
                 "source": conversations,
                 "seen": ["it", "pt", "es", "fa"],

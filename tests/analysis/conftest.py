@@ -55,11 +55,7 @@ def finished_run(tmp_path_factory) -> Path:
         "tensorboard": False,
         "report": False,
         "export": False,
-        "model": {
-            "source": str(directory / "model"),
-            "trainable": r"^layers\.[12]\.",
-            "remat": "none",  # the quickest to compile
-        },
+        "model": {"source": str(directory / "model"), "trainable": r"^layers\.[12]\."},
         "data": {
             "source": str(directory / "{language}.jsonl"),
             "seen": ["en", "es", "it"],

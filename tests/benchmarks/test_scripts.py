@@ -252,8 +252,8 @@ def test_the_script_of_the_studies_runs_and_goes_on(tmp_path):
         (tmp_path / f"{code}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model.source": tmp_path / "model", "model.trainable": r"^layers\.2\.",
-        "model.remat": "none", "resolve.engine": "stacked", "data.chat_template": "null",
         "data.source": tmp_path / "{language}.jsonl", "data.sequence_length": 64,
+        "data.chat_template": "null", "resolve.engine": "stacked",
     }  # fmt: skip
     environment = {
         **os.environ, "PYTHON": sys.executable, "STUDIES": "capacity", "JOBS": "1",

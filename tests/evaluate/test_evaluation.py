@@ -298,7 +298,7 @@ def test_a_run_is_scored_on_what_it_holds_out(chat_model, tmp_path, capsys):
         "export": False,
         "report": False,
         "tensorboard": False,
-        "model": {"source": str(chat_model), "trainable": r"^layers\.2\.", "remat": "none"},
+        "model": {"source": str(chat_model), "trainable": r"^layers\.2\."},
         "data": {
             "source": str(tmp_path / "{language}.jsonl"),
             "seen": ["en"],

@@ -20,7 +20,7 @@ def test_other_meshes_and_the_stacked_engine_train_to_the_same_weights(
     few = {"data__unseen": [], "data__max_held_out": 2, "data__batch_size": 8}
     few |= {"model__trainable": r"^layers\."}  # all of them: one loop to compile
     # AdamW divides by its size even a gradient that is nothing but rounding, down to eps.
-    few |= {"train__steps": 3, "optimizer__eps": 1e-5}
+    few |= {"resolve__aggregator": "cagrad", "train__steps": 3, "optimizer__eps": 1e-5}
     config = write_config(**QUIET | few)
 
     def command(name, *overrides):
@@ -63,7 +63,7 @@ def test_experts_and_their_router_are_trained_alike_by_both_engines(
     tiny_models.save("qwen3_moe", base, **sizes, **tokens, **alike)
     few = {"model__source": str(base), "model__trainable": r"^layers\."}
     few |= {"train__steps": 2, "train__checkpoint_every": 1, "train__router_aux_loss_coef": 10}
-    few |= {"resolve__blocks": "expert", "optimizer__eps": 1e-5}
+    few |= {"resolve__aggregator": "cagrad", "resolve__blocks": "expert", "optimizer__eps": 1e-5}
     config = write_config(**SHORT | few)
     runs = [tmp_path / name for name in ("backward", "stacked", "resumed")]
     backward, stacked, resumed = runs

@@ -18,7 +18,6 @@ def test_the_example_of_the_page_plans_trains_and_evaluates(
     for old, new in (
         ("smollm2-135m-instruct", str(tiny_model)),
         ("2[2-9]", "[23]"),
-        ("trainable=", "remat='none', trainable="),  # the quickest to compile
         ("steps=8", "steps=2"),
         ("max_held_out=8", "max_held_out=2"),
         ("output=", "report=False, tensorboard=False, output="),

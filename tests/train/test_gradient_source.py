@@ -33,9 +33,8 @@ SEEN = ["en", "fa", "zh", "ja"]
 
 @functools.cache
 def model():
-    quick = {"remat": "none"}  # to compile
-    graph = nnx.graphdef(Decoder.abstract(ARCHITECTURE, **quick))
-    state = jax.jit(lambda: nnx.state(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0), **quick)))()
+    graph = nnx.graphdef(Decoder.abstract(ARCHITECTURE))
+    state = jax.jit(lambda: nnx.state(Decoder(ARCHITECTURE, rngs=nnx.Rngs(0))))()
     return graph, *nnx.split_state(state, nnx.Param, ...)
 
 

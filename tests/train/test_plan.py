@@ -101,8 +101,7 @@ def test_blocks_resolved_after_the_pass_are_named_with_their_cost(small, planned
 def test_stacked_gradients_are_the_largest_part_and_the_advice_says_so(config_file):
     """Of arrays that are too large to be joined, and so copied, for their Gram matrices."""
     config = load_config(
-        config_file,
-        ["resolve.engine=stacked", "data.sequence_length=2", "data.batch_size=1", QUICK],
+        config_file, ["resolve.engine=stacked", "data.sequence_length=2", "data.batch_size=1"]
     )
     found = plan(config, dataclasses.replace(MODEL, vocab_size=16 * 1024))
     parameters = PARAMETERS + 2 * 15 * TABLE
@@ -161,10 +160,9 @@ for arguments in json.loads(sys.argv[2]):
 with open(sys.argv[1], "wb") as file:
     pickle.dump(found, file)
 """
-QUICK = "model.remat=none"  # to compile
 COMMANDS = {
-    "eight devices": ["--devices", "8", "--device-memory", "1GB", "data.batch_size=8", QUICK],
-    "two slices": ["--devices", "8", "data.batch_size=8", "mesh.data=2", "mesh.slices=2", QUICK],
+    "eight devices": ["--devices", "8", "--device-memory", "1GB", "data.batch_size=8"],
+    "two slices": ["--devices", "8", "data.batch_size=8", "mesh.data=2", "mesh.slices=2"],
     "a replica over two slices": ["--devices", "8", "data.batch_size=8", "mesh.slices=2"],
     "too large": ["--device-memory", "1MB", "resolve.blocks=whole"],
     "three devices": ["--devices", "3", "mesh.language=2"],

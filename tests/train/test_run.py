@@ -71,11 +71,7 @@ def finished(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, path / "base")
     settings = {
         "output": str(path / "run"),
-        "model": {
-            "source": str(path / "base"),
-            "trainable": r"^layers\.[23]\.",
-            "remat": "none",
-        },
+        "model": {"source": str(path / "base"), "trainable": r"^layers\.[23]\."},
         "data": {"source": "chatterbot", "batch_size": 2, "sequence_length": 96},
         "optimizer": {"decay": "constant"},
     }

@@ -39,7 +39,6 @@ def test_it_ends_early_exports_the_best_state_and_can_be_repeated(write_config):
         optimizer__learning_rate=0.3,
         optimizer__decay="constant",
         optimizer__name="muon",
-        model__remat="full",  # as it is by default
         optimizer__ema=0.2,
     )
     config = load_config(path)
