@@ -321,7 +321,8 @@ def test_half_precision_is_kept_and_eight_bits_are_as_near_as_they_can_be(source
 
 
 def test_rows_that_eight_bits_do_not_fit_are_half_precision(tmp_path):
-    tiny_models.save("llama", tmp_path / "model", **SIZES | {"intermediate_size": 100})
+    settings: dict[str, Any] = SIZES | {"intermediate_size": 100}
+    tiny_models.save("llama", tmp_path / "model", **settings)
     tokenizer("smollm").save_pretrained(tmp_path / "model")
     found = tensors(export(tmp_path / "model", tmp_path / "a.gguf", "--type", "q8_0"))
     assert found["blk.0.ffn_down.weight"].tensor_type.name == "F16"
