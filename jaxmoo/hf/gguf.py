@@ -7,8 +7,9 @@ https://github.com/ggml-org/ggml.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def _architecture(fields: Fields) -> Architecture:
 
 def _factors(tensor: Any) -> np.ndarray:
     if tensor.tensor_type != GGMLQuantizationType.F32:
-        raise CheckpointError(f"tensor {tensor.name!r} is of type {tensor.tensor_type.name}")
+        raise CheckpointError(
+            f"tensor {tensor.name!r} must be of type F32, found {tensor.tensor_type.name}"
+        )
     return np.array(tensor.data, np.float32)
 
 
@@ -121,7 +124,8 @@ def gguf_config(
       architecture: of the file.
       fields: of the header.
       tied: whether the head is the embedding.
-      factors: tensors that say how rotary frequencies are stretched.
+      factors: tensors that say how rotary frequencies are stretched, by their names in
+        `jaxmoo.hf.gguf_rope.FACTORS`; float32 [rotated entries of a head / 2].
 
     Raises:
       CheckpointError: a field is missing, of another type or out of range, or asks for what cannot
@@ -132,9 +136,9 @@ def gguf_config(
     head_dim = header.size("attention.key_length", hidden // heads)
     rotated = header.size("rope.dimension_count", head_dim)
     tokens = fields.texts("tokenizer.ggml.tokens")
-    _check_fixed(architecture, header, heads, head_dim, tied)
-    epsilon, its_field = architecture.epsilon
     theta = header.number("rope.freq_base", 10000.0)
+    _check_fixed(architecture, header, heads, head_dim, tied, theta)
+    epsilon, its_field = architecture.epsilon
     config = {
         "architectures": [architecture.transformers],
         "model_type": architecture.family,
@@ -154,7 +158,7 @@ def gguf_config(
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "bos_token_id": fields.token("tokenizer.ggml.bos_token_id", tokens, None),
-        "eos_token_id": fields.token("tokenizer.ggml.eos_token_id", tokens),
+        "eos_token_id": _ends(fields, tokens),
         "pad_token_id": fields.token("tokenizer.ggml.padding_token_id", tokens, None),
         "torch_dtype": "float32",
     }
@@ -167,22 +171,43 @@ def gguf_config(
     config |= architecture.implied(config)
     if architecture.partial:  # which Phi-3 alone is; llama.cpp gives its models no window
         config["sliding_window"] = header.get("attention.sliding_window", 0) or None
-        config["partial_rotary_factor"] = rotated / head_dim
+        share = rotated / head_dim
+        if int(head_dim * share) < rotated:  # which its readers take
+            share = math.nextafter(share, 1)
+        config["partial_rotary_factor"] = share
     return config | _rope(
         architecture, config, theta, read_scaling(header, factors, theta, rotated)
     )
 
 
+def _ends(fields: Fields, tokens: Sequence[str]) -> int | list[int]:
+    """The token that ends a text, and one that ends a reply, where it is another."""
+    text = fields.token("tokenizer.ggml.eos_token_id", tokens)
+    reply = fields.token("tokenizer.ggml.eot_token_id", tokens, text)
+    assert text is not None and reply is not None
+    return text if reply == text else [text, reply]
+
+
 def _check_fixed(
-    architecture: Architecture, header: Fields, heads: int, head_dim: int, tied: bool
+    architecture: Architecture,
+    header: Fields,
+    heads: int,
+    head_dim: int,
+    tied: bool,
+    theta: float,
 ) -> None:
-    """Raise where a file says what its architecture has otherwise."""
+    """Raise where a file says what its architecture has otherwise, or what would not be read."""
     hidden, name = header.size("embedding_length"), architecture.name
-    supported = {"attention.value_length": head_dim}
-    read = {*architecture.sizes.values(), *architecture.numbers.values()}
-    if not architecture.partial:
-        supported |= {"rope.dimension_count": head_dim, "attention.sliding_window": 0}
-    supported["expert_count"] = 0
+    supported = {key: 0 for known in ARCHITECTURES for key in known.keys} | {
+        "attention.value_length": head_dim,
+        "expert_weights_norm": True,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base_swa": theta,
+        "rope.scaling.finetuned": True,  # Granite's files say so that there is no rotation
+    }
+    read = set(architecture.keys)
+    if architecture.partial:
+        read |= {"rope.dimension_count", "attention.sliding_window"}
     header.require({key: value for key, value in supported.items() if key not in read})
     _check_pattern(header, architecture.period)
     if architecture.square and heads * head_dim != hidden:

@@ -75,11 +75,17 @@ class Architecture:
     period: int = 0
     apart: bool = False
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Fields of `sizes` and `numbers`."""
+        return (*self.sizes.values(), *self.numbers.values())
+
     @functools.cached_property
     def tensors(self) -> Mapping[str, str]:
         """Hugging Face's names of tensors by GGUF's, with ``{i}`` and ``{e}`` for numbers.
 
-        Of several experts' tensors, files hold one.
+        The experts of a layer are one tensor in GGUF files, so ``{e}`` is in Hugging Face's names
+        alone.
         """
         kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == self.name)
         names = get_tensor_name_map(kind, 1)
@@ -152,7 +158,7 @@ _COHERE = Architecture(
 )
 _EXPERTS = {"num_experts_per_tok": "expert_used_count"}
 
-# Those of a name without a sign come last.
+# The first that fits a file is taken: of one name, that without a sign comes last.
 ARCHITECTURES = (
     Architecture(
         "llama",
@@ -264,11 +270,14 @@ def relaid(
     """A tensor of Hugging Face's, in float32, as a GGUF file holds it.
 
     Args:
-      value: the tensor.
+      value: the tensor, float32; a matrix is [out, in].
       name: GGUF's name of it, with ``{i}`` for the layer.
       architecture: of the file.
       config: of the model.
       back: the other way round.
+
+    Returns:
+      An array of the same shape.
     """
     if architecture.offset and name.endswith("norm.weight"):
         return value - np.float32(1) if back else value + np.float32(1)

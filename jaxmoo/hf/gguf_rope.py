@@ -40,7 +40,7 @@ def read_scaling(
 
     Args:
       header: the architecture's fields.
-      factors: tensors of the names in `FACTORS`.
+      factors: tensors of the names in `FACTORS`, float32 [width / 2].
       theta: base of the frequencies.
       width: entries of a head that are rotated.
 
@@ -49,16 +49,19 @@ def read_scaling(
     """
     header.require({"rope.scale_linear": 1.0})
     kind = header.text(_TYPE, "none")
-    if factors.keys() & {_SHORT, _LONG}:
-        return _long(header, factors)
-    if kind in ("linear", "yarn"):
+    if kind in ("linear", "yarn") and not factors:
         scaling: dict[str, Any] = {"rope_type": kind, "factor": shortest(header.number(_FACTOR))}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = header.size(_ORIGINAL)
             _check_yarn(header, scaling["factor"])
         return scaling
-    header.require({_TYPE: "none", _FACTOR: 1.0})
-    return _llama3(factors[_FREQUENCIES], theta, width) if _FREQUENCIES in factors else None
+    long = bool(factors.keys() & {_SHORT, _LONG})
+    # Older files have its factors without saying its name.
+    named = "longrope" if long and kind == "longrope" else "none"
+    header.require({_FACTOR: 1.0, _TYPE: named})
+    if long:
+        return _long(header, factors)
+    return _llama3(factors[_FREQUENCIES], theta, width) if factors else None
 
 
 def _check_yarn(header: Fields, factor: float) -> None:
@@ -88,7 +91,7 @@ def _long(header: Fields, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any]:
-    if factors.shape != (width // 2,):
+    if not factors.size or factors.shape != (width // 2,):
         raise CheckpointError(
             f"{_FREQUENCIES} has the shape {list(factors.shape)}, expected {[width // 2]}"
         )
@@ -124,6 +127,9 @@ def scaling_fields(
       width: entries of a head that are rotated.
       architecture: of the file.
 
+    Returns:
+      Values of fields, and tensors, float32 [width / 2], by name.
+
     Raises:
       CheckpointError: llama.cpp does not read such a stretching in this architecture.
     """
@@ -136,14 +142,14 @@ def scaling_fields(
         factors = {_SHORT: scaling.short_factor, _LONG: scaling.long_factor}
         fields = {
             _ORIGINAL: scaling.original_max_position_embeddings,
-            _ATTENTION: scaling.attention_factor,
+            _ATTENTION: float(scaling.attention_factor),
         }
         return fields, {name: np.asarray(x, np.float32) for name, x in factors.items()}
     if isinstance(scaling, LinearRope):
-        return {_TYPE: "linear", _FACTOR: scaling.factor}, {}
+        return {_TYPE: "linear", _FACTOR: float(scaling.factor)}, {}
     if isinstance(scaling, YarnRope):
         original = scaling.original_max_position_embeddings
-        return {_TYPE: "yarn", _FACTOR: scaling.factor, _ORIGINAL: original}, {}
+        return {_TYPE: "yarn", _FACTOR: float(scaling.factor), _ORIGINAL: original}, {}
     raise CheckpointError(
         f"GGUF files of the {architecture.name} architecture cannot hold stretched rotary "
         f"frequencies ({shown(scaling)})"

@@ -80,6 +80,7 @@ def gguf_tokenizer(
             f"{did_you_mean(pre, _RULES)} Supported: 'llama', and 'gpt2' with "
             f"{', '.join(map(repr, _RULES))}"
         )
+    fields.require({"tokenizer.ggml.add_eos_token": False})
     tokens = fields.texts("tokenizer.ggml.tokens")
     kinds = fields.integers("tokenizer.ggml.token_type")
     if len(kinds) != len(tokens):

@@ -105,8 +105,8 @@ def save_gguf(
     if architecture is None:
         families = ", ".join(known.family for known in ARCHITECTURES)
         raise CheckpointError(
-            f"GGUF files are written of {families} and mistral models; this is a {config.family} "
-            "model. Export a Hugging Face directory instead."
+            f"GGUF files are written of {families} and mistral models; this one is "
+            f"{config.family}. Export a Hugging Face directory instead."
         )
     kind = kind or _OF_DTYPE.get(dtypes["model.embed_tokens.weight"], "f32")
     if kind not in KINDS:

@@ -110,6 +110,16 @@ def test_the_command_makes_a_directory_that_other_commands_ask_for(tmp_path: Pat
         ({"sizes": SIZES | {"rope.dimension_count": 2}}, "llama.rope.dimension_count=2"),
         ({"sizes": SIZES | {"attention.sliding_window": 8}}, "llama.attention.sliding_window=8"),
         ({"rope_freqs.weight": np.ones(2, np.float32) * 3}, "does not hold Llama 3's factors"),
+        (
+            {
+                "rope_freqs.weight": np.ones(2, np.float32),
+                "fields": {
+                    "llama.rope.scaling.type": ("linear", gguf.GGUFValueType.STRING),
+                    "llama.rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32),
+                },
+            },
+            "rope.scaling.factor=2.0 cannot be converted",
+        ),
         ({"token_embd.weight": np.ones((4, 4), np.int32)}, "is of type I32: .*not yet implemented"),
         ({"pre": "smolm"}, "pre-tokenizer 'smolm' cannot be converted. Did you mean 'smollm'"),
         ({"blk.0.attn_qkv.weight": np.ones((12, 4), np.float32)}, "attn_qkv.*not part of"),
@@ -233,7 +243,7 @@ def test_text_is_split_as_the_models_are_used_to(tmp_path: Path, pre, pieces):
 
 
 U32, F32, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
-LIST = gguf.GGUFValueType.ARRAY
+LIST, BOOL = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL
 NAN, INFINITE = float("nan"), float("inf")
 SCORES = {"tokenizer.ggml.model": ("llama", TEXT), "tokenizer.ggml.scores": ([0.0] * 4, LIST)}
 
@@ -262,6 +272,11 @@ SCORES = {"tokenizer.ggml.model": ("llama", TEXT), "tokenizer.ggml.scores": ([0.
         ),
         ({"llama.rope.scaling.factor": (4.0, F32)}, "rope.scaling.factor=4.0 cannot be converted"),
         ({"llama.attention.value_length": (2, U32)}, "value_length=2 cannot be converted"),
+        # Of other architectures: nothing here would read them.
+        ({"llama.final_logit_softcapping": (30.0, F32)}, "softcapping=30.0 cannot be converted"),
+        ({"llama.rope.freq_base_swa": (5.0, F32)}, "freq_base_swa=5.0 cannot be converted"),
+        ({"llama.rope.scaling.finetuned": (False, BOOL)}, "finetuned=False cannot be converted"),
+        ({"tokenizer.ggml.add_eos_token": (True, BOOL)}, "add_eos_token=True cannot be converted"),
         ({"llama.expert_count": (8, U32)}, "the field 'llama.expert_used_count' is missing"),
         (
             {"tokenizer.ggml.eos_token_id": (4, U32)},
@@ -376,6 +391,21 @@ def test_windows_and_yarn_are_as_llama_cpp_has_them_or_refused(changes, message)
     found = DecoderConfig.from_hf(gguf_config(olmo3, Fields(contents), tied=False, factors={}))
     near, far = Rope(5e5), Rope(5e5, YarnRope(8.0, 8192))
     assert found.layer_kinds == (LayerKind(2, near),) * 3 + (LayerKind(None, far),)
+
+
+def test_a_part_of_a_head_is_as_wide_as_the_file_says():
+    """30 / 44 times 44 is 29.999999999999996."""
+    (phi3,) = (known for known in ARCHITECTURES if known.family == "phi3")
+    header = {
+        **SIZES,
+        "embedding_length": 44,
+        "rope.dimension_count": 30,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    contents = {f"phi3.{key}": value for key, value in header.items()}
+    contents |= {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.eos_token_id": 0}
+    config = gguf_config(phi3, Fields(contents), tied=True, factors={})
+    assert DecoderConfig.from_hf(config).rotary_width == 30
 
 
 def places(file: Path) -> dict[str, int]:

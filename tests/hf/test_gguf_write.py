@@ -20,10 +20,14 @@ import tiny_models
 from jaxmoo.commands.convert import _KINDS, main
 from jaxmoo.errors import CheckpointError
 from jaxmoo.hf import load_tokenizer
+from jaxmoo.hf.generation import stop_tokens
 from jaxmoo.hf.gguf import convert_gguf
+from jaxmoo.hf.gguf_architectures import of_family
+from jaxmoo.hf.gguf_rope import scaling_fields
 from jaxmoo.hf.gguf_tokenizer import _WORDS
 from jaxmoo.hf.gguf_write import KINDS, save_gguf
 from jaxmoo.models import Decoder, DecoderConfig
+from jaxmoo.models.rope import LinearRope, Rope, YarnRope
 from small_runs import CHATML
 
 # Rows of 64 and 96 elements: whole blocks of Q8_0, of 32.
@@ -317,7 +321,8 @@ def test_half_precision_is_kept_and_eight_bits_are_as_near_as_they_can_be(source
 
 
 def test_rows_that_eight_bits_do_not_fit_are_half_precision(tmp_path):
-    tiny_models.save("llama", tmp_path / "model", **SIZES | {"intermediate_size": 100})
+    settings: dict[str, Any] = SIZES | {"intermediate_size": 100}
+    tiny_models.save("llama", tmp_path / "model", **settings)
     tokenizer("smollm").save_pretrained(tmp_path / "model")
     found = tensors(export(tmp_path / "model", tmp_path / "a.gguf", "--type", "q8_0"))
     assert found["blk.0.ffn_down.weight"].tensor_type.name == "F16"
@@ -365,9 +370,21 @@ def test_a_window_becomes_the_longest_text(source, tmp_path, capsys):
 def test_what_ends_a_reply_is_in_the_file(source, tmp_path):
     model = shutil.copytree(source("llama"), tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-    fields = gguf.GGUFReader(export(model, tmp_path / "a.gguf")).fields
+    file = export(model, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(file).fields
     ends = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
     assert ends == {"eos": 2, "eot": 5}
+    convert_gguf(file, tmp_path / "back")
+    assert stop_tokens(tmp_path / "back") == [2, 5]
+
+
+@pytest.mark.parametrize("scaling", [LinearRope(8), YarnRope(8, 4096)])
+def test_factors_are_floating_point_whatever_a_config_has(scaling):
+    """llama.cpp reads no others."""
+    architecture = of_family("qwen3")
+    assert architecture is not None
+    fields, _ = scaling_fields(Rope(1e6, scaling), 64, architecture)
+    assert isinstance(fields["rope.scaling.factor"], float)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
@@ -377,7 +394,7 @@ YARN |= {"original_max_position_embeddings": 24, "attention_factor": 2.0}
 @pytest.mark.parametrize(
     ("family", "own", "message"),
     [
-        ("apertus", {}, "are written of .*; this is a apertus model"),
+        ("apertus", {}, "are written of .*; this one is apertus"),
         ("llama", {"rope_parameters": YARN}, "with rope_scaling=YarnRope"),
         ("qwen2", {}, "cannot hold heads of width 24: .*, 4 of them are hidden_size=64"),
         ("qwen3", {"rope_parameters": tiny_models.LLAMA3_ROPE}, "cannot hold stretched rotary"),
