@@ -132,9 +132,10 @@ def _check_trained_experts(config: Config, architecture: DecoderConfig) -> None:
 
 
 def _adapts_experts(config: Config, architecture: DecoderConfig) -> bool:
-    return not {ALL_LINEAR, *_OF_AN_MLP}.isdisjoint(config.lora.targets) and any(
-        map(architecture.has_experts, adapted_layers(architecture, config.model.trainable))
-    )
+    if not architecture.num_experts or {ALL_LINEAR, *_OF_AN_MLP}.isdisjoint(config.lora.targets):
+        return False
+    layers = adapted_layers(architecture, config.model.trainable)
+    return any(map(architecture.has_experts, layers))
 
 
 def _check_projections(config: Config, architecture: DecoderConfig) -> None:
