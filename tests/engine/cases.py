@@ -179,13 +179,13 @@ CASES = {
     ),
     "sketched, module, one objective absent": Case(
         blocks="module",
-        aggregator=("moco", "fairgrad"),
+        aggregator=("moco", "pcgrad", "cagrad"),
         change=one_absent,
         options={"gram": "sketch:64"},
     ),
     "sketched, one at a time": Case(
         blocks="module",
-        aggregator=("moco", "fairgrad"),
+        aggregator=("moco", "pcgrad", "cagrad"),
         change=one_absent,
         options={"gram": "sketch:64"},
         only_engine={"keep": "one"},
@@ -193,7 +193,7 @@ CASES = {
     "sketched, nine objectives, not finite, with preference and norm": Case(
         only_engine={"keep": "one"},
         k=9,
-        aggregator=("fairgrad", "pcgrad"),
+        aggregator=("upgrad", "nash_mtl"),
         change=one_not_finite,
         options={
             "gram": "sketch:40",
@@ -205,7 +205,7 @@ CASES = {
     "expert, sent by hand": Case(
         toy=Toy(layers=2, experts=4),
         blocks="expert",
-        aggregator=("mean", "cagrad", "pcgrad"),
+        aggregator=("mean", "mgda", "cagrad", "pcgrad", "upgrad"),
         change=by_hand,
         steps=1,
     ),

@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -44,20 +43,6 @@ task:
       - metric: acc_norm
         weight_by_size: false
 """
-# What its command does with these tasks alone: it reads the thousands that come with it, too.
-ASKED = """
-import json, sys
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-model, tasks, out = sys.argv[1:]
-found = simple_evaluate(
-    "hf", {"pretrained": model, "dtype": "float32"}, ["topics"], device="cpu", batch_size=6,
-    apply_chat_template=True, bootstrap_iters=0,
-    task_manager=TaskManager(include_path=tasks, include_defaults=False),
-)
-with open(out, "w") as file:
-    json.dump({name: found[name] for name in ("results", "samples")}, file, default=str)
-"""
 
 
 def test_both_choose_alike(chat_model, topics, tmp_path):
@@ -68,10 +53,16 @@ def test_both_choose_alike(chat_model, topics, tmp_path):
         (tasks / f"{language}.yaml").write_text(TASK.format(language=language, file=file))
     (tasks / "group.yaml").write_text(GROUP)
     out = tmp_path / "out.json"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    run_python(["-c", ASKED, chat_model, tasks, out], **offline)
-    told = json.loads(out.read_text())
-    theirs = told["results"]
+    run_python(
+        [
+            "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "6",
+            "--model_args", f"pretrained={chat_model},dtype=float32", "--apply_chat_template",
+            "--include_path", tasks, "--tasks", "topics", "--output_path", out, "--log_samples",
+        ],
+        HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    (file,) = tmp_path.glob("out*.json")
+    theirs = json.loads(file.read_text())["results"]
 
     output = tmp_path / "ours.json"
     command = ["--model", chat_model, "--data", topics, "--languages", "en", "ja"]
@@ -83,11 +74,13 @@ def test_both_choose_alike(chat_model, topics, tmp_path):
         assert found["accuracy"] == pytest.approx(expected["acc_norm,none"])
         assert found["accuracy_unnormalised"] == pytest.approx(expected["acc,none"])
         # Not only who wins: the likelihoods themselves.
+        (samples,) = tmp_path.glob(f"samples_topics_{language}*.jsonl")
         stored = json.loads((tmp_path / f"ours.examples/{language}.json").read_text())
-        samples = told["samples"][f"topics_{language}"]
-        for sample, nats in zip(samples, stored["columns"]["choice_nats"], strict=True):
-            answers = [float(answer[0]) for answer in sample["filtered_resps"]]
-            assert np.negative(answers) == pytest.approx(nats, abs=1e-3)
+        for line, nats in zip(
+            samples.read_text("utf-8").splitlines(), stored["columns"]["choice_nats"], strict=True
+        ):
+            answers = json.loads(line)["filtered_resps"]
+            assert [-float(answer[0]) for answer in answers] == pytest.approx(nats, abs=1e-3)
     (seen,) = [v for name, v in theirs.items() if name.endswith("seen")]
     assert seen["acc_norm,none"] == pytest.approx(ours["summary"]["accuracy"]["seen"])
 

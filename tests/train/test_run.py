@@ -34,8 +34,6 @@ from small_runs import CHATML, save_config
 # The date is read, but not shown.
 CLOCK = "{% set today = strftime_now('%Y-%m-%d') %}" + CHATML
 
-NEW_TOKENS = 12  # of a reply
-
 # As little as makes a run.
 QUIET = {"report": False, "tensorboard": False}
 SHORT = QUIET | {
@@ -123,7 +121,7 @@ def _check_samples(run, base):
         return_tensors="pt",
         return_dict=True,
     )
-    found = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+    found = model.generate(**given, max_new_tokens=64, do_sample=False)[0]
     reply = tokenizer.decode(found[given["input_ids"].shape[1] :], skip_special_tokens=True)
     assert one.reply == reply
 
@@ -140,7 +138,6 @@ def test_the_quick_start_in_small_on_the_real_model(smollm2_dir, tmp_path, monke
     ]  # fmt: skip
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr("jaxmoo.train.replies._NEW_TOKENS", NEW_TOKENS)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(command[0], run_name="__main__")
     assert not ended.value.code
