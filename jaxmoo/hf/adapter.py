@@ -24,7 +24,7 @@ from jaxmoo.hf.adapter_names import GATE_UP, Place, peft_tensor, place_of
 from jaxmoo.hf.card import ModelCard
 from jaxmoo.hf.directory import read_unchanged
 from jaxmoo.hf.expert_adapter import Columns, columns_of, single_tensors, stack_experts
-from jaxmoo.hf.fused_adapter import fuse_adapters
+from jaxmoo.hf.fused_adapter import fuse_adapters, plain
 from jaxmoo.hf.load import read_json
 from jaxmoo.hf.save import Tensor, check_space, state_tensors, write_directory, write_file
 from jaxmoo.hf.weights import DTYPES
@@ -79,10 +79,10 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": _plain(alpha),
+        "lora_alpha": plain(alpha),
         "rank_pattern": {name: one.rank for name, one in adapted.items() if one.rank != rank},
         "alpha_pattern": {
-            name: _plain(one.alpha) for name, one in adapted.items() if one.alpha != alpha
+            name: plain(one.alpha) for name, one in adapted.items() if one.alpha != alpha
         },
         "lora_dropout": 0.0,
         "use_rslora": first.rslora,
@@ -107,10 +107,6 @@ def save_adapter(
     config, tensors = fuse_adapters(config, tensors, adapted, model.config)
     config, tensors = stack_experts(config, tensors, adapted)
     write_directory(typed_path(path), tensors, write)
-
-
-def _plain(alpha: float) -> float:
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 class Adapters(NamedTuple):

@@ -18,7 +18,7 @@ from jaxmoo.models.architecture import DecoderConfig
 from jaxmoo.models.families import FAMILIES
 from jaxmoo.models.lora import AdaptedLinear
 
-__all__ = ["below", "blocks", "fuse_adapters", "together"]
+__all__ = ["below", "blocks", "fuse_adapters", "plain", "together"]
 
 
 def fuse_adapters(
@@ -72,6 +72,11 @@ def fuse_adapters(
     return settings, list(found.values())
 
 
+def plain(alpha: float) -> float:
+    """A whole number without a point, as PEFT's users write it."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
 def together(linears: Sequence[AdaptedLinear], rslora: bool) -> tuple[int, float, Sequence[float]]:
     """Rank and alpha of one adapter in the place of several.
 
@@ -85,9 +90,8 @@ def together(linears: Sequence[AdaptedLinear], rslora: bool) -> tuple[int, float
       Rank, alpha, and by what the B of each is to be multiplied.
     """
     rank, scale = sum(linear.rank for linear in linears), linears[0].scale
-    alpha = round(scale * (rank**0.5 if rslora else rank), 9)
-    whole = int(alpha) if alpha == int(alpha) else alpha
-    return rank, whole, [linear.scale / scale for linear in linears]
+    alpha = plain(round(scale * (rank**0.5 if rslora else rank), 9))
+    return rank, alpha, [linear.scale / scale for linear in linears]
 
 
 def below(parts: Sequence[Tensor]) -> Tensor:

@@ -181,7 +181,10 @@ def _check(
         same = DecoderConfig.from_hf(gguf_config(architecture, found, tied=tied, factors=factors))
         gguf_tokenizer(found, same.max_position_embeddings)
     except JaxmooError as error:
-        raise CheckpointError(f"a GGUF file cannot hold this model: {error}") from error
+        raise CheckpointError(
+            f"a GGUF file cannot hold this model: {str(error).rstrip('.')}. Export a Hugging Face "
+            "directory instead."
+        ) from error
     expected = _canonical(config)
     # A family is known by the names of its tensors, which are looked up one by one. A router's
     # loss is a matter of training.

@@ -88,7 +88,7 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def diagonal(matrix: jax.Array) -> jax.Array:
     """Diagonals of matrices, [..., K] of [..., K, K]."""
-    # A sum of which one term counts: as a gather, it would be a kernel of its own.
+    # Kernels cannot gather; elsewhere jnp.diagonal traces some twenty operations (jax 0.10).
     return jnp.sum(jnp.where(_on_diagonal(matrix.shape[-1]), matrix, 0), axis=-1)
 
 
