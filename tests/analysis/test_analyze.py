@@ -10,6 +10,7 @@ import yaml
 
 from browser import look_at, needs_chromium
 from devices import run_together
+from jaxmoo.analysis import representations, stationarity
 from jaxmoo.commands.analyze import main
 from jaxmoo.runs.gram_log import read_grams
 
@@ -95,6 +96,13 @@ def test_models_are_measured_side_by_side(numbers):
         x in (1, None) for x in numbers["neurons"]["models"]["base"]["overlap_with_base"]
     )
     assert numbers["interference"] == {"en": numbers["interference"]["en"] | {"interference": 0.0}}
+
+
+@pytest.mark.slow
+def test_all_models_are_measured_by_the_same_programs(numbers):
+    assert len(numbers["stationarity"]["models"]) == 2
+    for measure in (representations, stationarity):
+        assert measure._program.cache_info().hits  # not compiled for the second
 
 
 @pytest.mark.slow
